@@ -1,0 +1,55 @@
+"""The one definition of what a batch holds: names, shapes and dtypes, from the host pipeline to the compiled step.
+
+Axes: B patients (volume-report pairs), X Y Z voxels in RAS+ order (x to the patient's right, y anterior, z superior),
+T tokens, S sentences at most per report, L labels. The host builds dicts of NumPy arrays with these names; the step
+receives the same dict as global `jax.Array`s sharded over the batch axis.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+UNKNOWN_LABEL = -1
+
+
+@dataclass(frozen=True)
+class Field:
+    """One array of the batch: symbolic shape (without the batch axis), dtype, and what it means."""
+
+    shape: tuple[str, ...]
+    dtype: type
+    meaning: str
+
+
+FIELDS: dict[str, Field] = {
+    "volume": Field(("X", "Y", "Z"), np.int16, "HU, not windowed; air is -1024"),
+    "token_ids": Field(("T",), np.int32, "WordPiece ids, [CLS] first, [SEP] last, then padding"),
+    "token_mask": Field(("T",), np.bool_, "True where there is a token, special tokens included"),
+    "sentence_index": Field(("T",), np.int32, "1..S: the sentence the token belongs to; 0 for special tokens and padding"),
+    "word_index": Field(("T",), np.int32, "1..: the whole word the token belongs to; 0 for special tokens and padding"),
+    "labels": Field(("L",), np.int8, "1 present, 0 absent, -1 unknown"),
+    "report_id": Field((), np.int32, "equal for scans that share one report: never each other's negatives"),
+    "patient_id": Field((), np.int32, "equal for scans of one patient"),
+    "valid": Field((), np.bool_, "False for rows that only pad the last batch of an evaluation"),
+    "record_index": Field((), np.int32, "position in the prepared data set: names the bad batch when a loss is not finite"),
+}
+
+
+def shapes(batch_size: int, volume_size: tuple[int, int, int], tokens: int, labels: int) -> dict[str, tuple[int, ...]]:
+    """Concrete shapes of every field, batch axis first."""
+    sizes = dict(zip("XYZ", volume_size, strict=True)) | {"T": tokens, "L": labels}
+    return {name: (batch_size, *(sizes[axis] for axis in field.shape)) for name, field in FIELDS.items()}
+
+
+def check(batch: dict[str, np.ndarray]) -> None:
+    """Raises `ValueError` naming the first field that is missing, unknown, or of the wrong rank or dtype."""
+    if missing := FIELDS.keys() - batch.keys():
+        raise ValueError(f"batch lacks {sorted(missing)}")
+    if unknown := batch.keys() - FIELDS.keys():
+        raise ValueError(f"batch has unknown fields {sorted(unknown)}")
+    for name, field in FIELDS.items():
+        array = batch[name]
+        if array.ndim != len(field.shape) + 1 or array.dtype != field.dtype:
+            raise ValueError(f"batch[{name!r}] is {array.dtype}{array.shape}, expected {np.dtype(field.dtype)}[B, {', '.join(field.shape)}]")

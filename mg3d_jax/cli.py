@@ -1,0 +1,48 @@
+"""`mg3d <command>`: one table of commands, each in its own module with `main(argv) -> int` and its own `--help`.
+
+Modules are imported only when their command runs, so that `mg3d --help` and `mg3d phantom` never import JAX.
+"""
+
+from __future__ import annotations
+
+import importlib
+import sys
+
+from mg3d_jax.errors import UserError
+
+COMMANDS: dict[str, tuple[str, str]] = {
+    "phantom": ("mg3d_jax.data.phantom_command", "make procedural chest CT with reports, in CT-RATE's layout"),
+    "prepare": ("mg3d_jax.data.prepare", "volumes and reports on disk -> checked, sharded training records"),
+    "train": ("mg3d_jax.training.command", "train from a config; the same command resumes"),
+    "evaluate": ("mg3d_jax.evaluation.command", "zero-shot AUROC and retrieval of a trained run"),
+    "sweep": ("mg3d_jax.scaling.command", "scaling-law sweeps: plan, run, status, fit"),
+    "export": ("mg3d_jax.interop.export", "write a run's weights for PyTorch and Hugging Face users"),
+}
+
+
+def usage() -> str:
+    width = max(map(len, COMMANDS))
+    lines = [f"  {name:<{width}}  {summary}" for name, (_, summary) in COMMANDS.items()]
+    return "usage: mg3d <command> [options]\n\ncommands:\n" + "\n".join(lines) + "\n\nmg3d <command> --help says more."
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Runs one command; a `UserError` becomes one readable line on stderr and exit code 2."""
+    argv = sys.argv[1:] if argv is None else argv
+    if not argv or argv[0] in ("-h", "--help", "help"):
+        print(usage())
+        return 0
+    if argv[0] == "--version":
+        from mg3d_jax import __version__
+
+        print(f"mg3d {__version__}")
+        return 0
+    name, *rest = argv
+    if name not in COMMANDS:
+        print(f"mg3d: there is no command {name!r}.\n\n{usage()}", file=sys.stderr)
+        return 2
+    try:
+        return importlib.import_module(COMMANDS[name][0]).main(rest) or 0
+    except UserError as error:
+        print(f"mg3d {name}: {error}", file=sys.stderr)
+        return 2

@@ -1,0 +1,77 @@
+"""What a prepared folder says about itself: `manifest.json`, written last: it is there only when all is done."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import mg3d_jax
+from mg3d_jax.data.records import FORMAT_VERSION, MANIFEST_NAME
+
+# The modules that decide which bytes a record holds.
+_CODE = ("hounsfield", "nifti", "records", "reports", "resample", "sources", "volumes")
+
+
+def write_json(path: Path, value: Any, *, indent: int | None = 1) -> None:
+    """Writes JSON through a temporary name: the file is either complete or as it was."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    with open(temporary, "w") as file:
+        json.dump(value, file, indent=indent, ensure_ascii=False)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(temporary, path)
+
+
+def code_version() -> str:
+    """Version of the package and a digest of the code that decides the records' bytes."""
+    digest = hashlib.sha256()
+    for name in _CODE:
+        digest.update((Path(__file__).parent / f"{name}.py").read_bytes())
+    return f"{mg3d_jax.__version__}+data.{digest.hexdigest()[:12]}"
+
+
+def group_patients(patients: list[str]) -> list[list]:
+    """[[patient, number of records], ...] of patients in record order."""
+    groups: list[list] = []
+    for patient in patients:
+        if groups and groups[-1][0] == patient:
+            groups[-1][1] += 1
+        else:
+            groups.append([patient, 1])
+    return groups
+
+
+def build_manifest(
+    plan: dict[str, Any], label_names: tuple[str, ...], shards: list[dict[str, Any]], listing: dict[str, Any]
+) -> dict[str, Any]:
+    """The manifest of a finished folder.
+
+    plan: settings that decide the records (source, split, grid, ...). shards: the sidecar of every shard, in order.
+    listing: {"bad", "skipped", "notes"} of the source."""
+    entries = [entry for shard in shards for entry in shard["entries"]]
+    shard_keys = ("file", "records", "bytes", "sha256")
+    return {
+        "format_version": FORMAT_VERSION,
+        "source": plan["source"],
+        "split": plan["split"],
+        "grid": plan["size"],
+        "spacing": plan["spacing"],
+        "label_names": list(label_names),
+        "records": len(entries),
+        "patients": group_patients([entry["patient"] for entry in entries]),
+        "unique_reports": len({entry["report_id"] for entry in entries}),
+        "shards": [{key: shard[key] for key in shard_keys} for shard in shards if shard["records"]],
+        "bad": listing["bad"] + [item for shard in shards for item in shard["bad"]],
+        "skipped": listing["skipped"],
+        "notes": listing["notes"],
+        "warnings": sum(bool(line["warnings"]) for shard in shards for line in shard["quality"]),
+        "code_version": plan["code_version"],
+        "settings": plan,
+    }
+
+
+def write_manifest(folder: Path, manifest: dict[str, Any]) -> None:
+    write_json(folder / MANIFEST_NAME, manifest)

@@ -1,0 +1,180 @@
+"""Report -> sections -> clean text -> sentences, and one id per distinct report.
+
+The rules are for radiology reports as they are: machine-translated (CT-RATE from Turkish, CTRG from Chinese), with
+stray quotes that once were bullets, decimals, image references such as "img117", ordinals such as "3. rib", and
+numbered lists. `tests/test_data_reports.py` keeps the hard cases.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import re
+import unicodedata
+
+# A section that only says that there is none.
+_EMPTY = re.compile(
+    r"[\W_]*(not\s+(given|available|provided|specified|entered|applicable)|none|nan|null|nil|n\.?\s*/?\s*a|unknown"
+    r"|no\s+(report|text|impression|conclusion))?[\W_]*",
+    re.IGNORECASE,
+)
+_CHARACTERS = str.maketrans(
+    {
+        "“": '"', "”": '"', "„": '"', "«": '"', "»": '"', "＂": '"',
+        "‘": "'", "’": "'", "‚": "'", "`": "'", "´": "'",
+        "\u00a0": " ", "\u200b": "", "\ufeff": "", "\u00ad": "",
+        "×": "x", "✕": "x", "＊": "*", "，": ", ", "。": ". ", "；": "; ", "：": ": ", "（": "(", "）": ")",
+    }
+)  # fmt: skip
+
+# Words after which a full stop does not end the sentence. Compared in lower case, without the stop.
+_ABBREVIATIONS = frozenset(
+    re.findall(
+        r"\S+",
+        "dr mr mrs ms prof st vs cf e.g i.e eg ie ca approx appr fig figs no nr nos img im ima se ser vol ver dept "
+        "resp incl excl max min diam dia ant post sup inf lat med bilat lt rt art v vv aa i.v iv i.m p.o al seg segm "
+        "temp tel inc",
+    )
+)
+# Of these, the ones that also are ordinary last words: only an abbreviation before a number.
+_BEFORE_NUMBER = frozenset(("no", "nr", "nos", "img", "im", "ima", "se", "ser", "fig", "figs", "vol", "max", "min"))
+
+_BULLET = re.compile(r"(?:^|(?<=[\s.;:!?)\"]))[•●▪■◦·*‣➢✓](?=\s*\S)")
+_QUOTE_BULLET = re.compile(r"(?:^|(?<=\s)|(?<=[.?!:;,]))['\"]+(?=\s+\.?\s*[A-Z0-9])|(?<=[a-z)])\"(?=\s+[A-Z])")
+_DASH_BULLET = re.compile(r"(?:^|(?<=[.!?:]\s)|(?<=\n))\s*[-–—]+\s*(?=[A-Z])")
+_LIST_NUMBER = re.compile(r"(?:^|(?<=[.!?:;]\s)|(?<=\n))\s*\(?\d{1,2}\s?(?:[.)]|[.]?-)\s*(?=[A-Z])")
+_NEWLINE = re.compile(r"\s*\n\s*")
+_STOP = re.compile(r"[.!?]+")
+_BREAK = "\x00"  # a boundary that layout has already decided: a bullet, a list number, a blank line
+
+_HEADING = re.compile(
+    r"(?:^|(?<=[\n.;]))[ \t]*"
+    r"(?P<name>findings?|results?|reports?|comments?|impressions?|conclusions?|opinions?|diagnos[ie]s|summary)"
+    r"[ \t]*[:：][ \t]*",
+    re.IGNORECASE,
+)
+_IMPRESSION_HEADINGS = ("impression", "conclusion", "opinion", "diagnos", "summary")
+
+
+def clean(text: object) -> str:
+    """Text of one report section: unified quotes and spaces, "" for `None`, NaN, "Not given." and the like.
+    Line breaks are kept (they separate list items); `split_sentences` removes them."""
+    if not isinstance(text, str):
+        return ""
+    text = unicodedata.normalize("NFC", text).translate(_CHARACTERS).replace("\r\n", "\n").replace("\r", "\n")
+    text = re.sub(r"[ \t\f\v]+", " ", text)
+    text = re.sub(r" ?\n ?", "\n", text).strip()
+    if _EMPTY.fullmatch(text):
+        return ""
+    return text
+
+
+def split_sections(text: str) -> tuple[str, str]:
+    """(findings, impression) of a report held in one text, by its headings ("FINDINGS:", "IMPRESSION:", "Conclusion:");
+    all of it is findings where there is no heading."""
+    text = clean(text)
+    parts: dict[str, list[str]] = {"findings": [], "impression": []}
+    target, start = "findings", 0
+    for match in _HEADING.finditer(text):
+        parts[target].append(text[start : match.start()])
+        target = "impression" if match["name"].lower().startswith(_IMPRESSION_HEADINGS) else "findings"
+        start = match.end()
+    parts[target].append(text[start:])
+    findings, impression = (
+        " ".join(p.strip() for p in parts[name] if p.strip()) for name in ("findings", "impression")
+    )
+    return clean(findings), clean(impression)
+
+
+def _mark_layout(text: str) -> str:
+    """Bullets, list numbers and line breaks become `_BREAK` or a space."""
+    text = _LIST_NUMBER.sub(_BREAK, text)
+    text = _DASH_BULLET.sub(_BREAK, text)
+    text = _BULLET.sub(_BREAK, text)
+    text = _QUOTE_BULLET.sub(_BREAK, text)
+    lines = _NEWLINE.split(text)
+    joined = lines[0]
+    for line in lines[1:]:
+        # A wrapped line goes on in lower case or after a comma; anything else starts an item of its own.
+        wrapped = line[:1].islower() or joined.rstrip().endswith((",", "-", "("))
+        joined += (" " if wrapped else _BREAK) + line
+    return joined.replace('"', "")
+
+
+def _parenthesis_depth(text: str) -> list[bool]:
+    """For each character, whether it lies inside a balanced parenthesis. A stray "(" opens nothing."""
+    inside = [False] * len(text)
+    stack: list[int] = []
+    for position, character in enumerate(text):
+        if character == "(":
+            stack.append(position)
+        elif character == ")" and stack:
+            start = stack.pop()
+            inside[start:position] = [True] * (position - start)
+    return inside
+
+
+def _ends_sentence(before: str, stop: str, after: str) -> bool:
+    """Whether `stop` (a run of . ! ?) between `before` and `after` ends a sentence."""
+    following = after.lstrip(" )'")
+    if not following:
+        return True
+    spaced = after[:1] in (" ", _BREAK)
+    if following[0] == _BREAK:
+        return True
+    if following[0] in ",;:.":  # "etc., and": the sentence goes on
+        return False
+    if len(stop) > 1 and set(stop) == {"."}:  # "....": a gap in the text
+        return following[0].isupper()
+    if stop != ".":  # "Cyst? There are", but "infective? atelectasis"
+        return following[0].isupper() or following[0].isdigit()
+    word_match = re.search(r"[^\s(\[,;:/]+$", before)
+    word = word_match[0].lower() if word_match else ""
+    if word in _ABBREVIATIONS:
+        return word in _BEFORE_NUMBER and spaced and not following[0].isdigit()
+    if word[-1:].isdigit():
+        if following[0].isdigit():  # "0.8", "12.03.2020", "0. 8 cm"; but "image 129. 2 nodules"
+            return spaced and len(re.search(r"\d+$", word)[0]) > 2
+        if following[0].islower():  # "3. rib", "5. and 6. ribs": an ordinal; "image 129. there are": an end
+            return spaced and (len(word) > 2 or not word.isdigit()) and not re.fullmatch(r"[a-z]{1,2}\d{1,2}", word)
+        return True
+    if not spaced:  # "normal.No lesion" is an end, "u.s" and "www.x" are not
+        return following[0].isupper() and len(word) > 2
+    # "S. aureus", "L. lung": an initial.
+    return not (len(word) == 1 and word.isalpha() and before[-1].isupper() and following[0].islower())
+
+
+def split_sentences(text: str) -> tuple[str, ...]:
+    """Sentences of one section, in order, each with its own full stop, without bullets, list numbers and stray quotes.
+
+    >>> split_sentences('A nodule of 0.8 x 1.0 cm (img117). " Hiatal hernia " Emphysema')
+    ('A nodule of 0.8 x 1.0 cm (img117).', 'Hiatal hernia', 'Emphysema')
+    """
+    text = _mark_layout(clean(text))
+    inside = _parenthesis_depth(text)
+    pieces, start = [], 0
+    for match in _STOP.finditer(text):
+        if inside[match.start()]:
+            continue
+        if _ends_sentence(text[start : match.start()], match[0], text[match.end() :]):
+            end = match.end() + len(re.match(r"[)']*", text[match.end() :])[0])
+            pieces.append(text[start:end])
+            start = end
+    pieces.append(text[start:])
+    sentences = []
+    for piece in pieces:
+        for part in piece.split(_BREAK):
+            sentence = re.sub(r"\s+", " ", part).strip(" \t-–—*'").lstrip(".,;:!?) ")
+            if re.search(r"[^\W_]", sentence):
+                sentences.append(sentence)
+    return tuple(sentences)
+
+
+def report_sentences(findings: str, impression: str) -> tuple[str, ...]:
+    """Sentences of the findings, then of the impression. Sentences are never merged over the section border."""
+    return split_sentences(findings) + split_sentences(impression)
+
+
+def report_id(findings: str, impression: str) -> str:
+    """Hex digest of the report: equal for reports that differ in nothing but case, spaces, quotes and bullets."""
+    words = re.findall(r"[^\W_]+|[.,%+-]", (clean(findings) + "\n" + clean(impression)).lower())
+    return hashlib.sha256(" ".join(words).encode()).hexdigest()[:32]

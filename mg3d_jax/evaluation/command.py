@@ -1,0 +1,84 @@
+"""`mg3d evaluate`: zero-shot AUROC and retrieval of a trained run on prepared data."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+
+import numpy as np
+from rich.console import Console
+from rich.table import Table
+
+from mg3d_jax.data.pipeline import PreparedData, short_id
+from mg3d_jax.evaluation import retrieval, zero_shot
+
+
+def main(argv: list[str]) -> int:
+    parser = argparse.ArgumentParser(
+        prog="mg3d evaluate",
+        description="Zero-shot AUROC of the labelled abnormalities and recall@k between volumes and reports. Writes "
+        "evaluation.json and evaluation.png.",
+    )
+    parser.add_argument("--workdir", required=True, type=Path, help="a run of `mg3d train`")
+    parser.add_argument("--data", required=True, nargs="+", help="prepared folder(s), not used in training")
+    parser.add_argument("--step", type=int, help="which checkpoint (default: the newest)")
+    parser.add_argument("--out", type=Path, help="where to write (default: WORKDIR/evaluation)")
+    parser.add_argument("--batch-size", type=int, default=16, help="volumes per call (default: %(default)s)")
+    args = parser.parse_args(argv)
+    result = evaluate(args.workdir, tuple(args.data), step=args.step, batch_size=args.batch_size)
+    out = args.out or args.workdir / "evaluation"
+    out.mkdir(parents=True, exist_ok=True)
+    (out / "evaluation.json").write_text(json.dumps(result, indent=1))
+    from mg3d_jax.evaluation.plots import plot_evaluation  # slow import
+
+    plot_evaluation(result, out / "evaluation.png")
+    print_tables(result)
+    print(f"written: {out / 'evaluation.json'}, {out / 'evaluation.png'}")
+    return 0
+
+
+def evaluate(workdir: Path, data_folders: tuple[str, ...], *, step: int | None = None, batch_size: int = 16) -> dict:
+    """Embeds all volumes and distinct reports of the data and scores them. Every number's protocol is in the result."""
+    from mg3d_jax.evaluation.embed import TrainedModel  # imports JAX
+
+    model = TrainedModel(workdir, step=step, batch_size=batch_size)
+    data = PreparedData(data_folders, volume_size=tuple(model.config.model.volume_size))
+    volumes, fields = model.volumes(data)
+    names, logit_scale = data.label_names, float(np.exp(np.asarray(model.params["logit_scale"])))
+    scores = zero_shot.probabilities(volumes, model.texts(zero_shot.prompts(names)), logit_scale)
+    reports = {int(short_id(r.report_id)): r.sentences for r in data.records()}
+    embedded = model.reports(list(reports.values()))
+    return {
+        "run": str(workdir),
+        "step": model.step,
+        "data": list(data_folders),
+        "volumes": len(data),
+        "patients": len(np.unique(fields["patient_id"])),
+        "zero_shot": {"protocol": zero_shot.PROTOCOL}
+        | zero_shot.evaluate(fields["labels"], scores, names, fields["patient_id"]),
+        "retrieval": {"protocol": retrieval.PROTOCOL}
+        | retrieval.recall(volumes, fields["report_id"], embedded, np.array(list(reports))),
+    }
+
+
+def print_tables(result: dict) -> None:
+    """The two tables of an evaluation on stdout."""
+    console, zero = Console(), result["zero_shot"]
+    table = Table(title=f"zero-shot AUROC, {result['volumes']} volumes of {result['patients']} patients", title_justify="left")
+    for heading in ("abnormality", "AUROC", "95 % interval"):
+        table.add_column(heading)
+    for key in [k for k in zero if k.startswith("auroc/") and not k.endswith("_95")] + ["auroc_macro"]:
+        low, high = zero[f"{key}_95"]
+        table.add_row(key.removeprefix("auroc/"), f"{zero[key]:.3f}", f"{low:.3f} to {high:.3f}")
+    console.print(table)
+    if zero["classes_without_both_outcomes"]:
+        console.print("left out, all present or all absent:", ", ".join(zero["classes_without_both_outcomes"]))
+    table = Table(title="retrieval", title_justify="left")
+    for heading in ("direction", "recall", "value", "chance"):
+        table.add_column(heading)
+    for key, value in result["retrieval"].items():
+        if "/recall@" in key:
+            direction, _, k = key.partition("/recall@")
+            table.add_row(direction.replace("_", " "), f"@{k}", f"{value:.3f}", f"{result['retrieval'][f'{direction}/chance@{k}']:.3f}")
+    console.print(table)

@@ -1,0 +1,116 @@
+"""A trained run on this machine's devices, and the embeddings of volumes, reports and prompts."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import flax.linen as nn
+import jax
+import numpy as np
+
+from mg3d_jax import config as config_lib
+from mg3d_jax import sharding
+from mg3d_jax.data.pipeline import PreparedData, evaluation_batches
+from mg3d_jax.data.tokens import ReportTokenizer, load_tokenizer
+from mg3d_jax.errors import UserError
+from mg3d_jax.progress import Progress
+from mg3d_jax.training import inputs as step_inputs
+from mg3d_jax.training import state as state_lib
+from mg3d_jax.training.checkpoints import Checkpoints
+from mg3d_jax.training.loop import CONFIG_FILE, TOKENIZER_FOLDER
+
+
+class TrainedModel:
+    """One checkpoint of a run, ready to embed.
+
+    Args:
+        workdir: the run. step: which checkpoint; None is the newest.
+        batch_size: volumes per call; rounded up to a multiple of the devices.
+
+    Embeddings are float32 `[n, k]`, l2-normalised.
+    """
+
+    def __init__(self, workdir: Path, *, step: int | None = None, batch_size: int = 16):
+        for needed in (CONFIG_FILE, f"{TOKENIZER_FOLDER}/tokenizer.json"):
+            if not (workdir / needed).exists():
+                raise UserError(f"{workdir} is not a training run: it has no {needed}")
+        self.config = config_lib.from_json((workdir / CONFIG_FILE).read_text())
+        text = load_tokenizer(str(workdir / TOKENIZER_FOLDER))
+        self.tokenizer = ReportTokenizer(text, self.config.data.max_tokens, self.config.data.max_sentences)
+        # Evaluation is data parallel, on whatever devices are here.
+        mesh = sharding.make_mesh(config_lib.default().mesh)
+        self.setup = state_lib.build(self.config, self.tokenizer.vocab_size, mesh, steps=1)
+        checkpoints = Checkpoints(workdir)
+        self.step = checkpoints.latest() if step is None else step
+        self.params = checkpoints.restore(self.setup, self.step)[0]["params"]
+        checkpoints.close()
+        shards = sharding.batch_shards(mesh)
+        self.batch_size = math.ceil(batch_size / shards) * shards
+        self._volumes = self._jitted(self._embed_volume)
+        self._texts = self._jitted(lambda params, text: self._model_embedding(params, text, "embed_report"))
+
+    def _model_embedding(self, params: Any, inputs: Any, method: str) -> jax.Array:
+        features = self.setup.model.apply({"params": params}, inputs, method=method)
+        embedding = features[method.removeprefix("embed_") + "_embedding"]
+        return embedding / jax.numpy.maximum(jax.numpy.linalg.norm(embedding, axis=-1, keepdims=True), 1e-6)
+
+    def _embed_volume(self, params: Any, volume: jax.Array) -> jax.Array:
+        return self._model_embedding(params, step_inputs.window(volume, self.config.data.windows), "embed_volume")
+
+    def _jitted(self, function: Callable) -> Callable[[Any], np.ndarray]:
+        rows = sharding.batch_sharding(self.setup.mesh)
+        jitted = jax.jit(function, in_shardings=(self.setup.shardings["params"], rows), out_shardings=sharding.replicated(self.setup.mesh))
+
+        def call(inputs: Any) -> np.ndarray:
+            with jax.set_mesh(self.setup.mesh), nn.logical_axis_rules(sharding.RULES):
+                return jax.device_get(jitted(self.params, inputs))
+
+        return call
+
+    def volumes(self, data: PreparedData) -> tuple[np.ndarray, dict[str, np.ndarray]]:
+        """Embeddings of every record in order, and its `labels [n, L]`, `report_id [n]`, `patient_id [n]`."""
+        embeddings, kept = [], {name: [] for name in ("labels", "report_id", "patient_id")}
+        with Progress("embed", len(data), unit="volumes") as progress:
+            for batch in evaluation_batches(data, self.tokenizer, self.setup.mesh, self.batch_size):
+                valid = jax.device_get(batch["valid"])
+                embeddings.append(self._volumes(batch["volume"])[valid])
+                for name, rows in kept.items():
+                    rows.append(jax.device_get(batch[name])[valid])
+                progress.advance(int(valid.sum()))
+        return np.concatenate(embeddings), {name: np.concatenate(rows) for name, rows in kept.items()}
+
+    def texts(self, texts: Sequence[Sequence[str]]) -> np.ndarray:
+        """One embedding per text, a text being a few sentences (a prompt is one)."""
+        options = self.config.objectives.alignment
+        length = min(options.report_tokens, self.config.data.max_tokens) if options.report_view == "sentences" else None
+        rows = [self.tokenizer(text) for text in texts]
+        names = ("token_ids", "token_mask", "sentence_index")
+        fields = {name: np.stack([row[name][:length] for row in rows]) for name in names}
+        embeddings = []
+        for first in range(0, len(rows), self.batch_size):
+            part = {name: _pad_rows(array[first : first + self.batch_size], self.batch_size) for name, array in fields.items()}
+            embeddings.append(self._texts(part)[: len(rows) - first])
+        return np.concatenate(embeddings)
+
+    def reports(self, reports: Sequence[Sequence[str]]) -> np.ndarray:
+        """One embedding per report.
+
+        A model trained on views of a few sentences embeds a report as the normalised mean over its consecutive groups of
+        as many sentences; one trained on whole reports embeds it whole.
+        """
+        options = self.config.objectives.alignment
+        if options.report_view == "report":
+            return self.texts(reports)
+        size = options.report_sentences
+        groups = [[r[i : i + size] for i in range(0, max(len(r), 1), size)] for r in reports]
+        flat = self.texts([group for of_report in groups for group in of_report])
+        ends = np.cumsum([len(g) for g in groups])[:-1]
+        means = np.stack([part.mean(axis=0) for part in np.split(flat, ends)])
+        return means / np.maximum(np.linalg.norm(means, axis=-1, keepdims=True), 1e-6)
+
+
+def _pad_rows(array: np.ndarray, rows: int) -> np.ndarray:
+    return np.concatenate([array, np.repeat(array[-1:], rows - len(array), axis=0)])

@@ -1,0 +1,96 @@
+"""Reconstruction heads: voxels of hidden patches from the visible ones and the report; words from report tokens."""
+
+from __future__ import annotations
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from mg3d_jax.models.fusion import CrossAttention
+from mg3d_jax.models.positions import Grid, sincos
+from mg3d_jax.models.transformer import (
+    ACTIVATION_AXES,
+    KERNEL_INIT,
+    Block,
+    constrain,
+    dense,
+    layer_norm,
+    make_remat,
+    part,
+)
+
+
+class DecoderLayer(nn.Module):
+    """Reads the report, then mixes the patches: `((tokens, report), report_mask, train) -> tokens`."""
+
+    num_heads: int
+    mlp_dim: int
+    dtype: str
+    dropout: float
+    attention_backend: str
+
+    @nn.compact
+    def __call__(self, streams: tuple[jax.Array, jax.Array], report_mask: jax.Array, train: bool = False) -> jax.Array:
+        tokens, report = streams
+        common = {"dtype": self.dtype, "dropout": self.dropout, "attention_backend": self.attention_backend}
+        tokens = CrossAttention(self.num_heads, **common, name="cross_attention")(tokens, report, report_mask, train)
+        return Block(self.num_heads, self.mlp_dim, **common, name="block")(tokens, None, train)
+
+
+class VoxelDecoder(nn.Module):
+    """Light decoder of masked volume modelling (He et al. 2022) that also reads the report.
+
+    `(tokens [B, Nv, d], visible int32 [B, Nv], report_tokens [B, T, e], report_mask bool [B, T])` ->
+    `[B, N, patch_values]` in float32, in the order of `patchify`. Hidden places hold a learned mask token; all places
+    get sine-cosine positions.
+    """
+
+    grid: Grid
+    patch_values: int
+    width: int
+    depth: int
+    num_heads: int
+    mlp_ratio: float = 4.0
+    dropout: float = 0.0
+    dtype: str = "float32"
+    remat: str = "none"
+    attention_backend: str = "xla"
+
+    @nn.compact
+    def __call__(
+        self,
+        tokens: jax.Array,
+        visible: jax.Array,
+        report_tokens: jax.Array,
+        report_mask: jax.Array,
+        train: bool = False,
+    ) -> jax.Array:
+        positions = jnp.asarray(sincos(self.grid, self.width))
+        mask_token = self.param("mask_token", part(KERNEL_INIT, ("embed",)), (self.width,)).astype(self.dtype)
+        tokens = dense(self.width, ("embed", None), self.dtype, "embed")(tokens.astype(self.dtype))
+        places = jnp.broadcast_to(mask_token, (tokens.shape[0], *positions.shape))
+        tokens = places.at[jnp.arange(tokens.shape[0])[:, None], visible].set(tokens)
+        tokens = constrain(tokens + positions.astype(self.dtype), ACTIVATION_AXES)
+        report_tokens = report_tokens.astype(self.dtype)
+        layer = make_remat(self.remat)(DecoderLayer)
+        mlp_dim = round(self.width * self.mlp_ratio)
+        for number in range(self.depth):
+            block = layer(
+                self.num_heads, mlp_dim, self.dtype, self.dropout, self.attention_backend, name=f"layer_{number}"
+            )
+            tokens = block((tokens, report_tokens), report_mask, train)
+        tokens = layer_norm(self.dtype, "norm")(tokens)
+        return dense(self.patch_values, ("embed", "patch"), self.dtype, "voxels")(tokens).astype(jnp.float32)
+
+
+class TokenHead(nn.Module):
+    """Masked-language-model head (Devlin et al. 2019): [B, T, d] -> logits [B, T, vocab_size] in the compute dtype."""
+
+    vocab_size: int
+    dtype: str = "float32"
+
+    @nn.compact
+    def __call__(self, tokens: jax.Array) -> jax.Array:
+        hidden = nn.gelu(dense(tokens.shape[-1], ("embed", None), self.dtype, "transform")(tokens), approximate=False)
+        hidden = layer_norm(self.dtype, "norm", 1e-12)(hidden)
+        return dense(self.vocab_size, ("embed", "vocab"), self.dtype, "vocab")(hidden)

@@ -1,0 +1,245 @@
+"""Transformer pieces shared by both towers and the fusion: attention, MLP, block, scanned stack, remat policies.
+
+Parameters are float32 and carry logical axis names ("embed", "heads", "mlp", ...); the compute dtype is an argument;
+softmax and normalisation statistics are float32 whatever the compute dtype.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from mg3d_jax.errors import UserError
+from mg3d_jax.models.attention import attention_weights, dot_product_attention
+
+part = nn.with_logical_partitioning
+constrain = nn.with_logical_constraint
+
+KERNEL_INIT = nn.initializers.truncated_normal(stddev=0.02)
+ACTIVATION_AXES = ("batch", "length", "embed")
+REMAT_POLICIES = ("none", "minimal", "full", "offload")
+
+
+def dense(features: int, axes: tuple[str | None, str | None], dtype: str, name: str, use_bias: bool = True) -> nn.Dense:
+    """A Dense layer whose kernel carries the logical axes `axes` (in, out)."""
+    return nn.Dense(
+        features,
+        use_bias=use_bias,
+        dtype=jnp.dtype(dtype),
+        param_dtype=jnp.float32,
+        kernel_init=part(KERNEL_INIT, axes),
+        bias_init=part(nn.initializers.zeros_init(), axes[1:]),
+        name=name,
+    )
+
+
+def layer_norm(
+    dtype: str, name: str, epsilon: float = 1e-6, axis: str = "embed", use_bias: bool = True
+) -> nn.LayerNorm:
+    """LayerNorm over the last axis: float32 statistics, output in the compute dtype."""
+    return nn.LayerNorm(
+        epsilon=epsilon,
+        dtype=jnp.dtype(dtype),
+        param_dtype=jnp.float32,
+        use_bias=use_bias,
+        use_fast_variance=False,
+        scale_init=part(nn.initializers.ones_init(), (axis,)),
+        bias_init=part(nn.initializers.zeros_init(), (axis,)),
+        name=name,
+    )
+
+
+class Attention(nn.Module):
+    """Multi-head attention; self-attention when `q_in` and `kv_in` are the same array.
+
+    `__call__(q_in [B, Tq, d], kv_in [B, Tk, e], mask bool [B, Tk] or None) -> [B, Tq, d]`. `qk_norm` normalises each
+    head's queries and keys (Dehghani et al. 2023), which keeps large models stable. With the `xla` backend the weights
+    [B, H, Tq, Tk] can be read by `apply(..., mutable="intermediates")` under the name "attention".
+    """
+
+    num_heads: int
+    dtype: str = "float32"
+    qk_norm: bool = False
+    backend: str = "xla"
+    use_bias: bool = True
+
+    @nn.compact
+    def __call__(self, q_in: jax.Array, kv_in: jax.Array, mask: jax.Array | None = None) -> jax.Array:
+        width = q_in.shape[-1]
+        if width % self.num_heads:
+            raise UserError(f"width {width} is not divisible by num_heads {self.num_heads}.")
+        head_dim = width // self.num_heads
+
+        def heads(name: str, inputs: jax.Array) -> jax.Array:
+            flat = dense(width, ("embed", "heads"), self.dtype, name, self.use_bias)(inputs)
+            flat = constrain(flat, ("batch", "length", "heads"))
+            return flat.reshape(*flat.shape[:2], self.num_heads, head_dim)
+
+        query, key, value = heads("query", q_in), heads("key", kv_in), heads("value", kv_in)
+        if self.qk_norm:
+            query = layer_norm(self.dtype, "query_norm", axis="head_dim", use_bias=False)(query)
+            key = layer_norm(self.dtype, "key_norm", axis="head_dim", use_bias=False)(key)
+        if self.is_mutable_collection("intermediates") and not self.is_initializing():
+            self.sow("intermediates", "attention", attention_weights(query, key, mask))
+        mixed = dot_product_attention(query, key, value, mask, self.backend)
+        mixed = constrain(mixed.reshape(*q_in.shape[:2], width), ("batch", "length", "heads"))
+        return dense(width, ("heads", "embed"), self.dtype, "out", self.use_bias)(mixed)
+
+
+class Mlp(nn.Module):
+    """Two dense layers with a GELU between: [B, T, d] -> [B, T, d]. `exact_gelu` is the erf form (BERT)."""
+
+    hidden: int
+    dtype: str = "float32"
+    exact_gelu: bool = False
+    dropout: float = 0.0
+
+    @nn.compact
+    def __call__(self, inputs: jax.Array, train: bool = False) -> jax.Array:
+        hidden = dense(self.hidden, ("embed", "mlp"), self.dtype, "up")(inputs)
+        hidden = constrain(nn.gelu(hidden, approximate=not self.exact_gelu), ("batch", "length", "mlp"))
+        hidden = nn.Dropout(self.dropout)(hidden, deterministic=not train)
+        return dense(inputs.shape[-1], ("mlp", "embed"), self.dtype, "down")(hidden)
+
+
+class LayerScale(nn.Module):
+    """Learned per-channel scale of a residual branch (Touvron et al. 2021), started at `initial`."""
+
+    initial: float
+
+    @nn.compact
+    def __call__(self, inputs: jax.Array) -> jax.Array:
+        scale = self.param("scale", part(nn.initializers.constant(self.initial), ("embed",)), (inputs.shape[-1],))
+        return inputs * scale.astype(inputs.dtype)
+
+
+class Block(nn.Module):
+    """One self-attention layer: `(x [B, T, d], mask bool [B, T] or None, train) -> [B, T, d]`.
+
+    `norm_position` "pre" is the ViT (x + f(norm(x))), "post" is BERT (norm(x + f(x))). Dropout acts on the two residual
+    branches; attention probabilities are never dropped, because the fused attention kernels cannot.
+    """
+
+    num_heads: int
+    mlp_dim: int
+    dtype: str = "float32"
+    norm_position: str = "pre"
+    norm_epsilon: float = 1e-6
+    exact_gelu: bool = False
+    qk_norm: bool = False
+    layer_scale: float | None = None
+    dropout: float = 0.0
+    attention_backend: str = "xla"
+
+    @nn.compact
+    def __call__(self, inputs: jax.Array, mask: jax.Array | None = None, train: bool = False) -> jax.Array:
+        attention = Attention(self.num_heads, self.dtype, self.qk_norm, self.attention_backend, name="attention")
+        mlp = Mlp(self.mlp_dim, self.dtype, self.exact_gelu, name="mlp")
+        inputs = self._residual(inputs, lambda x: attention(x, x, mask), "attention", train)
+        return self._residual(inputs, mlp, "mlp", train)
+
+    def _residual(
+        self, inputs: jax.Array, branch: Callable[[jax.Array], jax.Array], name: str, train: bool
+    ) -> jax.Array:
+        norm = layer_norm(self.dtype, f"{name}_layer_norm", self.norm_epsilon)
+        pre = self.norm_position == "pre"
+        change = branch(norm(inputs) if pre else inputs)
+        if self.layer_scale is not None:
+            change = LayerScale(self.layer_scale, name=f"{name}_scale")(change)
+        change = nn.Dropout(self.dropout)(change, deterministic=not train)
+        total = inputs + change
+        return constrain(total if pre else norm(total), ACTIVATION_AXES)
+
+
+def make_remat(policy: str) -> Callable[[type[nn.Module]], type[nn.Module]]:
+    """What the backward pass keeps of each scanned layer, by name; wraps `(inputs, mask, train)` modules.
+
+    "none" keeps everything; "minimal" keeps the outputs of the dense layers and recomputes attention, norms and GELU;
+    "offload" keeps the same arrays, but in host memory; "full" keeps only the layer's input.
+    """
+    policies = jax.checkpoint_policies
+    if policy == "none":
+        return lambda module: module
+    if policy == "minimal":
+        saved = policies.checkpoint_dots_with_no_batch_dims
+    elif policy == "offload":
+        saved = policies.offload_dot_with_no_batch_dims("device", "pinned_host")
+    elif policy == "full":
+        saved = policies.nothing_saveable
+    else:
+        raise UserError(f"remat={policy!r} is unknown; choose one of {', '.join(REMAT_POLICIES)}.")
+    # Argument 3 is `train` (0 is the module); scan already prevents the common-subexpression elimination.
+    return partial(nn.remat, policy=saved, prevent_cse=False, static_argnums=(3,))
+
+
+_BLOCK_FIELDS = (
+    "num_heads",
+    "mlp_dim",
+    "dtype",
+    "norm_position",
+    "norm_epsilon",
+    "exact_gelu",
+    "qk_norm",
+    "layer_scale",
+    "dropout",
+    "attention_backend",
+)
+
+
+class _ScanBody(nn.Module):
+    """`Block` in the (carry, None) form that `nn.scan` wants."""
+
+    block: dict
+
+    @nn.compact
+    def __call__(self, inputs: jax.Array, mask: jax.Array | None, train: bool) -> tuple[jax.Array, None]:
+        return Block(**self.block, name="block")(inputs, mask, train), None
+
+
+class Stack(nn.Module):
+    """`depth` equal blocks, scanned, so that tracing and compiling cost the same for 12 layers as for 48.
+
+    `__call__(x [B, T, d], mask bool [B, T] or None, train) -> [B, T, d]`. Parameters lie under `blocks/block` with a
+    leading "layers" axis. `frozen_layers` = k puts the first k layers under `frozen_blocks` instead and cuts the
+    gradient above them, so they cost no backward pass.
+    """
+
+    depth: int
+    num_heads: int
+    mlp_dim: int
+    dtype: str = "float32"
+    norm_position: str = "pre"
+    norm_epsilon: float = 1e-6
+    exact_gelu: bool = False
+    qk_norm: bool = False
+    layer_scale: float | None = None
+    dropout: float = 0.0
+    attention_backend: str = "xla"
+    remat: str = "none"
+    frozen_layers: int = 0
+
+    @nn.compact
+    def __call__(self, inputs: jax.Array, mask: jax.Array | None = None, train: bool = False) -> jax.Array:
+        if not 0 <= self.frozen_layers <= self.depth:
+            raise UserError(f"frozen_layers={self.frozen_layers} must lie between 0 and the depth, {self.depth}.")
+        if self.frozen_layers:
+            inputs = jax.lax.stop_gradient(self._scan("frozen_blocks", self.frozen_layers, inputs, mask, train))
+        if self.frozen_layers < self.depth:
+            inputs = self._scan("blocks", self.depth - self.frozen_layers, inputs, mask, train)
+        return inputs
+
+    def _scan(self, name: str, length: int, inputs: jax.Array, mask: jax.Array | None, train: bool) -> jax.Array:
+        block = {field: getattr(self, field) for field in _BLOCK_FIELDS}
+        scanned = nn.scan(
+            make_remat(self.remat)(_ScanBody),
+            variable_axes={"params": 0, "intermediates": 0},
+            split_rngs={"params": True, "dropout": True},
+            length=length,
+            in_axes=(nn.broadcast, nn.broadcast),
+            metadata_params={nn.PARTITION_NAME: "layers"},
+        )
+        return scanned(block, name=name)(inputs, mask, train)[0]

@@ -1,0 +1,172 @@
+"""3D vision transformer: a windowed CT volume -> patch tokens and one pooled embedding.
+
+Patches are cut by reshape and embedded by a matrix product (`stem="linear"`) or by a short hierarchy of strided
+convolutions (`stem="conv"`). Positions are added before masked patches are dropped, so a visible-only pass (masked
+autoencoding, He et al. 2022) sees each patch at its true place.
+"""
+
+from __future__ import annotations
+
+from math import prod
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from mg3d_jax.errors import UserError
+from mg3d_jax.models.heads import AttentionPool, mean_pool
+from mg3d_jax.models.positions import Grid, sincos
+from mg3d_jax.models.transformer import ACTIVATION_AXES, KERNEL_INIT, Stack, constrain, dense, layer_norm, part
+
+
+def patch_grid(volume_size: Grid, patch_size: Grid) -> Grid:
+    """Number of patches along each axis; `UserError` when a side is not a multiple of the patch."""
+    if any(side % patch for side, patch in zip(volume_size, patch_size, strict=True)):
+        raise UserError(
+            f"volume_size {tuple(volume_size)} is not divisible by patch_size {tuple(patch_size)} on each axis."
+        )
+    x, y, z = (side // patch for side, patch in zip(volume_size, patch_size, strict=True))
+    return x, y, z
+
+
+def patchify(volume: jax.Array, patch_size: Grid) -> jax.Array:
+    """[B, X, Y, Z, C] -> [B, N, px*py*pz*C]; patches row-major over the grid, voxels row-major in the patch, C last."""
+    batch, channels = volume.shape[0], volume.shape[-1]
+    gx, gy, gz = patch_grid(volume.shape[1:4], patch_size)
+    px, py, pz = patch_size
+    split = volume.reshape(batch, gx, px, gy, py, gz, pz, channels)
+    return split.transpose(0, 1, 3, 5, 2, 4, 6, 7).reshape(batch, gx * gy * gz, px * py * pz * channels)
+
+
+def unpatchify(patches: jax.Array, patch_size: Grid, volume_size: Grid) -> jax.Array:
+    """The inverse of `patchify`: [B, N, px*py*pz*C] -> [B, X, Y, Z, C]."""
+    gx, gy, gz = patch_grid(volume_size, patch_size)
+    px, py, pz = patch_size
+    split = patches.reshape(patches.shape[0], gx, gy, gz, px, py, pz, -1)
+    return split.transpose(0, 1, 4, 2, 5, 3, 6, 7).reshape(patches.shape[0], *volume_size, -1)
+
+
+def stem_strides(patch_size: Grid) -> list[Grid]:
+    """Strides of the convolutional stem: 2 along each axis that can still be halved; their product is the patch.
+
+    What no 2 divides (a patch side of 6 leaves 3) goes into the last level.
+    """
+    rest, levels = list(patch_size), []
+    while any(side % 2 == 0 for side in rest):
+        stride = tuple(2 if side % 2 == 0 else 1 for side in rest)
+        rest = [side // step for side, step in zip(rest, stride, strict=True)]
+        levels.append(stride)
+    if prod(rest) > 1:
+        last = levels.pop() if levels else (1, 1, 1)
+        levels.append(tuple(step * side for step, side in zip(last, rest, strict=True)))
+    return levels or [(1, 1, 1)]
+
+
+class ConvStem(nn.Module):
+    """[B, X, Y, Z, C] -> [B, N, width]: strided convolutions with norm and GELU, then linear (Xiao et al. 2021).
+
+    Each level halves the axes that the patch still asks for. A convolution whose kernel equals its stride is a reshape
+    and a matrix product, which is fast on every device; channels double per level, up to the width.
+    """
+
+    width: int
+    patch_size: Grid
+    dtype: str = "float32"
+
+    @nn.compact
+    def __call__(self, volume: jax.Array) -> jax.Array:
+        strides = stem_strides(self.patch_size)
+        features, grid = volume, volume.shape[1:4]
+        for level, stride in enumerate(strides):
+            channels = max(16, self.width >> (len(strides) - level))
+            grid = patch_grid(grid, stride)
+            features = patchify(features, stride)
+            features = dense(channels, ("patch", None), self.dtype, f"conv_{level}")(features)
+            features = nn.gelu(layer_norm(self.dtype, f"norm_{level}", axis=None)(features))
+            features = features.reshape(features.shape[0], *grid, channels)
+        return dense(self.width, ("patch", "embed"), self.dtype, "out")(
+            features.reshape(features.shape[0], prod(grid), -1)
+        )
+
+
+class VolumeEncoder(nn.Module):
+    """3D ViT. `(volume float [B, X, Y, Z, C], visible int32 [B, Nv] or None) -> {"tokens", "pooled"}`.
+
+    "tokens" is [B, N, d], or [B, Nv, d] in the order of `visible`; "pooled" is [B, d]. Register tokens (Darcet et al.
+    2024) take part in attention and are dropped from the output. `mlp_ratio * width` is the hidden width of the MLP.
+    """
+
+    width: int
+    depth: int
+    num_heads: int
+    patch_size: Grid
+    volume_size: Grid
+    mlp_ratio: float = 4.0
+    channels: int = 1
+    positions: str = "learned"
+    pooling: str = "attention"
+    num_registers: int = 0
+    qk_norm: bool = False
+    layer_scale: float | None = None
+    dropout: float = 0.0
+    dtype: str = "float32"
+    remat: str = "none"
+    attention_backend: str = "xla"
+    stem: str = "linear"
+
+    @nn.compact
+    def __call__(
+        self, volume: jax.Array, visible: jax.Array | None = None, train: bool = False
+    ) -> dict[str, jax.Array]:
+        expected = (*self.volume_size, self.channels)
+        if volume.shape[1:] != expected:
+            raise UserError(f"the volume encoder was built for volumes of {expected}, not {volume.shape[1:]}.")
+        tokens = self._embed(volume.astype(self.dtype)) + self._positions()
+        if visible is not None:
+            tokens = jnp.take_along_axis(tokens, visible[..., None], axis=1)
+        tokens = constrain(tokens, ACTIVATION_AXES)
+        tokens = nn.Dropout(self.dropout)(tokens, deterministic=not train)
+        if self.num_registers:
+            shape = (self.num_registers, self.width)
+            registers = self.param("registers", part(KERNEL_INIT, ("register", "embed")), shape).astype(tokens.dtype)
+            tokens = jnp.concatenate([jnp.broadcast_to(registers, (tokens.shape[0], *shape)), tokens], axis=1)
+        tokens = Stack(
+            self.depth,
+            self.num_heads,
+            round(self.width * self.mlp_ratio),
+            self.dtype,
+            qk_norm=self.qk_norm,
+            layer_scale=self.layer_scale,
+            dropout=self.dropout,
+            attention_backend=self.attention_backend,
+            remat=self.remat,
+            name="stack",
+        )(tokens, None, train)
+        tokens = layer_norm(self.dtype, "norm")(tokens[:, self.num_registers :])
+        return {"tokens": tokens, "pooled": self._pool(tokens)}
+
+    def _embed(self, volume: jax.Array) -> jax.Array:
+        if self.stem == "linear":
+            return dense(self.width, ("patch", "embed"), self.dtype, "patch_embedding")(
+                patchify(volume, self.patch_size)
+            )
+        if self.stem == "conv":
+            return ConvStem(self.width, self.patch_size, self.dtype, name="patch_embedding")(volume)
+        raise UserError(f"volume_encoder.stem={self.stem!r} is unknown; choose linear or conv.")
+
+    def _positions(self) -> jax.Array:
+        grid = patch_grid(self.volume_size, self.patch_size)
+        if self.positions == "learned":
+            table = self.param("positions", part(KERNEL_INIT, ("position", "embed")), (prod(grid), self.width))
+        elif self.positions == "sincos":
+            table = jnp.asarray(sincos(grid, self.width))
+        else:
+            raise UserError(f"volume_encoder.positions={self.positions!r} is unknown; choose learned or sincos.")
+        return table.astype(self.dtype)
+
+    def _pool(self, tokens: jax.Array) -> jax.Array:
+        if self.pooling == "mean":
+            return mean_pool(tokens)
+        if self.pooling == "attention":
+            return AttentionPool(self.num_heads, self.dtype, name="pool")(tokens)
+        raise UserError(f"volume_encoder.pooling={self.pooling!r} is unknown; choose attention or mean.")

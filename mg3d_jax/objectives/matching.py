@@ -1,0 +1,96 @@
+"""Sentence-wise semantic matching between patients (MG-3D, arXiv 2412.05876).
+
+Two patients whose reports say the same should look the same where they say it: for sentences of different patients with
+report-side cosine `t`, the sentence-conditioned volume features are pulled to cosine `t` when `t >= high` and pushed to
+cosine 0 when `t <= low`; between the thresholds there is no loss.
+
+The B S x B S matrix of similarities never exists: every device walks blocks of the other patients past its own
+(`pairwise.pair_sum`), and the backward pass computes each tile again.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+
+from mg3d_jax.errors import UserError
+from mg3d_jax.objectives.pairwise import Tree, default_ids, l2_normalize, pair_sum
+
+Metrics = dict[str, jax.Array]
+
+AVERAGES = ("pairs", "patients")
+_cosines = partial(jnp.einsum, "isk,jtk->isjt", precision=jax.lax.Precision.HIGHEST)
+
+
+def _tile(rows: Tree, columns: Tree, row_keys: Tree, column_keys: Tree, *, high: float, low: float) -> Tree:
+    """Sums per row patient over the sentence pairs of one block; tiles are [rows, S, block, S]."""
+    similarity, target = _cosines(rows, columns), _cosines(row_keys["s"], column_keys["s"])
+    other = row_keys["group"][:, None] != column_keys["group"]  # [rows, block]
+    pair = row_keys["mask"][:, :, None, None] & column_keys["mask"] & other[:, None, :, None]
+    attract, repel = pair & (target >= high), pair & (target <= low)
+    errors = {
+        "attract": jnp.where(attract, jnp.abs(similarity - target), 0.0),
+        "repel": jnp.where(repel, jnp.abs(similarity), 0.0),
+    }
+    counts = {"attract_pairs": attract, "repel_pairs": repel, "pairs": pair}
+    sums = {name: jnp.sum(part, axis=(1, 2, 3), dtype=jnp.float32) for name, part in (errors | counts).items()}
+    per_patients = jnp.sum(errors["attract"] + errors["repel"], axis=(1, 3)) / jnp.maximum(
+        jnp.sum(pair, axis=(1, 3)), 1
+    )
+    sums["patient_means"] = jnp.sum(per_patients, axis=1)
+    sums["patient_pairs"] = jnp.sum(jnp.any(pair, axis=(1, 3)), axis=1, dtype=jnp.float32)
+    return sums
+
+
+def sentence_matching(
+    z: jax.Array,
+    s: jax.Array,
+    mask: jax.Array,
+    *,
+    group_ids: jax.Array | None = None,
+    high: float = 0.9,
+    low: float = 0.6,
+    block_size: int | None = None,
+    average: str = "pairs",
+) -> tuple[jax.Array, Metrics]:
+    """L1 distance of the cosines of `z` to their targets, over the sentence pairs of all different patients.
+
+    Args:
+        z: [B, S, k] sentence-conditioned volume features, l2-normalised here in float32.
+        s: [B, S, d] report-side sentence features, l2-normalised here; they get no gradient.
+        mask: bool [B, S], False for sentences that only pad. A patient may have none.
+        group_ids: int [B]; scans of one group (one patient's report) are not paired. None: all rows differ.
+        high, low: pairs with report-side cosine >= high attract, <= low repel, the rest is ignored.
+        block_size: patients per tile; it changes memory and speed, never the value. None chooses it by size.
+        average: "pairs": the mean over the attracting and repelling sentence pairs, so neither padding nor ignored
+            pairs dilute it. "patients" (the release's): the mean over pairs of patients of the mean over all their
+            sentence pairs, ignored ones counting as 0; patients without sentences are left out.
+
+    Returns:
+        The loss (0 without any pair) and metrics: `attract` and `repel` (mean errors of either kind),
+        `attract_fraction` and `repel_fraction` (of all sentence pairs).
+    """
+    if average not in AVERAGES:
+        raise UserError(f"matching average {average!r} is unknown; choose one of {', '.join(AVERAGES)}.")
+    batch_size, sentences = mask.shape
+    keys = {"s": l2_normalize(s), "mask": mask, "group": default_ids(group_ids, batch_size)}
+    z, tile = l2_normalize(z), partial(_tile, high=high, low=low)
+    sums = pair_sum(tile, block_size, sentences**2, z, z, keys, keys)
+    total = {name: jnp.sum(values) for name, values in sums.items()}
+
+    def ratio(part: jax.Array, whole: jax.Array) -> jax.Array:
+        return part / jnp.maximum(whole, 1.0)
+
+    if average == "pairs":
+        loss = ratio(total["attract"] + total["repel"], total["attract_pairs"] + total["repel_pairs"])
+    else:
+        loss = ratio(total["patient_means"], total["patient_pairs"])
+    metrics = {
+        "attract": ratio(total["attract"], total["attract_pairs"]),
+        "repel": ratio(total["repel"], total["repel_pairs"]),
+        "attract_fraction": ratio(total["attract_pairs"], total["pairs"]),
+        "repel_fraction": ratio(total["repel_pairs"], total["pairs"]),
+    }
+    return loss, jax.lax.stop_gradient(metrics)

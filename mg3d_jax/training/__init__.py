@@ -1,0 +1,1 @@
+"""State, optimizer, step, loop, checkpoints and what a run tells about itself."""

@@ -1,0 +1,103 @@
+"""The training state, how it lies on the mesh, and how it is made there without ever being whole on one device."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import optax
+from jax.sharding import Mesh
+from ml_collections import ConfigDict
+
+from mg3d_jax import batch as batch_contract
+from mg3d_jax import sharding
+from mg3d_jax.models.attention import choose_backend
+from mg3d_jax.models.mg3d import MG3D
+from mg3d_jax.models.presets import report_preset, volume_preset
+from mg3d_jax.training import optimizer, schedule
+
+State = dict[str, Any]  # {"params", "opt_state", "step"}
+
+
+@dataclass(frozen=True)
+class Setup:
+    """Everything that is fixed before the first step: model, optimizer, mesh, and the shape and sharding of the state."""
+
+    config: ConfigDict
+    model: MG3D
+    mesh: Mesh
+    tx: optax.GradientTransformation
+    learning_rate: optax.Schedule
+    factors: Any  # learning-rate multiplier of every parameter, 0 where frozen
+    abstract: State  # shapes, dtypes and shardings
+    attention: tuple[str, str]  # backend and why
+    steps: int
+
+    @property
+    def shardings(self) -> State:
+        return jax.tree.map(lambda x: x.sharding, self.abstract)
+
+
+def build_model(config: ConfigDict, vocab_size: int) -> tuple[MG3D, tuple[str, str]]:
+    """The model, and the attention backend with the reason for it."""
+    preset = volume_preset(config.model.volume_encoder.preset), report_preset(config.model.report_encoder.preset)
+    head_dim = max(p.width // p.num_heads for p in preset)
+    backend = choose_backend(config.model.attention, jax.default_backend(), config.model.dtype, head_dim)
+    return MG3D(config, vocab_size, backend[0]), backend
+
+
+def dummy_inputs(config: ConfigDict, batch_size: int = 1) -> dict[str, Any]:
+    """Zeros of the shapes that the model takes; enough to trace it."""
+    shapes = batch_contract.shapes(batch_size, tuple(config.model.volume_size), config.data.max_tokens, 1)
+    report = {k: jnp.zeros(shapes[k], batch_contract.FIELDS[k].dtype) for k in ("token_ids", "token_mask", "sentence_index")}
+    volume = jnp.zeros((*shapes["volume"], len(config.data.windows)), jnp.float32)
+    return {"volume": volume, "report": report}
+
+
+def abstract_parameters(model: MG3D, config: ConfigDict) -> Any:
+    """Shapes of the parameters with their logical axis names (boxed), without computing anything."""
+    return jax.eval_shape(lambda key: model.init(key, dummy_inputs(config))["params"], jax.random.key(0))
+
+
+def build(config: ConfigDict, vocab_size: int, mesh: Mesh, steps: int) -> Setup:
+    """Model, optimizer and the sharded shape of the state. Nothing is allocated."""
+    model, attention = build_model(config, vocab_size)
+    boxed = abstract_parameters(model, config)
+    shapes, shardings = nn.unbox(boxed), sharding.parameter_shardings(boxed, mesh)
+    rate = schedule.learning_rate(config.schedule, config.optimizer.learning_rate, steps)
+    tx = optimizer.make_optimizer(config.optimizer, rate, shapes)
+    whole = sharding.replicated(mesh)
+    opt_shapes = jax.eval_shape(tx.init, shapes)
+    opt_shardings = optax.tree_utils.tree_map_params(
+        tx, lambda _, s: s, opt_shapes, shardings, transform_non_params=lambda _: whole
+    )
+
+    def placed(shape: jax.ShapeDtypeStruct, place: jax.sharding.Sharding) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct(shape.shape, shape.dtype, sharding=place)
+
+    abstract = {
+        "params": jax.tree.map(placed, shapes, shardings),
+        "opt_state": jax.tree.map(placed, opt_shapes, opt_shardings),
+        "step": jax.ShapeDtypeStruct((), jnp.int32, sharding=whole),
+    }
+    factors = optimizer.multipliers(shapes, config.optimizer)
+    return Setup(config, model, mesh, tx, rate, factors, abstract, attention, steps)
+
+
+def initialize(setup: Setup) -> State:
+    """Step 0, from `config.seed`, made in place: explicit output shardings, or the moments would come out replicated."""
+
+    def init(key: jax.Array) -> State:
+        params = nn.unbox(setup.model.init(key, dummy_inputs(setup.config))["params"])
+        return {"params": params, "opt_state": setup.tx.init(params), "step": jnp.int32(0)}
+
+    with jax.set_mesh(setup.mesh), nn.logical_axis_rules(sharding.RULES):
+        return jax.jit(init, out_shardings=setup.shardings)(jax.random.key(setup.config.seed))
+
+
+def count(tree: Any) -> int:
+    """Number of parameters."""
+    return sum(int(x.size) for x in jax.tree.leaves(tree))
