@@ -11,6 +11,7 @@ import argparse
 import difflib
 import hashlib
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -64,6 +65,9 @@ def default() -> ConfigDict:
         ),
         report_encoder=_group(preset="base", max_positions=512, dropout=0.0),
         projection_dim=512,
+        fusion=_group(depth=2, kind="attention"),  # "attention", or "gate": the relevance gate of MG-3D's release
+        voxel_decoder=_group(width=384, depth=2, num_heads=6),
+        matching_dim=128,  # width of the sentence-conditioned volume features
         dtype="bfloat16",
         remat="minimal",
         attention="auto",
@@ -76,8 +80,28 @@ def default() -> ConfigDict:
             report_view="sentences",  # "report": the whole report; "sentences": a random subset of its sentences
             report_sentences=4,  # how many, for the view "sentences"
             report_tokens=96,  # length of that view; what does not fit is cut
-            block_size=0,  # columns of the similarity matrix at a time; 0 = all at once
+            form="softmax",  # "softmax": InfoNCE; "sigmoid": SigLIP, with a learned bias
+            volume_report_weight=1.0,  # pair (a): volume against report
+            fused_weight=0.0,  # pair (b): fused patient against its two embeddings
+            block_size=0,  # columns of the similarity matrix at a time; 0 chooses by size
         ),
+        volume_reconstruction=_group(
+            weight=0.0,
+            mask_ratio=0.5,
+            masking="random",  # "random", or "nested": whole cells of 2x2x2 patches, then patches in the other cells
+            normalize_target=False,  # per patch
+            read_report=True,  # False: a plain masked autoencoder
+        ),
+        report_reconstruction=_group(weight=0.0, mask_ratio=0.15, sentence_weight=0.1),
+        matching=_group(
+            weight=0.0,
+            high=0.9,  # report-side cosine from which sentences of two patients attract
+            low=0.6,  # and up to which they repel
+            average="pairs",  # "pairs" of sentences, or "patients": the release's
+            sentence_source="encoder",  # what is compared: means of the report encoder's output, or of its "embeddings"
+            block_size=0,  # patients at a time; 0 chooses by size
+        ),
+        discrimination=_group(weight=0.0, temperature=0.1, block_size=0),
     )
     config.optimizer = _group(
         name="adamw",
@@ -87,6 +111,7 @@ def default() -> ConfigDict:
         weight_decay=0.05,
         clip_norm=1.0,
         accumulation=1,  # micro-batches per step
+        gradient_cache=False,  # with accumulation > 1: the exact gradient of the whole batch, for one more forward pass
         learning_rate_multipliers=((".*", 1.0),),  # (regex, factor): the first match counts, every parameter must match
         no_weight_decay=(".*(bias|scale|position|embedding|pooling_query|logit_scale|logit_bias).*",),
         freeze=(),  # regexes of parameters that are not trained
@@ -103,6 +128,30 @@ def default() -> ConfigDict:
     )
     config.mesh = _group(data=-1, fsdp=1, tensor=1)
     return config.lock()
+
+
+# Which objectives are on, by name: the whole method, and the baselines of the same family on equal footing.
+OBJECTIVE_PRESETS: dict[str, dict[str, Any]] = {
+    "clip": {"alignment.weight": 1.0},
+    "siglip": {"alignment.weight": 1.0, "alignment.form": "sigmoid", "alignment.learn_temperature": True},
+    "mae": {"volume_reconstruction.weight": 1.0, "volume_reconstruction.read_report": False},
+    "mg3d": {
+        "alignment.weight": 0.1,
+        "alignment.fused_weight": 1.0,
+        "volume_reconstruction.weight": 1.0,
+        "report_reconstruction.weight": 1.0,
+        "matching.weight": 0.1,
+        "discrimination.weight": 0.1,
+    },
+}
+
+
+def use_objectives(config: ConfigDict, name: str) -> None:
+    """Switches on the objectives of a preset, with the paper's weights, and all others off."""
+    if name not in OBJECTIVE_PRESETS:
+        raise UserError(f"objectives {name!r} are unknown: choose one of {', '.join(OBJECTIVE_PRESETS)}")
+    off = {f"{objective}.weight": 0.0 for objective in config.objectives}
+    config.objectives.update_from_flattened_dict(off | OBJECTIVE_PRESETS[name])
 
 
 def add_arguments(parser: argparse.ArgumentParser, *, required: bool = True) -> None:
@@ -135,13 +184,13 @@ def load(path: str, overrides: list[str] | None = None) -> ConfigDict:
     try:
         values(argv)
         return values.config
-    except AttributeError as error:
+    except (AttributeError, KeyError) as error:
         raise UserError(_unknown_key(path, overrides or [], error)) from error
     except (flags.Error, TypeError, ValueError) as error:
         raise UserError(f"config {path}: {error}") from error
 
 
-def _unknown_key(path: str, overrides: list[str], error: AttributeError) -> str:
+def _unknown_key(path: str, overrides: list[str], error: Exception) -> str:
     known = sorted(flatten(load(path)))
     for override in overrides:
         key = override.removeprefix("--config.").partition("=")[0].partition(" ")[0]
@@ -201,7 +250,8 @@ def resume_differences(old: ConfigDict, new: ConfigDict) -> list[str]:
 
 def validate(config: ConfigDict) -> None:
     """Raises one `UserError` that lists every impossible setting and what to write instead."""
-    problems = [*_data_problems(config), *_model_problems(config), *_training_problems(config)]
+    parts = (_data_problems, _model_problems, _objective_problems, _training_problems)
+    problems = [problem for part in parts for problem in part(config)]
     if problems:
         raise UserError("the configuration is impossible:\n  - " + "\n  - ".join(problems))
 
@@ -269,6 +319,46 @@ def _model_problems(config: ConfigDict) -> list[str]:
             preset = table[model[name].preset]
             if preset.width % preset.num_heads:
                 problems.append(f"model.{name}.preset {model[name].preset}: {preset.num_heads} heads do not divide width {preset.width}")
+    return problems
+
+
+def _objective_problems(config: ConfigDict) -> list[str]:
+    options, decoder = config.objectives, config.model.voxel_decoder
+    voxels, matching = options.volume_reconstruction, options.matching
+    problems = [
+        *_choice("objectives.alignment.form", options.alignment.form, ("softmax", "sigmoid")),
+        *_choice("objectives.volume_reconstruction.masking", voxels.masking, ("random", "nested")),
+        *_choice("objectives.matching.average", matching.average, ("pairs", "patients")),
+        *_choice("objectives.matching.sentence_source", matching.sentence_source, ("encoder", "embeddings")),
+        *_choice("model.fusion.kind", config.model.fusion.kind, ("attention", "gate")),
+        *_positive(config, "model.fusion.depth", "model.matching_dim", "model.voxel_decoder.depth"),
+    ]
+    flat = flatten(options, "objectives.")
+    for key, value in flat.items():
+        if key.endswith("weight") and value < 0:
+            problems.append(f"{key} = {value}: must not be negative; 0 switches it off")
+        if key.endswith(".temperature") and not value > 0:
+            problems.append(f"{key} = {value}: must be positive, e.g. 0.1")
+        if key.endswith(".mask_ratio") and not 0 < value < 1:
+            problems.append(f"{key} = {value}: must lie between 0 and 1, both excluded")
+    if not -1 <= matching.low < matching.high <= 1:
+        problems.append(
+            f"objectives.matching.low = {matching.low}, high = {matching.high}: cosines with low < high are needed"
+        )
+    if voxels.weight > 0 and decoder.width % decoder.num_heads:
+        problems.append(
+            f"model.voxel_decoder.num_heads = {decoder.num_heads} does not divide its width = {decoder.width}"
+        )
+    grid = [n // p for n, p in zip(config.model.volume_size, config.model.volume_encoder.patch_size, strict=False)]
+    if voxels.weight > 0 and voxels.masking == "nested" and any(n % 2 for n in grid):
+        problems.append(
+            f'objectives.volume_reconstruction.masking = "nested" needs an even number of patches along each axis, not '
+            f'{tuple(grid)}: use "random" or another patch'
+        )
+    if voxels.weight > 0 and math.prod(grid) < 2:
+        problems.append(f"a grid of {tuple(grid)} patches has nothing to hide: use a smaller patch_size or a larger volume")
+    if config.optimizer.gradient_cache and config.optimizer.accumulation == 1:
+        problems.append("optimizer.gradient_cache does nothing with optimizer.accumulation = 1: set how many micro-batches")
     return problems
 
 

@@ -7,11 +7,12 @@ from pathlib import Path
 import nibabel as nib
 import numpy as np
 import pytest
+from reference.synthetic_ct import affine, body, write_raw_nifti
 
+from mg3d_jax.data.geometry import Grid, Metadata
 from mg3d_jax.data.hounsfield import decide
 from mg3d_jax.data.nifti import VolumeError
-from mg3d_jax.data.volumes import Grid, Metadata, prepare_volume
-from tests.reference.synthetic_ct import affine, body, write_raw_nifti
+from mg3d_jax.data.volumes import prepare_volume
 
 SHARED = Path(__file__).parents[1].parent / "shared" / "data"
 GRID = Grid((48, 40, 36), (8.0, 8.0, 9.0))
@@ -58,7 +59,9 @@ def test_hu_come_out_right_whatever_the_file_says(tmp_path, name, anatomy):
     path = write(tmp_path / "v.nii.gz", to_stored(hu), *(header or (None, None)))
     got = prepare_volume(path, GRID, Metadata(scaling=table))
     np.testing.assert_array_equal(got.volume, hu)
-    assert bool(got.quality["warnings"]) == must_warn, got.quality
+    said = [warning for warning in got.quality["warnings"] if "no chest" not in warning]
+    assert bool(said) == must_warn, got.quality
+    assert ("no chest" in " ".join(got.quality["warnings"])) == (anatomy == "abdomen")
 
 
 def test_scanner_padding_does_not_disturb_and_becomes_air(tmp_path):
@@ -93,7 +96,9 @@ def test_real_files(name, is_ct):
     if not path.exists():
         pytest.skip("the shared volumes are not here")
     if is_ct:
-        assert prepare_volume(path, GRID, Metadata(scaling=(1.0, -8192.0))).quality["warnings"] == []
+        quality = prepare_volume(path, GRID, Metadata(scaling=(1.0, -8192.0))).quality
+        assert [warning.split(":")[0] for warning in quality["warnings"]] == ["no chest"]  # it is an abdomen
+        assert "not applied a second time" in quality["decision"]
     else:
         with pytest.raises(VolumeError, match="does not look like CT"):
             prepare_volume(path, GRID)

@@ -8,10 +8,11 @@ import nibabel as nib
 import numpy as np
 import pytest
 import SimpleITK as sitk
+from reference.synthetic_ct import affine, body, write_nifti
 
+from mg3d_jax.data.geometry import Grid, Metadata
 from mg3d_jax.data.nifti import VolumeError
-from mg3d_jax.data.volumes import Grid, Metadata, prepare_volume
-from tests.reference.synthetic_ct import affine, body, write_nifti
+from mg3d_jax.data.volumes import prepare_volume
 
 SHARED = Path(__file__).parents[1].parent / "shared" / "data"
 AXES = ["RAS", "LPS", "SLP", "AIR", "PSR", "LAI"]

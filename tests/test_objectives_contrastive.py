@@ -133,15 +133,9 @@ def test_duplicate_reports_are_not_negatives():
     x, y, _, _ = make_batch(6)
     x[3], y[3] = x[0], y[0]
     groups = np.array([0, 1, 2, 0, 4, 5], np.int32)
-    without = info_nce(np.delete(x, 3, 0), np.delete(y, 3, 0), temperature=0.1)[0]
-    together = info_nce(x, y, temperature=0.1, group_ids=groups)[0]
-    per_row = float(together) * 6 - float(without) * 5
-    assert np.isfinite(per_row)
-    # Row 0 alone: neither copy sees the other, so its part is the same whether or not the copy is there.
-    same = info_nce(x, y, temperature=0.1, group_ids=np.zeros(6, np.int32))
-    assert float(same[0]) == 0.0
-    worse = info_nce(x, y, temperature=0.1)[0]
-    assert float(worse) > float(together)
+    apart = info_nce(x, y, temperature=0.1, group_ids=groups)[0]
+    assert float(info_nce(x, y, temperature=0.1)[0]) > float(apart)
+    assert float(info_nce(x, y, temperature=0.1, group_ids=np.zeros(6, np.int32))[0]) == 0.0
 
 
 def test_metrics_say_what_they_claim():

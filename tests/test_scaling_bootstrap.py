@@ -53,7 +53,7 @@ def test_rows_of_one_group_are_drawn_together():
 
 def test_intervals_cover_the_truth():
     truth = typical_law()
-    hits = {name: 0 for name in PARAMETERS}
+    hits = dict.fromkeys(PARAMETERS, 0)
     simulations = 30
     for seed in range(simulations):
         n, d, loss = grid(truth, noise=0.005, seed=seed, repeats=2)

@@ -1,4 +1,4 @@
-"""The 18 abnormalities of CT-RATE's labels and the prompts that CT-CLIP evaluates them with, shared by data and evaluation."""
+"""The 18 abnormalities of CT-RATE's labels, and the prompts that CT-CLIP evaluates them with."""
 
 from __future__ import annotations
 

@@ -109,6 +109,8 @@ def decide(sample: np.ndarray, header: tuple[float, float] | None, table: tuple[
     if header is not None and looks_like_ct(header):
         if table is not None and not _agree(header, table, tissue) and table != stored:
             warnings.append(f"header ({_text(header)}) and metadata table ({_text(table)}) disagree: header used")
+        if looks_like_ct(stored):
+            warnings.append(f"with and without the header's {_text(header)} it looks like CT: header used")
         return Mapping(*header, "header slope and intercept applied", warnings)
     if looks_like_ct(stored):
         if header is not None:
@@ -116,6 +118,8 @@ def decide(sample: np.ndarray, header: tuple[float, float] | None, table: tuple[
         decision = "stored numbers are HU"
         if table is not None and table != stored:
             decision += f"; the table's {_text(table)} not applied a second time"
+            if looks_like_ct(table) and not _agree(table, stored, tissue):
+                warnings.append(f"with and without the table's {_text(table)} it looks like CT: not applied")
         return Mapping(*stored, decision, warnings)
     if table is not None and table != stored and looks_like_ct(table):
         if header is not None:

@@ -12,14 +12,30 @@ import mg3d_jax
 from mg3d_jax.data.records import FORMAT_VERSION, MANIFEST_NAME
 
 # The modules that decide which bytes a record holds.
-_CODE = ("hounsfield", "nifti", "records", "reports", "resample", "sources", "volumes")
+_CODE = (
+    "formats",
+    "geometry",
+    "hounsfield",
+    "listing",
+    "nifti",
+    "records",
+    "reports",
+    "resample",
+    "sources",
+    "volumes",
+)
 
 
 def write_json(path: Path, value: Any, *, indent: int | None = 1) -> None:
     """Writes JSON through a temporary name: the file is either complete or as it was."""
+    write_text(path, json.dumps(value, indent=indent, ensure_ascii=False))
+
+
+def write_text(path: Path, text: str) -> None:
+    """Writes a file through a temporary name: it is either complete or as it was."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}.partial")
     with open(temporary, "w") as file:
-        json.dump(value, file, indent=indent, ensure_ascii=False)
+        file.write(text)
         file.flush()
         os.fsync(file.fileno())
     os.replace(temporary, path)
@@ -45,12 +61,14 @@ def group_patients(patients: list[str]) -> list[list]:
 
 
 def build_manifest(
-    plan: dict[str, Any], label_names: tuple[str, ...], shards: list[dict[str, Any]], listing: dict[str, Any]
+    plan: dict[str, Any],
+    shards: list[dict[str, Any]],
+    listing: dict[str, Any],
 ) -> dict[str, Any]:
     """The manifest of a finished folder.
 
     plan: settings that decide the records (source, split, grid, ...). shards: the sidecar of every shard, in order.
-    listing: {"bad", "skipped", "notes"} of the source."""
+    listing: {"label_names", "bad", "skipped", "notes"} of the source."""
     entries = [entry for shard in shards for entry in shard["entries"]]
     shard_keys = ("file", "records", "bytes", "sha256")
     return {
@@ -59,7 +77,7 @@ def build_manifest(
         "split": plan["split"],
         "grid": plan["size"],
         "spacing": plan["spacing"],
-        "label_names": list(label_names),
+        "label_names": listing["label_names"],
         "records": len(entries),
         "patients": group_patients([entry["patient"] for entry in entries]),
         "unique_reports": len({entry["report_id"] for entry in entries}),
@@ -74,4 +92,5 @@ def build_manifest(
 
 
 def write_manifest(folder: Path, manifest: dict[str, Any]) -> None:
+    """Writes `manifest.json`, which makes the folder complete."""
     write_json(folder / MANIFEST_NAME, manifest)

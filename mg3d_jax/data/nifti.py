@@ -31,6 +31,7 @@ class StoredVolume:
     affine: np.ndarray  # float64 [4, 4], voxel -> mm (RAS+), as the header has it
     scaling: tuple[float, float] | None  # slope, intercept of the header; None where it has none, or 1 and 0
     has_orientation: bool  # False where the header tells neither orientation nor position
+    windowed: bool = False  # grey values of a known window: `scaling` is certain, HU beyond the window are lost
     warnings: list[str] = field(default_factory=list)
 
 
@@ -74,7 +75,7 @@ def read_nifti(path: Path) -> StoredVolume:
         affine = np.asarray(image.affine, np.float64)
         stored = tuple(int(n) for n in image.shape)
         dtype, offset = header.get_data_dtype(), int(image.dataobj.offset)
-        # The loaded header's own fields are blanked by nibabel; the array proxy keeps them (1 and 0 where there are none).
+        # nibabel blanks these fields of a loaded header; its array proxy keeps them (1 and 0 where there are none).
         scaling = (float(image.dataobj.slope), float(image.dataobj.inter))
         codes = [int(header[name]) for name in ("qform_code", "sform_code")] if "sform_code" in header else [0, 0]
     except FileNotFoundError:

@@ -1,7 +1,7 @@
-"""A procedural chest: body, rib cage, lungs with lobes, airways and vessels, heart, great vessels, spine, upper abdomen.
+"""A procedural chest: trunk, rib cage, lungs with lobes, airways and vessels, heart, great vessels, spine, abdomen.
 
-Coordinates are mm in RAS+ order around the middle of the chest: x to the patient's right, y anterior, z superior. Surfaces are
-implicit functions that broadcast, so the same function serves a whole grid and a list of points.
+Coordinates are mm in RAS+ order around the middle of the chest: x to the patient's right, y anterior, z superior.
+Surfaces are implicit functions that broadcast, so the same function serves a whole grid and a list of points.
 """
 
 from __future__ import annotations
@@ -58,17 +58,23 @@ class Anatomy:
     lung_hu: float
     blood_hu: float
     airways: tuple[Branch, ...]
+    twigs: tuple[Branch, ...]  # small vessels beyond the last airways; radius is the vessel's
+    table: bool  # whether the patient table is in the field of view
     texture_seed: int
 
     def aorta(self) -> np.ndarray:
         """Centre line [n, 3] of the thoracic aorta: ascending, arch, descending."""
-        x, y, z = self.heart_centre
+        _, y, z = self.heart_centre
         descending = -0.56 * self.cage[1]
         top = 56.0
         arc = np.linspace(0, np.pi, 9)
-        arch = np.stack([-2 - 14 * (1 - np.cos(arc)) + 14, (descending + 16) / 2 + (16 - descending) / 2 * np.cos(arc)], 1)
+        arch = np.stack(
+            [-2 - 14 * (1 - np.cos(arc)) + 14, (descending + 16) / 2 + (16 - descending) / 2 * np.cos(arc)], 1
+        )
         arch = np.concatenate([arch, (top - 20 + 22 * np.sin(arc))[:, None]], 1)
-        return np.array([(2.0, y + 2, z + 24), (14.0, 14.0, 8.0), *arch, (-20.0, descending, -40.0), (-8.0, descending, -170.0)])
+        return np.array(
+            [(2.0, y + 2, z + 24), (14.0, 14.0, 8.0), *arch, (-20.0, descending, -40.0), (-8.0, descending, -170.0)]
+        )
 
 
 def sample_anatomy(rng: np.random.Generator, *, age: int, sex: str) -> Anatomy:
@@ -78,6 +84,7 @@ def sample_anatomy(rng: np.random.Generator, *, age: int, sex: str) -> Anatomy:
     cage = (118 * size + rng.normal(0, 3), 77 * size + rng.normal(0, 3))
     dome = float(rng.normal(-62, 5))
     scale = float(np.clip(rng.normal(0.92, 0.035), 0.84, 1.0)) * size
+    airways = _sample_airways(rng, cage)
     return Anatomy(
         age=age,
         sex=sex,
@@ -94,7 +101,9 @@ def sample_anatomy(rng: np.random.Generator, *, age: int, sex: str) -> Anatomy:
         aorta_radius=float(rng.normal(12.5, 1.0)),
         lung_hu=float(rng.normal(-805, 15)),
         blood_hu=float(rng.choice([45.0, 120.0], p=[0.75, 0.25]) + rng.normal(0, 6)),
-        airways=_sample_airways(rng, cage),
+        airways=airways,
+        twigs=_sample_twigs(rng, airways),
+        table=bool(rng.random() < 0.6),
         texture_seed=int(rng.integers(2**31)),
     )
 
@@ -118,12 +127,24 @@ def _sample_airways(rng: np.random.Generator, cage: tuple[float, float]) -> tupl
     return tuple(branches)
 
 
+def _sample_twigs(rng: np.random.Generator, airways: tuple[Branch, ...]) -> tuple[Branch, ...]:
+    twigs = []
+    for branch in airways:
+        if branch.generation == 2:
+            start, end = np.array(branch.start), np.array(branch.end)
+            for _ in range(4):
+                root = start + rng.uniform(0.2, 1.0) * (end - start)
+                tip = root + 0.5 * (end - start) + rng.normal(0, 16, 3)
+                twigs.append(Branch(branch.lobe, 3, tuple(root), tuple(tip), float(rng.uniform(1.1, 1.7))))
+    return tuple(twigs)
+
+
 # Surfaces: signed distances in mm (approximate), negative inside unless said otherwise.
 def cage_distance(a: Anatomy, x: np.ndarray, y: np.ndarray, z: np.ndarray) -> np.ndarray:
     """To the inner face of the rib cage, which narrows towards the apices."""
     rho = (np.abs(x / a.cage[0]) ** _POWER + np.abs(y / a.cage[1]) ** _POWER) ** (1 / _POWER)
-    climb = np.clip((z - 5) / (a.apex - 5), 0, 1)
-    return (rho - np.sqrt(1 - climb**3)) * np.float32(a.cage[1])
+    climb = np.clip((z + 40) / (a.apex + 40), 0, 1)
+    return (rho - np.sqrt(1 - climb**2.7)) * np.float32(a.cage[1])
 
 
 def diaphragm_z(a: Anatomy, x: np.ndarray, y: np.ndarray) -> np.ndarray:
@@ -203,6 +224,9 @@ def _draw_trunk(canvas: Canvas, a: Anatomy) -> None:
     shoulders = 1 - 0.45 * np.square(np.clip((z - 105) / 55, 0, 1))
     rho = (np.abs(x / a.body[0]) ** 2.6 + np.abs(y / a.body[1]) ** 2.6) ** (1 / 2.6)
     skin = (rho - shoulders) * np.float32(a.body[1])
+    if a.table:
+        where, (_, across, _) = canvas.box((-190, -a.body[1] - 16, -220), (190, -a.body[1] - 8, 220))
+        canvas.blend(where, soft(np.abs(across + a.body[1] + 12) - 3, edge), -100.0)
     canvas.blend(everywhere, soft(skin, edge), FAT_HU)
     canvas.blend(everywhere, soft(skin + a.fat, edge), MUSCLE_HU)
     if a.sex == "F":
@@ -263,6 +287,8 @@ def _draw_lung_trees(canvas: Canvas, a: Anatomy) -> None:
             shift = np.array([0.0, offset * 0.4, offset])
             canvas.capsule(start + shift, end + shift, radius, a.blood_hu, in_lung=True)
         canvas.airway(start, end, branch.radius, 1.0, -150.0)
+    for twig in a.twigs:
+        canvas.capsule(twig.start, twig.end, twig.radius, a.blood_hu, in_lung=True)
     trachea_top = np.array([0.0, -8.0, 200.0])
     carina = np.array([0.0, -8.0, 28.0])
     canvas.capsule(trachea_top, carina, 10.0, 20.0)
@@ -281,7 +307,7 @@ def _draw_heart(canvas: Canvas, a: Anatomy) -> None:
     canvas.blend(where, soft(distance - around, canvas.edge) * inside_chest, 12.0 if a.pericardial_fluid else FAT_HU)
     canvas.blend(where, soft(distance - PERICARDIAL_FAT, canvas.edge) * inside_chest, FAT_HU)
     canvas.blend(where, soft(distance, canvas.edge) * inside_chest, 0.4 * a.blood_hu + 30)
-    canvas.ellipsoid(centre + (2, 2, 2), np.array(a.heart_radii) * (0.55, 0.5, 0.6), a.blood_hu)
+    canvas.ellipsoid(centre + 2, np.array(a.heart_radii) * (0.55, 0.5, 0.6), a.blood_hu)
 
 
 def _draw_great_vessels(canvas: Canvas, a: Anatomy) -> None:
@@ -290,6 +316,6 @@ def _draw_great_vessels(canvas: Canvas, a: Anatomy) -> None:
     trunk = np.array([(-18.0, 26.0, a.heart_centre[2] + 30), (-14.0, 18.0, 20.0)])
     canvas.tube(trunk, 11.0, a.blood_hu)
     for side in (-1, 1):
-        canvas.capsule(trunk[1], hilum(side) + (0, 8, 4), 8.0, a.blood_hu)
+        canvas.capsule(trunk[1], hilum(side) + np.array((0, 8, 4)), 8.0, a.blood_hu)
     esophagus_y = -0.5 * a.cage[1]
     canvas.capsule((4, esophagus_y + 10, 110), (4, esophagus_y, -110), 6.0, 35.0)

@@ -1,11 +1,13 @@
 """A grid of Hounsfield units in millimetre coordinates, and the few shapes that phantoms are drawn with.
 
-Every shape is drawn only inside its bounding box and with an edge about one voxel wide, so that a structure thinner than
-a voxel still has the right mean (the partial volume effect) and two reconstructions of one scan agree whatever their
-spacing. Nothing here calls BLAS: the result must not depend on the number of threads.
+Every shape is drawn only inside its bounding box and with an edge about one voxel wide, so that a structure thinner
+than a voxel still has the right mean (the partial volume effect) and two reconstructions of one scan agree whatever
+their spacing. Nothing here calls BLAS: the result must not depend on the number of threads.
 """
 
 from __future__ import annotations
+
+import itertools
 
 import numpy as np
 
@@ -55,13 +57,30 @@ class Canvas:
     def _through(self, where: tuple[slice, ...], coverage: np.ndarray, in_lung: bool) -> np.ndarray:
         return coverage * self.lung[where] if in_lung else coverage
 
-    def ellipsoid(self, centre: Point, radii: Point, value: float, *, edge: float = 0.0, in_lung: bool = False) -> None:
-        """Fills an axis-aligned ellipsoid (mm); `edge` widens its rim, `in_lung` keeps it to aerated lung."""
+    def ellipsoid(
+        self,
+        centre: Point,
+        radii: Point,
+        value: float,
+        *,
+        edge: float = 0.0,
+        in_lung: bool = False,
+        rough: float = 0.0,
+        seed: int = 0,
+    ) -> None:
+        """Fills an axis-aligned ellipsoid (mm).
+
+        `edge` widens its rim, `in_lung` keeps it to aerated lung, `rough` (mm) and `seed` make its outline irregular.
+        """
         centre, radii = np.asarray(centre, np.float32), np.asarray(radii, np.float32)
         edge = max(edge, self.edge)
-        where, (x, y, z) = self.box(centre - radii - edge, centre + radii + edge)
+        reach = edge + 2 * rough
+        where, (x, y, z) = self.box(centre - radii - reach, centre + radii + reach)
         rho = ((x - centre[0]) / radii[0]) ** 2 + ((y - centre[1]) / radii[1]) ** 2 + ((z - centre[2]) / radii[2]) ** 2
-        coverage = soft((np.sqrt(rho) - 1) * radii.min(), edge)
+        distance = (np.sqrt(rho) - 1) * radii.min()
+        if rough:
+            distance += np.float32(rough) * self.smooth_noise(seed, 14.0, where)
+        coverage = soft(distance, edge)
         self.blend(where, self._through(where, coverage, in_lung), value)
 
     def capsule_distance(self, start: Point, end: Point, reach: float) -> tuple[tuple[slice, ...], np.ndarray]:
@@ -80,7 +99,7 @@ class Canvas:
 
     def capsule(self, start: Point, end: Point, radius: float, value: float, *, in_lung: bool = False) -> None:
         """Fills a rod with round ends, `radius` mm thick."""
-        # A rod thinner than a voxel is drawn one voxel thick and fainter by the ratio of the areas: its mass stays right.
+        # A rod thinner than a voxel is drawn one voxel thick and fainter by the ratio of areas: its mass stays right.
         drawn = max(radius, self.edge / 2)
         where, distance = self.capsule_distance(start, end, drawn + self.edge)
         coverage = soft(distance - drawn, self.edge) * np.float32((radius / drawn) ** 2)
@@ -88,7 +107,7 @@ class Canvas:
 
     def tube(self, points: np.ndarray, radius: float, value: float) -> None:
         """Fills a polyline [n, 3] of rods."""
-        for start, end in zip(points[:-1], points[1:], strict=True):
+        for start, end in itertools.pairwise(points):
             self.capsule(start, end, radius, value)
 
     def airway(self, start: Point, end: Point, lumen: float, wall: float, wall_hu: float, air_hu: float = -980) -> None:
@@ -97,9 +116,9 @@ class Canvas:
         self.capsule(start, end, lumen, air_hu)
 
     def smooth_noise(self, seed: int, cell: float, where: tuple[slice, ...]) -> np.ndarray:
-        """A smooth random field of mean 0 and variance about 1/3 over `where`: a normal lattice `cell` mm wide, interpolated.
+        """A smooth random field of mean 0 and variance about 1/3: a normal lattice `cell` mm wide, interpolated.
 
-        It depends on the seed and the place in mm only, not on the grid.
+        Over the voxels `where`. It depends on the seed and the place in mm only, not on the grid.
         """
         half = 220.0
         count = int(2 * half / cell) + 2

@@ -1,7 +1,7 @@
-"""`mg3d phantom OUT --patients N --valid M --seed S`: procedural chest CT with reports in CT-RATE's folder and csv layout.
+"""`mg3d phantom OUT --patients N --valid M --seed S`: procedural chest CT with reports in CT-RATE's layout.
 
-Volumes are written through a temporary name and renamed, so a run that was killed goes on where it stopped. `phantom.json`
-in OUT says what the folder holds; a folder that holds anything else is refused. Runs without JAX.
+Volumes are written through a temporary name and renamed, so a run that was killed goes on where it stopped.
+`phantom.json` in OUT says what the folder holds; a folder that holds anything else is refused. Runs without JAX.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ import multiprocessing
 import os
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 
 import nibabel
@@ -105,6 +106,11 @@ def _write_csv(path: Path, rows: list[dict[str, str]]) -> None:
     _write(path, text.getvalue().encode())
 
 
+def _cores() -> int:
+    """CPU cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
 def _run(tasks: Sequence[tuple[Path, int, int, str]], workers: int) -> Iterator[Rows]:
     """Rows of every task, in order."""
     if workers == 1:
@@ -112,7 +118,13 @@ def _run(tasks: Sequence[tuple[Path, int, int, str]], workers: int) -> Iterator[
         return
     # spawn: the parent may hold threads (progress bar, JAX in a notebook) that do not survive a fork.
     with ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context("spawn")) as pool:
-        yield from pool.map(_write_task, tasks, chunksize=4)
+        try:
+            yield from pool.map(_write_task, tasks, chunksize=4)
+        except BrokenProcessPool as error:
+            raise UserError(
+                f"a worker process was killed (out of memory?). The same command goes on from here; "
+                f"fewer than {workers} --workers need less memory."
+            ) from error
 
 
 def _open_folder(out: Path, settings: dict[str, int]) -> bool:
@@ -122,7 +134,9 @@ def _open_folder(out: Path, settings: dict[str, int]) -> bool:
         raise UserError(f"{out} is a file. Name a folder to write to.")
     if not marker.exists():
         if out.is_dir() and any(entry.name != MARKER + PARTIAL for entry in out.iterdir()):
-            raise UserError(f"{out} is not empty and holds no {MARKER}: it is not a phantom data set. Name a new folder.")
+            raise UserError(
+                f"{out} is not empty and holds no {MARKER}: it is not a phantom data set. Name a new folder."
+            )
         _write(marker, json.dumps(settings | {"complete": False}, indent=1).encode())
         return False
     try:
@@ -131,8 +145,32 @@ def _open_folder(out: Path, settings: dict[str, int]) -> bool:
     except (ValueError, KeyError, AttributeError) as error:
         raise UserError(f"{marker} is not readable ({error}). Name a new folder, or delete {out}.") from error
     if found != settings:
-        raise UserError(f"{out} holds phantoms of {found}, asked for {settings}. Name a new folder, or delete this one.")
+        raise UserError(
+            f"{out} holds phantoms of {found}, asked for {settings}. Name a new folder, or delete this one."
+        )
     return complete
+
+
+def _csv_paths(out: Path, split: str) -> dict[str, Path]:
+    dataset, long = out / "dataset", _LONG_SPLIT[split]
+    return {
+        "reports": dataset / "radiology_text_reports" / f"{long}_reports.csv",
+        "metadata": dataset / "metadata" / f"{long}_metadata.csv",
+        "labels": dataset / "multi_abnormality_labels" / f"{split}_predicted_labels.csv",
+    }
+
+
+def _is_whole(out: Path, splits: Sequence[str]) -> bool:
+    """Whether every csv file, and every volume that one names, is still there."""
+    for split in splits:
+        paths = _csv_paths(out, split)
+        if not all(path.exists() for path in paths.values()):
+            return False
+        with paths["labels"].open(newline="") as stream:
+            names = [row["VolumeName"].removesuffix(".nii.gz") for row in csv.DictReader(stream)]
+        if not all(volume_path(out, name).exists() for name in names):
+            return False
+    return True
 
 
 def make(out: Path, patients: int, valid: int, seed: int, workers: int | None = None) -> int:
@@ -147,11 +185,12 @@ def make(out: Path, patients: int, valid: int, seed: int, workers: int | None = 
     if workers is not None and workers < 1:
         raise UserError(f"--workers {workers}: must be 1 or more.")
     settings = {"patients": patients, "valid": valid, "seed": seed, "generator": phantoms.VERSION}
-    if _open_folder(out, settings):
+    counts = {"train": patients, "valid": valid}
+    if _open_folder(out, settings) and _is_whole(out, [split for split, count in counts.items() if count]):
         return 0
-    workers = workers or len(os.sched_getaffinity(0))
+    workers = workers or _cores()
     volumes = 0
-    tasks = [(out, seed, k, "train") for k in range(patients)] + [(out, seed, k, "valid") for k in range(valid)]
+    tasks = [(out, seed, index, split) for split, count in counts.items() for index in range(count)]
     split_rows: dict[str, Rows] = {}
     results = track(_run(tasks, min(workers, len(tasks))), "phantom", len(tasks), unit="patients")
     for (_, _, _, split), rows in zip(tasks, results, strict=True):
@@ -160,10 +199,8 @@ def make(out: Path, patients: int, valid: int, seed: int, workers: int | None = 
             merged[name] += more
         volumes += len(rows["labels"])
     for split, rows in split_rows.items():
-        long = _LONG_SPLIT[split]
-        _write_csv(out / "dataset" / "radiology_text_reports" / f"{long}_reports.csv", rows["reports"])
-        _write_csv(out / "dataset" / "metadata" / f"{long}_metadata.csv", rows["metadata"])
-        _write_csv(out / "dataset" / "multi_abnormality_labels" / f"{split}_predicted_labels.csv", rows["labels"])
+        for name, path in _csv_paths(out, split).items():
+            _write_csv(path, rows[name])
     _write(out / MARKER, json.dumps(settings | {"complete": True}, indent=1).encode())
     return volumes
 
@@ -171,7 +208,12 @@ def make(out: Path, patients: int, valid: int, seed: int, workers: int | None = 
 def main(argv: list[str] | None = None) -> int:
     """Command line; returns the exit code."""
     args = parse(argv)
-    volumes = make(args.out, args.patients, args.valid, args.seed, args.workers)
+    try:
+        volumes = make(args.out, args.patients, args.valid, args.seed, args.workers)
+    except OSError as error:
+        raise UserError(
+            f"cannot write {args.out}: {error}. The same command goes on from here once that is mended."
+        ) from error
     what = f"{args.patients} train and {args.valid} valid patients of seed {args.seed}"
     print(f"{args.out}: {what}, {volumes} volumes" if volumes else f"{args.out}: already holds {what}; nothing to do")
     return 0

@@ -1,20 +1,19 @@
 """Reports of phantom scans in the wording of radiology: findings, negations, distractors, impression.
 
-Every sentence is chosen among several phrasings, the plain ones of CT-CLIP's prompts ("Emphysema is present.") among them.
+Every sentence is chosen among several phrasings, the plain ones of CT-CLIP's prompts
+("Emphysema is present.") among them.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import numpy as np
 
 from mg3d_jax.data.abnormalities import ABNORMALITIES
-
-if TYPE_CHECKING:
-    from mg3d_jax.data.phantom_abnormalities import Finding
+from mg3d_jax.data.phantom_anatomy import lobe_of
+from mg3d_jax.data.phantom_finding import Finding
 
 NEGATION_SHARE = (0.6, 0.8)  # of the absent abnormalities, how many a report denies: drawn per report
 JOINED_SHARE = 0.25  # of the denials, how many share a sentence with another
@@ -34,11 +33,11 @@ class Report:
 # {where}: "in the right upper lobe"; {Where} starts a sentence; {size}, {sizes}: mm; {side}; {degree}; {kind}; {count}.
 _POSITIVE: dict[str, tuple[str, ...]] = {
     "Medical material": (
-        "A {kind} is seen {where}.",
-        "Medical material is observed: a {kind} {where}.",
+        "Medical material is seen {where}, consistent with {a_kind}.",
+        "Medical material is observed: {a_kind} {where}.",
         "There is medical material ({kind}) {where}.",
-        "A {kind} is in place {where}.",
-        "The patient carries a {kind} as medical material.",
+        "Appearance of {a_kind} {where} as medical material.",
+        "The patient carries {a_kind} as medical material.",
     ),
     "Arterial wall calcification": (
         "{Degree} calcified atheromatous plaques are observed in the walls of the aorta.",
@@ -61,7 +60,7 @@ _POSITIVE: dict[str, tuple[str, ...]] = {
         "Pericardial effusion reaching {size} mm surrounds the heart.",
     ),
     "Coronary artery wall calcification": (
-        "Calcified plaques are observed in the {kind}.",
+        "Calcified coronary plaques are observed in the {kind}.",
         "There is {degree} coronary artery wall calcification, affecting the {kind}.",
         "{Degree} coronary artery calcification is noted in the {kind}.",
         "Calcific atheroma plaques are seen in the walls of the coronary arteries.",
@@ -96,7 +95,7 @@ _POSITIVE: dict[str, tuple[str, ...]] = {
         "{Count} are observed {where}, the largest measuring {size} mm.",
         "There are solid nodules {where}; the largest is {size} mm in diameter.",
         "Lung nodules are noted {where}, up to {size} mm.",
-        "A {size} mm lung nodule is seen {first}.",
+        "A {size} mm lung nodule is seen {largest_where}.",
         "{Where}, lung nodules with diameters of {sizes} mm are observed.",
     ),
     "Lung opacity": (
@@ -172,7 +171,10 @@ _NEGATIVE: dict[str, tuple[str, ...]] = {
         "No calcified plaque is seen in the aorta.",
     ),
     "Cardiomegaly": ("Heart contour and size are normal.", "The heart is not enlarged."),
-    "Pericardial effusion": ("Pericardial effusion or thickening was not observed.", "The pericardium contains no fluid."),
+    "Pericardial effusion": (
+        "Pericardial effusion or thickening was not observed.",
+        "The pericardium contains no fluid.",
+    ),
     "Coronary artery wall calcification": (
         "No calcification is seen in the coronary arteries.",
         "The coronary artery walls are not calcified.",
@@ -186,7 +188,10 @@ _NEGATIVE: dict[str, tuple[str, ...]] = {
     "Atelectasis": ("No atelectatic change is seen.", "Both lungs are fully expanded without atelectasis."),
     "Lung nodule": ("No nodule or mass was detected in either lung.", "Nodular lesions are not seen in the lungs."),
     "Lung opacity": ("No ground-glass opacity is seen.", "There is no ground-glass density in the lungs."),
-    "Pulmonary fibrotic sequela": ("No sequela of fibrosis is seen.", "There is no fibrotic band or scar in the lungs."),
+    "Pulmonary fibrotic sequela": (
+        "No sequela of fibrosis is seen.",
+        "There is no fibrotic band or scar in the lungs.",
+    ),
     "Pleural effusion": ("Pleural effusion or thickening was not detected.", "Both pleural spaces are free of fluid."),
     "Mosaic attenuation pattern": ("Lung attenuation is homogeneous.", "No mosaic pattern is seen in the lungs."),
     "Peribronchial thickening": ("Bronchial walls are of normal thickness.", "The bronchial walls are not thickened."),
@@ -213,16 +218,24 @@ _DISTRACTORS = (
     "The liver, spleen and adrenal glands are unremarkable.",
     "Gallbladder and pancreas are evaluated as normal.",
     "Millimetric osteophytes are seen at the vertebral corners.",
-    "Mediastinal structures were evaluated suboptimally without contrast.",
     "The calibration of the main vascular structures is natural.",
     "The skin and subcutaneous tissues are unremarkable.",
     "Chest wall and axillae are normal.",
     "The esophagus has normal wall thickness.",
 )
-_CLINICAL = ("Cough.", "Shortness of breath.", "Chest pain.", "Control.", "Fever, cough.", "Follow-up.", "Not given.", "Weight loss.")
+_CLINICAL = (
+    "Cough.",
+    "Shortness of breath.",
+    "Chest pain.",
+    "Control.",
+    "Fever, cough.",
+    "Follow-up.",
+    "Not given.",
+    "Weight loss.",
+)
 _TECHNIQUE = (
-    "Non-contrast sections were taken in the axial plane.",
-    "Images were taken in the axial plane with a slice thickness of {z} mm.",
+    "{contrast} sections were taken in the axial plane.",
+    "{contrast} images of the thorax were taken with the patient supine.",
     "Thorax CT was obtained in deep inspiration.",
     "Multiplanar reconstructions were made from axial sections.",
     "Not given.",
@@ -243,7 +256,10 @@ def join_words(items: Sequence[str]) -> str:
     return items[0] if len(items) == 1 else f"{', '.join(items[:-1])} and {items[-1]}"
 
 
-_BOTH = (("right upper lobe", "left upper lobe"), "both upper lobes"), (("right lower lobe", "left lower lobe"), "both lower lobes")
+_BOTH = (
+    (("right upper lobe", "left upper lobe"), "both upper lobes"),
+    (("right lower lobe", "left lower lobe"), "both lower lobes"),
+)
 
 
 def _where(finding: Finding, rng: np.random.Generator) -> str:
@@ -263,19 +279,30 @@ def _where(finding: Finding, rng: np.random.Generator) -> str:
     return f"in the {join_words(finding.lobes)}"
 
 
+def _largest_lobe(finding: Finding) -> str:
+    return lobe_of(np.array(max(finding.blobs, key=lambda blob: max(blob.radii)).centre))
+
+
 def _words(finding: Finding, rng: np.random.Generator) -> dict[str, str]:
     where = _where(finding, rng)
     sizes = [str(size) for size in finding.sizes_mm]
     number = len(finding.blobs)
-    count = "A nodule" if number == 1 else f"{upper_first(('two', 'three', 'four')[number - 2])} nodules" if number < 5 else "Multiple nodules"
+    count = (
+        "A nodule"
+        if number == 1
+        else f"{upper_first(('two', 'three', 'four')[number - 2])} nodules"
+        if number < 5
+        else "Multiple nodules"
+    )
     words = {
         "name": lower_first(finding.name),
         "where": where,
-        "first": f"in the {finding.lobes[0]}" if finding.lobes else where,
+        "largest_where": f"in the {_largest_lobe(finding)}" if finding.lobes and finding.blobs else where,
         "hemi": "on both sides" if finding.side == "bilateral" else f"on the {finding.side}",
         "side": finding.side,
         "degree": finding.severity,
         "kind": finding.kind,
+        "a_kind": finding.kind if finding.kind == "sternal wires" else f"a {finding.kind}",
         "size": sizes[0] if sizes else "",
         "sizes": join_words(sizes[:3]) if sizes else "",
         "count": count,
@@ -313,8 +340,11 @@ def _denials(names: list[str], rng: np.random.Generator) -> list[str]:
     return sentences
 
 
-def write_report(rng: np.random.Generator, findings: Mapping[str, Finding], *, age: int, sex: str) -> Report:
-    """All findings stated, most absent ones denied, some distractors, in random order; and an impression."""
+def write_report(rng: np.random.Generator, findings: Mapping[str, Finding], *, contrast: bool) -> Report:
+    """All findings stated, most absent ones denied, some distractors, in random order; and an impression.
+
+    `contrast` is whether the scan shows contrast medium.
+    """
     sentences = [positive_sentence(finding, rng) for finding in findings.values()]
     share = rng.uniform(*NEGATION_SHARE)
     absent = [name for name in ABNORMALITIES if name not in findings and rng.random() < share]
@@ -325,7 +355,9 @@ def write_report(rng: np.random.Generator, findings: Mapping[str, Finding], *, a
     rng.shuffle(sentences)
     return Report(
         clinical=_CLINICAL[int(rng.integers(len(_CLINICAL)))],
-        technique=_TECHNIQUE[int(rng.integers(len(_TECHNIQUE)))].format(z=("1", "1.5", "3")[int(rng.integers(3))]),
+        technique=_TECHNIQUE[int(rng.integers(len(_TECHNIQUE)))].format(
+            contrast="Contrast-enhanced" if contrast else "Non-contrast"
+        ),
         findings=" ".join(sentences),
         impression=_impression(findings, rng),
     )
@@ -336,6 +368,8 @@ def _impression(findings: Mapping[str, Finding], rng: np.random.Generator) -> st
         return "Not given."
     if not findings:
         return _NORMAL_IMPRESSIONS[int(rng.integers(len(_NORMAL_IMPRESSIONS)))]
+    stated = list(findings.values())
+    rng.shuffle(stated)
     if rng.random() < 0.3:
-        return f"{upper_first(join_words([lower_first(name) for name in findings]))}."
-    return " ".join(positive_sentence(finding, rng, plain=0.8) for finding in findings.values())
+        return f"{upper_first(join_words([lower_first(finding.name) for finding in stated]))}."
+    return " ".join(positive_sentence(finding, rng, plain=0.8) for finding in stated)

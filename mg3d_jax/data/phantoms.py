@@ -1,6 +1,6 @@
-"""Procedural chest CT patients: anatomy, findings, report, labels, and reconstructions, all from `(seed, split, index)`.
+"""Procedural chest CT patients: anatomy, findings, report, labels, reconstructions, from `(seed, split, index)`.
 
-`make_patient` is cheap; a reconstruction's voxels are computed when its `hu` is first read. Nothing here is a real patient.
+`make_patient` is cheap; a reconstruction's voxels are computed when its `hu` is first read. No real patient is in here.
 """
 
 from __future__ import annotations
@@ -11,9 +11,10 @@ from dataclasses import dataclass
 import numpy as np
 
 from mg3d_jax.data.abnormalities import ABNORMALITIES
-from mg3d_jax.data.phantom_abnormalities import CHRONIC, FINDINGS, Finding, adapt_anatomy, sample_presence
+from mg3d_jax.data.phantom_abnormalities import CHRONIC, FINDINGS, adapt_anatomy, sample_presence
 from mg3d_jax.data.phantom_anatomy import Anatomy, draw_anatomy, sample_anatomy
 from mg3d_jax.data.phantom_canvas import Canvas
+from mg3d_jax.data.phantom_finding import Finding
 from mg3d_jax.data.phantom_reports import Report, write_report
 
 VERSION = 1  # of the generator: raise it whenever the same seed gives different files
@@ -58,7 +59,9 @@ class Reconstruction:
     @functools.cached_property
     def hu(self) -> np.ndarray:
         """int16 HU [i, j, k] as stored in the file: axes ordered as `orientation` says."""
-        axes = (o + s * np.arange(n) for n, s, o in zip(self.grid.shape, self.grid.spacing, self.grid.origin, strict=True))
+        axes = (
+            o + s * np.arange(n) for n, s, o in zip(self.grid.shape, self.grid.spacing, self.grid.origin, strict=True)
+        )
         canvas = Canvas(*axes)
         draw_anatomy(canvas, self.anatomy)
         for name, (_, draw) in FINDINGS.items():
@@ -120,11 +123,14 @@ def make_patient(seed: int, index: int, split: str) -> PhantomPatient:
                 own = stream(3, position) if abnormality in CHRONIC else stream(4, number, position)
                 findings[abnormality] = FINDINGS[abnormality][0](own, anatomy)
         scan_name = f"{name}_{'ab'[number]}"
-        report = write_report(stream(5, number), findings, age=age, sex=sex)
+        report = write_report(stream(5, number), findings, contrast=anatomy.blood_hu > 90)
         count = 2 if scan_rng.random() < _TWO_RECONSTRUCTIONS else 1
-        date = f"{2015 + int(scan_rng.integers(8))}{int(scan_rng.integers(1, 13)):02d}{int(scan_rng.integers(1, 29)):02d}"
+        date = (
+            f"{2015 + int(scan_rng.integers(8))}{int(scan_rng.integers(1, 13)):02d}{int(scan_rng.integers(1, 29)):02d}"
+        )
         reconstructions = tuple(
-            _sample_reconstruction(stream(6, number, k), f"{scan_name}_{k + 1}", anatomy, findings, date) for k in range(count)
+            _sample_reconstruction(stream(6, number, k), f"{scan_name}_{k + 1}", anatomy, findings, date)
+            for k in range(count)
         )
         scans.append(PhantomScan(scan_name, anatomy, findings, report, reconstructions))
     return PhantomPatient(name, tuple(scans))
@@ -138,7 +144,7 @@ def _sample_reconstruction(
     extent = np.array([2 * anatomy.body[0] + 24, 2 * anatomy.body[1] + 40, rng.uniform(285, 315)])
     shape = tuple(int(np.ceil(e / s)) for e, s in zip(extent, spacing, strict=True))
     # The patient never lies exactly in the middle of the field of view.
-    shift = rng.normal(0, 3, 3)
+    shift = rng.normal(0, 4, 3)
     origin = tuple(float(np.round(c - s * (n - 1) / 2, 3)) for c, n, s in zip(shift, shape, spacing, strict=True))
     orientation = ("RAS", "LPS")[int(rng.integers(2))]
     sharp = bool(rng.random() < 0.4)

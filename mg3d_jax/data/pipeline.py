@@ -134,10 +134,11 @@ def train_batches(
         )
     rows = sharding.local_rows(mesh, size)
     source = _LocalRows(data, Example(tokenizer), rows, size, config.seed, start, stop, config.data.shuffle_reports)
-    options = grain.ReadOptions(
-        num_threads=config.data.read_threads, prefetch_buffer_size=PREFETCHED_BATCHES * len(rows) if config.data.read_threads else 0
-    )
-    dataset = grain.MapDataset.source(source).to_iter_dataset(options).batch(len(rows), drop_remainder=True)
+    # Batched before it is split over threads and workers: they take turns by whole batches, so the order stays.
+    batches = grain.MapDataset.source(source).batch(len(rows), drop_remainder=True)
+    threads = config.data.read_threads
+    options = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=max(PREFETCHED_BATCHES, threads) if threads else 0)
+    dataset = batches.to_iter_dataset(options)
     if config.data.workers:
         from absl import flags
 

@@ -1,44 +1,51 @@
 """`mg3d prepare`: volumes and reports on disk -> checked, sharded training records with a manifest.
 
-    sources -> ordered examples -> fixed shards -> (worker processes: volumes, reports, records) -> shards + manifest
+    sources -> leak checks -> ordered examples -> fixed shards -> (workers: volumes, reports, records) -> manifest, QA
 
-The plan (which example goes into which shard) follows from the input alone, so that a run that was killed and started
-again, or split over machines, gives the same bytes. A finished shard has a sidecar in `work/`; the manifest comes last.
+Started again it continues; `--shard i/n` splits it over machines, and whichever finishes last writes the manifest.
 """
 
 from __future__ import annotations
 
 import argparse
-import hashlib
 import json
-import multiprocessing
 import os
-from collections import Counter, deque
-from collections.abc import Iterable, Iterator
-from concurrent.futures import ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
+import sys
+from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
-from mg3d_jax.data.manifest import build_manifest, code_version, write_json, write_manifest
-from mg3d_jax.data.nifti import VolumeError
-from mg3d_jax.data.records import Record, ShardWriter, encode, file_digest
-from mg3d_jax.data.reports import report_id, report_sentences
-from mg3d_jax.data.sources import SOURCES, Example, Listing
-from mg3d_jax.data.volumes import Grid, prepare_volume
+from mg3d_jax.data import leaks
+from mg3d_jax.data.estimate import check_disk, estimate
+from mg3d_jax.data.fetch import check_command
+from mg3d_jax.data.geometry import PAPER_FRACTION, POLICIES, Grid
+from mg3d_jax.data.listing import Example, Listing, SourceOptions
+from mg3d_jax.data.manifest import build_manifest, code_version, write_json, write_manifest, write_text
+from mg3d_jax.data.qa_page import write_page
+from mg3d_jax.data.shards import (
+    Outcome,
+    Recipe,
+    input_digest,
+    open_folder,
+    ordered,
+    outcomes,
+    read_sidecars,
+    shard_names,
+    write_shard,
+)
+from mg3d_jax.data.sources import RECONSTRUCTIONS, SOURCES, list_source
+from mg3d_jax.data.verify import verify
 from mg3d_jax.errors import UserError
 from mg3d_jax.progress import Progress
 
-WORK_FOLDER = "work"
+QUALITY_NAME = "qa.jsonl"
 _SHOWN_BAD = 10
 
 
 @dataclass(frozen=True)
 class Settings:
-    """One preparation. `size` in voxels and `spacing` in mm are in RAS+ order."""
+    """One preparation. `size` in voxels, `spacing` in mm, RAS+ order; see `mg3d prepare --help` for the rest."""
 
     source: str
     root: Path
@@ -46,159 +53,85 @@ class Settings:
     out: Path
     size: tuple[int, int, int] = (128, 128, 96)
     spacing: tuple[float, float, float] = (2.8, 2.8, 3.5)
+    policy: str = "center"
+    fraction: tuple[float, float, float] = PAPER_FRACTION
     workers: int = 1
     max_bad_share: float = 0.1
     shard_records: int = 256
     zstd_level: int = 3
+    window: tuple[float, float] | None = None
+    reconstructions: str = "all"
+    exclude: Path | None = None
+    array_spacing: tuple[float, float, float] | None = None
+    array_axes: str | None = None
+    slice_window: tuple[float, float] | None = None
+    fetch: str | None = None
+    shard: tuple[int, int] = (0, 1)
+    against: tuple[Path, ...] = ()
+    allow_leak: tuple[str, ...] = ()
+    qa_samples: int = 12
+
+    @property
+    def grid(self) -> Grid:
+        return Grid(tuple(self.size), tuple(self.spacing), self.policy, tuple(self.fraction))
 
     def plan(self) -> dict[str, Any]:
         """The settings that decide the bytes of the records."""
+        fraction = self.policy == "fraction"
         return {
             "source": self.source,
             "split": self.split,
             "root": str(self.root),
             "size": list(self.size),
-            "spacing": list(self.spacing),
+            "spacing": None if fraction else list(self.spacing),
+            "policy": self.policy,
+            "fraction": list(self.fraction) if fraction else None,
+            "window": list(self.window) if self.window else None,
+            "reconstructions": self.reconstructions,
             "shard_records": self.shard_records,
             "zstd_level": self.zstd_level,
             "code_version": code_version(),
         }
 
+    def check(self) -> None:
+        """Raises `UserError` for settings that cannot work, before anything is read."""
+        if min(self.size) < 1 or min(self.spacing) <= 0:
+            raise UserError(f"--size {self.size} and --spacing {self.spacing} must be positive")
+        if self.policy not in POLICIES:
+            raise UserError(f"--policy {self.policy!r}: there are {sorted(POLICIES)}")
+        if not all(0 < share <= 1 for share in self.fraction):
+            raise UserError(f"--fraction {self.fraction} must be shares above 0 and up to 1")
+        if not 0 <= self.max_bad_share <= 1:
+            raise UserError(f"--max-bad-share {self.max_bad_share} is not a share between 0 and 1")
+        if self.shard_records < 1 or not 0 <= self.zstd_level <= 22:
+            raise UserError("--shard-records must be at least 1 and --zstd-level 0..22")
+        for name, window in (("--window", self.window), ("--slice-window", self.slice_window)):
+            if window is not None and window[0] >= window[1]:
+                raise UserError(f"{name} {window[0]:g} {window[1]:g}: the first must be below the second, in HU")
+        if not 0 <= self.shard[0] < self.shard[1]:
+            raise UserError(f"--shard {self.shard[0]}/{self.shard[1]}: expected i/n with 0 <= i < n")
+        if unknown := set(self.allow_leak) - leaks.LEAKS.keys():
+            raise UserError(f"--allow-leak {sorted(unknown)}: there are {sorted(leaks.LEAKS)}")
+        if self.fetch is not None:
+            check_command(self.fetch)
 
-@dataclass(frozen=True)
-class Outcome:
-    """What became of one example: `data` (an encoded record), or `reason` why there is none."""
 
-    data: bytes | None
-    entry: dict[str, str]
-    quality: dict[str, Any] | None
-    reason: str | None
-
-
-def ordered(examples: Iterable[Example]) -> list[Example]:
-    """Record order: patients by the hash of their id, so that the first K are a random, nested subset; each patient's
-    volumes together, by name."""
-    return sorted(examples, key=lambda e: (hashlib.sha256(e.patient.encode()).digest(), e.patient, e.name))
-
-
-def prepare_example(example: Example, grid: Grid) -> Outcome:
-    """Reads one volume and encodes its record. Never raises for a bad volume: the outcome carries the reason."""
-    entry = {
-        "name": example.name,
-        "patient": example.patient,
-        "report_id": report_id(example.findings, example.impression),
-    }
-    sentences = report_sentences(example.findings, example.impression)
-    if not sentences:
-        return Outcome(None, entry, None, "empty report")
-    try:
-        prepared = prepare_volume(example.path, grid, example.metadata)
-    except VolumeError as error:
-        return Outcome(None, entry, None, str(error))
-    except Exception as error:  # one odd file must not end a run of days: it is listed, with its path
-        return Outcome(None, entry, None, f"failed with {type(error).__name__}: {error}")
-    record = Record(
-        volume=prepared.volume,
-        sentences=sentences,
-        labels=np.array(example.labels, np.int8),
-        name=example.name,
-        patient=example.patient,
-        scan=example.scan,
-        report_id=entry["report_id"],
-        affine=prepared.affine,
-        findings=example.findings,
-        impression=example.impression,
-        source=example.source,
+def list_examples(settings: Settings) -> Listing:
+    """What the source holds, after its own rules."""
+    options = SourceOptions(
+        root=Path(settings.root),
+        split=settings.split,
+        reconstructions=settings.reconstructions,
+        exclude=settings.exclude,
+        streaming=settings.fetch is not None,
+        array_spacing=settings.array_spacing,
+        array_axes=settings.array_axes,
+        slice_window=settings.slice_window,
     )
-    quality = {"path": str(example.path), "name": example.name, **prepared.quality}
-    return Outcome(encode(record), entry, quality, None)
+    return list_source(settings.source, options)
 
 
-def _outcomes(examples: list[Example], grid: Grid, workers: int) -> Iterator[tuple[Example, Outcome]]:
-    """Outcomes in the order of the examples; at most a few per worker are in flight, so that memory stays bounded."""
-    if workers <= 1:
-        for example in examples:
-            yield example, prepare_example(example, grid)
-        return
-    context = multiprocessing.get_context("forkserver")
-    with ProcessPoolExecutor(workers, mp_context=context) as pool:
-        pending: deque[tuple[Example, Any]] = deque()
-        waiting = iter(examples)
-        try:
-            while True:
-                while len(pending) < 3 * workers and (example := next(waiting, None)) is not None:
-                    pending.append((example, pool.submit(prepare_example, example, grid)))
-                if not pending:
-                    return
-                example, future = pending.popleft()
-                yield example, future.result()
-        except BrokenProcessPool as error:
-            paths = [str(example.path), *(str(other.path) for other, _ in pending)][: 3 * workers]
-            raise UserError(
-                f"a worker process died (out of memory?) on one of {paths}; run again with fewer --workers"
-            ) from error
-        finally:
-            pool.shutdown(wait=True, cancel_futures=True)
-
-
-def _shard_name(index: int, count: int) -> str:
-    return f"records-{index:05d}-of-{count:05d}"
-
-
-def _start(settings: Settings, listing: Listing, chunks: list[list[Example]]) -> None:
-    """Creates the output folder, or checks that what lies there is the same preparation."""
-    work = settings.out / WORK_FOLDER
-    work.mkdir(parents=True, exist_ok=True)
-    digest = hashlib.sha256()
-    for chunk in chunks:
-        for example in chunk:
-            digest.update(repr(example).encode())
-    plan = settings.plan() | {"input": digest.hexdigest(), "label_names": list(listing.label_names)}
-    path = work / "plan.json"
-    if path.is_file():
-        previous = json.loads(path.read_text())
-        if changed := sorted(key for key in plan.keys() | previous.keys() if plan.get(key) != previous.get(key)):
-            raise UserError(
-                f"{settings.out} holds a preparation that differs in {changed}: choose another --out, or delete it"
-            )
-    else:
-        write_json(path, plan)
-    for leftover in settings.out.glob(".*.partial"):
-        leftover.unlink(missing_ok=True)
-
-
-def _write_shard(
-    settings: Settings, name: str, outcomes: Iterator[tuple[Example, Outcome]], count: int, progress: Progress, bad: int
-) -> dict[str, Any]:
-    """Writes the next `count` outcomes as one shard with its sidecar. `bad` is the number of bad ones so far."""
-    path = settings.out / f"{name}.array_record"
-    sidecar: dict[str, Any] = {"file": path.name, "records": 0, "entries": [], "bad": [], "quality": []}
-    writer = ShardWriter(path, zstd_level=settings.zstd_level)
-    try:
-        for _ in range(count):
-            example, outcome = next(outcomes)
-            if outcome.data is None:
-                sidecar["bad"].append({"path": str(example.path), "reason": outcome.reason})
-            else:
-                writer.write(outcome.data)
-                sidecar["records"] += 1
-                sidecar["entries"].append(outcome.entry)
-                sidecar["quality"].append(outcome.quality)
-            found = bad + len(sidecar["bad"])
-            progress.advance(1, note=f"{found} bad" if found else "")
-    except BaseException:
-        writer.abandon()
-        raise
-    if sidecar["records"]:
-        writer.close()
-        sidecar |= {"bytes": path.stat().st_size, "sha256": file_digest(path)}
-    else:
-        writer.abandon()
-    write_json(settings.out / WORK_FOLDER / f"{name}.json", sidecar)
-    return sidecar
-
-
-def _check_bad(settings: Settings, bad: list[dict[str, str]], total: int) -> None:
+def check_bad(settings: Settings, bad: list[dict[str, str]], total: int) -> None:
     """Raises `UserError` when nothing is left or too much is bad; the whole list goes to `bad.json`."""
     share = len(bad) / total if total else 1.0
     if total and len(bad) < total and share <= settings.max_bad_share:
@@ -215,17 +148,95 @@ def _check_bad(settings: Settings, bad: list[dict[str, str]], total: int) -> Non
     )
 
 
+def _process(settings: Settings, chunks: dict[str, list[Example]], bad: int) -> dict[str, dict[str, Any]]:
+    """Prepares the shards of this process's share that are not done yet. Returns all sidecars that exist."""
+    sidecars = read_sidecars(settings.out, list(chunks))
+    index, count = settings.shard
+    mine = list(chunks)[index::count]
+    todo = {name: chunks[name] for name in mine if name not in sidecars}
+    examples = [example for chunk in todo.values() for example in chunk]
+    recipe = Recipe(settings.grid, settings.window, settings.fetch)
+    if expected := estimate(examples, recipe, settings.workers):
+        print(f"prepare: {expected}", file=sys.stderr, flush=True)
+        check_disk(expected, settings.out)
+    total = sum(len(chunks[name]) for name in mine)
+    found = bad + sum(len(sidecar["bad"]) for sidecar in sidecars.values())
+    results = outcomes(examples, recipe, settings.workers)
+    with Progress("prepare", total=total, unit="volumes", initial=total - len(examples)) as progress:
+
+        def each(outcome: Outcome) -> None:
+            nonlocal found
+            found += outcome.data is None
+            progress.advance(1, note=f"{found} bad" if found else "")
+
+        for name, chunk in todo.items():
+            sidecars[name] = write_shard(settings.out, name, results, len(chunk), settings.zstd_level, each)
+    # Others (--shard i/n) may have finished theirs meanwhile.
+    return read_sidecars(settings.out, list(chunks)) | sidecars
+
+
+def _finish(
+    settings: Settings, listing: Listing, shards: list[dict[str, Any]], allowed: list[leaks.Leak], total: int
+) -> dict[str, Any]:
+    """Everything that is written once all shards are there; the manifest last."""
+    context = {
+        "label_names": list(listing.label_names),
+        "bad": listing.bad,
+        "skipped": listing.skipped,
+        "notes": listing.notes,
+    }
+    manifest = build_manifest(settings.plan(), shards, context)
+    check_bad(settings, manifest["bad"], total)
+    entries = [entry for shard in shards for entry in shard["entries"]]
+    found = allowed + leaks.content_leaks(entries, list(settings.against))
+    manifest["allowed_leaks"] = leaks.check(found, settings.allow_leak)
+    quality = [line for shard in shards for line in shard["quality"]]
+    write_text(settings.out / leaks.INDEX_NAME, "".join(json.dumps(entry) + "\n" for entry in entries))
+    write_text(settings.out / QUALITY_NAME, "".join(json.dumps(line) + "\n" for line in quality))
+    (settings.out / "bad.json").unlink(missing_ok=True)
+    write_manifest(settings.out, manifest)
+    write_page(settings.out, manifest, quality, settings.qa_samples)
+    return manifest
+
+
+def prepare(settings: Settings) -> dict[str, Any] | None:
+    """Prepares a whole data set and returns its manifest; `None` where `--shard i/n` left shards to other processes.
+    Called again after an interruption it goes on where it was. Raises `UserError` for a missing table, other settings
+    in `out`, a leak, nothing left, or too large a bad share."""
+    settings.check()
+    listing = list_examples(settings)
+    total = len(listing.examples) + len(listing.bad)
+    check_bad(settings, listing.bad, total)
+    found = leaks.listed_leaks(listing) + leaks.patient_leaks(listing.examples, list(settings.against))
+    leaks.check(found, settings.allow_leak)
+    examples = ordered(listing.examples)
+    step = settings.shard_records
+    parts = [examples[start : start + step] for start in range(0, len(examples), step)]
+    chunks = dict(zip(shard_names(len(parts)), parts, strict=True))
+    root = settings.root if settings.root.is_dir() else settings.root.parent
+    open_folder(settings.out, settings.plan() | {"input": input_digest(examples, root)})
+    sidecars = _process(settings, chunks, len(listing.bad))
+    if len(sidecars) < len(chunks):
+        return None
+    return _finish(settings, listing, [sidecars[name] for name in chunks], found, total)
+
+
 def summary(manifest: dict[str, Any]) -> str:
     """What was prepared, for people."""
     size, shards = sum(shard["bytes"] for shard in manifest["shards"]) / 1e6, len(manifest["shards"])
+    spacing = f"{manifest['spacing']} mm" if manifest["spacing"] else "a spacing that varies"
     lines = [
         f"{manifest['records']} records of {len(manifest['patients'])} patients, {manifest['unique_reports']} distinct "
-        f"reports, grid {manifest['grid']} at {manifest['spacing']} mm, {size:.1f} MB in {shards} shards",
+        f"reports, grid {manifest['grid']} at {spacing}, {size:.1f} MB in {shards} shards",
         *manifest["notes"],
         *(f"{count} left out: {rule}" for rule, count in manifest["skipped"].items()),
+        *(
+            f"leak allowed: {leak['name']} ({leak['where']}): {len(leak['items'])}"
+            for leak in manifest["allowed_leaks"]
+        ),
     ]
     if manifest["warnings"]:
-        lines.append(f"{manifest['warnings']} volumes with a warning (see qa.jsonl)")
+        lines.append(f"{manifest['warnings']} volumes with a warning, see {QUALITY_NAME}")
     if bad := manifest["bad"]:
         lines.append(f"{len(bad)} bad, listed in manifest.json:")
         reasons = Counter(item["reason"].split(":")[0] for item in bad)
@@ -233,77 +244,84 @@ def summary(manifest: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def prepare(settings: Settings) -> dict[str, Any]:
-    """Prepares a whole data set and returns its manifest. Called again after an interruption it goes on where it was.
-    Raises `UserError` for a missing table, other settings in `out`, nothing left, or too large a bad share."""
-    if settings.source not in SOURCES:
-        raise UserError(f"--source {settings.source!r}: there are {sorted(SOURCES)}")
-    if not Path(settings.root).is_dir():
-        raise UserError(f"--root {settings.root} is not a folder")
-    listing = SOURCES[settings.source](Path(settings.root), settings.split)
-    total = len(listing.examples) + len(listing.bad)
-    _check_bad(settings, listing.bad, total)
-    examples = ordered(listing.examples)
-    step = settings.shard_records
-    chunks = [examples[start : start + step] for start in range(0, len(examples), step)]
-    _start(settings, listing, chunks)
-    names = [_shard_name(index, len(chunks)) for index in range(len(chunks))]
-    sidecars: dict[str, dict[str, Any]] = {}
-    for name in names:
-        path = settings.out / WORK_FOLDER / f"{name}.json"
-        if path.is_file():
-            sidecars[name] = json.loads(path.read_text())
-    todo = [(name, chunk) for name, chunk in zip(names, chunks, strict=True) if name not in sidecars]
-    done = len(examples) - sum(len(chunk) for _, chunk in todo)
-    grid = Grid(tuple(settings.size), tuple(settings.spacing))
-    outcomes = _outcomes([example for _, chunk in todo for example in chunk], grid, settings.workers)
-    with Progress("prepare", total=len(examples), unit="volumes", initial=done) as progress:
-        for name, chunk in todo:
-            bad = len(listing.bad) + sum(len(sidecar["bad"]) for sidecar in sidecars.values())
-            sidecars[name] = _write_shard(settings, name, outcomes, len(chunk), progress, bad)
-    shards = [sidecars[name] for name in names]
-    context = {"bad": listing.bad, "skipped": listing.skipped, "notes": listing.notes}
-    manifest = build_manifest(settings.plan(), listing.label_names, shards, context)
-    _check_bad(settings, manifest["bad"], total)
-    with open(settings.out / "qa.jsonl", "w") as file:
-        file.writelines(json.dumps(line) + "\n" for shard in shards for line in shard["quality"])
-    write_manifest(settings.out, manifest)
-    return manifest
+def _shard_share(text: str) -> tuple[int, int]:
+    try:
+        index, count = (int(part) for part in text.split("/"))
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is not i/n, such as 0/8") from None
+    return index, count
 
 
 def _parser() -> argparse.ArgumentParser:
-    defaults = {name: field.default for name, field in Settings.__dataclass_fields__.items()}
+    default = {name: field.default for name, field in Settings.__dataclass_fields__.items()}
+    xyz = {"nargs": 3, "metavar": ("X", "Y", "Z")}
+    low_high = {"nargs": 2, "type": float, "metavar": ("LOW", "HIGH")}
     parser = argparse.ArgumentParser(
         prog="mg3d prepare",
-        description="Reads CT volumes and reports, checks them, and writes sharded training records with a manifest.",
+        description="Reads CT volumes and reports, checks them, and writes sharded training records with a manifest, a "
+        "quality record per volume (qa.jsonl) and a page to look at (qa.html). Started again it continues.",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
-    parser.add_argument("--source", required=True, choices=sorted(SOURCES), help="layout of the data set")
-    parser.add_argument("--root", required=True, type=Path, help="folder of the data set")
-    parser.add_argument("--split", required=True, help="split of the data set: train, valid")
-    parser.add_argument("--out", required=True, type=Path, help="folder for the records; started again, it continues")
-    parser.add_argument(
-        "--size", nargs=3, type=int, metavar=("X", "Y", "Z"), default=defaults["size"], help="voxels of the grid, RAS+"
+    add = parser.add_argument
+    add("--source", choices=sorted(SOURCES), help="layout of the data set")
+    add("--root", type=Path, help="folder of the data set; for csv, the table; for ctrg, the folder or its json")
+    add("--split", help="split of the data set: train, valid (ctrate), train, val, test (ctrg), any (csv)")
+    add("--out", required=True, type=Path, help="folder for the records")
+    add("--verify", action="store_true", help="only check the checksums and every record of --out")
+    group = parser.add_argument_group("grid")
+    group.add_argument("--size", type=int, default=default["size"], help="voxels, RAS+", **xyz)
+    group.add_argument("--spacing", type=float, default=default["spacing"], help="mm per voxel", **xyz)
+    policies = "; ".join(f"{name}: {text}" for name, text in POLICIES.items()).replace("%", "%%")
+    group.add_argument("--policy", choices=sorted(POLICIES), default=default["policy"], help=policies)
+    group.add_argument(
+        "--fraction", type=float, default=default["fraction"], help="shares for --policy fraction", **xyz
     )
-    parser.add_argument(
-        "--spacing", nargs=3, type=float, metavar=("X", "Y", "Z"), default=defaults["spacing"], help="mm per voxel"
+    group.add_argument("--window", default=None, help="store uint8 of this HU window instead of int16", **low_high)
+    group = parser.add_argument_group("selection")
+    group.add_argument("--reconstructions", choices=RECONSTRUCTIONS, default="all", help="of one scan (ctrate)")
+    group.add_argument("--exclude", type=Path, help="text file of volumes, scans or patients to leave out, one a line")
+    group.add_argument("--max-bad-share", type=float, default=default["max_bad_share"], help="fail above this share")
+    group.add_argument(
+        "--against", type=Path, nargs="+", default=(), metavar="FOLDER", help="prepared folders to check for leaks"
     )
-    parser.add_argument("--workers", type=int, default=len(os.sched_getaffinity(0)), help="worker processes")
-    parser.add_argument("--max-bad-share", type=float, default=defaults["max_bad_share"], help="fail above this share")
-    parser.add_argument("--shard-records", type=int, default=defaults["shard_records"], help="records per shard")
-    parser.add_argument("--zstd-level", type=int, default=defaults["zstd_level"], help="0 stores uncompressed")
+    group.add_argument(
+        "--allow-leak", nargs="+", default=(), choices=sorted(leaks.LEAKS), help="leaks that are meant, by name"
+    )
+    group = parser.add_argument_group("files that do not say it themselves (arrays, 8-bit slices)")
+    group.add_argument("--array-spacing", type=float, default=None, help="mm of the three index axes", **xyz)
+    group.add_argument("--array-axes", default=None, help="where the index axes point, such as LPS or SPL")
+    group.add_argument("--slice-window", default=None, help="HU of grey 0 and 255 of 8-bit slices", **low_high)
+    group = parser.add_argument_group("work")
+    group.add_argument("--workers", type=int, default=len(os.sched_getaffinity(0)), help="worker processes")
+    group.add_argument(
+        "--shard", type=_shard_share, default=(0, 1), help="i/n: do every n-th shard from the i-th (from 0)"
+    )
+    group.add_argument("--shard-records", type=int, default=default["shard_records"], help="records per shard")
+    group.add_argument("--zstd-level", type=int, default=default["zstd_level"], help="0 stores uncompressed")
+    group.add_argument(
+        "--fetch", default=None, metavar="CMD", help="shell command that puts {name} into {dir}; see README"
+    )
+    group.add_argument("--qa-samples", type=int, default=default["qa_samples"], help="volumes drawn in qa.html")
     return parser
 
 
 def main(argv: list[str]) -> int:
-    """The command. Prints the summary; `UserError` when nothing is left or too much is bad."""
-    args = _parser().parse_args(argv)
-    if min(args.size) < 1 or min(args.spacing) <= 0:
-        raise UserError(f"--size {args.size} and --spacing {args.spacing} must be positive")
-    if not 0 <= args.max_bad_share <= 1:
-        raise UserError(f"--max-bad-share {args.max_bad_share} is not a share between 0 and 1")
-    if args.shard_records < 1 or not 0 <= args.zstd_level <= 22:
-        raise UserError("--shard-records must be at least 1 and --zstd-level 0..22")
-    settings = Settings(**{**vars(args), "size": tuple(args.size), "spacing": tuple(args.spacing)})
-    print(summary(prepare(settings)))
+    """The command. Prints the summary; `UserError` when nothing is left, too much is bad, or data leak."""
+    arguments = vars(_parser().parse_args(argv))
+    if arguments.pop("verify"):
+        faults = verify(arguments["out"])
+        if faults:
+            raise UserError(f"{arguments['out']} has {len(faults)} faults:\n  " + "\n  ".join(faults[:50]))
+        print(f"{arguments['out']} is sound")
+        return 0
+    if missing := [f"--{name}" for name in ("source", "root", "split") if arguments[name] is None]:
+        raise UserError(f"{', '.join(missing)} missing; see mg3d prepare --help")
+    values = {name: tuple(value) if isinstance(value, list) else value for name, value in arguments.items()}
+    settings = Settings(**values)
+    manifest = prepare(settings)
+    if manifest is None:
+        index, count = settings.shard
+        print(f"share {index}/{count} is done; the last share to finish writes the manifest")
+    else:
+        print(summary(manifest))
     return 0

@@ -26,19 +26,18 @@ _CHARACTERS = str.maketrans(
     }
 )  # fmt: skip
 
-# Words after which a full stop does not end the sentence. Compared in lower case, without the stop.
+# Words after which a full stop does not end a sentence, in lower case, without the stop: never; before a number only;
+# before anything but a capital ("ca. 4 mm", but "operated for breast Ca. Significant effusion").
+_NEVER_LAST = frozenset(("assist", "dr", "mr", "mrs", "ms", "prof", "st", "vs", "cf", "e.g", "i.e", "iv", "i.v"))
+_BEFORE_NUMBER = frozenset(("no", "nr", "nos", "img", "im", "ima", "se", "ser", "fig", "figs", "vol", "max", "min"))
 _ABBREVIATIONS = frozenset(
     re.findall(
-        r"\S+",
-        "dr mr mrs ms prof st vs cf e.g i.e eg ie ca approx appr fig figs no nr nos img im ima se ser vol ver dept "
-        "resp incl excl max min diam dia ant post sup inf lat med bilat lt rt art v vv aa i.v iv i.m p.o al seg segm "
-        "temp tel inc",
+        r"\w+",
+        "ca approx appr dept resp incl excl diam dia ant post sup inf lat med bilat lt rt art v vv aa al seg segm temp",
     )
 )
-# Of these, the ones that also are ordinary last words: only an abbreviation before a number.
-_BEFORE_NUMBER = frozenset(("no", "nr", "nos", "img", "im", "ima", "se", "ser", "fig", "figs", "vol", "max", "min"))
 
-_BULLET = re.compile(r"(?:^|(?<=[\s.;:!?)\"]))[•●▪■◦·*‣➢✓](?=\s*\S)")
+_BULLET = re.compile(r"(?:^|(?<=[\s.;:!?)\"]))[•●▪■◦·*‣➢✓](?=\s*[^\s\d])")
 _QUOTE_BULLET = re.compile(r"(?:^|(?<=\s)|(?<=[.?!:;,]))['\"]+(?=\s+\.?\s*[A-Z0-9])|(?<=[a-z)])\"(?=\s+[A-Z])")
 _DASH_BULLET = re.compile(r"(?:^|(?<=[.!?:]\s)|(?<=\n))\s*[-–—]+\s*(?=[A-Z])")
 _LIST_NUMBER = re.compile(r"(?:^|(?<=[.!?:;]\s)|(?<=\n))\s*\(?\d{1,2}\s?(?:[.)]|[.]?-)\s*(?=[A-Z])")
@@ -129,8 +128,12 @@ def _ends_sentence(before: str, stop: str, after: str) -> bool:
         return following[0].isupper() or following[0].isdigit()
     word_match = re.search(r"[^\s(\[,;:/]+$", before)
     word = word_match[0].lower() if word_match else ""
+    if word in _NEVER_LAST or word.rsplit(".", 1)[-1] in _NEVER_LAST:
+        return False
+    if word in _BEFORE_NUMBER:
+        return spaced and not following[0].isdigit()
     if word in _ABBREVIATIONS:
-        return word in _BEFORE_NUMBER and spaced and not following[0].isdigit()
+        return following[0].isupper()
     if word[-1:].isdigit():
         if following[0].isdigit():  # "0.8", "12.03.2020", "0. 8 cm"; but "image 129. 2 nodules"
             return spaced and len(re.search(r"\d+$", word)[0]) > 2

@@ -88,14 +88,13 @@ def resample(
     """
     weights = [axis_weights(size, axis) for size, axis in zip(source.shape, axes, strict=True)]
     wi, wj, wk = weights
-    shape = (wk.size, wj.size, wi.size)
-    output = np.full(shape, round(pad), dtype=np.int16)
+    output = np.full([weights[axis].size for axis in order], round(pad), dtype=np.int16)
     if all(w.high > w.low for w in weights):
         stack = source.T[wk.first : wk.last, wj.first : wj.last, wi.first : wi.last]
-        inner = output[wk.low : wk.high, wj.low : wj.high, wi.low : wi.high]
+        stack_view = output.transpose([order.index(axis) for axis in (2, 1, 0)])  # [k, j, i] of the same voxels
+        inner = stack_view[wk.low : wk.high, wj.low : wj.high, wi.low : wi.high]
         _resample_stack(stack, wk.matrix, wj.matrix, wi.matrix, to_hu, inner)
-    # `output` is [k, j, i]; source axis a is its axis 2 - a.
-    return np.ascontiguousarray(output.transpose([2 - axis for axis in order]))
+    return output
 
 
 def _resample_stack(stack, mk, mj, mi, to_hu, out) -> None:

@@ -18,16 +18,30 @@ from mg3d_jax.errors import UserError
 SPECIAL_TOKENS = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
 
 
-def train_wordpiece(sentences: Iterable[str], vocab_size: int) -> Tokenizer:
-    """Lower-case BERT-type WordPiece tokenizer. Deterministic for the same sentences in any order."""
-    tokenizer = Tokenizer(models.WordPiece(unk_token="[UNK]"))
+def _blank_wordpiece(model: models.WordPiece) -> Tokenizer:
+    tokenizer = Tokenizer(model)
     tokenizer.normalizer = normalizers.BertNormalizer(lowercase=True)
     tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
     tokenizer.decoder = decoders.WordPiece()
-    trainer = trainers.WordPieceTrainer(
-        vocab_size=vocab_size, min_frequency=2, special_tokens=list(SPECIAL_TOKENS), show_progress=False
+    return tokenizer
+
+
+def train_wordpiece(sentences: Iterable[str], vocab_size: int) -> Tokenizer:
+    """Lower-case BERT-type WordPiece tokenizer. The same sentences in any order give the same vocabulary.
+
+    The library numbers the pieces of single characters in the order of a randomly seeded hash map, and breaks ties of the
+    merges by those numbers. Announcing the pieces in sorted order first makes the result repeatable.
+    """
+    texts = sorted(sentences)
+    draft = _blank_wordpiece(models.WordPiece(unk_token="[UNK]"))
+    alphabet = sorted({c for text in texts for c in draft.normalizer.normalize_str(text) if not c.isspace()})
+    pieces = [*SPECIAL_TOKENS, *alphabet, *(f"##{c}" for c in alphabet)]
+    draft.train_from_iterator(
+        texts,
+        trainers.WordPieceTrainer(vocab_size=vocab_size, min_frequency=2, special_tokens=pieces, show_progress=False),
     )
-    tokenizer.train_from_iterator(sorted(sentences), trainer)
+    tokenizer = _blank_wordpiece(models.WordPiece(draft.get_vocab(), unk_token="[UNK]"))
+    tokenizer.add_special_tokens(list(SPECIAL_TOKENS))
     ends = [(name, tokenizer.token_to_id(name)) for name in ("[CLS]", "[SEP]")]
     tokenizer.post_processor = processors.TemplateProcessing(single="[CLS] $A [SEP]", special_tokens=ends)
     return tokenizer

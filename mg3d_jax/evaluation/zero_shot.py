@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import numpy as np
-from sklearn.metrics import roc_auc_score
+from scipy.stats import rankdata
 
 from mg3d_jax.data.abnormalities import PROMPT_ABSENT, PROMPT_PRESENT
 
@@ -31,9 +31,12 @@ def probabilities(volumes: np.ndarray, prompt_embeddings: np.ndarray, logit_scal
 def auroc(labels: np.ndarray, scores: np.ndarray) -> float:
     """AUROC over rows whose label is 0 or 1; NaN when one of the two is absent."""
     known = labels >= 0
-    if len(np.unique(labels[known])) < 2:
+    present, ranks = labels[known] == 1, rankdata(scores[known])
+    positives, negatives = int(present.sum()), int((~present).sum())
+    if not positives or not negatives:
         return float("nan")
-    return float(roc_auc_score(labels[known], scores[known]))
+    # The rank-sum form: thousands of bootstrap draws make the sorting of a library call per draw too slow.
+    return float((ranks[present].sum() - positives * (positives + 1) / 2) / (positives * negatives))
 
 
 def evaluate(

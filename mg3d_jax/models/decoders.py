@@ -10,7 +10,7 @@ from mg3d_jax.models.fusion import CrossAttention
 from mg3d_jax.models.positions import Grid, sincos
 from mg3d_jax.models.transformer import (
     ACTIVATION_AXES,
-    KERNEL_INIT,
+    TABLE_INIT,
     Block,
     constrain,
     dense,
@@ -21,7 +21,7 @@ from mg3d_jax.models.transformer import (
 
 
 class DecoderLayer(nn.Module):
-    """Reads the report, then mixes the patches: `((tokens, report), report_mask, train) -> tokens`."""
+    """Reads the report (where there is one), then mixes the patches: `(streams, report_mask, train) -> tokens`."""
 
     num_heads: int
     mlp_dim: int
@@ -30,10 +30,15 @@ class DecoderLayer(nn.Module):
     attention_backend: str
 
     @nn.compact
-    def __call__(self, streams: tuple[jax.Array, jax.Array], report_mask: jax.Array, train: bool = False) -> jax.Array:
+    def __call__(
+        self, streams: tuple[jax.Array, jax.Array | None], report_mask: jax.Array | None, train: bool = False
+    ) -> jax.Array:
         tokens, report = streams
         common = {"dtype": self.dtype, "dropout": self.dropout, "attention_backend": self.attention_backend}
-        tokens = CrossAttention(self.num_heads, **common, name="cross_attention")(tokens, report, report_mask, train)
+        if report is not None:
+            tokens = CrossAttention(self.num_heads, **common, name="cross_attention")(
+                tokens, report, report_mask, train
+            )
         return Block(self.num_heads, self.mlp_dim, **common, name="block")(tokens, None, train)
 
 
@@ -42,7 +47,7 @@ class VoxelDecoder(nn.Module):
 
     `(tokens [B, Nv, d], visible int32 [B, Nv], report_tokens [B, T, e], report_mask bool [B, T])` ->
     `[B, N, patch_values]` in float32, in the order of `patchify`. Hidden places hold a learned mask token; all places
-    get sine-cosine positions.
+    get sine-cosine positions. Without report tokens (None) it is a plain masked autoencoder's decoder.
     """
 
     grid: Grid
@@ -61,18 +66,19 @@ class VoxelDecoder(nn.Module):
         self,
         tokens: jax.Array,
         visible: jax.Array,
-        report_tokens: jax.Array,
-        report_mask: jax.Array,
+        report_tokens: jax.Array | None = None,
+        report_mask: jax.Array | None = None,
         train: bool = False,
     ) -> jax.Array:
         positions = jnp.asarray(sincos(self.grid, self.width))
-        mask_token = self.param("mask_token", part(KERNEL_INIT, ("embed",)), (self.width,)).astype(self.dtype)
+        mask_token = self.param("mask_token", part(TABLE_INIT, ("embed",)), (self.width,)).astype(self.dtype)
         tokens = dense(self.width, ("embed", None), self.dtype, "embed")(tokens.astype(self.dtype))
         places = jnp.broadcast_to(mask_token, (tokens.shape[0], *positions.shape))
         tokens = places.at[jnp.arange(tokens.shape[0])[:, None], visible].set(tokens)
         tokens = constrain(tokens + positions.astype(self.dtype), ACTIVATION_AXES)
-        report_tokens = report_tokens.astype(self.dtype)
-        layer = make_remat(self.remat)(DecoderLayer)
+        if report_tokens is not None:
+            report_tokens = report_tokens.astype(self.dtype)
+        layer = make_remat(self.remat, scanned=False)(DecoderLayer)
         mlp_dim = round(self.width * self.mlp_ratio)
         for number in range(self.depth):
             block = layer(

@@ -1,4 +1,4 @@
-"""Cross-modal layers: volume tokens read the report and report tokens the volume; what a sentence sees in the volume."""
+"""Cross-modal layers: volume tokens read the report and report tokens the volume; what a sentence sees in it."""
 
 from __future__ import annotations
 
@@ -11,7 +11,8 @@ from mg3d_jax.models.heads import Projection, mean_pool
 from mg3d_jax.models.transformer import ACTIVATION_AXES, Attention, Mlp, constrain, dense, layer_norm, make_remat
 
 FUSION_KINDS = ("attention", "gate")
-Streams = tuple[jax.Array, jax.Array]
+STREAMS = ("volume", "report")
+Streams = dict[str, jax.Array]
 
 
 class CrossAttention(nn.Module):
@@ -57,10 +58,10 @@ class RelevanceGate(nn.Module):
 
 
 class FusionLayer(nn.Module):
-    """One layer, both directions at once: `((volume, report), report_mask, train) -> (volume, report)`."""
+    """One layer: `(streams, report_mask, train) -> streams`. Each stream in `updated` reads the other as it was before."""
 
-    num_heads: int
-    report_num_heads: int
+    num_heads: dict[str, int]
+    updated: tuple[str, ...]
     mlp_ratio: float
     kind: str
     dtype: str
@@ -69,39 +70,36 @@ class FusionLayer(nn.Module):
 
     @nn.compact
     def __call__(self, streams: Streams, report_mask: jax.Array, train: bool = False) -> Streams:
-        volume, report = streams
-        new_volume = self._read("volume", self.num_heads, volume, report, report_mask, train)
-        new_report = self._read("report", self.report_num_heads, report, volume, None, train)
-        return self._mlp("volume", new_volume, train), self._mlp("report", new_report, train)
+        return {name: self._update(name, streams, report_mask, train) for name in self.updated}
 
-    def _read(
-        self, name: str, num_heads: int, inputs: jax.Array, other: jax.Array, mask: jax.Array | None, train: bool
-    ) -> jax.Array:
+    def _update(self, name: str, streams: Streams, report_mask: jax.Array, train: bool) -> jax.Array:
+        inputs, other, mask = streams[name], streams["volume"], None
+        if name == "volume":
+            other, mask = streams["report"], report_mask
         if self.kind == "gate":
-            return RelevanceGate(self.dtype, name=f"{name}_gate")(inputs, other, mask)
-        read = CrossAttention(
-            num_heads, self.dtype, self.dropout, self.attention_backend, name=f"{name}_cross_attention"
-        )
-        return read(inputs, other, mask, train)
-
-    def _mlp(self, name: str, inputs: jax.Array, train: bool) -> jax.Array:
-        hidden = round(inputs.shape[-1] * self.mlp_ratio)
+            inputs = RelevanceGate(self.dtype, name=f"{name}_gate")(inputs, other, mask)
+        else:
+            options = self.num_heads[name], self.dtype, self.dropout, self.attention_backend
+            inputs = CrossAttention(*options, name=f"{name}_cross_attention")(inputs, other, mask, train)
         change = layer_norm(self.dtype, f"{name}_mlp_norm")(inputs)
-        change = Mlp(hidden, self.dtype, dropout=self.dropout, name=f"{name}_mlp")(change, train)
-        return constrain(inputs + nn.Dropout(self.dropout)(change, deterministic=not train), ACTIVATION_AXES)
+        mlp = Mlp(round(inputs.shape[-1] * self.mlp_ratio), self.dtype, dropout=self.dropout, name=f"{name}_mlp")
+        change = nn.Dropout(self.dropout)(mlp(change, train), deterministic=not train)
+        return constrain(inputs + change, ACTIVATION_AXES)
 
 
 class Fusion(nn.Module):
-    """`(volume_tokens [B, N, d], report_tokens [B, T, e], report_mask bool [B, T]) -> (fused_volume, fused_report)`.
+    """`(volume_tokens [B, N, d], report_tokens [B, T, e], report_mask bool [B, T]) -> {"volume", "report"}`.
 
-    Same shapes as the inputs, normalised. `kind` "attention" is cross-attention (padding masked out), "gate" the
-    release's `RelevanceGate`. The widths d and e may differ; `num_heads` must divide d and `report_num_heads` e.
+    The streams keep their shapes and come out normalised. `kind` "attention" is cross-attention (padding masked out),
+    "gate" the release's `RelevanceGate`. The widths d and e may differ: `num_heads` must divide d, `report_num_heads` e.
+    Streams that `outputs` does not name are not returned, and the last layer does not compute them.
     """
 
     depth: int
     num_heads: int
     report_num_heads: int
     kind: str = "attention"
+    outputs: tuple[str, ...] = STREAMS
     mlp_ratio: float = 4.0
     dropout: float = 0.0
     dtype: str = "float32"
@@ -114,14 +112,20 @@ class Fusion(nn.Module):
     ) -> Streams:
         if self.kind not in FUSION_KINDS:
             raise UserError(f"fusion.kind={self.kind!r} is unknown; choose one of {', '.join(FUSION_KINDS)}.")
-        streams = volume_tokens.astype(self.dtype), report_tokens.astype(self.dtype)
-        layer = make_remat(self.remat)(FusionLayer)
-        options = "num_heads report_num_heads mlp_ratio kind dtype dropout attention_backend".split()
-        options = {field: getattr(self, field) for field in options}
+        streams = {"volume": volume_tokens.astype(self.dtype), "report": report_tokens.astype(self.dtype)}
+        layer = make_remat(self.remat, scanned=False)(FusionLayer)
         for number in range(self.depth):
-            streams = layer(**options, name=f"layer_{number}")(streams, report_mask, train)
-        volume, report = streams
-        return layer_norm(self.dtype, "volume_norm")(volume), layer_norm(self.dtype, "report_norm")(report)
+            streams = layer(
+                num_heads={"volume": self.num_heads, "report": self.report_num_heads},
+                updated=self.outputs if number == self.depth - 1 else STREAMS,
+                mlp_ratio=self.mlp_ratio,
+                kind=self.kind,
+                dtype=self.dtype,
+                dropout=self.dropout,
+                attention_backend=self.attention_backend,
+                name=f"layer_{number}",
+            )(streams, report_mask, train)
+        return {name: layer_norm(self.dtype, f"{name}_norm")(streams[name]) for name in self.outputs}
 
 
 class SentenceConditionedVolume(nn.Module):

@@ -6,7 +6,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from mg3d_jax.models.transformer import KERNEL_INIT, Attention, dense, layer_norm, part
+from mg3d_jax.models.transformer import TABLE_INIT, Attention, dense, layer_norm, part
 
 
 class AttentionPool(nn.Module):
@@ -21,7 +21,7 @@ class AttentionPool(nn.Module):
     @nn.compact
     def __call__(self, tokens: jax.Array, mask: jax.Array | None = None) -> jax.Array:
         batch, _, width = tokens.shape
-        query = self.param("query", part(KERNEL_INIT, (None, None, "embed")), (1, 1, width))
+        query = self.param("query", part(TABLE_INIT, (None, None, "embed")), (1, 1, width))
         query = jnp.broadcast_to(query.astype(tokens.dtype), (batch, 1, width))
         # The plain backend: with a single query there is no [N, N] matrix to avoid.
         pooled = Attention(self.num_heads, self.dtype, name="attention")(query, tokens, mask)[:, 0]

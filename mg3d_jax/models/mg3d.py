@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import flax.linen as nn
@@ -10,15 +11,18 @@ import jax.numpy as jnp
 from ml_collections import ConfigDict
 
 from mg3d_jax.models import presets
-from mg3d_jax.models.heads import AttentionPool, Projection, sentence_means
+from mg3d_jax.models.decoders import TokenHead, VoxelDecoder
+from mg3d_jax.models.fusion import Fusion, SentenceConditionedVolume
+from mg3d_jax.models.heads import AttentionPool, Projection, mean_pool, sentence_means
 from mg3d_jax.models.report_encoder import ReportEncoder
-from mg3d_jax.models.volume_encoder import VolumeEncoder
+from mg3d_jax.models.volume_encoder import VolumeEncoder, patch_grid, patchify
 
 MAX_LOGIT_SCALE = 100.0  # temperature 0.01: CLIP's clip
+INITIAL_LOGIT_BIAS = -10.0  # SigLIP's: at the start nearly every pair is called negative
 
 
 class MG3D(nn.Module):
-    """Volume encoder, report encoder, pooling and projections into one embedding space.
+    """Volume encoder, report encoder, their embeddings, and the fusion and heads of the enabled objectives.
 
     Args:
         config: the whole configuration (`config.model`, `config.data`, `config.objectives` are read).
@@ -65,24 +69,147 @@ class MG3D(nn.Module):
         self.report_pool = AttentionPool(report.num_heads, dtype=model.dtype)
         self.report_projection = Projection(model.projection_dim, dtype=model.dtype)
         self.logit_scale = self.param("logit_scale", lambda _: jnp.log(jnp.float32(1.0 / objective.temperature)))
+        if objective.form == "sigmoid":
+            self.logit_bias = self.param("logit_bias", lambda _: jnp.float32(INITIAL_LOGIT_BIAS))
+        self._setup_objectives(volume.num_heads, report.num_heads, common)
+
+    def _setup_objectives(self, volume_heads: int, report_heads: int, common: dict[str, Any]) -> None:
+        """What only some objectives need. A module that is never called has no parameters."""
+        model, dtype = self.config.model, self.config.model.dtype
+        attention = {"dtype": dtype, "attention_backend": self.attention_backend}
+        wanted = {"volume": self._on("discrimination") or self._fused_pair(), "report": self._on("report_reconstruction")}
+        wanted["report"] |= self._fused_pair()
+        self.fusion = Fusion(
+            depth=model.fusion.depth,
+            num_heads=volume_heads,
+            report_num_heads=report_heads,
+            kind=model.fusion.kind,
+            outputs=tuple(name for name, on in wanted.items() if on),
+            **common,
+        )
+        self.fused_volume_projection = Projection(model.matching_dim, dtype=dtype)
+        self.fused_volume_pair_projection = Projection(model.projection_dim, dtype=dtype)
+        self.fused_report_pair_projection = Projection(model.projection_dim, dtype=dtype)
+        self.sentence_conditioned_volume = SentenceConditionedVolume(report_heads, model.matching_dim, **attention)
+        patch_size = tuple(model.volume_encoder.patch_size)
+        self.voxel_decoder = VoxelDecoder(
+            grid=patch_grid(tuple(model.volume_size), patch_size),
+            patch_values=math.prod(patch_size) * len(self.config.data.windows),
+            width=model.voxel_decoder.width,
+            depth=model.voxel_decoder.depth,
+            num_heads=model.voxel_decoder.num_heads,
+            **common,
+        )
+        self.token_head = TokenHead(self.vocab_size, dtype)
+        self.sentence_projection = Projection(model.matching_dim, dtype=dtype)
+
+    def _on(self, *names: str) -> bool:
+        """Is any of these objectives enabled?"""
+        return any(self.config.objectives[name].weight > 0 for name in names)
+
+    def _fused_pair(self) -> bool:
+        return self._on("alignment") and self.config.objectives.alignment.fused_weight > 0
 
     def embed_volume(self, volume: jax.Array, *, train: bool = False) -> dict[str, jax.Array]:
-        """Windowed volume `[B, X, Y, Z, C]` -> `volume_tokens [B, N, d]`, `volume_embedding [B, k]` (float32, not normalised)."""
+        """Windowed volume [B, X, Y, Z, C] -> `volume_tokens` [B, N, d], `volume_embedding` [B, k] (float32, any length)."""
         encoded = self.volume_encoder(volume, train=train)
         embedding = self.volume_projection(encoded["pooled"]).astype(jnp.float32)
         return {"volume_tokens": encoded["tokens"], "volume_embedding": embedding}
 
     def embed_report(self, report: dict[str, jax.Array], *, train: bool = False) -> dict[str, jax.Array]:
-        """Text fields of a batch -> `report_tokens [B, T, d]`, `sentences [B, S, d]`, `sentence_mask`, `report_embedding [B, k]`."""
-        tokens = self.report_encoder(report["token_ids"], report["token_mask"], train=train)["tokens"]
-        sentences, mask = sentence_means(tokens, report["sentence_index"], self.config.data.max_sentences)
-        embedding = self.report_projection(self.report_pool(sentences, mask)).astype(jnp.float32)
-        return {"report_tokens": tokens, "sentences": sentences, "sentence_mask": mask, "report_embedding": embedding}
+        """Text fields of a batch -> `report_tokens` [B, T, d], `sentences` [B, S, d], `sentence_mask` [B, S],
+        `report_embedding` [B, k] (float32, any length; zero for a report without sentences)."""
+        encoded = self._encode_report(report, train=train)
+        embedding = self.report_projection(self.report_pool(encoded["sentences"], encoded["sentence_mask"]))
+        return encoded | {"report_embedding": embedding.astype(jnp.float32)}
 
-    def __call__(self, inputs: dict[str, Any], *, train: bool = False) -> dict[str, jax.Array]:
-        """`inputs`: `volume` windowed, and the text fields of the report's view. Returns every feature, by name."""
+    def _encode_report(self, report: dict[str, jax.Array], *, train: bool) -> dict[str, jax.Array]:
+        encoded = self.report_encoder(report["token_ids"], report["token_mask"], train=train)
+        count = self.config.data.max_sentences
+        sentences, mask = sentence_means(encoded["tokens"], report["sentence_index"], count)
+        features = {"report_tokens": encoded["tokens"], "sentences": sentences, "sentence_mask": mask}
+        if self._on("matching") and self.config.objectives.matching.sentence_source == "embeddings":
+            sentences = sentence_means(encoded["embeddings"], report["sentence_index"], count)[0]
+        return features | {"sentence_targets": jax.lax.stop_gradient(sentences)}
+
+    def logits(self) -> dict[str, jax.Array]:
+        """`logit_scale` (1 / temperature, clipped) and, for the sigmoid form, `logit_bias`: scalars, not per patient."""
         scale = jnp.minimum(jnp.exp(self.logit_scale), MAX_LOGIT_SCALE)
         if not self.config.objectives.alignment.learn_temperature:
             scale = jax.lax.stop_gradient(scale)
-        report = self.embed_report(inputs["report"], train=train)
-        return self.embed_volume(inputs["volume"], train=train) | report | {"logit_scale": scale}
+        bias = {"logit_bias": self.logit_bias} if self.config.objectives.alignment.form == "sigmoid" else {}
+        return {"logit_scale": scale} | bias
+
+    def __call__(self, inputs: dict[str, Any], *, train: bool = False) -> dict[str, jax.Array]:
+        """Features of the enabled objectives, by name, one row per patient (`objectives.multitask` says who reads what).
+
+        Args:
+            inputs: what `training.inputs.model_inputs` makes of a batch: `volume` windowed; `report`, the text fields that
+                the report embedding reads; where needed `full_report`, `visible`, `patch_mask`, `corrupted_ids`, `selected`.
+        """
+        features: dict[str, jax.Array] = {}
+        # The towers and their embeddings always have parameters, so that every run can be evaluated.
+        embeds = self._on("alignment") or self.is_initializing()
+        full = inputs.get("full_report", inputs["report"])
+        text: dict[str, jax.Array] = {}
+        if embeds:
+            view = self.embed_report(inputs["report"], train=train)
+            features["report_embedding"] = view["report_embedding"]
+            features["report_has_text"] = jnp.any(view["sentence_mask"], axis=1)
+            text = {} if "full_report" in inputs else view
+        reads_text = self._on("volume_reconstruction") and self.config.objectives.volume_reconstruction.read_report
+        if self._on("report_reconstruction", "matching", "discrimination") or self._fused_pair() or reads_text:
+            text = text or self._encode_report(full, train=train)
+            features |= {name: text[name] for name in ("sentence_mask", "sentence_targets")}
+        if embeds or self._on("report_reconstruction", "matching", "discrimination"):
+            features |= self.embed_volume(inputs["volume"], train=train)
+        if self._on("matching", "discrimination"):
+            z = self.sentence_conditioned_volume(text["sentences"], features["volume_tokens"])
+            features["z"] = z.astype(jnp.float32)
+        if self._on("discrimination") or self._fused_pair():
+            features |= self._fused_embeddings(features["volume_tokens"], text, full["token_mask"], train)
+        if self._on("volume_reconstruction"):
+            features |= self._reconstruct_volume(inputs, text if reads_text else {}, full["token_mask"], train)
+        if self._on("report_reconstruction"):
+            features |= self._reconstruct_report(inputs, full, text, features["volume_tokens"], train)
+        return features
+
+    def _fused_embeddings(
+        self, volume_tokens: jax.Array, text: dict[str, jax.Array], mask: jax.Array, train: bool
+    ) -> dict[str, jax.Array]:
+        """`fused_volume_embedding` [B, matching_dim] and, for the fused pair, `fused_embedding` [B, 2 k], float32."""
+        fused, embeddings = self.fusion(volume_tokens, text["report_tokens"], mask, train), {}
+        volume = mean_pool(fused["volume"])
+        if self._on("discrimination"):
+            embeddings["fused_volume_embedding"] = self.fused_volume_projection(volume).astype(jnp.float32)
+        if self._fused_pair():
+            report = self.fused_report_pair_projection(mean_pool(fused["report"], mask))
+            pair = jnp.concatenate([report, self.fused_volume_pair_projection(volume)], axis=-1)
+            embeddings["fused_embedding"] = pair.astype(jnp.float32)
+        return embeddings
+
+    def _reconstruct_volume(
+        self, inputs: dict[str, Any], text: dict[str, jax.Array], mask: jax.Array, train: bool
+    ) -> dict[str, jax.Array]:
+        """The encoder sees the visible patches only; the decoder also reads the whole report."""
+        visible = inputs["visible"]
+        tokens = self.volume_encoder(inputs["volume"], visible, train=train)["tokens"]
+        prediction = self.voxel_decoder(tokens, visible, text.get("report_tokens"), mask, train)
+        patches = patchify(inputs["volume"], tuple(self.config.model.volume_encoder.patch_size))
+        return {"voxel_prediction": prediction, "patches": patches, "patch_mask": inputs["patch_mask"]}
+
+    def _reconstruct_report(
+        self, inputs: dict[str, Any], full: dict, text: dict[str, jax.Array], volume_tokens: jax.Array, train: bool
+    ) -> dict[str, jax.Array]:
+        """The tokens of the corrupted report read the whole volume; hidden words and their sentences are predicted."""
+        mask = full["token_mask"]
+        tokens = self.report_encoder(inputs["corrupted_ids"], mask, train=train)["tokens"]
+        tokens = self.fusion(volume_tokens, tokens, mask, train)["report"]
+        sentences, _ = sentence_means(tokens, full["sentence_index"], self.config.data.max_sentences)
+        return {
+            "token_logits": self.token_head(tokens),
+            "token_labels": full["token_ids"],
+            "token_selected": inputs["selected"],
+            "reconstructed_sentences": self.sentence_projection(sentences),
+            "original_sentences": self.sentence_projection(text["sentences"]),
+        }

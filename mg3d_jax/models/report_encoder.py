@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 
 from mg3d_jax.errors import UserError
-from mg3d_jax.models.transformer import ACTIVATION_AXES, KERNEL_INIT, Stack, constrain, layer_norm, part
+from mg3d_jax.models.transformer import ACTIVATION_AXES, TABLE_INIT, Stack, constrain, layer_norm, part
 
 
 class ReportEncoder(nn.Module):
@@ -67,4 +67,4 @@ class ReportEncoder(nn.Module):
         return {"tokens": tokens, "embeddings": embeddings}
 
     def _table(self, name: str, rows: int, axis: str | None) -> jax.Array:
-        return self.param(name, part(KERNEL_INIT, (axis, "embed")), (rows, self.width))
+        return self.param(name, part(TABLE_INIT, (axis, "embed")), (rows, self.width))

@@ -19,7 +19,9 @@ from mg3d_jax.models.attention import attention_weights, dot_product_attention
 part = nn.with_logical_partitioning
 constrain = nn.with_logical_constraint
 
-KERNEL_INIT = nn.initializers.truncated_normal(stddev=0.02)
+# Scaled by the fan, as in ViT and big_vision: the fixed 0.02 of BERT-base starves the residual branches of narrow towers.
+KERNEL_INIT = nn.initializers.xavier_uniform()
+TABLE_INIT = nn.initializers.truncated_normal(stddev=0.02)
 ACTIVATION_AXES = ("batch", "length", "embed")
 REMAT_POLICIES = ("none", "minimal", "full", "offload")
 
@@ -155,11 +157,18 @@ class Block(nn.Module):
         return constrain(total if pre else norm(total), ACTIVATION_AXES)
 
 
-def make_remat(policy: str) -> Callable[[type[nn.Module]], type[nn.Module]]:
-    """What the backward pass keeps of each scanned layer, by name; wraps `(inputs, mask, train)` modules.
+def make_remat(
+    policy: str, train_argument: int = 3, scanned: bool = True
+) -> Callable[[type[nn.Module]], type[nn.Module]]:
+    """What the backward pass keeps of each scanned layer, by name: a wrapper for module classes.
 
     "none" keeps everything; "minimal" keeps the outputs of the dense layers and recomputes attention, norms and GELU;
     "offload" keeps the same arrays, but in host memory; "full" keeps only the layer's input.
+
+    Args:
+        policy: one of `REMAT_POLICIES`.
+        train_argument: position of the static argument `train` in `__call__` (0 is the module).
+        scanned: the module runs inside `nn.scan`, which already prevents common-subexpression elimination.
     """
     policies = jax.checkpoint_policies
     if policy == "none":
@@ -172,8 +181,7 @@ def make_remat(policy: str) -> Callable[[type[nn.Module]], type[nn.Module]]:
         saved = policies.nothing_saveable
     else:
         raise UserError(f"remat={policy!r} is unknown; choose one of {', '.join(REMAT_POLICIES)}.")
-    # Argument 3 is `train` (0 is the module); scan already prevents the common-subexpression elimination.
-    return partial(nn.remat, policy=saved, prevent_cse=False, static_argnums=(3,))
+    return partial(nn.remat, policy=saved, prevent_cse=not scanned, static_argnums=(train_argument,))
 
 
 _BLOCK_FIELDS = (

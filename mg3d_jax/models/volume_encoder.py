@@ -16,7 +16,7 @@ import jax.numpy as jnp
 from mg3d_jax.errors import UserError
 from mg3d_jax.models.heads import AttentionPool, mean_pool
 from mg3d_jax.models.positions import Grid, sincos
-from mg3d_jax.models.transformer import ACTIVATION_AXES, KERNEL_INIT, Stack, constrain, dense, layer_norm, part
+from mg3d_jax.models.transformer import ACTIVATION_AXES, TABLE_INIT, Stack, constrain, dense, layer_norm, part
 
 
 def patch_grid(volume_size: Grid, patch_size: Grid) -> Grid:
@@ -113,6 +113,8 @@ class VolumeEncoder(nn.Module):
     remat: str = "none"
     attention_backend: str = "xla"
     stem: str = "linear"
+    norm_epsilon: float = 1e-6
+    exact_gelu: bool = False
 
     @nn.compact
     def __call__(
@@ -128,13 +130,15 @@ class VolumeEncoder(nn.Module):
         tokens = nn.Dropout(self.dropout)(tokens, deterministic=not train)
         if self.num_registers:
             shape = (self.num_registers, self.width)
-            registers = self.param("registers", part(KERNEL_INIT, ("register", "embed")), shape).astype(tokens.dtype)
+            registers = self.param("registers", part(TABLE_INIT, ("register", "embed")), shape).astype(tokens.dtype)
             tokens = jnp.concatenate([jnp.broadcast_to(registers, (tokens.shape[0], *shape)), tokens], axis=1)
         tokens = Stack(
             self.depth,
             self.num_heads,
             round(self.width * self.mlp_ratio),
             self.dtype,
+            norm_epsilon=self.norm_epsilon,
+            exact_gelu=self.exact_gelu,
             qk_norm=self.qk_norm,
             layer_scale=self.layer_scale,
             dropout=self.dropout,
@@ -142,7 +146,7 @@ class VolumeEncoder(nn.Module):
             remat=self.remat,
             name="stack",
         )(tokens, None, train)
-        tokens = layer_norm(self.dtype, "norm")(tokens[:, self.num_registers :])
+        tokens = layer_norm(self.dtype, "norm", self.norm_epsilon)(tokens[:, self.num_registers :])
         return {"tokens": tokens, "pooled": self._pool(tokens)}
 
     def _embed(self, volume: jax.Array) -> jax.Array:
@@ -157,7 +161,7 @@ class VolumeEncoder(nn.Module):
     def _positions(self) -> jax.Array:
         grid = patch_grid(self.volume_size, self.patch_size)
         if self.positions == "learned":
-            table = self.param("positions", part(KERNEL_INIT, ("position", "embed")), (prod(grid), self.width))
+            table = self.param("positions", part(TABLE_INIT, ("position", "embed")), (prod(grid), self.width))
         elif self.positions == "sincos":
             table = jnp.asarray(sincos(grid, self.width))
         else:

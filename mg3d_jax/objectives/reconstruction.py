@@ -1,6 +1,8 @@
 """Losses of the masked parts: voxels of hidden patches, tokens of hidden words, and the sentences they belong to.
 
-Each is a mean over what was masked, in the whole global batch; what was visible never counts.
+Each is a mean over what was masked, in the whole global batch; what was visible never counts. The `*_sums` functions are
+the first half of each: sums and counts per patient, which is all that the second half needs, so that micro-batches can
+be put together exactly (`gradient_cache`) and voxels and logits need not be kept.
 """
 
 from __future__ import annotations
@@ -8,9 +10,10 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 
-from mg3d_jax.objectives.pairwise import l2_normalize, masked_mean
+from mg3d_jax.objectives.pairwise import l2_normalize
 
 Metrics = dict[str, jax.Array]
+Sums = dict[str, jax.Array]  # arrays [B], "count" among them
 
 
 def normalize_patches(patches: jax.Array, epsilon: float = 1e-6) -> jax.Array:
@@ -23,6 +26,39 @@ def normalize_patches(patches: jax.Array, epsilon: float = 1e-6) -> jax.Array:
     return centred * jax.lax.rsqrt(jnp.mean(jnp.square(centred), axis=-1, keepdims=True) + epsilon)
 
 
+def _masked_sums(mask: jax.Array, **values: jax.Array) -> Sums:
+    """Sums over axis 1 of the values [B, n] where `mask`, and their "count"."""
+    sums = {name: jnp.sum(jnp.where(mask, value, 0.0), axis=1) for name, value in values.items()}
+    return sums | {"count": jnp.sum(mask, axis=1, dtype=jnp.float32)}
+
+
+def mean_of_sums(sums: Sums, valid: jax.Array | None = None) -> dict[str, jax.Array]:
+    """Means over the patients that `valid` [B] bool admits (None: all), by name, and the total "count"; 0 for no count."""
+    totals = {name: jnp.sum(value if valid is None else jnp.where(valid, value, 0.0)) for name, value in sums.items()}
+    count = totals.pop("count")
+    return {name: total / jnp.maximum(count, 1.0) for name, total in totals.items()} | {"count": count}
+
+
+def patch_sums(prediction: jax.Array, target: jax.Array, mask: jax.Array) -> Sums:
+    """Per patient: the summed mean squared error ("loss") and "count" of the masked patches; see `masked_patch_mse`."""
+    target = jax.lax.stop_gradient(target.astype(jnp.float32))
+    return _masked_sums(mask, loss=jnp.mean(jnp.square(prediction.astype(jnp.float32) - target), axis=-1))
+
+
+def token_sums(logits: jax.Array, labels: jax.Array, mask: jax.Array) -> Sums:
+    """Per patient: summed cross-entropy ("loss"), "accuracy" and "count"; see `masked_token_cross_entropy`."""
+    logits = logits.astype(jnp.float32)
+    of_label = jnp.take_along_axis(logits, labels[..., None], axis=-1)[..., 0]
+    correct = (jnp.argmax(logits, axis=-1) == labels).astype(jnp.float32)
+    return _masked_sums(mask, loss=jax.nn.logsumexp(logits, axis=-1) - of_label, accuracy=correct)
+
+
+def sentence_sums(reconstructed: jax.Array, original: jax.Array, mask: jax.Array) -> Sums:
+    """Per patient: summed cosine distance ("loss") and "count" of the sentences; see `sentence_alignment`."""
+    cosine = jnp.sum(l2_normalize(reconstructed) * jax.lax.stop_gradient(l2_normalize(original)), axis=-1)
+    return _masked_sums(mask, loss=1.0 - cosine)
+
+
 def masked_patch_mse(prediction: jax.Array, target: jax.Array, mask: jax.Array) -> tuple[jax.Array, Metrics]:
     """Mean squared error over the voxels of the masked patches.
 
@@ -32,11 +68,10 @@ def masked_patch_mse(prediction: jax.Array, target: jax.Array, mask: jax.Array) 
         mask: bool [B, N], True where the patch was hidden and therefore counts.
 
     Returns:
-        The loss (0 where nothing is masked), and as metric the `masked_fraction` of the patches.
+        The loss (0 where nothing is masked), and as metric the `patches` that counted.
     """
-    target = jax.lax.stop_gradient(target.astype(jnp.float32))
-    per_patch = jnp.mean(jnp.square(prediction.astype(jnp.float32) - target), axis=-1)
-    return masked_mean(per_patch, mask), {"masked_fraction": jnp.mean(mask.astype(jnp.float32))}
+    means = mean_of_sums(patch_sums(prediction, target, mask))
+    return means["loss"], {"patches": means["count"]}
 
 
 def masked_token_cross_entropy(logits: jax.Array, labels: jax.Array, mask: jax.Array) -> tuple[jax.Array, Metrics]:
@@ -50,11 +85,8 @@ def masked_token_cross_entropy(logits: jax.Array, labels: jax.Array, mask: jax.A
     Returns:
         The loss (0 where nothing is masked), and metrics: `accuracy` over the masked tokens, `tokens` (their number).
     """
-    logits = logits.astype(jnp.float32)
-    of_label = jnp.take_along_axis(logits, labels[..., None], axis=-1)[..., 0]
-    loss = masked_mean(jax.nn.logsumexp(logits, axis=-1) - of_label, mask)
-    correct = (jnp.argmax(logits, axis=-1) == labels).astype(jnp.float32)
-    return loss, {"accuracy": masked_mean(correct, mask), "tokens": jnp.sum(mask).astype(jnp.float32)}
+    means = mean_of_sums(token_sums(logits, labels, mask))
+    return means["loss"], {"accuracy": means["accuracy"], "tokens": means["count"]}
 
 
 def sentence_alignment(reconstructed: jax.Array, original: jax.Array, mask: jax.Array) -> tuple[jax.Array, Metrics]:
@@ -66,7 +98,7 @@ def sentence_alignment(reconstructed: jax.Array, original: jax.Array, mask: jax.
         mask: bool [B, S], False for sentences that only pad.
 
     Returns:
-        The loss, in [0, 2] (0 where there is no sentence), and no metrics.
+        The loss, in [0, 2] (0 where there is no sentence), and as metric the `sentences` that counted.
     """
-    cosine = jnp.sum(l2_normalize(reconstructed) * jax.lax.stop_gradient(l2_normalize(original)), axis=-1)
-    return masked_mean(1.0 - cosine, mask), {}
+    means = mean_of_sums(sentence_sums(reconstructed, original, mask))
+    return means["loss"], {"sentences": means["count"]}

@@ -1,7 +1,8 @@
 """Percentile intervals of the law's parameters: whole runs are drawn again, not residuals.
 
-Rows that share a group (one cell with one seed, or branches of one trunk) are drawn together. Resampling residuals instead
-treats the design as fixed and gives intervals that are too narrow. The draws depend on the seed only, not on the row order.
+Rows that share a group (one cell with one seed, or branches of one trunk) are drawn together. Resampling residuals
+instead treats the design as fixed and gives intervals that are too narrow. The draws depend on the seed only, not on
+the order of the rows.
 """
 
 from __future__ import annotations

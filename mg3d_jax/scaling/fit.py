@@ -1,7 +1,7 @@
 """Fits the law to runs, certifies the optimum, and says which parameters the runs do not determine.
 
-Method: a grid over the two exponents with the non-negative (E, A, B) solved for each (variable projection), some dozens of
-random starts besides, every start polished by damped Newton on the sum of Huber(1e-3) on log residuals, float64
+Method: a grid over the two exponents with the non-negative (E, A, B) solved for each (variable projection), some dozens
+of random starts besides, every start polished by damped Newton on the sum of Huber(1e-3) on log residuals, float64
 throughout. The certificate reports how many starts agree, how steep the objective still is, and how much worse the next
 basin is. The laws without one of the terms are fitted too: a term that the runs do not ask for is "not identified".
 """
@@ -65,7 +65,7 @@ def fit_law(n: np.ndarray, d: np.ndarray, loss: np.ndarray, *, weights: np.ndarr
     if not all(np.all(np.isfinite(v)) and np.all(v > 0) for v in (n, d, loss)):
         raise ValueError("N, D and loss must be positive and finite")
     if refusal := why_refused(n, d, loss):
-        return Fit(None, None, None, dict.fromkeys(PARAMETERS, refusal), [f"no law fitted: {refusal}"], refusal)
+        return refuse(refusal)
     order = np.lexsort((loss, d, n))  # the answer does not depend on the order of the rows
     n, d, loss = n[order], d[order], loss[order]
     weights = np.ones_like(n) if weights is None else np.asarray(weights, np.float64)[order]
@@ -94,6 +94,11 @@ def fit_law(n: np.ndarray, d: np.ndarray, loss: np.ndarray, *, weights: np.ndarr
             not_identified |= {name: reason, scale: reason}
     total = float(np.sum(weights * huber(log_residuals(law, n, d, loss))))
     return Fit(law, total, certificate, not_identified, _warnings(n, d, loss, not_identified, certificate))
+
+
+def refuse(reason: str) -> Fit:
+    """A fit without a law, and why."""
+    return Fit(None, None, None, dict.fromkeys(PARAMETERS, reason), [f"no law fitted: {reason}"], reason)
 
 
 def why_refused(n: np.ndarray, d: np.ndarray, loss: np.ndarray) -> str | None:

@@ -1,7 +1,7 @@
 """The law and its loss: `L(N, D) = E + A / N^alpha + B / D^beta`, judged by a Huber loss on log residuals.
 
-N is a model size (parameters), D a data size (samples, patients, tokens): any unit, the same for all rows. The form and the
-objective follow Hoffmann et al. 2022 (approach 3); we take the SUM over rows, as Besiroglu et al. 2024 do.
+N is a model size (parameters), D a data size (samples, patients, tokens): any unit, the same for all rows. The form and
+the objective follow Hoffmann et al. 2022 (approach 3); we take the SUM over rows, as Besiroglu et al. 2024 do.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Plots of a fit: loss against N and against D, residuals, predicted against actual. Each PNG has a CSV of what it shows."""
+"""Plots of a fit: loss against N and D, residuals, predicted against actual. Each PNG has a CSV of what it shows."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ COLOURS = matplotlib.colormaps["viridis"]
 
 
 def draw_all(out: Path, rows: Sequence[Row], fit: Fit, drawn: Bootstrap | None, names: Mapping[str, str]) -> list[str]:
-    """Writes the plots and their CSV files into `out`; returns the file names. Without a law only the data are drawn."""
+    """Writes the plots and their CSV files into `out`; returns the names. Without a law only the data are drawn."""
     for stem in STEMS:
         for ending in ("png", "csv"):
             (out / f"{stem}.{ending}").unlink(missing_ok=True)  # of an earlier fit: never beside another fit.json
@@ -41,7 +41,7 @@ def draw_all(out: Path, rows: Sequence[Row], fit: Fit, drawn: Bootstrap | None, 
 def _against(
     out: Path, stem: str, rows: Sequence[Row], fit: Fit, drawn: Bootstrap | None, names: Mapping[str, str]
 ) -> str:
-    """Loss against one size, coloured by the other; with a law: its curves, their 80 % band, and the residuals below."""
+    """Loss against one size, coloured by the other; with a law: its curves, their 80 % band, and residuals below."""
     n, d, loss = table.columns(rows)
     horizontal, colour, axis, other = (n, d, "N", "D") if stem == "loss_vs_n" else (d, n, "D", "N")
     norm = LogNorm(*_log_limits(colour, 1.02))

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import csv
-import json
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -14,7 +12,8 @@ import numpy as np
 
 from mg3d_jax.scaling import plots, table
 from mg3d_jax.scaling.bootstrap import LEVELS, Bootstrap, bootstrap
-from mg3d_jax.scaling.fit import TERM_PARAMETERS, Fit, fit_law
+from mg3d_jax.scaling.files import write_json
+from mg3d_jax.scaling.fit import TERM_PARAMETERS, Fit, fit_law, refuse
 from mg3d_jax.scaling.laws import FORMULA, HUBER_DELTA, PARAMETERS, log_residuals
 from mg3d_jax.scaling.table import Row
 
@@ -22,11 +21,13 @@ UNSTABLE_SHARE = 0.10
 """A term that vanishes in more than this share of the resamplings is not identified: its 80 % interval reaches zero."""
 
 
-def fit_rows(rows: Sequence[Row], *, draws: int, seed: int = 0) -> tuple[Fit, Bootstrap | None]:
-    """Fits the used rows and, if there is a law, resamples it `draws` times."""
+def fit_rows(
+    rows: Sequence[Row], *, draws: int, seed: int = 0, refusal: str | None = None
+) -> tuple[Fit, Bootstrap | None]:
+    """Fits the used rows and, if there is a law, resamples it `draws` times. `refusal`: why they must not be fitted."""
     chosen = table.used(rows)
     n, d, loss = table.columns(chosen)
-    fit = fit_law(n, d, loss, seed=seed)
+    fit = refuse(refusal) if refusal else fit_law(n, d, loss, seed=seed)
     if fit.law is None:
         return fit, None
     if draws == 0:
@@ -105,19 +106,20 @@ def write_runs(path: Path, rows: Sequence[Row], fit: Fit) -> None:
         csv.writer(file).writerows([head + extra, *lines])
 
 
-def write_json(path: Path, document: Mapping[str, Any]) -> None:
-    """Writes strict JSON (no NaN) so that a reader never sees half a file."""
-    partial = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    partial.write_text(json.dumps(document, indent=2, allow_nan=False) + "\n", encoding="utf-8")
-    os.replace(partial, path)
-
-
 def write_report(
-    out: Path, rows: Sequence[Row], names: Mapping[str, str], *, draws: int, seed: int = 0
+    out: Path,
+    rows: Sequence[Row],
+    names: Mapping[str, str],
+    *,
+    draws: int,
+    seed: int = 0,
+    refusal: str | None = None,
+    warnings: Sequence[str] = (),
 ) -> dict[str, Any]:
-    """Fits and writes everything into `out`; returns the content of `fit.json`."""
+    """Fits and writes everything into `out`; returns the content of `fit.json`. `warnings` join the fit's own."""
     out.mkdir(parents=True, exist_ok=True)
-    fit, drawn = fit_rows(rows, draws=draws, seed=seed)
+    fit, drawn = fit_rows(rows, draws=draws, seed=seed, refusal=refusal)
+    fit.warnings.extend(warnings)
     document = fit_document(rows, fit, drawn, names)
     write_runs(out / "runs.csv", rows, fit)
     document["plots"] = plots.draw_all(out, table.used(rows), fit, drawn, names)

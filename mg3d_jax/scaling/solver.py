@@ -1,9 +1,10 @@
 """Minimises the sum of Huber losses on log residuals, for many starts or many resamplings at once.
 
-The law in logs is `f = logsumexp(e, a - alpha x, b - beta y)` with `x = log N`, `y = log D`, both centred: `f` has exact,
-cheap first and second derivatives, so a damped Newton method converges where quasi-Newton methods with default tolerances
-stop early (the raw objective is tiny, and its curvature lives only in the rows within `delta` of the law). `theta` rows are
-`(e, a, alpha, b, beta)`; a term that is switched off has `-inf` as its log scale. Problems are independent rows of a batch.
+The law in logs is `f = logsumexp(e, a - alpha x, b - beta y)` with `x = log N`, `y = log D`, both centred: `f` has
+exact, cheap first and second derivatives, so a damped Newton method converges where quasi-Newton methods with default
+tolerances stop early (the raw objective is tiny, and its curvature lives only in the rows within `delta` of the law).
+`theta` rows are `(e, a, alpha, b, beta)`; a term that is switched off has `-inf` as its log scale. Problems are
+independent rows of a batch.
 """
 
 from __future__ import annotations
@@ -70,10 +71,10 @@ def value(theta: np.ndarray, weights: np.ndarray, problem: Problem, delta: np.nd
 def derivatives(
     theta: np.ndarray, weights: np.ndarray, problem: Problem, delta: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Gradient [batch, 5], Hessian [batch, 5, 5], and the curvature of the reweighted least-squares bound [batch, 5, 5].
+    """Gradient [batch, 5], Hessian and curvature of the reweighted least-squares bound, both [batch, 5, 5].
 
-    The bound replaces Huber's curvature by `psi(r) / r`; it is positive semi-definite everywhere and guides far from the
-    optimum, where no row lies within `delta` and the Hessian says nothing.
+    The bound replaces Huber's curvature by `psi(r) / r`; it is positive semi-definite everywhere and guides far from
+    the optimum, where no row lies within `delta` and the Hessian says nothing.
     """
     x, y = problem.x, problem.y
     f, (p0, p1, p2) = (lambda out: (out[0], out[1].transpose(1, 0, 2)))(log_law(theta, problem))
@@ -104,7 +105,7 @@ def _outer(jacobian: np.ndarray, weights: np.ndarray) -> np.ndarray:
 def damped_newton(
     theta: np.ndarray, weights: np.ndarray, problem: Problem, delta: np.ndarray, *, bound_steps: int, newton_steps: int
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Minimises each row from its start; returns `(theta, value)`. Steps that do not descend are shortened, never taken.
+    """Minimises each row from its start; returns `(theta, value)`. Steps that do not descend are shortened.
 
     The first `bound_steps` iterations use the reweighted least-squares curvature, the later ones the Hessian with the
     absolute values of its eigenvalues (a descent direction at saddles too).
@@ -163,9 +164,9 @@ def variable_projection(
 ) -> np.ndarray:
     """The best `keep` grid points of (alpha, beta) with their best non-negative (E, A, B): [batch, keep, 5].
 
-    For fixed exponents the law is linear; relative least squares (rows divided by the observed loss) has a closed form on
-    each subset of active terms, so the non-negative optimum is found by trying the subsets. A term at zero starts at a
-    thousandth of the loss, so that the polish may bring it back; terms not `allowed` are `-inf`.
+    For fixed exponents the law is linear; relative least squares (rows divided by the observed loss) has a closed form
+    on each subset of active terms, so the non-negative optimum is found by trying the subsets. A term at zero starts at
+    a thousandth of the loss, so that the polish may bring it back; terms not `allowed` are `-inf`.
     """
     grid = np.geomspace(*EXPONENT_RANGE, points)
     alpha, beta = (g.ravel() for g in np.meshgrid(grid, grid, indexing="ij"))

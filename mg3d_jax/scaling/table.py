@@ -62,8 +62,8 @@ def exclude_unusable(rows: Sequence[Row], names: tuple[str, str, str] = ("N", "D
 def read_table(path: Path, n: str, d: str, loss: str, group: Sequence[str] = ()) -> list[Row]:
     """Reads the named columns of a CSV file (tab separated if it ends in `.tsv`).
 
-    `group` names columns whose values together say which rows the bootstrap draws as one. Raises `UserError` if the file
-    cannot be read, lacks a column, or has no usable row; a bad cell excludes its row and says why.
+    `group` names columns whose values together say which rows the bootstrap draws as one. Raises `UserError` if the
+    file cannot be read, lacks a column, or has no usable row; a bad cell excludes its row and says why.
     """
     header, records = _read(path)
     wanted = [n, d, loss, *group]

@@ -6,11 +6,19 @@ the same run on another mesh.
 
 from __future__ import annotations
 
+import math
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 from ml_collections import ConfigDict
 
+from mg3d_jax.models.volume_encoder import patch_grid
+from mg3d_jax.objectives.masking import nested_patch_mask, random_patch_mask, whole_word_mask
+from mg3d_jax.objectives.multitask import enabled
+
 AIR_HU = -1024
+TEXT_FIELDS = ("token_ids", "token_mask", "sentence_index", "word_index")
 
 
 def window(volume: jax.Array, windows: tuple[tuple[float, float], ...], dtype: jnp.dtype = jnp.float32) -> jax.Array:
@@ -77,3 +85,61 @@ def sentence_view(
         name: jnp.where(kept, jnp.take_along_axis(batch[name], order, axis=1), jnp.asarray(fill, batch[name].dtype))
         for name, fill in fills.items()
     }
+
+
+def model_inputs(
+    batch: dict[str, jax.Array],
+    key: jax.Array,
+    config: ConfigDict,
+    *,
+    special: dict[str, int],
+    vocab_size: int,
+    train: bool,
+) -> dict[str, Any]:
+    """Batch -> what the model takes: windowed (in training: augmented) volume, views of the report, masks.
+
+    Args:
+        special: ids of the special tokens by name, "[PAD]" and "[MASK]" among them.
+
+    Returns:
+        `volume` [B, X, Y, Z, C]; `report`, the text fields that the report embedding reads; and for the objectives that
+        need them `full_report`, `visible`, `patch_mask` (`objectives.masking`), `corrupted_ids`, `selected`.
+    """
+    augment_key, view_key, patch_key, word_key = jax.random.split(key, 4)
+    volume, names = batch["volume"], enabled(config.objectives)
+    if train:
+        volume = augment(augment_key, volume, config.data.augment)
+    text = {name: batch[name] for name in TEXT_FIELDS}
+    inputs = {"volume": window(volume, config.data.windows), "report": text}
+    options = config.objectives.alignment
+    if options.report_view == "sentences":
+        inputs["full_report"] = text
+        inputs["report"] = sentence_view(
+            view_key,
+            text,
+            sentences=options.report_sentences,
+            tokens=min(options.report_tokens, config.data.max_tokens),
+            max_sentences=config.data.max_sentences,
+            pad_id=special["[PAD]"],
+        )
+    if "volume_reconstruction" in names:
+        inputs["visible"], inputs["patch_mask"] = patch_mask(patch_key, volume.shape[0], config)
+    if "report_reconstruction" in names:
+        inputs["corrupted_ids"], inputs["selected"] = whole_word_mask(
+            word_key,
+            *(text[name] for name in ("token_ids", "token_mask", "word_index")),
+            ratio=config.objectives.report_reconstruction.mask_ratio,
+            mask_id=special["[MASK]"],
+            vocab_size=vocab_size,
+            special_ids=tuple(special.values()),
+        )
+    return inputs
+
+
+def patch_mask(key: jax.Array, batch_size: int, config: ConfigDict) -> tuple[jax.Array, jax.Array]:
+    """The visible patches and the mask of hidden ones, as `objectives.volume_reconstruction` says."""
+    grid = patch_grid(tuple(config.model.volume_size), tuple(config.model.volume_encoder.patch_size))
+    options = config.objectives.volume_reconstruction
+    if options.masking == "nested":
+        return nested_patch_mask(key, batch_size, grid, options.mask_ratio)
+    return random_patch_mask(key, batch_size, math.prod(grid), options.mask_ratio)

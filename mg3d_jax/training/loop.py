@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 import os
+import shutil
 import signal
 import sys
 from collections import deque
@@ -15,7 +17,9 @@ from typing import Any
 
 import jax
 import numpy as np
+from jax.experimental import multihost_utils
 from ml_collections import ConfigDict
+from tokenizers import Tokenizer
 
 from mg3d_jax import __version__, sharding
 from mg3d_jax import config as config_lib
@@ -23,6 +27,7 @@ from mg3d_jax.data.pipeline import PreparedData, evaluation_batches, train_batch
 from mg3d_jax.data.tokens import ReportTokenizer, load_tokenizer, save_tokenizer, train_wordpiece
 from mg3d_jax.errors import UserError
 from mg3d_jax.progress import Progress
+from mg3d_jax.scaling import flops
 from mg3d_jax.training import state as state_lib
 from mg3d_jax.training import step as step_lib
 from mg3d_jax.training import tables
@@ -53,7 +58,6 @@ class Trainer:
             config.data.train, max_patients=config.data.max_patients, volume_size=config.model.volume_size
         )
         self.tokenizer = run_tokenizer(config, workdir)
-        self.pad_id = self.tokenizer.special["[PAD]"]
         self.steps = total_steps(config.training, config.data.batch_size, len(self.data))
         self.setup = state_lib.build(config, self.tokenizer.vocab_size, self.mesh, self.steps)
         self.held_out = HeldOut(self.setup, self.tokenizer) if config.data.valid else None
@@ -61,7 +65,9 @@ class Trainer:
             workdir, every=config.training.checkpoint_every, keep=config.training.keep_checkpoints
         )
         self.state, self.first, self.clock = self._start()
-        self.flops, self.last_valid = 0.0, {}
+        # Counted from the config: XLA's own figure takes the body of a scan over layers once, whatever its length.
+        self.flops = flops.count(config, self.tokenizer.vocab_size).training_flops * config.data.batch_size
+        self.last_valid: dict[str, float] = {}
 
     def _start(self) -> tuple[state_lib.State, int, Clock]:
         """State, step and clock of the newest checkpoint, or of a new run."""
@@ -76,9 +82,7 @@ class Trainer:
     def run(self) -> int:
         """Trains to the end. Returns `DONE`, or `PREEMPTED` after SIGTERM, when everything is saved."""
         if self.first >= self.steps:
-            print(f"{self.workdir}: already done, {self.first} of {self.steps} steps", file=sys.stderr)
-            self.checkpoints.close()
-            return DONE
+            return self._finish_again()
         if self.writes:
             (self.workdir / CONFIG_FILE).write_text(config_lib.to_json(self.config))
         self.writer = MetricWriter(self.workdir, resume_step=self.first) if self.writes else None
@@ -94,10 +98,26 @@ class Trainer:
             if self.writer:
                 self.writer.close()
             stop.restore_handler()
+        if jax.process_count() > 1:
+            # Process 0 finishes a checkpoint last, and launchers may stop the others once one has left.
+            multihost_utils.sync_global_devices("saved")
         if not finished:
             return PREEMPTED
         if self.writes:
             self._write_summary()
+        return DONE
+
+    def _finish_again(self) -> int:
+        """The run has all its steps: only what a kill after the last checkpoint may have left out is made up for."""
+        print(f"{self.workdir}: already done, {self.first} of {self.steps} steps", file=sys.stderr)
+        self.checkpoints.close()
+        if not (self.workdir / SUMMARY_FILE).exists():
+            self.writer = MetricWriter(self.workdir, resume_step=self.first - 1) if self.writes else None
+            if self.held_out:
+                self._validate(self.steps)  # all processes take part
+            if self.writer:
+                self.writer.close()
+                self._write_summary()
         return DONE
 
     def _train(self, batches: Iterator[dict], stop: StopRequest) -> bool:
@@ -131,8 +151,7 @@ class Trainer:
         return step == self.steps or (every > 0 and step % every == 0)
 
     def _compile(self, batch: dict) -> jax.stages.Compiled:
-        compiled = step_lib.train_step(self.setup, self.pad_id).compile(self.setup.abstract, batch)
-        self.flops = float((compiled.cost_analysis() or {}).get("flops", 0.0))
+        compiled = step_lib.train_step(self.setup, self.tokenizer.special).compile(self.setup.abstract, batch)
         if self.writes:
             records = f"{len(self.data):,} of {self.data.patients:,} patients"
             tables.start_table(self.setup, compiled, data={"records": records}, flops=self.flops)
@@ -165,6 +184,8 @@ class Trainer:
             "config": config_lib.to_json(self.config),
             "config_hash": config_lib.config_hash(self.config),
             "vocab_size": self.tokenizer.vocab_size,
+            "spacing": list(self.data.spacing),  # mm; exports say it to their users
+            "source": self.data.readers[0].manifest["source"],
             "code_version": __version__,
         }
 
@@ -195,7 +216,7 @@ class HeldOut:
         config = setup.config
         self.setup, self.tokenizer = setup, tokenizer
         self.data = PreparedData(config.data.valid, volume_size=config.model.volume_size)
-        self.step = step_lib.evaluation_step(setup, tokenizer.special["[PAD]"])
+        self.step = step_lib.evaluation_step(setup, tokenizer.special)
 
     def loss(self, params: Any) -> dict[str, float]:
         """Mean of every metric over the batches, weighted by their number of records."""
@@ -241,14 +262,19 @@ def run_tokenizer(config: ConfigDict, workdir: Path) -> ReportTokenizer:
     sweep over data size share their vocabulary.
     """
     folder = workdir / TOKENIZER_FOLDER
-    if (folder / "tokenizer.json").exists():
-        tokenizer = load_tokenizer(str(folder))
-    elif config.data.tokenizer == "train":
-        data = PreparedData(config.data.train)
-        sentences = {s for _, record in zip(range(TOKENIZER_RECORDS), data.records(), strict=False) for s in record.sentences}
-        tokenizer = train_wordpiece(sentences, config.data.vocab_size)
-    else:
-        tokenizer = load_tokenizer(config.data.tokenizer)
     if jax.process_index() == 0 and not (folder / "tokenizer.json").exists():
-        save_tokenizer(tokenizer, folder)
-    return ReportTokenizer(tokenizer, config.data.max_tokens, config.data.max_sentences)
+        # Made elsewhere and renamed: a kill in the middle leaves no half a tokenizer.
+        partial = workdir / f"{TOKENIZER_FOLDER}.partial"
+        save_tokenizer(_make_tokenizer(config), partial)
+        shutil.rmtree(folder, ignore_errors=True)
+        os.replace(partial, folder)
+    if jax.process_count() > 1:
+        multihost_utils.sync_global_devices("tokenizer")  # the others read what process 0 wrote
+    return ReportTokenizer(load_tokenizer(str(folder)), config.data.max_tokens, config.data.max_sentences)
+
+
+def _make_tokenizer(config: ConfigDict) -> Tokenizer:
+    if config.data.tokenizer != "train":
+        return load_tokenizer(config.data.tokenizer)
+    records = itertools.islice(PreparedData(config.data.train).records(), TOKENIZER_RECORDS)
+    return train_wordpiece({s for record in records for s in record.sentences}, config.data.vocab_size)

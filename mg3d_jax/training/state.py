@@ -18,6 +18,7 @@ from mg3d_jax.models.attention import choose_backend
 from mg3d_jax.models.mg3d import MG3D
 from mg3d_jax.models.presets import report_preset, volume_preset
 from mg3d_jax.training import optimizer, schedule
+from mg3d_jax.training.inputs import model_inputs
 
 State = dict[str, Any]  # {"params", "opt_state", "step"}
 
@@ -52,9 +53,10 @@ def build_model(config: ConfigDict, vocab_size: int) -> tuple[MG3D, tuple[str, s
 def dummy_inputs(config: ConfigDict, batch_size: int = 1) -> dict[str, Any]:
     """Zeros of the shapes that the model takes; enough to trace it."""
     shapes = batch_contract.shapes(batch_size, tuple(config.model.volume_size), config.data.max_tokens, 1)
-    report = {k: jnp.zeros(shapes[k], batch_contract.FIELDS[k].dtype) for k in ("token_ids", "token_mask", "sentence_index")}
-    volume = jnp.zeros((*shapes["volume"], len(config.data.windows)), jnp.float32)
-    return {"volume": volume, "report": report}
+    batch = {k: jax.ShapeDtypeStruct(shapes[k], field.dtype) for k, field in batch_contract.FIELDS.items()}
+    options = {"special": {"[PAD]": 0, "[MASK]": 1}, "vocab_size": 8, "train": False}  # shapes do not depend on them
+    inputs = jax.eval_shape(lambda b: model_inputs(b, jax.random.key(0), config, **options), batch)
+    return jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), inputs)
 
 
 def abstract_parameters(model: MG3D, config: ConfigDict) -> Any:
@@ -72,7 +74,12 @@ def build(config: ConfigDict, vocab_size: int, mesh: Mesh, steps: int) -> Setup:
     whole = sharding.replicated(mesh)
     opt_shapes = jax.eval_shape(tx.init, shapes)
     opt_shardings = optax.tree_utils.tree_map_params(
-        tx, lambda _, s: s, opt_shapes, shardings, transform_non_params=lambda _: whole
+        tx,
+        lambda moment, place: moment if _is_masked(moment) else place,
+        opt_shapes,
+        shardings,
+        transform_non_params=lambda _: whole,
+        is_leaf=_is_masked,
     )
 
     def placed(shape: jax.ShapeDtypeStruct, place: jax.sharding.Sharding) -> jax.ShapeDtypeStruct:
@@ -85,6 +92,11 @@ def build(config: ConfigDict, vocab_size: int, mesh: Mesh, steps: int) -> Setup:
     }
     factors = optimizer.multipliers(shapes, config.optimizer)
     return Setup(config, model, mesh, tx, rate, factors, abstract, attention, steps)
+
+
+def _is_masked(x: Any) -> bool:
+    """Where the optimizer keeps nothing: frozen parameters."""
+    return isinstance(x, optax.MaskedNode)
 
 
 def initialize(setup: Setup) -> State:

@@ -9,10 +9,10 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import optax
-from ml_collections import ConfigDict
 
 from mg3d_jax import sharding
-from mg3d_jax.objectives.multitask import multitask_loss
+from mg3d_jax.objectives.gradient_cache import cached_value_and_grad
+from mg3d_jax.objectives.multitask import multitask_loss, per_patient
 from mg3d_jax.training import inputs as step_inputs
 from mg3d_jax.training.optimizer import freeze
 from mg3d_jax.training.state import Setup, State
@@ -20,46 +20,44 @@ from mg3d_jax.training.state import Setup, State
 Batch = dict[str, jax.Array]
 
 
-def model_inputs(batch: Batch, key: jax.Array, config: ConfigDict, *, pad_id: int, train: bool) -> dict[str, Any]:
-    """Batch -> what the model takes: windowed (in training: augmented) volume, and the view of the report."""
-    augment_key, view_key = jax.random.split(key)
-    volume = batch["volume"]
-    if train:
-        volume = step_inputs.augment(augment_key, volume, config.data.augment)
-    text = {name: batch[name] for name in ("token_ids", "token_mask", "sentence_index", "word_index")}
-    options = config.objectives.alignment
-    if options.report_view == "sentences":
-        text = step_inputs.sentence_view(
-            view_key,
-            text,
-            sentences=options.report_sentences,
-            tokens=min(options.report_tokens, config.data.max_tokens),
-            max_sentences=config.data.max_sentences,
-            pad_id=pad_id,
-        )
-    return {"volume": step_inputs.window(volume, config.data.windows), "report": text}
+class Losses:
+    """The loss in two halves, both pure: features of each patient, then the objectives over the whole batch.
+
+    Cut there, because micro-batches of features can be put together exactly (`objectives.gradient_cache`).
+
+    Args:
+        special: ids of the tokenizer's special tokens, by name.
+        train: augmentation and dropout on.
+    """
+
+    def __init__(self, setup: Setup, special: dict[str, int], *, train: bool):
+        self.model, self.config, self.special, self.train = setup.model, setup.config, special, train
+
+    def features(self, params: Any, batch: Batch, key: jax.Array) -> dict[str, Any]:
+        """What the objectives need to know of each patient."""
+        input_key, dropout_key = jax.random.split(key)
+        common = {"special": self.special, "vocab_size": self.model.vocab_size, "train": self.train}
+        inputs = step_inputs.model_inputs(batch, input_key, self.config, **common)
+        features = self.model.apply({"params": params}, inputs, train=self.train, rngs={"dropout": dropout_key})
+        return per_patient(features, self.config.objectives)
+
+    def objectives(self, params: Any, features: dict[str, Any], batch: Batch) -> tuple[jax.Array, dict]:
+        """Loss and metrics of the whole batch."""
+        logits = self.model.apply({"params": params}, method="logits")
+        return multitask_loss(features | logits, batch, self.config.objectives)
+
+    def __call__(self, params: Any, batch: Batch, key: jax.Array) -> tuple[jax.Array, dict]:
+        return self.objectives(params, self.features(params, batch, key), batch)
 
 
-def loss_function(setup: Setup, pad_id: int, *, train: bool) -> Callable[[Any, Batch, jax.Array], tuple[jax.Array, dict]]:
-    """`(params, batch, key) -> (loss, metrics)`, pure."""
-
-    def loss_fn(params: Any, batch: Batch, key: jax.Array) -> tuple[jax.Array, dict]:
-        input_key, dropout_key, objective_key = jax.random.split(key, 3)
-        inputs = model_inputs(batch, input_key, setup.config, pad_id=pad_id, train=train)
-        features = setup.model.apply({"params": params}, inputs, train=train, rngs={"dropout": dropout_key})
-        return multitask_loss(features, batch, objective_key, setup.config.objectives)
-
-    return loss_fn
-
-
-def train_step(setup: Setup, pad_id: int) -> Callable[[State, Batch], tuple[State, dict]]:
+def train_step(setup: Setup, special: dict[str, int]) -> Callable[[State, Batch], tuple[State, dict]]:
     """The jitted step `(state, batch) -> (state, metrics)`; the state is donated.
 
-    With `optimizer.accumulation` = A the batch is walked in A micro-batches whose gradients are averaged; in-batch
-    negatives then come from the micro-batch.
+    With `optimizer.accumulation` = A the batch is walked in A micro-batches. Their gradients are averaged, and in-batch
+    negatives come from the micro-batch; or, with `optimizer.gradient_cache`, the gradient is that of the whole batch.
     """
     config, pieces = setup.config, setup.config.optimizer.accumulation
-    loss_fn, whole = loss_function(setup, pad_id, train=True), sharding.replicated(setup.mesh)
+    loss_fn, whole = Losses(setup, special, train=True), sharding.replicated(setup.mesh)
 
     def gradients(params: Any, batch: Batch, key: jax.Array) -> tuple[Any, dict]:
         def loss_of(p: Any, b: Batch, k: jax.Array) -> tuple[jax.Array, dict]:
@@ -67,6 +65,14 @@ def train_step(setup: Setup, pad_id: int) -> Callable[[State, Batch], tuple[Stat
 
         if pieces == 1:
             return jax.grad(loss_of, has_aux=True)(params, batch, key)
+        if config.optimizer.gradient_cache:
+            (_, metrics), grads = cached_value_and_grad(
+                lambda p, b, k: loss_fn.features(freeze(p, setup.factors), b, k),
+                lambda p, features: loss_fn.objectives(freeze(p, setup.factors), features, batch),
+                *(params, batch, key),
+                microbatch_size=batch["valid"].shape[0] // pieces,
+            )
+            return grads, metrics
 
         def split(x: jax.Array) -> jax.Array:  # interleaved, so that every device keeps its own rows
             return jnp.moveaxis(x.reshape(x.shape[0] // pieces, pieces, *x.shape[1:]), 1, 0)
@@ -96,9 +102,9 @@ def train_step(setup: Setup, pad_id: int) -> Callable[[State, Batch], tuple[Stat
     ))  # fmt: skip
 
 
-def evaluation_step(setup: Setup, pad_id: int) -> Callable[[Any, Batch, jax.Array], dict]:
+def evaluation_step(setup: Setup, special: dict[str, int]) -> Callable[[Any, Batch, jax.Array], dict]:
     """The jitted held-out loss `(params, batch, key) -> metrics`: no augmentation, no dropout."""
-    loss_fn, whole = loss_function(setup, pad_id, train=False), sharding.replicated(setup.mesh)
+    loss_fn, whole = Losses(setup, special, train=False), sharding.replicated(setup.mesh)
     return _in_mesh(setup, jax.jit(
         lambda params, batch, key: loss_fn(params, batch, key)[1],
         in_shardings=(setup.shardings["params"], sharding.batch_sharding(setup.mesh), whole),

@@ -1,7 +1,6 @@
 """Sentence-wise semantic matching as plain loops in float64."""
 
 import numpy as np
-
 from reference.contrastive import unit
 
 

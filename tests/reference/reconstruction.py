@@ -1,7 +1,6 @@
 """The reconstruction losses as plain loops in float64."""
 
 import numpy as np
-
 from reference.contrastive import unit
 
 

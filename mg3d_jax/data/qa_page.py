@@ -1,0 +1,114 @@
+"""`qa.html` and `qa.png`: three orthogonal slices and the histogram of a sample of records, and the warnings in a
+table, so that a person sees in seconds whether a preparation is right."""
+
+from __future__ import annotations
+
+import base64
+import html
+import io
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from mg3d_jax.data.manifest import write_text
+from mg3d_jax.data.records import Record, RecordReader
+
+_WINDOW = (-1000, 600)  # HU shown: lung and soft tissue at once
+_DPI = 80
+_LISTED = 200
+_STYLE = """body{font:14px sans-serif;margin:2em;max-width:1200px}table{border-collapse:collapse;margin:1em 0}
+td,th{border:1px solid #ccc;padding:2px 8px;text-align:left;vertical-align:top}img{max-width:100%}"""
+
+
+def sample_indices(count: int, quality: list[dict[str, Any]], wanted: int) -> list[int]:
+    """Records to draw: half of them with warnings (if there are), the others spread over the set."""
+    wanted = min(wanted, count)
+    odd = [i for i, line in enumerate(quality) if line["warnings"]]
+    some_odd = [odd[i * len(odd) // min(len(odd), wanted // 2)] for i in range(min(len(odd), wanted // 2))]
+    spread = [(2 * i + 1) * count // (2 * wanted) for i in range(wanted)]
+    return sorted(dict.fromkeys([*some_odd, *spread]))[: max(wanted, len(some_odd))] if wanted else []
+
+
+def draw(records: list[Record], quality: list[dict[str, Any]]) -> bytes:
+    """PNG: one row per record: coronal, sagittal and axial slice through the middle as a radiologist sees them (the
+    patient's right on the left), in true proportions, and the histogram of HU."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(13, 3.1 * len(records)), dpi=_DPI, layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.subplots(len(records), 4, squeeze=False)
+    for row, record, line in zip(axes, records, quality, strict=True):
+        volume, spacing = record.volume, np.sqrt((record.affine[:3, :3] ** 2).sum(0))
+        middle = [n // 2 for n in volume.shape]
+        # RAS+ arrays: x grows to the patient's right, which is drawn on the left; z and y grow upwards.
+        planes = (
+            ("coronal", volume[::-1, middle[1], :].T, spacing[2] / spacing[0], ("R", "L", "S", "I")),
+            ("sagittal", volume[middle[0], ::-1, :].T, spacing[2] / spacing[1], ("A", "P", "S", "I")),
+            ("axial", volume[::-1, :, middle[2]].T, spacing[1] / spacing[0], ("R", "L", "A", "P")),
+        )
+        for axis, (name, plane, aspect, (left, right, top, bottom)) in zip(row, planes, strict=False):
+            axis.imshow(plane, origin="lower", cmap="gray", vmin=_WINDOW[0], vmax=_WINDOW[1], aspect=aspect)
+            axis.set(xticks=[], yticks=[], title=name)
+            style = {"color": "yellow", "fontsize": 9, "transform": axis.transAxes, "ha": "center", "va": "center"}
+            for x, y, letter in ((0.04, 0.5, left), (0.96, 0.5, right), (0.5, 0.95, top), (0.5, 0.05, bottom)):
+                axis.text(x, y, letter, **style)
+        counts, edges = np.histogram(volume, bins=np.arange(-1050, 1551, 25))
+        row[3].fill_between(edges[:-1], counts, step="post")
+        row[3].set(
+            yscale="log", xlabel="HU", title=f"grid {'x'.join(map(str, volume.shape))}, {np.round(spacing, 2)} mm"
+        )
+        row[0].set_ylabel(record.name, fontsize=8)
+        if line["warnings"]:
+            row[3].text(0.5, 0.97, "\n".join(w[:58] for w in line["warnings"][:3]), fontsize=7, color="red", va="top",
+                        ha="center", transform=row[3].transAxes)  # fmt: skip
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", metadata={"Software": None})
+    return buffer.getvalue()
+
+
+def _table(rows: list[tuple[str, ...]], head: tuple[str, ...]) -> str:
+    def line(cells: tuple[str, ...], tag: str) -> str:
+        return "<tr>" + "".join(f"<{tag}>{html.escape(str(cell))}</{tag}>" for cell in cells) + "</tr>"
+
+    return "<table>" + line(head, "th") + "".join(line(row, "td") for row in rows) + "</table>"
+
+
+def page(manifest: dict[str, Any], quality: list[dict[str, Any]], png: bytes) -> str:
+    """The page as HTML, with its picture inside."""
+    reasons = Counter(warning.split(":")[0] for line in quality for warning in line["warnings"])
+    decisions = Counter(line["decision"] for line in quality)
+    warned = [(line["name"], "; ".join(line["warnings"])) for line in quality if line["warnings"]]
+    bad = [(item["path"], item["reason"]) for item in manifest["bad"]]
+    spacings = Counter(tuple(line["spacing"]) for line in quality)
+    title = f"{manifest['source']} {manifest['split']}: {manifest['records']} records"
+    parts = [
+        f"<!doctype html><meta charset='utf-8'><title>{html.escape(title)}</title><style>{_STYLE}</style>",
+        f"<h1>{html.escape(title)}</h1>",
+        f"<p>{len(manifest['patients'])} patients, {manifest['unique_reports']} distinct reports, grid "
+        f"{manifest['grid']} at {manifest['spacing'] or 'varying'} mm, {len(bad)} bad, {len(warned)} with warnings</p>",
+        f"<img alt='slices and histograms of a sample' src='data:image/png;base64,{base64.b64encode(png).decode()}'>",
+        "<h2>What the stored numbers were taken for</h2>",
+        _table(list(decisions.most_common()), ("decision", "volumes")),
+        "<h2>Warnings</h2>",
+        _table(list(reasons.most_common()), ("warning", "volumes")),
+        _table(warned[:_LISTED], ("volume", "warnings")),
+        f"<h2>Bad ({len(bad)})</h2>",
+        _table(bad[:_LISTED], ("path", "reason")),
+        "<h2>Commonest spacings of the files</h2>",
+        _table([(" x ".join(map(str, s)), n) for s, n in spacings.most_common(20)], ("mm", "volumes")),
+    ]
+    return "\n".join(parts)
+
+
+def write_page(folder: Path, manifest: dict[str, Any], quality: list[dict[str, Any]], samples: int) -> None:
+    """Writes `qa.png` and `qa.html` of a folder whose records and manifest are there."""
+    indices = sample_indices(manifest["records"], quality, samples)
+    if not indices:
+        return
+    reader = RecordReader(folder)
+    png = draw([reader[i] for i in indices], [quality[i] for i in indices])
+    (folder / "qa.png").write_bytes(png)
+    write_text(folder / "qa.html", page(manifest, quality, png))

@@ -1,0 +1,210 @@
+"""The engine of `mg3d prepare`: examples in worker processes -> shards with sidecars, resumable at every shard.
+
+Which example goes into which shard follows from the input alone, so that a run that was killed and started again, or
+split over machines, gives the same bytes. A shard whose sidecar lies in `work/` is done; nothing else is state.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import multiprocessing
+import os
+import threading
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from mg3d_jax.data.fetch import FETCH_FAILED, fetched
+from mg3d_jax.data.geometry import Grid
+from mg3d_jax.data.listing import Example
+from mg3d_jax.data.manifest import write_json
+from mg3d_jax.data.nifti import VolumeError
+from mg3d_jax.data.records import Record, ShardWriter, encode, file_digest
+from mg3d_jax.data.reports import report_id, report_sentences
+from mg3d_jax.data.volumes import prepare_volume
+from mg3d_jax.errors import UserError
+
+WORK_FOLDER = "work"
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How one example becomes one record; what a worker process needs to know."""
+
+    grid: Grid
+    window: tuple[float, float] | None = None  # HU of 0 and 255 where volumes are stored as uint8
+    fetch: str | None = None  # command that brings a volume (see fetch.py)
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What became of one example: `data` (an encoded record), or `reason` why there is none."""
+
+    data: bytes | None
+    entry: dict[str, str]
+    quality: dict[str, Any] | None
+    reason: str | None
+
+
+def ordered(examples: Iterable[Example]) -> list[Example]:
+    """Record order: patients by the hash of their id, so that the first K are a random, nested subset; each patient's
+    volumes together, by name."""
+    return sorted(examples, key=lambda e: (hashlib.sha256(e.patient.encode()).digest(), e.patient, e.name))
+
+
+def prepare_example(example: Example, recipe: Recipe) -> Outcome:
+    """Reads one volume and encodes its record. Never raises for a bad volume: the outcome carries the reason."""
+    entry = {
+        "name": example.name,
+        "patient": example.patient,
+        "report_id": report_id(example.findings, example.impression),
+    }
+    sentences = report_sentences(example.findings, example.impression)
+    if not sentences:
+        return Outcome(None, entry, None, "empty report")
+    try:
+        with fetched(example, recipe.fetch) as path:
+            prepared = prepare_volume(path, recipe.grid, example.metadata)
+    except VolumeError as error:
+        return Outcome(None, entry, None, str(error))
+    except Exception as error:  # one odd file must not end a run of days: it is listed, with its path
+        return Outcome(None, entry, None, f"failed with {type(error).__name__}: {error}")
+    record = Record(
+        volume=prepared.volume,
+        sentences=sentences,
+        labels=np.array(example.labels, np.int8),
+        name=example.name,
+        patient=example.patient,
+        scan=example.scan,
+        report_id=entry["report_id"],
+        affine=prepared.affine,
+        findings=example.findings,
+        impression=example.impression,
+        source=example.source,
+    )
+    entry["content"] = hashlib.blake2b(prepared.volume.data, digest_size=16).hexdigest()
+    quality = {"path": str(example.path), "name": example.name, **prepared.quality}
+    return Outcome(encode(record, recipe.window), entry, quality, None)
+
+
+def _exit_with_parent() -> None:
+    """In a worker: end when the main process is gone, however it went (SIGKILL leaves it no time to say so)."""
+    parent = multiprocessing.parent_process()
+
+    def watch() -> None:
+        parent.join()
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
+
+
+def outcomes(examples: list[Example], recipe: Recipe, workers: int) -> Iterator[tuple[Example, Outcome]]:
+    """Outcomes in the order of the examples; a few per worker are in flight, so that memory stays bounded."""
+    if workers <= 1 or len(examples) <= 1:
+        for example in examples:
+            yield example, prepare_example(example, recipe)
+        return
+    context = multiprocessing.get_context("forkserver")
+    pool = ProcessPoolExecutor(workers, mp_context=context, initializer=_exit_with_parent)
+    pending: deque[tuple[Example, Any]] = deque()
+    waiting = iter(examples)
+    try:
+        while True:
+            while len(pending) < 3 * workers and (example := next(waiting, None)) is not None:
+                pending.append((example, pool.submit(prepare_example, example, recipe)))
+            if not pending:
+                return
+            example, future = pending.popleft()
+            yield example, future.result()
+    except BrokenProcessPool as error:
+        paths = [str(example.path), *(str(other.path) for other, _ in pending)]
+        raise UserError(
+            f"a worker process died (out of memory?) on one of {paths}; run again with fewer --workers"
+        ) from error
+    finally:
+        pool.shutdown(wait=True, cancel_futures=True)
+
+
+def shard_names(count: int) -> list[str]:
+    return [f"records-{index:05d}-of-{count:05d}" for index in range(count)]
+
+
+def input_digest(examples: list[Example], root: Path) -> str:
+    """Digest of everything that the sources said, paths relative to the root: a moved data set is the same input."""
+    digest = hashlib.sha256()
+    for e in examples:
+        path = os.path.relpath(e.path, root)
+        digest.update(repr((path, e.name, e.patient, e.scan, e.findings, e.impression, e.labels, e.metadata)).encode())
+    return digest.hexdigest()
+
+
+def open_folder(out: Path, plan: dict[str, Any]) -> None:
+    """Creates the output folder with its plan, or checks that what lies there is the same preparation."""
+    work = out / WORK_FOLDER
+    work.mkdir(parents=True, exist_ok=True)
+    path = work / "plan.json"
+    if not path.is_file():
+        write_json(path, plan)
+    previous = json.loads(path.read_text())
+    keys = (plan.keys() | previous.keys()) - {"root"}
+    if changed := sorted(key for key in keys if plan.get(key) != previous.get(key)):
+        raise UserError(
+            f"{out} holds a preparation that differs in {changed}: choose another --out, or delete {out} to start anew"
+        )
+
+
+def read_sidecars(out: Path, names: list[str]) -> dict[str, dict[str, Any]]:
+    """Sidecars of the finished shards. One with volumes that could not be fetched counts as not done: the network may
+    be better now."""
+    found = {}
+    for name in names:
+        path = out / WORK_FOLDER / f"{name}.json"
+        if path.is_file():
+            sidecar = json.loads(path.read_text())
+            if not any(item["reason"].startswith(FETCH_FAILED) for item in sidecar["bad"]):
+                found[name] = sidecar
+    return found
+
+
+def write_shard(
+    out: Path,
+    name: str,
+    results: Iterator[tuple[Example, Outcome]],
+    count: int,
+    zstd_level: int,
+    each: Callable[[Outcome], None],
+) -> dict[str, Any]:
+    """Writes the next `count` results as one shard with its sidecar, which it returns. `each` is told every outcome."""
+    path = out / f"{name}.array_record"
+    for leftover in out.glob(f".{path.name}.*.partial"):
+        leftover.unlink(missing_ok=True)
+    sidecar: dict[str, Any] = {"file": path.name, "records": 0, "entries": [], "bad": [], "quality": []}
+    writer = ShardWriter(path, zstd_level=zstd_level)
+    try:
+        for _ in range(count):
+            example, outcome = next(results)
+            if outcome.data is None:
+                sidecar["bad"].append({"path": str(example.path), "reason": outcome.reason})
+            else:
+                writer.write(outcome.data)
+                sidecar["records"] += 1
+                sidecar["entries"].append(outcome.entry)
+                sidecar["quality"].append(outcome.quality)
+            each(outcome)
+    except BaseException:
+        writer.abandon()
+        raise
+    if sidecar["records"]:
+        writer.close()
+        sidecar |= {"bytes": path.stat().st_size, "sha256": file_digest(path)}
+    else:
+        writer.abandon()
+    write_json(out / WORK_FOLDER / f"{name}.json", sidecar)
+    return sidecar

@@ -1,0 +1,1 @@
+"""Weights in and out: Hugging Face BERT, MONAI ViT, and our own PyTorch module."""

@@ -1,0 +1,181 @@
+"""`mg3d export`: a run's weights for PyTorch and Hugging Face users, or its ViT for MONAI users.
+
+The export is checked before anything reaches `--out`: phantom CT and reports go through the Linen model and through the
+PyTorch one, both in float32, and the embeddings must agree.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from types import ModuleType
+
+import numpy as np
+
+from mg3d_jax import config as config_lib
+from mg3d_jax.errors import UserError
+from mg3d_jax.interop import export_card, export_format, export_monai
+from mg3d_jax.interop.export_run import Inputs, Run, load_run, phantom_inputs, reference_features
+
+TOLERANCE = 1e-4  # on l2-normalised embeddings and on normalised tokens, float32
+TEMPLATE = Path(__file__).parent / "torch_template" / "modeling_mg3d.py"
+MARKER = "mg3d_jax"  # key of config.json by which an earlier export is recognised
+
+
+def write_hugging_face(run: Run, folder: Path) -> list[str]:
+    """Writes what `AutoModel.from_pretrained(folder, trust_remote_code=True)` loads. Returns lines to print."""
+    from safetensors.numpy import save_file
+
+    params, left_out = export_format.split_params(run.params)
+    arguments = export_format.torch_config(run.config, params, run.spacing)
+    content = export_format.hugging_face_config(
+        arguments, step=run.step, config_hash=config_lib.config_hash(run.config)
+    )
+    _write_json(folder / "config.json", content)
+    _write_json(folder / "preprocessor_config.json", export_format.preprocessor_config(run.config, run.spacing))
+    save_file(export_format.torch_state(params, run.config), folder / "model.safetensors", metadata={"format": "pt"})
+    shutil.copyfile(TEMPLATE, folder / TEMPLATE.name)
+    for file in sorted(run.tokenizer_folder.iterdir()):
+        shutil.copyfile(file, folder / file.name)
+    inputs = phantom_inputs(tuple(run.config.model.volume_size), run.spacing)
+    differences = compare(run, folder, inputs)
+    (folder / "README.md").write_text(export_card.model_card(run, differences, left_out))
+    lines = [f"{name}: JAX and PyTorch differ by at most {value:.1e}" for name, value in differences.items()]
+    if left_out:
+        lines.append(f"not exported, needed in pre-training only: {', '.join(left_out)}")
+    return lines
+
+
+def compare(run: Run, folder: Path, inputs: Inputs) -> dict[str, float]:
+    """Largest absolute difference of the volume and report embeddings between the Linen model and the exported one.
+
+    Raises `UserError` above `TOLERANCE`, or where the exported tokenizer gives other ids.
+    """
+    torch = _torch()
+    from transformers import PreTrainedTokenizerFast
+    from transformers.utils import logging
+
+    from mg3d_jax.interop.torch_template.modeling_mg3d import MG3DModel
+
+    logging.disable_progress_bar()
+    model = MG3DModel.from_pretrained(folder).eval()
+    # Views of as many sentences as training showed, so that no token limit cuts the comparison short.
+    size = model.config.report_sentences or model.config.max_sentences
+    reports = [report[:size] for report in inputs.reports] + [report[-1:] for report in inputs.reports]
+    expected = reference_features(run, inputs.volumes, reports)
+    text = model.tokenize(PreTrainedTokenizerFast.from_pretrained(folder), reports)
+    ids = np.stack([run.tokenizer(report)["token_ids"] for report in reports])
+    if not np.array_equal(text["input_ids"].numpy(), ids):
+        raise UserError(
+            "the exported tokenizer gives other token ids than the run's: this tokenizer cannot be exported"
+        )
+    with torch.no_grad():
+        found = {
+            "volume_embedding": model.encode_volume(torch.from_numpy(inputs.volumes)).numpy(),
+            "report_embedding": model.encode_report(**text).numpy(),
+        }
+    return check_close(expected, found)
+
+
+def check_close(expected: dict[str, np.ndarray], found: dict[str, np.ndarray]) -> dict[str, float]:
+    """The largest absolute difference of each array of `found`; `UserError` where one is above `TOLERANCE` or NaN."""
+    differences = {name: float(np.abs(expected[name] - array).max()) for name, array in found.items()}
+    for name, value in differences.items():
+        if not value <= TOLERANCE:
+            raise UserError(
+                f"nothing was exported: {name} of the JAX and the PyTorch model differ by {value:.2e} on phantom "
+                f"volumes, more than {TOLERANCE:.0e}. Check that this version of mg3d trained the run, and report the "
+                "run's config.json: the two models must be the same function"
+            )
+    return differences
+
+
+def write_monai(run: Run, folder: Path) -> list[str]:
+    """Writes the ViT as a state dict of MONAI's `ViT`. Returns lines to print."""
+    inputs = phantom_inputs(tuple(run.config.model.volume_size), run.spacing)
+    tokens = reference_features(run, inputs.volumes, inputs.reports)["volume_tokens"]
+    found = export_monai.write(run, folder, inputs.volumes)
+    difference = check_close({"volume_tokens": tokens}, {"volume_tokens": found})["volume_tokens"]
+    _write_json(folder / "preprocessor_config.json", export_format.preprocessor_config(run.config, run.spacing))
+    exact = export_monai.exact_gelu(run.config)
+    (folder / "README.md").write_text(export_card.monai_card(run, difference, exact))
+    lines = [f"volume_tokens: JAX and MONAI differ by at most {difference:.1e}"]
+    if not exact:
+        lines.append("set MONAI's GELU to the tanh form, which the model was trained with: README.md has the two lines")
+    return lines
+
+
+FORMATS: dict[str, Callable[[Run, Path], list[str]]] = {"hf": write_hugging_face, "monai": write_monai}
+
+
+def export(run: Run, out: Path, form: str = "hf") -> list[str]:
+    """Writes and checks an export next to `out`, then moves it there: a failed export leaves `out` as it was."""
+    _check_out(out)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=f".{out.name}.", dir=out.parent) as name:
+        lines = FORMATS[form](run, Path(name))
+        out.mkdir(exist_ok=True)
+        for file in sorted(Path(name).iterdir()):
+            os.replace(file, out / file.name)
+    return lines
+
+
+def _check_out(out: Path) -> None:
+    if not out.exists() or (out.is_dir() and not any(out.iterdir())):
+        return
+    try:
+        ours = MARKER in json.loads((out / "config.json").read_text())
+    except (OSError, ValueError):
+        ours = False
+    if not ours:
+        raise UserError(f"--out {out} exists and is not an earlier export: name a new folder")
+
+
+def _torch() -> ModuleType:
+    """torch, which only exports need."""
+    try:
+        import torch
+    except ImportError as error:
+        raise UserError("an export is checked with PyTorch, which is not installed here: pip install torch") from error
+    return torch
+
+
+def _write_json(path: Path, value: dict) -> None:
+    path.write_text(json.dumps(value, indent=1) + "\n")
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="mg3d export",
+        description="Writes a run's weights for users of PyTorch. `hf`: both towers as a folder for "
+        "AutoModel.from_pretrained(OUT, trust_remote_code=True), with tokenizer, preprocessing and a readable PyTorch "
+        "module. `monai`: the volume encoder as a state dict that monai.networks.nets.ViT loads strictly. The PyTorch "
+        "model is run on phantom CT beside the JAX one; a difference above 1e-4 is an error and leaves OUT as it was.",
+    )
+    parser.add_argument("--workdir", required=True, type=Path, help="the run: the --workdir of `mg3d train`")
+    parser.add_argument("--out", required=True, type=Path, help="folder to write: new, empty, or an earlier export")
+    parser.add_argument("--step", type=int, help="which checkpoint (default: the newest)")
+    parser.add_argument("--format", choices=sorted(FORMATS), default="hf", help="default: %(default)s")
+    parser.add_argument(
+        "--spacing", nargs=3, type=float, metavar=("X", "Y", "Z"),
+        help="mm per voxel of the training volumes; needed only where neither checkpoint nor data says it",
+    )  # fmt: skip
+    return parser
+
+
+def main(argv: list[str]) -> int:
+    """The command. Prints what was written and how well the two frameworks agree."""
+    args = _parser().parse_args(argv)
+    _torch()
+    _check_out(args.out)
+    run = load_run(args.workdir, args.step, tuple(args.spacing) if args.spacing else None)
+    lines = export(run, args.out, args.format)
+    print("\n".join([f"{args.out}: step {run.step} of {args.workdir}", *lines]))
+    for file in sorted(args.out.iterdir()):
+        print(f"  {file.name}  {file.stat().st_size:,} bytes")
+    return 0

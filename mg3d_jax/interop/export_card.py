@@ -1,0 +1,130 @@
+"""The README (model card) of an export: how to use it, what it expects, how it was checked, and whose data is in it."""
+
+from __future__ import annotations
+
+from mg3d_jax import __version__
+from mg3d_jax.interop import export_monai
+from mg3d_jax.interop.export_run import Run
+
+_LICENCES = {
+    "ctrate": "The training data lay in CT-RATE's layout. If it was CT-RATE: that data set is gated and under "
+    "CC-BY-NC-SA-4.0, so these weights may only be used for non-commercial purposes, with attribution, and passed on "
+    "under the same licence. If it was phantoms (`mg3d phantom`), there is no such condition.",
+    "ctrg": "The training data lay in CTRG-Chest's layout. That data set states no licence: ask its authors before you "
+    "pass these weights on.",
+}
+_UNKNOWN = (
+    "Nothing is known about the licence of the training data: ask whoever trained the model before you pass it on."
+)
+
+_TANH_GELU = """\
+for block in vit.blocks:  # the GELU that the model was trained with
+    block.mlp.fn = torch.nn.GELU(approximate="tanh")
+"""
+
+
+def licence_note(run: Run) -> str:
+    """What the origin of the data means for the weights."""
+    return "\n".join(_LICENCES.get(source, _UNKNOWN) for source in run.sources or ("",))
+
+
+def _geometry(run: Run) -> str:
+    size, spacing = run.config.model.volume_size, run.spacing
+    windows = ", ".join(f"{low:g}..{high:g} HU" for low, high in run.config.data.windows)
+    return f"""\
+| what | value |
+|---|---|
+| orientation | RAS+: array axes [X, Y, Z], x to the patient's right, y anterior, z superior |
+| grid | {" x ".join(map(str, size))} voxels of {" x ".join(f"{mm:g}" for mm in spacing)} mm, centred on the volume |
+| values | Hounsfield units; rescale slope and intercept applied exactly once |
+| padding | -1024 HU (air), never 0 HU |
+| windows | {windows}, scaled to 0..1 |"""
+
+
+def model_card(run: Run, differences: dict[str, float], left_out: list[str]) -> str:
+    """README.md of the Hugging Face format."""
+    compared = "\n".join(f"| {name} | {value:.1e} |" for name, value in differences.items())
+    not_here = f"\nNot exported, because only pre-training needs it: {', '.join(left_out)}.\n" if left_out else ""
+    return f"""\
+---
+library_name: transformers
+license: other
+tags: [medical, ct, radiology, vision-language, zero-shot-classification]
+---
+
+# {run.config.name}: chest CT and report encoders (MG-3D)
+
+Step {run.step} of a run of mg3d_jax {__version__}. Needs torch, transformers and safetensors; JAX is not needed.
+
+```python
+import nibabel, numpy as np, torch
+from transformers import AutoModel, AutoTokenizer
+
+folder = "."  # this folder
+model = AutoModel.from_pretrained(folder, trust_remote_code=True)
+tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=True)
+
+image = nibabel.load("chest.nii.gz")
+hu, _ = model.prepare_volume(np.asarray(image.dataobj), image.affine)  # any grid -> the model's, int16 HU
+with torch.no_grad():
+    volume = model.encode_volume(hu[None])  # [1, {run.config.model.projection_dim}], normalised; does the windowing
+prompts = model.encode_texts(tokenizer, [["Emphysema is present."], ["Emphysema is not present."]])
+probability = (model.logit_scale.exp() * volume @ prompts.T).softmax(-1)[0, 0]
+```
+
+`model.encode_texts` takes texts as lists of sentences; `model.tokenize` and `model.encode_report` are its two halves.
+`model.encode_volume(hu, return_tokens=True)` also gives the patch features. The code is one file, `modeling_mg3d.py`.
+
+## What it expects
+
+{_geometry(run)}
+
+The same is in `preprocessor_config.json`. `prepare_volume` does what training did: area averaging where an axis
+shrinks, linear interpolation where it grows.
+{not_here}
+## Checked
+
+Phantom CT through JAX and through this PyTorch module, both float32; largest absolute difference:
+
+| embedding | difference |
+|---|---|
+{compared}
+
+## Licence and data
+
+{licence_note(run)}
+
+Research software: not a medical device, not for clinical decisions.
+"""
+
+
+def monai_card(run: Run, difference: float, exact_gelu: bool) -> str:
+    """README.md of the MONAI format."""
+    gelu = "" if exact_gelu else _TANH_GELU
+    return f"""\
+# {run.config.name}: volume encoder for MONAI's ViT
+
+Step {run.step} of a run of mg3d_jax {__version__}.
+
+```python
+import json, torch
+from monai.networks.nets import ViT
+from safetensors.torch import load_file
+
+vit = ViT(**json.load(open("config.json"))["arguments"])
+vit.load_state_dict(load_file("model.safetensors"), strict=True)
+{gelu}tokens, hidden = vit(volume)  # volume: [B, {len(run.config.data.windows)}, X, Y, Z], windowed to 0..1
+```
+
+On phantom CT, loaded like this, the normalised tokens differ from the JAX model's by at most {difference:.1e}.
+`hidden` is {export_monai.stream_scale(run.config):.4g} times that of the JAX model, to make up for the other epsilon
+of MONAI's norms. Pooling and projection are not part of MONAI's ViT.
+
+## What it expects
+
+{_geometry(run)}
+
+## Licence and data
+
+{licence_note(run)}
+"""

@@ -1,0 +1,137 @@
+"""What an export starts from: the weights of a run, and real inputs on which both frameworks must agree."""
+
+from __future__ import annotations
+
+import functools
+import tempfile
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from ml_collections import ConfigDict
+
+from mg3d_jax import config as config_lib
+from mg3d_jax import sharding
+from mg3d_jax.data import phantoms
+from mg3d_jax.data.phantom_command import nifti_bytes
+from mg3d_jax.data.records import read_manifest
+from mg3d_jax.data.reports import report_sentences
+from mg3d_jax.data.tokens import ReportTokenizer, load_tokenizer
+from mg3d_jax.data.volumes import Grid, prepare_volume
+from mg3d_jax.errors import UserError
+from mg3d_jax.models.mg3d import MG3D
+from mg3d_jax.training import inputs as step_inputs
+from mg3d_jax.training import state as state_lib
+from mg3d_jax.training.checkpoints import Checkpoints
+from mg3d_jax.training.loop import CONFIG_FILE, TOKENIZER_FOLDER
+
+PHANTOM_SEED = 20_241_205
+Spacing = tuple[float, float, float]
+
+
+@dataclass(frozen=True)
+class Run:
+    """The weights of one checkpoint as float32 NumPy arrays, and what belongs to them. `spacing` is in mm."""
+
+    config: ConfigDict
+    params: dict[str, Any]
+    tokenizer_folder: Path
+    step: int
+    spacing: Spacing
+    sources: tuple[str, ...]  # layouts of the data sets that it was trained on, e.g. "ctrate"
+
+    @property
+    def tokenizer(self) -> ReportTokenizer:
+        """With the token limit that training used for a view of a report."""
+        data, alignment = self.config.data, self.config.objectives.alignment
+        views = alignment.report_view == "sentences"
+        length = min(alignment.report_tokens, data.max_tokens) if views else data.max_tokens
+        return ReportTokenizer(load_tokenizer(str(self.tokenizer_folder)), length, data.max_sentences)
+
+
+def load_run(workdir: Path, step: int | None = None, spacing: Spacing | None = None) -> Run:
+    """The newest checkpoint of a run, or that of `step`.
+
+    Raises `UserError` where there is none, and where nothing says which spacing the volumes had.
+    """
+    for needed in (CONFIG_FILE, f"{TOKENIZER_FOLDER}/tokenizer.json"):
+        if not (workdir / needed).exists():
+            raise UserError(f"{workdir} is not a training run: it has no {needed}")
+    config = config_lib.from_json((workdir / CONFIG_FILE).read_text())
+    vocab_size = load_tokenizer(str(workdir / TOKENIZER_FOLDER)).get_vocab_size()
+    setup = state_lib.build(config, vocab_size, sharding.make_mesh(config_lib.default().mesh), steps=1)
+    checkpoints = Checkpoints(workdir)
+    state, meta = checkpoints.restore(setup, step)
+    checkpoints.close()
+    params = jax.tree.map(lambda x: np.asarray(x, np.float32), jax.device_get(state["params"]))
+    if spacing is None:
+        spacing = meta.get("spacing") or _manifest_value(config, "spacing")
+    if spacing is None:
+        raise UserError(
+            f"neither the checkpoint nor a manifest in data.train = {tuple(config.data.train)} says which spacing "
+            "the volumes have: give --spacing X Y Z in mm"
+        )
+    source = meta.get("source") or _manifest_value(config, "source")
+    sources = (source,) if source else ()
+    return Run(config, params, workdir / TOKENIZER_FOLDER, int(meta["step"]), tuple(spacing), sources)
+
+
+def _manifest_value(config: ConfigDict, key: str) -> Any:
+    """What the first prepared training folder says, if it is still there."""
+    folders = (config.data.train,) if isinstance(config.data.train, str) else config.data.train
+    try:
+        return read_manifest(Path(folders[0]))[key] if folders else None
+    except UserError:
+        return None
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """int16 HU `[n, X, Y, Z]` on the model's grid and the sentences of the n reports."""
+
+    volumes: np.ndarray
+    reports: tuple[tuple[str, ...], ...]
+
+
+@functools.lru_cache(maxsize=1)
+def phantom_inputs(size: tuple[int, int, int], spacing: Spacing, count: int = 4) -> Inputs:
+    """Phantom chest CT through the same steps as `mg3d prepare`: NIfTI file, checks, RAS+, resampling, cropping."""
+    volumes, reports = [], []
+    with tempfile.TemporaryDirectory() as folder:
+        for index in range(count):
+            scan = phantoms.make_patient(PHANTOM_SEED, index, "valid").scans[0]
+            path = Path(folder) / f"{index}.nii.gz"
+            path.write_bytes(nifti_bytes(scan.reconstructions[0].hu, scan.reconstructions[0].affine))
+            volumes.append(prepare_volume(path, Grid(size, spacing)).volume)
+            reports.append(report_sentences(scan.report.findings, scan.report.impression))
+    return Inputs(np.stack(volumes), tuple(reports))
+
+
+def reference_model(config: ConfigDict, vocab_size: int) -> tuple[MG3D, ConfigDict]:
+    """The Linen model computing in float32, whatever the run computed in, and its config."""
+    exact = config.copy_and_resolve_references().unlock()
+    exact.model.dtype, exact.model.attention, exact.model.remat = "float32", "xla", "none"
+    return MG3D(exact, vocab_size, "xla"), exact
+
+
+def reference_features(run: Run, volumes: np.ndarray, reports: Sequence[Sequence[str]]) -> dict[str, np.ndarray]:
+    """Every feature of the Linen model in float32: embeddings `[n, k]` l2-normalised, `volume_tokens [n, N, d]`, ..."""
+    tokenizer = run.tokenizer
+    model, config = reference_model(run.config, tokenizer.vocab_size)
+    rows = [tokenizer(report) for report in reports]
+    text = {name: np.stack([row[name] for row in rows]) for name in ("token_ids", "token_mask", "sentence_index")}
+
+    def features(params: Any) -> dict[str, jax.Array]:
+        windowed = step_inputs.window(volumes, config.data.windows)
+        volume = model.apply({"params": params}, windowed, method="embed_volume")
+        return volume | model.apply({"params": params}, text, method="embed_report")
+
+    with jax.default_matmul_precision("highest"):
+        found = jax.device_get(jax.jit(features)(run.params))
+    for name in ("volume_embedding", "report_embedding"):
+        norm = np.linalg.norm(found[name], axis=-1, keepdims=True)
+        found[name] = found[name] / np.maximum(norm, 1e-6)
+    return found

@@ -1,0 +1,149 @@
+"""Weights of MONAI's `SwinUNETR` (MG-3D, VoCo, MONAI releases) -> parameters of `models.swin.SwinEncoder`.
+
+Only the encoder, `swinViT`, is taken; the U-Net around it is dropped and reported. Width, depths, window, channels and
+the V2 convolutions are read from the weights. The order of patch merging leaves no trace in them and must be said.
+"""
+
+from __future__ import annotations
+
+from math import prod
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from mg3d_jax.errors import UserError
+from mg3d_jax.interop.state_dict import StrictWeights, dense_params, norm_params, read_state_dict, split_qkv
+
+UNUSED = (r"(encoder|decoder)\d+\.", r"out\.", r"layers\d\.0\.blocks\.\d+\.attn\.relative_position_index$")
+PREFIXES = ("swinViT.", "encoder.swinViT.", "backbone.swinViT.", "swin_vit.", "encoder.")
+STAGES = (1, 2, 3, 4)
+
+
+def load_monai_swin(path: str | Path, merging: str = "merging") -> tuple[dict[str, Any], dict, list[str]]:
+    """Reads the encoder of a SwinUNETR.
+
+    Args:
+        path: a `.pt`, `.pth`, `.bin` or `.safetensors` file with a SwinUNETR or its `swinViT` alone.
+        merging: MONAI's `downsample`: "merging" (SwinUNETR's default) or "mergingv2".
+
+    Returns:
+        Keyword arguments for `SwinEncoder`, its parameters, and the keys of the file that were not needed.
+
+    Raises:
+        UserError: missing, unknown or misshapen keys; all of them named.
+    """
+    weights = _encoder_keys(read_state_dict(Path(path)))
+    encoder = _sizes(path, weights) | {"merging": merging}
+    strict = StrictWeights(weights, str(path))
+    width, patch, channels = encoder["width"], encoder["patch_size"], encoder["channels"]
+    kernel = strict.take("patch_embed.proj.weight", (width, channels, *patch))
+    bias = strict.take("patch_embed.proj.bias", (width,))
+    params: dict[str, Any] = {
+        "patch_embedding": {"kernel": kernel.transpose(2, 3, 4, 1, 0).reshape(-1, width), "bias": bias}
+    }
+    for index, stage in enumerate(STAGES):
+        channels = width * 2**index
+        for block in range(encoder["depths"][index]):
+            prefix = f"layers{stage}.0.blocks.{block}"
+            params[f"stage_{index}_block_{block}"] = _block(strict, prefix, channels, encoder, index)
+        prefix = f"layers{stage}.0.downsample"
+        params[f"merging_{index}"] = {
+            "norm": norm_params(strict, f"{prefix}.norm", 8 * channels),
+            "reduction": dense_params(strict, f"{prefix}.reduction", 8 * channels, 2 * channels, bias=False),
+        }
+        if encoder["residual_convolutions"]:
+            params[f"convolution_{index}"] = {
+                f"conv_{number}": strict.take(
+                    f"layers{stage}c.0.layer.conv{number}.conv.weight", (channels, channels, 3, 3, 3)
+                ).transpose(2, 3, 4, 1, 0)
+                for number in (1, 2)
+            }
+    unused = strict.ignore(*UNUSED)
+    strict.finish()
+    return encoder, params, unused
+
+
+def _encoder_keys(weights: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """Strips what stands before `patch_embed.proj.weight`, and renames the MLPs of weights older than MONAI 0.9."""
+    for prefix in PREFIXES:
+        if f"{prefix}patch_embed.proj.weight" in weights:
+            weights = {key.removeprefix(prefix): array for key, array in weights.items()}
+            break
+    renamed = {".mlp.fc1.": ".mlp.linear1.", ".mlp.fc2.": ".mlp.linear2."}
+    result = {}
+    for key, array in weights.items():
+        for old, new in renamed.items():
+            key = key.replace(old, new)
+        result[key] = array
+    return result
+
+
+def _sizes(path: str | Path, weights: dict[str, np.ndarray]) -> dict[str, Any]:
+    kernel = weights.get("patch_embed.proj.weight")
+    if kernel is None:
+        raise UserError(f"{path}: no swinViT.patch_embed.proj.weight; this is not a SwinUNETR.")
+    if kernel.ndim != 5:
+        raise UserError(f"{path}: a {kernel.ndim - 2}D model; only 3D ones can be used.")
+    depths, heads = [], []
+    for stage in STAGES:
+        blocks = {key.split(".")[3] for key in weights if key.startswith(f"layers{stage}.0.blocks.")}
+        table = weights.get(f"layers{stage}.0.blocks.0.attn.relative_position_bias_table")
+        if table is None:
+            raise UserError(f"{path}: stage {stage} has no window attention (layers{stage}.0.blocks.0).")
+        depths.append(len(blocks))
+        heads.append(table.shape[1])
+    hidden = weights.get("layers1.0.blocks.0.mlp.linear1.weight", np.zeros((4 * kernel.shape[0], 0))).shape[0]
+    return {
+        "width": kernel.shape[0],
+        "depths": tuple(depths),
+        "num_heads": tuple(heads),
+        "window": _window(path, weights),
+        "patch_size": tuple(kernel.shape[2:]),
+        "channels": kernel.shape[1],
+        "mlp_ratio": hidden / kernel.shape[0],
+        "residual_convolutions": any(key.startswith("layers1c.") for key in weights),
+    }
+
+
+def _window(path: str | Path, weights: dict[str, np.ndarray]) -> tuple[int, int, int]:
+    """From the stored index of relative positions where there is one, else from the bias table of a cubic window.
+
+    In a window (a, b, c) the first voxel's index to itself is the offset (a-1, b-1, c-1), and index [0, 0] - [0, 1],
+    [0, 0] - [0, c], [0, 0] - [0, b*c] are one step along each axis.
+    """
+    rows = weights["layers1.0.blocks.0.attn.relative_position_bias_table"].shape[0]
+    index = weights.get("layers1.0.blocks.0.attn.relative_position_index")
+    side = round((round(rows ** (1 / 3)) + 1) / 2)
+    if index is None:
+        if (2 * side - 1) ** 3 != rows:
+            raise UserError(f"{path}: a bias table of {rows} rows belongs to no cubic window.")
+        return side, side, side
+    steps = index[0, 0] - index[0]
+    last = int(np.argmax(steps != np.arange(len(steps)))) or len(steps)
+    span = 2 * last - 1
+    rest = steps[::last] // span  # one step along y each
+    middle = int(np.argmax(rest != np.arange(len(rest)))) or len(rest)
+    window = (len(steps) // (last * middle), middle, last)
+    if prod(2 * extent - 1 for extent in window) != rows:
+        raise UserError(f"{path}: its relative positions belong to no 3D window ({rows} rows in the bias table).")
+    return window
+
+
+def _block(strict: StrictWeights, prefix: str, width: int, encoder: dict[str, Any], stage: int) -> dict:
+    hidden = round(width * encoder["mlp_ratio"])
+    table = (prod(2 * extent - 1 for extent in encoder["window"]), encoder["num_heads"][stage])
+    has_bias = f"{prefix}.attn.qkv.bias" in strict
+    return {
+        "attention_layer_norm": norm_params(strict, f"{prefix}.norm1", width),
+        "attention": split_qkv(strict, f"{prefix}.attn.qkv", width, has_bias)
+        | {
+            "out": dense_params(strict, f"{prefix}.attn.proj", width, width),
+            "position_bias": strict.take(f"{prefix}.attn.relative_position_bias_table", table),
+        },
+        "mlp_layer_norm": norm_params(strict, f"{prefix}.norm2", width),
+        "mlp": {
+            "up": dense_params(strict, f"{prefix}.mlp.linear1", width, hidden),
+            "down": dense_params(strict, f"{prefix}.mlp.linear2", hidden, width),
+        },
+    }

@@ -1,0 +1,451 @@
+"""MG-3D in PyTorch: a chest CT encoder and a report encoder that share one embedding space.
+
+    model = AutoModel.from_pretrained(FOLDER, trust_remote_code=True)
+    tokenizer = AutoTokenizer.from_pretrained(FOLDER, trust_remote_code=True)
+    hu, _ = model.prepare_volume(array, affine)  # of nibabel, say: any grid -> the model's
+    volume = model.encode_volume(hu[None])  # [1, k]
+    prompts = model.encode_texts(tokenizer, [["Emphysema is present."], ["Emphysema is not present."]])  # [2, k]
+    probability = (model.logit_scale.exp() * volume @ prompts.T).softmax(-1)
+
+This file stands alone: it needs torch, transformers, numpy and safetensors, nothing of the program that trained it.
+Axes: B volumes, X Y Z voxels in RAS+ order (x to the patient's right, y anterior, z superior), C windows, N patches,
+T tokens, S sentences, d width of a tower, k width of the shared space.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass
+from math import prod
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import PretrainedConfig, PreTrainedModel
+from transformers.utils import ModelOutput
+
+AIR_HU, HIGHEST_HU = -1024, 3071
+MAX_LOGIT_SCALE = 100.0
+
+
+class MG3DConfig(PretrainedConfig):
+    """Geometry and sizes of the model.
+
+    volume_size (voxels), spacing (mm) and orientation "RAS" say which grid `encode_volume` takes; windows (HU) what it
+    does to the voxels. report_sentences > 0: the model was trained on views of so many sentences, cut at report_tokens,
+    and embeds a longer report as the mean over such groups; 0: it embeds reports whole.
+    """
+
+    model_type = "mg3d"
+
+    def __init__(
+        self,
+        volume_size: Sequence[int] = (128, 128, 96),
+        spacing: Sequence[float] = (2.8, 2.8, 3.5),
+        windows: Sequence[Sequence[float]] = ((-1000.0, 1000.0),),
+        patch_size: Sequence[int] = (16, 16, 16),
+        stem: str = "linear",
+        stem_strides: Sequence[Sequence[int]] = (),
+        stem_channels: Sequence[int] = (),
+        positions: str = "sincos",
+        pooling: str = "attention",
+        num_registers: int = 0,
+        qk_norm: bool = False,
+        layer_scale: bool = False,
+        exact_gelu: bool = False,
+        volume_norm_eps: float = 1e-6,
+        volume_width: int = 768,
+        volume_depth: int = 12,
+        volume_heads: int = 12,
+        volume_mlp_dim: int = 3072,
+        vocab_size: int = 4096,
+        report_width: int = 768,
+        report_depth: int = 12,
+        report_heads: int = 12,
+        report_mlp_dim: int = 3072,
+        max_positions: int = 512,
+        max_tokens: int = 250,
+        max_sentences: int = 32,
+        report_sentences: int = 0,
+        report_tokens: int = 0,
+        projection_dim: int = 512,
+        **kwargs,
+    ):
+        self.orientation = "RAS"
+        self.volume_size, self.spacing, self.windows = list(volume_size), list(spacing), [list(w) for w in windows]
+        self.patch_size, self.stem = list(patch_size), stem
+        self.stem_strides, self.stem_channels = [list(s) for s in stem_strides], list(stem_channels)
+        self.positions, self.pooling, self.num_registers = positions, pooling, num_registers
+        self.qk_norm, self.layer_scale, self.exact_gelu = qk_norm, layer_scale, exact_gelu
+        self.volume_norm_eps = volume_norm_eps
+        self.volume_width, self.volume_depth = volume_width, volume_depth
+        self.volume_heads, self.volume_mlp_dim = volume_heads, volume_mlp_dim
+        self.vocab_size, self.max_positions = vocab_size, max_positions
+        self.report_width, self.report_depth = report_width, report_depth
+        self.report_heads, self.report_mlp_dim = report_heads, report_mlp_dim
+        self.max_tokens, self.max_sentences = max_tokens, max_sentences
+        self.report_sentences, self.report_tokens = report_sentences, report_tokens
+        self.projection_dim = projection_dim
+        super().__init__(**{key: value for key, value in kwargs.items() if key != "orientation"})
+
+
+class Attention(nn.Module):
+    """Multi-head attention: x [B, T, d] reads context [B, Tk, d] where mask [B, Tk] is True (None: everywhere)."""
+
+    def __init__(self, width: int, num_heads: int, qk_norm: bool = False):
+        super().__init__()
+        self.num_heads = num_heads
+        self.query, self.key = nn.Linear(width, width), nn.Linear(width, width)
+        self.value, self.out = nn.Linear(width, width), nn.Linear(width, width)
+        head_dim = width // num_heads
+        self.query_norm = nn.LayerNorm(head_dim, eps=1e-6, bias=False) if qk_norm else nn.Identity()
+        self.key_norm = nn.LayerNorm(head_dim, eps=1e-6, bias=False) if qk_norm else nn.Identity()
+
+    def forward(self, x: Tensor, context: Tensor, mask: Tensor | None = None) -> Tensor:
+        query, key, value = (
+            layer(inputs).unflatten(-1, (self.num_heads, -1))
+            for layer, inputs in ((self.query, x), (self.key, context), (self.value, context))
+        )
+        query, key = self.query_norm(query).transpose(1, 2), self.key_norm(key).transpose(1, 2)
+        bias = None
+        if mask is not None:  # a finite number: a row without any valid key must not become NaN
+            lowest = torch.finfo(query.dtype).min
+            bias = torch.zeros_like(mask, dtype=query.dtype).masked_fill(~mask, lowest)[:, None, None, :]
+        mixed = F.scaled_dot_product_attention(query, key, value.transpose(1, 2), attn_mask=bias)
+        return self.out(mixed.transpose(1, 2).flatten(2))
+
+
+class Mlp(nn.Module):
+    def __init__(self, width: int, hidden: int, exact_gelu: bool):
+        super().__init__()
+        self.up, self.down = nn.Linear(width, hidden), nn.Linear(hidden, width)
+        self.activation = nn.GELU(approximate="none" if exact_gelu else "tanh")
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down(self.activation(self.up(x)))
+
+
+class LayerScale(nn.Module):
+    """One learned factor per channel of a residual branch."""
+
+    def __init__(self, width: int):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(width))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * self.weight
+
+
+class Block(nn.Module):
+    """Transformer layer: pre-norm (ViT: x + f(norm(x))) or post-norm (BERT: norm(x + f(x)))."""
+
+    def __init__(self, width: int, num_heads: int, mlp_dim: int, *, pre_norm: bool, eps: float, exact_gelu: bool,
+                 qk_norm: bool = False, layer_scale: bool = False):  # fmt: skip
+        super().__init__()
+        self.pre_norm = pre_norm
+        self.attention = Attention(width, num_heads, qk_norm)
+        self.mlp = Mlp(width, mlp_dim, exact_gelu)
+        self.attention_layer_norm, self.mlp_layer_norm = nn.LayerNorm(width, eps=eps), nn.LayerNorm(width, eps=eps)
+        self.attention_scale = LayerScale(width) if layer_scale else nn.Identity()
+        self.mlp_scale = LayerScale(width) if layer_scale else nn.Identity()
+
+    def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
+        if self.pre_norm:
+            normed = self.attention_layer_norm(x)
+            x = x + self.attention_scale(self.attention(normed, normed, mask))
+            return x + self.mlp_scale(self.mlp(self.mlp_layer_norm(x)))
+        x = self.attention_layer_norm(x + self.attention_scale(self.attention(x, x, mask)))
+        return self.mlp_layer_norm(x + self.mlp_scale(self.mlp(x)))
+
+
+class AttentionPool(nn.Module):
+    """One learned query reads the tokens [B, N, d] -> [B, d]; zeros where the mask [B, N] is empty."""
+
+    def __init__(self, width: int, num_heads: int):
+        super().__init__()
+        self.query = nn.Parameter(torch.zeros(1, 1, width))
+        self.attention = Attention(width, num_heads)
+
+    def forward(self, tokens: Tensor, mask: Tensor | None = None) -> Tensor:
+        pooled = self.attention(self.query.expand(len(tokens), -1, -1), tokens, mask)[:, 0]
+        return pooled if mask is None else pooled * mask.any(1, keepdim=True)
+
+
+class ConvStem(nn.Module):
+    """Strided convolutions with LayerNorm over channels and GELU, then linear: [B, C, X, Y, Z] -> [B, N, d]."""
+
+    def __init__(self, config: MG3DConfig):
+        super().__init__()
+        channels = [len(config.windows), *config.stem_channels]
+        levels = list(zip(channels[:-1], channels[1:], config.stem_strides, strict=True))
+        self.convs = nn.ModuleList(nn.Conv3d(i, o, tuple(stride), tuple(stride)) for i, o, stride in levels)
+        self.norms = nn.ModuleList(nn.LayerNorm(o, eps=1e-6) for _, o, _ in levels)
+        self.out = nn.Linear(channels[-1], config.volume_width)
+
+    def forward(self, volume: Tensor) -> Tensor:
+        for conv, norm in zip(self.convs, self.norms, strict=True):
+            channels_last = norm(conv(volume).movedim(1, -1))
+            volume = F.gelu(channels_last, approximate="tanh").movedim(-1, 1)
+        return self.out(volume.flatten(2).transpose(1, 2))
+
+
+class VolumeEncoder(nn.Module):
+    """3D ViT: windowed volume [B, C, X, Y, Z] -> tokens [B, N, d] (row-major over the patch grid) and pooled [B, d]."""
+
+    def __init__(self, config: MG3DConfig):
+        super().__init__()
+        width, patch = config.volume_width, tuple(config.patch_size)
+        self.pooling, self.num_registers = config.pooling, config.num_registers
+        if config.stem == "conv":
+            self.patch_embedding = ConvStem(config)
+        else:
+            self.patch_embedding = nn.Conv3d(len(config.windows), width, patch, patch)
+        patches = prod(side // p for side, p in zip(config.volume_size, patch, strict=True))
+        # Learned, or a fixed sine-cosine table; either way it is stored with the weights.
+        self.positions = nn.Parameter(torch.zeros(patches, width), requires_grad=config.positions == "learned")
+        if self.num_registers:
+            self.registers = nn.Parameter(torch.zeros(self.num_registers, width))
+        self.blocks = nn.ModuleList(
+            Block(width, config.volume_heads, config.volume_mlp_dim, pre_norm=True, eps=config.volume_norm_eps,
+                  exact_gelu=config.exact_gelu, qk_norm=config.qk_norm, layer_scale=config.layer_scale)
+            for _ in range(config.volume_depth)
+        )  # fmt: skip
+        self.norm = nn.LayerNorm(width, eps=config.volume_norm_eps)
+        if self.pooling == "attention":
+            self.pool = AttentionPool(width, config.volume_heads)
+
+    def forward(self, volume: Tensor) -> tuple[Tensor, Tensor]:
+        tokens = self.patch_embedding(volume)
+        if tokens.ndim == 5:  # [B, d, gx, gy, gz] of the linear patch embedding
+            tokens = tokens.flatten(2).transpose(1, 2)
+        tokens = tokens + self.positions
+        if self.num_registers:
+            tokens = torch.cat([self.registers.expand(len(tokens), -1, -1), tokens], dim=1)
+        for block in self.blocks:
+            tokens = block(tokens)
+        tokens = self.norm(tokens[:, self.num_registers :])
+        return tokens, self.pool(tokens) if self.pooling == "attention" else tokens.mean(1)
+
+
+class ReportEncoder(nn.Module):
+    """BERT-type encoder: input_ids, attention_mask [B, T] -> token features [B, T, d]."""
+
+    def __init__(self, config: MG3DConfig):
+        super().__init__()
+        width = config.report_width
+        self.word_embedding = nn.Embedding(config.vocab_size, width)
+        self.position_embedding = nn.Embedding(config.max_positions, width)
+        self.type_embedding = nn.Embedding(2, width)
+        self.embedding_norm = nn.LayerNorm(width, eps=1e-12)
+        self.blocks = nn.ModuleList(
+            Block(width, config.report_heads, config.report_mlp_dim, pre_norm=False, eps=1e-12, exact_gelu=True)
+            for _ in range(config.report_depth)
+        )
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+        length = input_ids.shape[1]
+        tokens = (
+            self.word_embedding(input_ids) + self.position_embedding.weight[:length] + self.type_embedding.weight[0]
+        )
+        tokens = self.embedding_norm(tokens)
+        for block in self.blocks:
+            tokens = block(tokens, attention_mask.bool())
+        return tokens
+
+
+def sentence_means(tokens: Tensor, sentence_index: Tensor, max_sentences: int) -> tuple[Tensor, Tensor]:
+    """Token features [B, T, d] and index [B, T] (1..S, 0: none) -> mean of each sentence [B, S, d], mask [B, S]."""
+    numbers = torch.arange(1, max_sentences + 1, device=tokens.device)
+    member = sentence_index[:, None, :] == numbers[None, :, None]  # [B, S, T]
+    count = member.sum(-1)
+    means = member.to(tokens.dtype) @ tokens / count.clamp(min=1)[..., None].to(tokens.dtype)
+    return means, count > 0
+
+
+def tokenize(tokenizer, sentences: Sequence[str], max_tokens: int, max_sentences: int = 32) -> dict[str, Tensor]:
+    """The sentences of ONE report -> `input_ids, attention_mask, sentence_index`, each [1, max_tokens].
+
+    [CLS], the tokens of all sentences one after the other, [SEP], padding; what does not fit is cut. `sentence_index`
+    is 1 for the tokens of the first sentence and so on, 0 for special tokens and padding.
+    """
+    if isinstance(sentences, str):
+        raise TypeError("tokenize takes a list of sentences, not one string: [text], or the text split into sentences")
+    ids, index = [tokenizer.cls_token_id], [0]
+    for number, sentence in enumerate(sentences[:max_sentences], start=1):
+        of_sentence = tokenizer(sentence, add_special_tokens=False)["input_ids"]
+        ids, index = ids + of_sentence, index + [number] * len(of_sentence)
+    ids, index = [*ids[: max_tokens - 1], tokenizer.sep_token_id], [*index[: max_tokens - 1], 0]
+    padding = max_tokens - len(ids)
+    return {
+        "input_ids": torch.tensor([ids + [tokenizer.pad_token_id] * padding]),
+        "attention_mask": torch.tensor([[1] * len(ids) + [0] * padding]),
+        "sentence_index": torch.tensor([index + [0] * padding]),
+    }
+
+
+def prepare_volume(
+    hu: np.ndarray, affine: np.ndarray, size: Sequence[int], spacing: Sequence[float]
+) -> tuple[Tensor, np.ndarray]:
+    """A CT volume in HU [i, j, k] with its NIfTI affine (voxel -> RAS+ mm) -> int16 [X, Y, Z] on the model's grid.
+
+    Reorders and flips the axes to RAS+, then resamples each axis about the volume's centre: area average where the axis
+    shrinks, linear where it grows; outside is air. The array must hold HU: apply a DICOM slope and intercept before,
+    once. Returns the volume and its affine.
+    """
+    affine = np.asarray(affine, np.float64)
+    scale = np.sqrt((affine[:3, :3] ** 2).sum(0))
+    cosines = affine[:3, :3] / scale
+    order = [int(np.abs(cosines[axis]).argmax()) for axis in range(3)]  # source axis of each RAS+ axis
+    if sorted(order) != [0, 1, 2]:
+        raise ValueError(f"the affine does not give each axis a direction of its own: {affine[:3].tolist()}")
+    volume = torch.as_tensor(np.asarray(hu, np.float32)).clamp(AIR_HU, HIGHEST_HU)
+    inside = torch.ones((), dtype=torch.float32)
+    to_source = np.zeros((4, 4))
+    to_source[3, 3] = 1
+    for target, source in enumerate(order):
+        step = spacing[target] / scale[source] * np.sign(cosines[target, source])
+        start = (volume.shape[source] - 1) / 2 - step * (size[target] - 1) / 2
+        to_source[source, target], to_source[source, 3] = step, start
+        weights = torch.as_tensor(_axis_weights(volume.shape[source], size[target], start, step))
+        volume = torch.movedim(torch.tensordot(weights, volume, dims=([1], [source])), 0, source)
+        shape = [1, 1, 1]
+        shape[source] = size[target]
+        inside = inside * weights.any(1).float().reshape(shape)
+    volume = torch.where(inside > 0, volume, torch.tensor(float(AIR_HU)))
+    return volume.round().to(torch.int16).permute(order).contiguous(), affine @ to_source
+
+
+def _axis_weights(old: int, new: int, start: float, step: float) -> np.ndarray:
+    """float32 [new, old]: how much of each input voxel goes into the output voxel centred at `start + i * step`."""
+    centres, edges = start + np.arange(new) * step, np.arange(old)
+    if abs(step) > 1:
+        low, high = centres - abs(step) / 2, centres + abs(step) / 2
+        weights = np.minimum(high[:, None], edges + 0.5) - np.maximum(low[:, None], edges - 0.5)
+    else:
+        weights = 1 - np.abs(np.clip(centres, 0, old - 1)[:, None] - edges)
+    weights = np.where(
+        (weights > 1e-7) & (centres[:, None] >= -0.5 - 1e-6) & (centres[:, None] <= old - 0.5 + 1e-6), weights, 0
+    )
+    return (weights / np.maximum(weights.sum(1, keepdims=True), 1e-9)).astype(np.float32)
+
+
+@dataclass
+class MG3DOutput(ModelOutput):
+    """Embeddings [B, k] are l2-normalised; `logits_per_volume` [B, B] is their scaled cosine similarity."""
+
+    logits_per_volume: Tensor | None = None
+    volume_embedding: Tensor | None = None
+    report_embedding: Tensor | None = None
+    volume_tokens: Tensor | None = None
+    report_tokens: Tensor | None = None
+
+
+class MG3DModel(PreTrainedModel):
+    """Both towers, sentence pooling and the projections into the shared space."""
+
+    config_class = MG3DConfig
+    main_input_name = "hu"
+    base_model_prefix = ""
+    _no_split_modules = ("Block",)
+
+    def __init__(self, config: MG3DConfig):
+        super().__init__(config)
+        self.volume_encoder, self.report_encoder = VolumeEncoder(config), ReportEncoder(config)
+        self.report_pool = AttentionPool(config.report_width, config.report_heads)
+        self.volume_projection = nn.Linear(config.volume_width, config.projection_dim, bias=False)
+        self.report_projection = nn.Linear(config.report_width, config.projection_dim, bias=False)
+        self.logit_scale = nn.Parameter(torch.zeros(()))
+        self.post_init()
+
+    def _init_weights(self, module: nn.Module) -> None:
+        if isinstance(module, nn.Linear | nn.Embedding | nn.Conv3d):
+            nn.init.trunc_normal_(module.weight, std=0.02)
+            if getattr(module, "bias", None) is not None:
+                nn.init.zeros_(module.bias)
+
+    @classmethod
+    def from_pretrained(cls, *args, output_loading_info: bool = False, **kwargs):
+        """As in transformers, but a missing, unknown or misshapen tensor is an error, not a layer of random numbers."""
+        kwargs["ignore_mismatched_sizes"] = True  # collected here, to name them all at once
+        model, info = super().from_pretrained(*args, output_loading_info=True, **kwargs)
+        problems = {
+            "missing": sorted(info["missing_keys"]),
+            "unknown": sorted(info["unexpected_keys"]),
+            "of the wrong shape (name, in the file, in the model)": sorted(map(str, info["mismatched_keys"])),
+        }
+        if any(problems.values()):
+            lines = [f"{len(names)} {kind}: {', '.join(names[:8])}" for kind, names in problems.items() if names]
+            raise ValueError(
+                f"the weights do not belong to this configuration: {'; '.join(lines)}. Export the model again."
+            )
+        return (model, info) if output_loading_info else model
+
+    def prepare_volume(self, hu: np.ndarray, affine: np.ndarray) -> tuple[Tensor, np.ndarray]:
+        """A CT volume in HU with its NIfTI affine -> int16 [X, Y, Z] on this model's grid, and the grid's affine."""
+        return prepare_volume(hu, affine, self.config.volume_size, self.config.spacing)
+
+    def window(self, hu: Tensor) -> Tensor:
+        """HU [B, X, Y, Z] -> [B, C, X, Y, Z] in [0, 1], one channel per window."""
+        hu = hu.float()
+        channels = [((hu - low) / (high - low)).clamp(0, 1) for low, high in self.config.windows]
+        return torch.stack(channels, dim=1).to(self.volume_projection.weight.dtype)
+
+    def encode_volume(self, hu: Tensor, *, return_tokens: bool = False) -> Tensor | tuple[Tensor, Tensor]:
+        """HU (int16 or float, not windowed) [B, X, Y, Z], RAS+, on the model's grid -> normalised embedding [B, k].
+
+        With `return_tokens` also the patch features [B, N, d], row-major over the patch grid.
+        """
+        size = tuple(self.config.volume_size)
+        if tuple(hu.shape[1:]) != size:
+            spacing = " x ".join(map(str, self.config.spacing))
+            raise ValueError(
+                f"encode_volume takes HU [B, {', '.join(map(str, size))}] at {spacing} mm in RAS+ order, not "
+                f"{list(hu.shape)}; prepare_volume(array, affine) brings a CT volume to that grid"
+            )
+        if hu.numel() and hu.is_floating_point() and hu.abs().amax() <= 1:
+            warnings.warn(
+                "all voxels are within -1..1: encode_volume takes HU and does the windowing itself", stacklevel=2
+            )
+        tokens, pooled = self.volume_encoder(self.window(hu))
+        embedding = F.normalize(self.volume_projection(pooled).float(), dim=-1, eps=1e-6)
+        return (embedding, tokens) if return_tokens else embedding
+
+    def encode_report(
+        self, input_ids: Tensor, attention_mask: Tensor, sentence_index: Tensor, *, return_tokens: bool = False
+    ) -> Tensor | tuple[Tensor, Tensor]:
+        """The output of `tokenize`, each [B, T] -> normalised embedding [B, k]; with `return_tokens` also [B, T, d]."""
+        tokens = self.report_encoder(input_ids, attention_mask)
+        pooled = self.report_pool(*sentence_means(tokens, sentence_index, self.config.max_sentences))
+        embedding = F.normalize(self.report_projection(pooled).float(), dim=-1, eps=1e-6)
+        return (embedding, tokens) if return_tokens else embedding
+
+    def tokenize(self, tokenizer, reports: Sequence[Sequence[str]]) -> dict[str, Tensor]:
+        """Reports, each a list of sentences -> the inputs of `encode_report`, on the model's device."""
+        length = self.config.report_tokens or self.config.max_tokens
+        rows = [tokenize(tokenizer, report, length, self.config.max_sentences) for report in reports]
+        return {name: torch.cat([row[name] for row in rows]).to(self.device) for name in rows[0]}
+
+    @torch.no_grad()
+    def encode_texts(self, tokenizer, reports: Sequence[Sequence[str]]) -> Tensor:
+        """Prompts or reports of any length, each a list of sentences -> normalised embeddings [n, k].
+
+        A model trained on views of a few sentences embeds a longer report as the mean over its groups of so many.
+        """
+        size = self.config.report_sentences or self.config.max_sentences
+        groups = [[report[i : i + size] for i in range(0, max(len(report), 1), size)] for report in reports]
+        if not self.config.report_sentences:
+            groups = [of_report[:1] for of_report in groups]
+        means = [self.encode_report(**self.tokenize(tokenizer, of_report)).mean(0) for of_report in groups]
+        return F.normalize(torch.stack(means), dim=-1, eps=1e-6)
+
+    def forward(
+        self, hu: Tensor, input_ids: Tensor, attention_mask: Tensor, sentence_index: Tensor, return_dict: bool = True
+    ) -> MG3DOutput | tuple:
+        """Volumes and their reports, B of each. The diagonal of `logits_per_volume` belongs to the matching pairs."""
+        volume, volume_tokens = self.encode_volume(hu, return_tokens=True)
+        report, report_tokens = self.encode_report(input_ids, attention_mask, sentence_index, return_tokens=True)
+        scale = self.logit_scale.exp().clamp(max=MAX_LOGIT_SCALE)
+        output = MG3DOutput(scale * volume @ report.T, volume, report, volume_tokens, report_tokens)
+        return output if return_dict else output.to_tuple()

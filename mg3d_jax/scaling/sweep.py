@@ -1,0 +1,164 @@
+"""A sweep as it is declared: a grid of model sizes, unique patients and seeds over one training config.
+
+A sweep file is Python with `get_config(arg)` returning a `ConfigDict` with the keys of `KEYS`. Each cell of the grid
+becomes a `Run` whose id is its name and a hash of its resolved training config: the same cell keeps its id, another
+setting gets another. Data sets are nested: `data.max_patients` takes the first K patients of one fixed order.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from ml_collections import ConfigDict
+
+from mg3d_jax import config as config_lib
+from mg3d_jax.errors import UserError
+from mg3d_jax.scaling.files import read_json, write_json
+
+KEYS = {
+    "name": "of the sweep",
+    "base": "training config FILE[:ARG]; a relative path starts at the sweep file",
+    "models": "((name, {training config key: value, ...}), ...): the model sizes",
+    "patients": "(K, ...): numbers of unique patients, nested",
+    "seeds": "(seed, ...)",
+    "overrides": "((training config key, value), ...) for every run",
+    "length": "(kind, value): kind is epochs, steps or samples; how long each run trains",
+    "loss": "metric of summary.json that the law describes, e.g. valid/alignment",
+    "model_size": "what N is: n_active, n_total, n_vision or n_text",
+    "data_size": "what D is: unique_patients, unique_records or samples_seen",
+}
+LENGTHS = ("epochs", "steps", "samples")
+MODEL_SIZES = ("n_active", "n_total", "n_vision", "n_text")
+DATA_SIZES = ("unique_patients", "unique_records", "samples_seen")
+AXES = {"data.max_patients": "patients", "seed": "seeds"} | {f"training.{kind}": "length" for kind in LENGTHS}
+DECLARATION_FILE = "sweep.json"
+
+
+@dataclass(frozen=True)
+class Run:
+    """One cell of the grid. `overrides` are `--config.KEY=VALUE` arguments on top of `base`."""
+
+    id: str
+    model: str
+    patients: int
+    seed: int
+    base: str
+    overrides: tuple[str, ...]
+    config_hash: str
+
+    def config(self) -> ConfigDict:
+        return config_lib.load(self.base, list(self.overrides))
+
+
+@dataclass(frozen=True)
+class Sweep:
+    """All declared runs, in the order in which they are trained, and what the law is fitted to."""
+
+    name: str
+    loss: str
+    model_size: str
+    data_size: str
+    runs: tuple[Run, ...]
+
+
+def load(path: str, settings: Sequence[str] = ()) -> Sweep:
+    """Loads a sweep file `FILE[:ARG]`; `settings` are `KEY=VALUE` overrides of every run's training config.
+
+    Raises `UserError` for a missing file, an unknown or missing key, a value out of range, or two equal cells.
+    """
+    declared = config_lib.load(path)
+    _check(path, declared)
+    base = _base_path(path, declared.base)
+    for setting in settings:
+        if "=" not in setting:
+            raise UserError(f"--set {setting}: write KEY=VALUE, e.g. --set data.train=RUN/train")
+    last = dict(setting.split("=", 1) for setting in settings)  # of one key given twice, the later counts
+    runs = [
+        _run(base, declared, model, dict(changes), int(patients), int(seed), last)
+        for patients in declared.patients
+        for model, changes in declared.models
+        for seed in declared.seeds
+    ]
+    ids = [run.id for run in runs]
+    if repeated := sorted({one for one in ids if ids.count(one) > 1}):
+        raise UserError(f"{path}: the grid declares {', '.join(repeated)} more than once")
+    return Sweep(declared.name, declared.loss, declared.model_size, declared.data_size, tuple(runs))
+
+
+def _check(path: str, declared: ConfigDict) -> None:
+    given = set(declared.keys())
+    if unknown := sorted(given - KEYS.keys()):
+        raise UserError(f"{path}: unknown keys {', '.join(unknown)}. Keys: {', '.join(KEYS)}")
+    if absent := [name for name in KEYS if name not in given]:
+        raise UserError(f"{path}: no " + "; no ".join(f"{name!r} ({KEYS[name]})" for name in absent))
+    for name in ("models", "patients", "seeds"):
+        if not declared[name]:
+            raise UserError(f"{path}: {name!r} is empty ({KEYS[name]})")
+    for name, choices in (("model_size", MODEL_SIZES), ("data_size", DATA_SIZES)):
+        if declared[name] not in choices:
+            raise UserError(f"{path}: {name} = {declared[name]!r}; choose one of {', '.join(choices)}")
+    if len(declared.length) != 2 or declared.length[0] not in LENGTHS or declared.length[1] <= 0:
+        raise UserError(f"{path}: length = {declared.length}; write (kind, value), kind one of {', '.join(LENGTHS)}")
+    if any(patients < 1 for patients in declared.patients):
+        raise UserError(f"{path}: patients = {declared.patients}; each must be at least 1")
+
+
+def _base_path(sweep_file: str, base: str) -> str:
+    file, colon, argument = base.partition(":")
+    folder = Path(sweep_file.partition(":")[0]).parent
+    return os.path.normpath(folder / file) + colon + argument
+
+
+def _run(
+    base: str, declared: ConfigDict, model: str, changes: dict, patients: int, seed: int, settings: dict[str, str]
+) -> Run:
+    common = dict(declared.overrides)
+    if clash := sorted(AXES.keys() & {*common, *changes, *settings}):
+        raise UserError(f"{clash[0]} is an axis of the sweep: change {AXES[clash[0]]!r} in the sweep file")
+    kind, value = declared.length
+    values = {f"training.{name}": 0 for name in LENGTHS} | {f"training.{kind}": value}
+    values |= common | changes | {"data.max_patients": patients, "seed": seed} | settings
+    overrides = [f"--config.{key}={_text(value)}" for key, value in values.items()]
+    config = config_lib.load(base, overrides)
+    _check_run(config, model, patients, seed)
+    digest = config_lib.config_hash(config)
+    name = f"{model}-p{patients}-s{seed}"
+    return Run(f"{name}-{digest[:8]}", model, patients, seed, base, tuple(overrides), digest)
+
+
+def _check_run(config: ConfigDict, model: str, patients: int, seed: int) -> None:
+    name = f"{model}, {patients} patients, seed {seed}"
+    for key in ("train", "valid"):
+        if not config.data[key]:
+            raise UserError(
+                f"sweep, run {name}: data.{key} is empty; a sweep needs prepared training data, and held-out data that "
+                f"no run trains on. Add --set data.{key}=FOLDER (made by mg3d prepare)"
+            )
+    try:
+        config_lib.validate(config)
+    except UserError as error:
+        raise UserError(f"sweep, run {name}: {error}") from error
+
+
+def _text(value: Any) -> str:
+    """A value as `--config.KEY=VALUE` takes it."""
+    return value if isinstance(value, str) else repr(value)
+
+
+def write_declaration(workdir: Path, sweep: Sweep) -> None:
+    """Keeps what was declared, so that `status` and `fit` know every run, also those that never started."""
+    workdir.mkdir(parents=True, exist_ok=True)
+    write_json(workdir / DECLARATION_FILE, asdict(sweep))
+
+
+def read_declaration(workdir: Path) -> Sweep:
+    path = workdir / DECLARATION_FILE
+    if not path.is_file():
+        raise UserError(f"{workdir}: no {DECLARATION_FILE}; start it with mg3d sweep run --config FILE --workdir DIR")
+    document = read_json(path)
+    runs = tuple(Run(**(run | {"overrides": tuple(run["overrides"])})) for run in document.pop("runs"))
+    return Sweep(**document, runs=runs)

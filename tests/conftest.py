@@ -1,0 +1,39 @@
+"""Shared by all tests: 8 fake CPU devices, a compile cache for the session, tiny phantoms and a tiny config."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+os.environ.setdefault("TRANSFORMERS_OFFLINE", "1")
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+import jax
+import pytest
+
+jax.config.update("jax_num_cpu_devices", 8)
+
+SHARED = Path(__file__).resolve().parents[2] / "shared" / "data"
+
+
+@pytest.fixture(scope="session")
+def shared_data() -> Path:
+    """Real CT, MR and reports; tests that need them skip where they are missing."""
+    if not SHARED.is_dir():
+        pytest.skip("the folder with real test data is not here")
+    return SHARED
+
+
+@pytest.fixture(scope="session")
+def tiny_data(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    """24 training and 8 held-out phantom patients prepared on a 16^3 grid: `{"root", "train", "valid"}`, paths as str."""
+    from mg3d_jax.cli import main
+
+    folder = tmp_path_factory.mktemp("tiny")
+    assert main(["phantom", str(folder / "phantoms"), "--patients", "24", "--valid", "8", "--seed", "0"]) == 0
+    for split in ("train", "valid"):
+        command = ["prepare", "--source", "ctrate", "--root", str(folder / "phantoms"), "--split", split]
+        command += ["--out", str(folder / split), "--size", "16", "16", "16", "--spacing", "20", "18", "20"]
+        assert main(command) == 0
+    return {"root": str(folder / "phantoms"), "train": str(folder / "train"), "valid": str(folder / "valid")}

@@ -1,0 +1,81 @@
+"""Small things that several tests need: a tiny config and its command line, batches without files."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+from ml_collections import ConfigDict
+
+from mg3d_jax import config as config_lib
+
+ROOT = Path(__file__).resolve().parents[1]
+SPECIAL = {"[PAD]": 0, "[UNK]": 1, "[CLS]": 2, "[SEP]": 3, "[MASK]": 4}  # as `random_batch` has them
+
+
+def tiny_config(train: str = "", valid: str = "", **overrides: object) -> ConfigDict:
+    """Towers of the `nano` preset on a 16^3 grid, float32, 8 patients per batch. `overrides` are dotted keys with `__`."""
+    config = config_lib.default().unlock()
+    config.model.volume_size = (16, 16, 16)
+    config.model.volume_encoder.patch_size = (8, 8, 8)
+    config.model.volume_encoder.preset = "nano"
+    config.model.report_encoder.preset = "nano"
+    config.model.projection_dim = 32
+    config.model.dtype = "float32"
+    config.model.remat = "none"
+    config.data.train = (train,) if train else ()
+    config.data.valid = (valid,) if valid else ()
+    config.data.batch_size = 8
+    config.data.max_tokens = 64
+    config.data.max_sentences = 16
+    config.data.vocab_size = 400
+    config.objectives.alignment.report_tokens = 32
+    config.training.steps = 6
+    config.training.log_every = 1
+    config.training.checkpoint_every = 2
+    for key, value in overrides.items():
+        group, _, name = key.rpartition("__")
+        node = config
+        for part in group.split("__") if group else ():
+            node = node[part]
+        node[name] = value
+    return config.lock()
+
+
+def random_batch(config: ConfigDict, vocab_size: int = 400, labels: int = 18, seed: int = 0) -> dict[str, np.ndarray]:
+    """A batch of random volumes and reports of three sentences, with the dtypes and shapes of `mg3d_jax.batch`."""
+    rng = np.random.default_rng(seed)
+    size, tokens = config.data.batch_size, config.data.max_tokens
+    lengths = rng.integers(12, tokens + 1, size)
+    position = np.arange(tokens)[None, :]
+    mask = position < lengths[:, None]
+    inside = (position > 0) & (position < lengths[:, None] - 1)
+    return {
+        "volume": rng.integers(-1024, 600, (size, *config.model.volume_size)).astype(np.int16),
+        "token_ids": np.where(mask, rng.integers(5, vocab_size, (size, tokens)), 0).astype(np.int32),
+        "token_mask": mask,
+        "sentence_index": np.where(inside, 1 + np.minimum(3 * position // lengths[:, None], 2), 0).astype(np.int32),
+        "word_index": np.where(inside, position, 0).astype(np.int32),
+        "labels": rng.integers(0, 2, (size, labels)).astype(np.int8),
+        "report_id": np.arange(size, dtype=np.int32),
+        "patient_id": np.arange(size, dtype=np.int32),
+        "valid": np.ones(size, np.bool_),
+        "record_index": np.arange(size, dtype=np.int32),
+    }
+
+
+def environment(devices: int = 1, **extra: str) -> dict[str, str]:
+    """Environment of a test's subprocess: CPU, that many fake devices, the source tree on the path."""
+    env = {k: v for k, v in os.environ.items() if not k.startswith(("SLURM_", "MG3D_", "OMPI_"))}
+    env |= {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}"}
+    env["PYTHONPATH"] = str(ROOT)
+    return env | extra
+
+
+def mg3d(*args: str, devices: int = 1, timeout: float = 300, **extra: str) -> subprocess.CompletedProcess[str]:
+    """Runs `mg3d ARGS` in a process of its own."""
+    command = [sys.executable, "-m", "mg3d_jax", *args]
+    return subprocess.run(command, env=environment(devices, **extra), capture_output=True, text=True, timeout=timeout)

@@ -1,0 +1,93 @@
+"""Loading, overrides and validation of configs: every mistake is one readable error before anything is built."""
+
+import argparse
+
+import pytest
+from support import ROOT, tiny_config
+
+from mg3d_jax import config as config_lib
+from mg3d_jax.errors import UserError
+
+QUICKSTART = str(ROOT / "configs" / "quickstart.py")
+
+
+def test_every_committed_config_is_valid():
+    for file in sorted((ROOT / "configs").glob("*.py")):
+        config_lib.validate(config_lib.load(str(file)))
+
+
+def test_overrides_keep_the_type_of_the_default():
+    config = config_lib.load(
+        f"{QUICKSTART}:long",
+        ["--config.optimizer.learning_rate=3", "--config.model.volume_size=(16, 16, 32)", "--config.data.train=a"],
+    )
+    assert config.optimizer.learning_rate == 3.0 and isinstance(config.optimizer.learning_rate, float)
+    assert config.model.volume_size == (16, 16, 32)
+    assert config.data.train == ("a",)
+    assert config.training.steps > config_lib.load(QUICKSTART).training.steps
+
+
+@pytest.mark.parametrize(
+    ("override", "says"),
+    [
+        ("--config.optimizer.learning_rat=1", "learning_rate"),
+        ("--config.optimiser.learning_rate=1", "optimizer.learning_rate"),
+        ("--config.data.batch_size=1.5", "batch_size"),
+        ("--config.data.batch_size=many", "batch_size"),
+        ("--config.data=5", "data"),
+    ],
+)
+def test_a_wrong_override_names_the_key(override, says):
+    with pytest.raises(UserError, match=says):
+        config_lib.load(QUICKSTART, [override])
+
+
+def test_a_missing_file_says_what_to_write():
+    with pytest.raises(UserError, match="does not exist"):
+        config_lib.load("configs/nothing.py")
+
+
+def test_parse_takes_overrides_in_both_spellings():
+    parser = argparse.ArgumentParser()
+    config_lib.add_arguments(parser)
+    parser.add_argument("--workdir")
+    argv = ["--config", QUICKSTART, "--config.seed", "3", "--workdir", "x", "--config.data.batch_size=4"]
+    args, config = config_lib.parse(parser, argv)
+    assert (args.workdir, config.seed, config.data.batch_size) == ("x", 3, 4)
+
+
+@pytest.mark.parametrize(
+    ("changes", "says"),
+    [
+        ({"model__volume_size": (16, 20, 16)}, "volume_size Y = 20 is not divisible"),
+        ({"model__volume_encoder__preset": "huge"}, "choose one of"),
+        ({"model__dtype": "float16"}, "float32, bfloat16"),
+        ({"data__batch_size": 0}, "data.batch_size = 0"),
+        ({"data__batch_size": 6, "optimizer__accumulation": 4}, "not divisible by optimizer.accumulation"),
+        ({"data__windows": ((400.0, -400.0),)}, "lower < upper"),
+        ({"data__max_tokens": 1000}, "max_positions"),
+        ({"training__epochs": 2.0}, "exactly one"),
+        ({"training__steps": 0}, "exactly one"),
+        ({"mesh__fsdp": -1}, "at most one of them -1"),
+        ({"objectives__alignment__weight": 0.0}, "no objective"),
+    ],
+)
+def test_impossible_settings_are_listed(changes, says):
+    with pytest.raises(UserError, match=says):
+        config_lib.validate(tiny_config(**changes))
+
+
+def test_json_round_trip_and_hash():
+    config = tiny_config("a", "b")
+    again = config_lib.from_json(config_lib.to_json(config))
+    assert config_lib.flatten(again) == config_lib.flatten(config)
+    assert config_lib.config_hash(again) == config_lib.config_hash(config)
+
+
+def test_only_what_matters_for_the_result_changes_the_hash():
+    config = tiny_config("a")
+    assert config_lib.config_hash(tiny_config("elsewhere", mesh__fsdp=2)) == config_lib.config_hash(config)
+    other = tiny_config("a", optimizer__learning_rate=0.5)
+    assert config_lib.config_hash(other) != config_lib.config_hash(config)
+    (difference,) = config_lib.resume_differences(config, other)
+    assert difference == "optimizer.learning_rate: 0.0001 -> 0.5"

@@ -1,0 +1,220 @@
+"""The objectives wired to the model: who gets a gradient, what a disabled objective leaves out, meshes, overfitting."""
+
+import re
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from ml_collections import ConfigDict
+from support import SPECIAL, random_batch, tiny_config
+
+from mg3d_jax import config as config_lib
+from mg3d_jax import sharding
+from mg3d_jax.data.pipeline import PreparedData, evaluation_batches
+from mg3d_jax.data.tokens import ReportTokenizer, train_wordpiece
+from mg3d_jax.errors import UserError
+from mg3d_jax.objectives.multitask import OBJECTIVES, enabled
+from mg3d_jax.training import optimizer
+from mg3d_jax.training import state as state_lib
+from mg3d_jax.training import step as step_lib
+
+VOCAB = 400
+
+TOWERS = "volume_encoder/(?!pool).*|report_encoder/.*"
+# What each preset or single objective must train; everything else gets no gradient.
+TRAINS = {
+    "clip": "volume_encoder/.*|report_encoder/.*|report_pool/.*|(volume|report)_projection/.*",
+    "siglip": "volume_encoder/.*|report_encoder/.*|report_pool/.*|(volume|report)_projection/.*|logit_(scale|bias)",
+    "mae": "volume_encoder/(?!pool).*|voxel_decoder/.*",
+    "mg3d": ".*(?<!logit_scale)",
+    "report_reconstruction": f"{TOWERS}|fusion/.*|token_head/.*|sentence_projection/.*",
+    "matching": f"{TOWERS}|sentence_conditioned_volume/.*",
+    "discrimination": f"{TOWERS}|fusion/.*|fused_volume_projection/.*|sentence_conditioned_volume/.*",
+}
+HEADS = {
+    "voxel_decoder": {"volume_reconstruction"},
+    "token_head": {"report_reconstruction"},
+    "sentence_projection": {"report_reconstruction"},
+    "sentence_conditioned_volume": {"matching", "discrimination"},
+    "fused_volume_projection": {"discrimination"},
+    "fused_volume_pair_projection": {"alignment"},
+    "fusion": {"report_reconstruction", "discrimination", "alignment"},
+}
+
+
+def make_config(objectives, **overrides):
+    """A tiny config with the objectives of a preset, or with a single objective."""
+    config = tiny_config(**overrides).unlock()
+    preset = objectives in config_lib.OBJECTIVE_PRESETS
+    config_lib.use_objectives(config, objectives if preset else "clip")
+    if not preset:
+        config.objectives.alignment.weight = 0.0
+        config.objectives[objectives].weight = 1.0
+    return config.lock()
+
+
+def loss_and_gradients(config, *sizes, batch=None):
+    """`((loss, metrics), gradients)` of the step's loss, frozen parameters included, on a mesh of these sizes."""
+    sizes = dict(zip(sharding.MESH_AXES, sizes or (1, 1, 1), strict=True))
+    mesh = sharding.make_mesh(ConfigDict(sizes), jax.devices()[: int(np.prod(list(sizes.values())))])
+    setup = state_lib.build(config, VOCAB, mesh, steps=10)
+    losses = step_lib.Losses(setup, SPECIAL, train=True)
+
+    def loss(params, batch, key):
+        return losses(optimizer.freeze(params, setup.factors), batch, key)
+
+    batch = sharding.to_global(batch or random_batch(config, VOCAB), mesh, config.data.batch_size)
+    params = state_lib.initialize(setup)["params"]
+    with jax.set_mesh(mesh), nn.logical_axis_rules(sharding.RULES):
+        step = jax.jit(jax.value_and_grad(loss, has_aux=True))
+        return jax.device_get(jax.block_until_ready(step(params, batch, jax.random.key(5))))
+
+
+def moved_names(gradients):
+    """Names of the parameters with a gradient. The bias of attention keys never has one: softmax ignores a shift."""
+    largest = jax.tree.map(lambda g: float(np.max(np.abs(g))), gradients)
+    names = jax.tree.leaves(optimizer.parameter_names(gradients))
+    pairs = zip(names, jax.tree.leaves(largest), strict=True)
+    return {name for name, size in pairs if size > 0 and not name.endswith("key/bias")}, {
+        name for name in names if not name.endswith("key/bias")
+    }
+
+
+@pytest.mark.parametrize("objectives", TRAINS)
+def test_a_gradient_reaches_every_parameter_of_what_is_enabled_and_no_other(objectives):
+    (loss, metrics), gradients = loss_and_gradients(make_config(objectives))
+    moved, names = moved_names(gradients)
+    expected = {name for name in names if re.fullmatch(TRAINS[objectives], name)}
+    assert moved == expected
+    assert np.isfinite(loss) and set(metrics) >= set(enabled(make_config(objectives).objectives))
+
+
+def test_frozen_parameters_get_no_gradient():
+    config = make_config("mg3d", optimizer__freeze=("report_encoder/.*",))
+    moved, names = moved_names(loss_and_gradients(config)[1])
+    assert moved == {name for name in names if not name.startswith("report_encoder") and name != "logit_scale"}
+
+
+@pytest.mark.parametrize("objective", OBJECTIVES)
+def test_a_disabled_objective_has_no_parameters(objective):
+    config = make_config("mg3d").unlock()
+    config.objectives[objective].weight = 0.0
+    model, _ = state_lib.build_model(config, VOCAB)
+    names = set(state_lib.abstract_parameters(model, config))
+    on = set(enabled(config.objectives))
+    assert {head for head in HEADS if head in names} == {head for head, users in HEADS.items() if users & on}
+    assert names >= {"volume_projection", "report_projection"}  # every run can be evaluated
+
+
+def test_the_total_is_the_weighted_sum():
+    config = make_config("mg3d")
+    (loss, metrics), _ = loss_and_gradients(config)
+    total = sum(config.objectives[name].weight * metrics[name] for name in OBJECTIVES)
+    assert float(loss) == pytest.approx(float(total), rel=1e-6)
+    sentence = 0.1 * metrics["report_reconstruction/sentence_loss"]
+    parts = metrics["report_reconstruction/token_loss"] + sentence
+    assert float(metrics["report_reconstruction"]) == pytest.approx(float(parts), rel=1e-6)
+
+
+def test_the_mesh_does_not_change_the_full_objective():
+    config = make_config("mg3d")
+    (loss, metrics), gradients = loss_and_gradients(config)
+    (mesh_loss, mesh_metrics), mesh_gradients = loss_and_gradients(config, 2, 2, 2)
+    np.testing.assert_allclose(mesh_loss, loss, rtol=1e-5)
+    for name in OBJECTIVES:
+        np.testing.assert_allclose(mesh_metrics[name], metrics[name], rtol=2e-5, err_msg=name)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=2e-5, rtol=1e-4), mesh_gradients, gradients)
+
+
+def test_rows_that_only_pad_change_nothing():
+    config = make_config("mg3d", objectives__alignment__report_view="report")
+    batch = random_batch(config, VOCAB)
+    batch["valid"][5:] = False
+    (loss, metrics), gradients = loss_and_gradients(config, batch=batch)
+    for name in ("volume", "token_ids"):
+        batch[name] = batch[name].copy()
+        batch[name][5:] = batch[name][:3]
+    (other_loss, _), other_gradients = loss_and_gradients(config, batch=batch)
+    np.testing.assert_allclose(other_loss, loss, rtol=1e-5)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5), other_gradients, gradients)
+
+
+def one_step(config):
+    mesh = sharding.make_mesh(ConfigDict({"data": 2, "fsdp": 1, "tensor": 1}), jax.devices()[:2])
+    setup = state_lib.build(config, VOCAB, mesh, steps=10)
+    batch = sharding.to_global(random_batch(config, VOCAB), mesh, config.data.batch_size)
+    state, metrics = step_lib.train_step(setup, SPECIAL)(state_lib.initialize(setup), batch)
+    return jax.device_get(jax.block_until_ready((state["params"], metrics)))
+
+
+def test_the_gradient_cache_steps_like_the_whole_batch():
+    """Alignment and matching with whole reports draw nothing at random, so the steps must agree; micro-batches alone do not."""
+    options = {"objectives__alignment__report_view": "report", "objectives__matching__weight": 1.0}
+    options |= {"schedule__kind": "constant", "schedule__warmup_percent": 0.0}
+    whole = one_step(tiny_config(**options))[1]
+    cached = one_step(tiny_config(**options, optimizer__accumulation=4, optimizer__gradient_cache=True))[1]
+    for name in ("loss", "alignment", "matching", "gradient_norm"):
+        np.testing.assert_allclose(cached[name], whole[name], rtol=1e-4, err_msg=name)
+    averaged = one_step(tiny_config(**options, optimizer__accumulation=4))[1]
+    assert abs(averaged["loss"] - whole["loss"]) > 0.1
+
+
+@pytest.fixture(scope="module")
+def phantom_batch(tiny_data):
+    """8 phantom patients and the tokenizer of their reports."""
+    data = PreparedData((tiny_data["train"],))
+    config = tiny_config()
+    sentences = [s for record in data.records() for s in record.sentences]
+    tokenizer = ReportTokenizer(train_wordpiece(sentences, VOCAB), config.data.max_tokens, config.data.max_sentences)
+    mesh = sharding.make_mesh(ConfigDict({"data": 1, "fsdp": 1, "tensor": 1}), jax.devices()[:1])
+    return next(iter(evaluation_batches(data, tokenizer, mesh, 8))), tokenizer, mesh
+
+
+def test_every_loss_goes_near_its_floor_on_one_batch(phantom_batch):
+    batch, tokenizer, mesh = phantom_batch
+    options = {
+        "optimizer__learning_rate": 2e-3,
+        "optimizer__weight_decay": 0.0,
+        "objectives__alignment__report_view": "report",
+    }
+    config = make_config("mg3d", **options, schedule__kind="constant", schedule__warmup_percent=5.0).unlock()
+    config.objectives.alignment.weight = config.objectives.matching.weight = config.objectives.discrimination.weight = (
+        1.0
+    )
+    setup = state_lib.build(config.lock(), tokenizer.vocab_size, mesh, steps=300)
+    state, step = state_lib.initialize(setup), step_lib.train_step(setup, tokenizer.special)
+    history = []
+    for _ in range(300):
+        state, metrics = step(state, batch)
+        history.append({name: float(value) for name, value in jax.block_until_ready(metrics).items()})
+    first, last = history[0], {name: np.mean([row[name] for row in history[-20:]]) for name in history[0]}
+    print({name: (round(first[name], 4), round(float(last[name]), 4)) for name in OBJECTIVES})
+    for name in OBJECTIVES:
+        assert last[name] < 0.2 * first[name], (name, first[name], last[name])
+
+
+def test_impossible_objectives_are_refused_with_the_mend():
+    config = make_config("mg3d").unlock()
+    config_lib.validate(config)
+    config.objectives.matching.low = 0.95
+    config.objectives.report_reconstruction.mask_ratio = 1.0
+    config.objectives.discrimination.temperature = 0.0
+    config.objectives.volume_reconstruction.masking = "cubes"
+    config.model.fusion.kind = "mixer"
+    with pytest.raises(UserError) as caught:
+        config_lib.validate(config)
+    for word in ("matching.low = 0.95", "mask_ratio = 1.0", "temperature = 0.0", "'cubes'", "'mixer'"):
+        assert word in str(caught.value)
+    with pytest.raises(UserError, match="clip, siglip, mae, mg3d"):
+        config_lib.use_objectives(config, "moco")
+
+
+def test_bfloat16_losses_stay_finite():
+    config = make_config("mg3d", model__dtype="bfloat16", objectives__alignment__temperature=0.01)
+    batch = random_batch(config, VOCAB)
+    batch["sentence_index"][:] = 0  # every report is empty
+    batch["volume"][:] = -1024
+    (loss, _), gradients = loss_and_gradients(config, batch=batch)
+    assert np.isfinite(loss) and all(np.all(np.isfinite(np.asarray(g, np.float32))) for g in jax.tree.leaves(gradients))

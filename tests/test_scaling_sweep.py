@@ -1,0 +1,399 @@
+"""Sweeps: declared, planned, run, interrupted, resumed and collected, with a trainer that only pretends."""
+
+import csv
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from mg3d_jax import config as config_lib
+from mg3d_jax.cli import main
+from mg3d_jax.errors import UserError
+from mg3d_jax.scaling import flops, planning, records, runs, states, sweep, table
+
+FAKE = Path(__file__).parent / "reference" / "fake_trainer.py"
+SWEEP_FILE = """
+from ml_collections import ConfigDict
+
+def get_config(arg=""):
+    sweep = ConfigDict()
+    sweep.name = "test"
+    sweep.base = "base.py"
+    sweep.models = tuple((name, (("model.volume_encoder.preset", name),)) for name in ("nano", "ti"))
+    sweep.patients = (20, 40)
+    sweep.seeds = (0,)
+    sweep.overrides = (("data.batch_size", 8),)
+    sweep.length = ("epochs", 2.0)
+    sweep.loss = "valid/alignment"
+    sweep.model_size = "n_active"
+    sweep.data_size = "unique_patients"
+    if arg == "grid":
+        sweep.models = tuple((name, (("model.volume_encoder.preset", name),)) for name in ("nano", "ti", "s", "b"))
+        sweep.patients = (10, 20, 40, 80)
+    return sweep
+"""
+BASE_FILE = """
+from mg3d_jax import config as config_lib
+
+def get_config(arg=""):
+    config = config_lib.default().unlock()
+    config.model.report_encoder.preset = "nano"
+    return config.lock()
+"""
+
+
+def prepared(folder: Path, patients: list[str]) -> Path:
+    """A prepared folder as far as a plan looks: two records per patient."""
+    folder.mkdir()
+    manifest = {"format_version": 1, "patients": [[name, 2] for name in patients]}
+    (folder / "manifest.json").write_text(json.dumps(manifest))
+    return folder
+
+
+@pytest.fixture
+def project(tmp_path):
+    (tmp_path / "sweep.py").write_text(SWEEP_FILE)
+    (tmp_path / "base.py").write_text(BASE_FILE)
+    prepared(tmp_path / "train", [f"p{i}" for i in range(100)])
+    prepared(tmp_path / "valid", [f"q{i}" for i in range(10)])
+    return tmp_path
+
+
+def settings(project: Path) -> list[str]:
+    return [f"data.train={project / 'train'}", f"data.valid={project / 'valid'}"]
+
+
+def declared(project: Path, argument: str = "", more: tuple[str, ...] = ()) -> sweep.Sweep:
+    return sweep.load(f"{project / 'sweep.py'}{argument}", [*settings(project), *more])
+
+
+def outcome(run: sweep.Run, *, steps: int = 6, seconds: float = 0.0, **trouble) -> dict:
+    """What the fake trainer shall leave: a loss that follows a law of size and data."""
+    cost = flops.count(run.config())
+    loss = 0.5 + 30 / cost.n_active**0.3 + 4 / run.patients**0.5
+    valid = {"alignment": loss, "loss": 2 * loss}
+    summary = {
+        "state": "done",
+        "step": steps,
+        "samples_seen": steps * 8,
+        "unique_patients": run.patients,
+        "unique_records": 2 * run.patients,
+        "final": {f"valid/{name}": value for name, value in valid.items()},
+        "parameters": {"total": cost.n_total},
+        "flops_per_step": 1.0,
+        "trained_seconds": 2.0,
+        "config_hash": run.config_hash,
+        "code_version": "0",
+    }
+    return {"steps": steps, "seconds": seconds, "valid": valid, "summary": summary} | trouble
+
+
+def fake(**options):
+    """A trainer for `run_all`; an option may be a dict {run id: value}."""
+
+    def command(run: sweep.Run, folder: Path) -> list[str]:
+        own = {k: v.get(run.id) if isinstance(v, dict) else v for k, v in options.items()}
+        own = {k: v for k, v in own.items() if v is not None}
+        return [sys.executable, str(FAKE), "--workdir", str(folder), "--outcome", json.dumps(outcome(run, **own))]
+
+    return command
+
+
+def starts(workdir: Path, run: sweep.Run) -> list[int]:
+    """The steps from which the trainer of this run started, in order."""
+    path = states.run_folder(workdir, run) / "starts"
+    return [int(line) for line in path.read_text().split()] if path.exists() else []
+
+
+def collected(workdir: Path, out: Path) -> tuple[list[dict], dict]:
+    assert main(["sweep", "fit", "--workdir", str(workdir), "--out", str(out), "--draws", "40"]) == 0
+    with (out / "runs.csv").open(newline="") as file:
+        return list(csv.DictReader(file)), json.loads((out / "fit.json").read_text())
+
+
+def run_all(one: sweep.Sweep, workdir: Path, **options) -> int:
+    sweep.write_declaration(workdir, one)
+    return runs.run_all(one, workdir, fake(**options))
+
+
+def test_ids_are_stable_and_follow_the_configuration(project):
+    first, again = declared(project), declared(project)
+    assert first == again
+    assert [run.id.rsplit("-", 1)[0] for run in first.runs] == ["nano-p20-s0", "ti-p20-s0", "nano-p40-s0", "ti-p40-s0"]
+    for run in first.runs:
+        config = run.config()
+        assert run.id.endswith(config_lib.config_hash(config)[:8])
+        assert (config.data.max_patients, config.training.epochs, config.data.batch_size) == (run.patients, 2.0, 8)
+    other = declared(project, more=("optimizer.learning_rate=0.01",))
+    assert not {run.id for run in first.runs} & {run.id for run in other.runs}
+
+
+def test_the_plan_counts_data_parameters_and_flops(project, capsys):
+    planned = planning.plan(declared(project), project / "work")
+    for one in planned:
+        cost = flops.count(one.run.config())
+        assert (one.patients, one.records) == (one.run.patients, 2 * one.run.patients)
+        assert one.steps == 2 * one.records // 8
+        assert one.training_flops == one.steps * 8 * cost.training_flops
+        assert one.seconds is None and one.status.action == "run"
+    arguments = ["--config", str(project / "sweep.py"), "--workdir", str(project / "work")]
+    assert main(["sweep", "plan", *arguments, *(x for s in settings(project) for x in ("--set", s))]) == 0
+    text = capsys.readouterr().out
+    assert all(one.run.id in text for one in planned) and "4 runs, 4 to do" in text
+    assert not (project / "work").exists()
+
+
+def test_done_runs_are_skipped_and_give_time_estimates(project, capsys):
+    one, workdir = declared(project), project / "work"
+    assert run_all(one, workdir) == 0
+    assert run_all(one, workdir, fail=True) == 0
+    assert [starts(workdir, run) for run in one.runs] == [[0]] * 4
+    assert capsys.readouterr().out.count("done before, skipped") == 4
+    planned = planning.plan(one, workdir)
+    assert {p.status.action for p in planned} == {"skip"}
+    rates = [p.training_flops / p.seconds for p in planned]
+    done = [records.write_record(workdir, run) for run in one.runs]
+    assert rates == pytest.approx([sum(r["training_flops"] for r in done) / 8.0] * 4)
+    assert main(["sweep", "status", "--workdir", str(workdir)]) == 0
+    assert "4 done" in capsys.readouterr().out
+
+
+def test_a_failed_run_does_not_stop_the_others_and_is_tried_again(project, capsys):
+    one, workdir = declared(project), project / "work"
+    bad = one.runs[1].id
+    assert run_all(one, workdir, fail={bad: True}) == 1
+    found = {run.id: states.status(workdir, run) for run in one.runs}
+    assert [found[run.id].state for run in one.runs] == ["done", "failed", "done", "done"]
+    assert found[bad].detail == "exit code 3: ValueError: the loss is nan"
+    rows, fit = collected(workdir, project / "out")
+    assert [row["status"] for row in rows] == ["used", "missing", "used", "used"]
+    assert fit["missing"] == [{"run": bad, "reason": "failed at step 3: exit code 3: ValueError: the loss is nan"}]
+    assert run_all(one, workdir) == 0
+    assert starts(workdir, one.runs[1]) == [0, 3]
+    assert "is tried again" in capsys.readouterr().out
+
+
+def test_exit_code_75_means_run_me_again(project):
+    one, workdir = declared(project), project / "work"
+    assert run_all(one, workdir, again={one.runs[0].id: True}) == 0
+    assert starts(workdir, one.runs[0]) == [0, 3]
+
+
+def test_success_without_a_summary_is_a_failure(project):
+    one, workdir = declared(project), project / "work"
+    assert run_all(one, workdir, silent={one.runs[0].id: True}) == 1
+    assert "exit code 0 but no summary.json" in states.status(workdir, one.runs[0]).detail
+
+
+def start_process(project: Path, workdir: Path, seconds: float) -> subprocess.Popen:
+    """`run_all` with the fake trainer in a process of its own, which can be killed."""
+    code = (
+        f"import sys; sys.path.insert(0, {str(Path(__file__).parents[1])!r})\n"
+        "from pathlib import Path\n"
+        "from tests.test_scaling_sweep import declared, run_all\n"
+        f"project, workdir = Path({str(project)!r}), Path({str(workdir)!r})\n"
+        f"raise SystemExit(run_all(declared(project), workdir, seconds={seconds}))"
+    )
+    return subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.DEVNULL)
+
+
+def wait_for(condition, seconds: float = 90.0) -> None:
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, "waited too long"
+        time.sleep(0.02)
+
+
+@pytest.mark.processes
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="the trainer follows a killed sweep on Linux only")
+def test_sigkill_in_the_middle_gives_the_same_table(project, capsys):
+    one, whole, killed = declared(project), project / "whole", project / "killed"
+    assert run_all(one, whole) == 0
+    process = start_process(project, killed, seconds=0.3)
+    wait_for(lambda: states.last_step(states.run_folder(killed, one.runs[1])) >= 2)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    rows, fit = collected(killed, project / "out")
+    assert [row["status"] for row in rows] == ["used", "missing", "missing", "missing"]
+    assert fit["missing"][2]["reason"] == "not started"
+    assert run_all(one, killed) == 0
+    first, second = starts(killed, one.runs[0]), starts(killed, one.runs[1])
+    assert first == [0] and len(second) == 2 and second[1] >= 2
+    wanted, found = collected(whole, project / "a"), collected(killed, project / "b")
+    assert found == wanted
+    assert (project / "a" / "runs.csv").read_bytes() == (project / "b" / "runs.csv").read_bytes()
+    capsys.readouterr()
+
+
+@pytest.mark.processes
+def test_sigterm_saves_and_the_same_command_goes_on(project):
+    one, workdir = declared(project), project / "work"
+    process = start_process(project, workdir, seconds=0.2)
+    wait_for(lambda: states.last_step(states.run_folder(workdir, one.runs[0])) >= 2)
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(timeout=30) == 75
+    status = states.status(workdir, one.runs[0])
+    assert (status.state, status.action) == ("interrupted", "resume")
+    assert run_all(one, workdir) == 0
+    assert starts(workdir, one.runs[0])[1] >= 2
+
+
+@pytest.mark.processes
+def test_two_sweeps_share_the_work_and_never_a_run(project):
+    one, workdir = declared(project), project / "work"
+    sweep.write_declaration(workdir, one)
+    processes = [start_process(project, workdir, seconds=0.1) for _ in range(2)]
+    assert [process.wait(timeout=120) for process in processes] == [0, 0]
+    assert run_all(one, workdir) == 0  # what one left to the other
+    assert [starts(workdir, run) for run in one.runs] == [[0]] * 4
+
+
+def test_a_living_lease_is_respected_and_a_dead_one_taken_over(tmp_path):
+    folder = tmp_path / "run"
+    held = states.HeldLease.acquire(folder)
+    assert states.HeldLease.acquire(folder) is None
+    with held:
+        pass
+    assert not (folder / states.LEASE_FILE).exists()
+    other = {"owner": "x", "run": "run", "host": "elsewhere", "pid": 1, "trainer": None}
+    (folder / states.LEASE_FILE).write_text(json.dumps(other))
+    assert states.HeldLease.acquire(folder) is None  # its heartbeat is young
+    old = time.time() - 2 * states.LEASE_SECONDS
+    os.utime(folder / states.LEASE_FILE, (old, old))
+    assert states.HeldLease.acquire(folder) is not None
+    assert not list(folder.glob(".*"))
+
+
+def test_a_summary_of_another_configuration_does_not_count(project):
+    one, workdir = declared(project), project / "work"
+    folder = states.run_folder(workdir, one.runs[0])
+    folder.mkdir(parents=True)
+    summary = outcome(one.runs[0])["summary"] | {"config_hash": "0"}
+    (folder / "summary.json").write_text(json.dumps(summary))
+    assert states.status(workdir, one.runs[0]).state == "not started"
+
+
+def test_four_runs_are_collected_and_no_law_is_named(project, capsys):
+    one, workdir = declared(project), project / "work"
+    run_all(one, workdir)
+    rows, fit = collected(workdir, workdir / "fit")
+    assert len(rows) == 4 and fit["status"] == "refused" and "at least 8" in fit["refusal"]
+    assert fit["columns"] == {
+        "N": "n_active",
+        "D": "unique_patients",
+        "loss": "valid/alignment",
+        "source": "sweep test",
+    }
+    assert {"fit.json", "runs.csv", "loss_vs_n.png", "loss_vs_d.png"} <= {p.name for p in (workdir / "fit").iterdir()}
+    for row, run in zip(rows, one.runs, strict=True):
+        wanted = outcome(run)["summary"]
+        assert float(row["loss"]) == wanted["final"]["valid/alignment"]
+        assert float(row["N"]) == flops.count(run.config()).n_active
+        assert (float(row["D"]), int(row["unique_records"])) == (run.patients, 2 * run.patients)
+    assert "no law" in capsys.readouterr().err
+
+
+def test_sixteen_runs_give_the_law_that_made_them(project):
+    one, workdir = declared(project, ":grid"), project / "work"
+    for run in one.runs:  # what the trainer would leave
+        folder = states.run_folder(workdir, run)
+        folder.mkdir(parents=True)
+        (folder / "summary.json").write_text(json.dumps(outcome(run)["summary"]))
+    sweep.write_declaration(workdir, one)
+    _, fit = collected(workdir, workdir / "fit")
+    assert fit["params"] == pytest.approx({"E": 0.5, "A": 30, "B": 4, "alpha": 0.3, "beta": 0.5}, rel=1e-4)
+
+
+def test_runs_that_cannot_be_compared_share_no_law(project):
+    one, workdir = declared(project, ":grid"), project / "work"
+    other = declared(project, ":grid", ("data.batch_size=16",))
+    mixed = sweep.Sweep(one.name, one.loss, one.model_size, one.data_size, one.runs[:8] + other.runs[8:])
+    for run in mixed.runs:
+        folder = states.run_folder(workdir, run)
+        folder.mkdir(parents=True)
+        (folder / "summary.json").write_text(json.dumps(outcome(run)["summary"]))
+    sweep.write_declaration(workdir, mixed)
+    _, fit = collected(workdir, workdir / "fit")
+    assert fit["status"] == "refused" and "data.batch_size (8, 16)" in fit["refusal"]
+
+
+def test_a_missing_metric_or_a_wrong_parameter_count_excludes_a_run(project):
+    one, workdir = declared(project), project / "work"
+    run_all(one, workdir)
+    path = states.run_folder(workdir, one.runs[0]) / "summary.json"
+    summary = json.loads(path.read_text())
+    path.write_text(json.dumps(summary | {"final": {"valid/loss": 1.0}}))
+    path = states.run_folder(workdir, one.runs[1]) / "summary.json"
+    summary = json.loads(path.read_text())
+    path.write_text(json.dumps(summary | {"parameters": {"total": summary["parameters"]["total"] + 1}}))
+    path = states.run_folder(workdir, one.runs[2]) / "summary.json"
+    summary = json.loads(path.read_text())
+    path.write_text(json.dumps(summary | {"final": {"valid/alignment": float("nan")}}))
+    found = records.rows(workdir, one, one.loss)
+    assert [row.status for row in found] == [table.EXCLUDED] * 3 + [table.USED]
+    assert found[0].reason == "no metric 'valid/alignment' in summary.json; it has valid/loss"
+    assert "+1 parameters" in found[1].reason
+    assert found[2].reason == "valid/alignment is NaN or empty"
+
+
+def test_a_smaller_vocabulary_than_declared_is_counted(project):
+    run = declared(project).runs[0]
+    config = run.config()
+    real = flops.count(config, 777)
+    summary = outcome(run)["summary"] | {"parameters": {"total": real.n_total}}
+    record = records.build_record(run, summary, [])
+    assert (record["vocab_size"], record["parameters_mismatch"]) == (777, 0)
+    assert record["n_text"] == real.n_text
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (("sweep.patients = (20, 40)", "sweep.patients = ()"), "'patients' is empty"),
+        (("sweep.patients = (20, 40)", "sweep.patients = (20, 20)"), "more than once"),
+        (('sweep.length = ("epochs", 2.0)', 'sweep.length = ("hours", 2.0)'), "epochs, steps, samples"),
+        (('sweep.data_size = "unique_patients"', 'sweep.data_size = "gigabytes"'), "samples_seen"),
+        (("sweep.seeds = (0,)", "pass"), "no 'seeds'"),
+        (("sweep.seeds = (0,)", "sweep.seeds = (0,); sweep.colour = 1"), "unknown keys colour"),
+        (('"data.batch_size", 8', '"data.batch_sise", 8'), "Did you mean"),
+        (('"data.batch_size", 8', '"seed", 8'), "axis of the sweep"),
+        (('sweep.base = "base.py"', 'sweep.base = "none.py"'), "none.py"),
+    ],
+)
+def test_wrong_declarations_are_clear_errors(project, change, message):
+    text = SWEEP_FILE.replace(*change)
+    assert text != SWEEP_FILE
+    (project / "sweep.py").write_text(text)
+    with pytest.raises(UserError, match=message):
+        declared(project)
+
+
+def test_wrong_data_are_clear_errors(project):
+    with pytest.raises(UserError, match=r"data\.valid is empty"):
+        sweep.load(str(project / "sweep.py"), [settings(project)[0]])
+    prepared(project / "few", ["a", "b"])
+    with pytest.raises(UserError, match=r"wants 20 patients; .*few have 2"):
+        planning.plan(declared(project, more=(f"data.train={project / 'few'}",)), project / "work")
+    prepared(project / "leak", ["p3"])
+    with pytest.raises(UserError, match=r"1 patients are in data\.train and in data\.valid, e\.g\. p3"):
+        planning.plan(declared(project, more=(f"data.valid={project / 'leak'}",)), project / "work")
+    unprepared = declared(project, more=(f"data.train={project / 'later'}",))
+    assert planning.plan(unprepared, project / "work")[0].records is None
+    with pytest.raises(UserError, match="write KEY=VALUE"):
+        declared(project, more=("data.train",))
+    with pytest.raises(UserError, match=r"no sweep\.json"):
+        sweep.read_declaration(project / "work")
+
+
+def test_the_train_command_loads_the_declared_configuration(project):
+    run = declared(project).runs[3]
+    command = runs.train_command(run, project / "x")
+    assert command[1:4] == ["-m", "mg3d_jax", "train"]
+    config = config_lib.load(command[command.index("--config") + 1], command[command.index("--workdir") + 2 :])
+    assert config_lib.config_hash(config) == run.config_hash
+    assert config.model.volume_encoder.preset == "ti" and config.training.steps == 0

@@ -1,0 +1,140 @@
+"""`mg3d train` and `mg3d evaluate` as a user runs them: repeat, interrupt, resume, evaluate."""
+
+import json
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from support import ROOT, environment, mg3d
+
+from mg3d_jax.training.writers import read_metrics
+
+TINY = """
+from support import tiny_config
+
+
+def get_config(arg=""):
+    return tiny_config()
+"""
+
+
+@pytest.fixture(scope="module")
+def config_file(tmp_path_factory) -> Path:
+    file = tmp_path_factory.mktemp("config") / "tiny.py"
+    file.write_text(TINY)
+    return file
+
+
+@pytest.fixture(scope="module")
+def cache(tmp_path_factory) -> dict[str, str]:
+    """Processes of this module find each other's compiled programs."""
+    folder = tmp_path_factory.mktemp("compiled")
+    return {
+        "JAX_COMPILATION_CACHE_DIR": str(folder),
+        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+        "PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}",
+    }
+
+
+def arguments(config_file, workdir, data, *extra):
+    where = [f"--config.data.train={data['train']}", f"--config.data.valid={data['valid']}"]
+    return ["train", "--config", str(config_file), "--workdir", str(workdir), *where, *extra]
+
+
+@pytest.fixture(scope="module")
+def finished(config_file, cache, tiny_data, tmp_path_factory) -> Path:
+    """An uninterrupted run of six steps."""
+    workdir = tmp_path_factory.mktemp("runs") / "whole"
+    done = mg3d(*arguments(config_file, workdir, tiny_data), **cache)
+    assert done.returncode == 0, done.stderr
+    return workdir
+
+
+def losses(workdir: Path) -> dict[int, float]:
+    return {line["step"]: line["loss"] for line in read_metrics(workdir, "train")}
+
+
+def test_a_run_writes_what_it_promises(finished):
+    summary = json.loads((finished / "summary.json").read_text())
+    assert summary["state"] == "done" and summary["step"] == 6 and summary["samples_seen"] == 48
+    assert summary["unique_patients"] == 24 and "valid/loss" in summary["final"]
+    assert sorted(losses(finished)) == [1, 2, 3, 4, 5, 6]
+    assert list((finished / "tensorboard").glob("events*"))
+    assert (finished / "tokenizer" / "tokenizer.json").exists()
+
+
+def test_the_same_seed_gives_the_same_losses_bit_for_bit(finished, config_file, cache, tiny_data, tmp_path):
+    done = mg3d(*arguments(config_file, tmp_path / "again", tiny_data), **cache)
+    assert done.returncode == 0, done.stderr
+    assert losses(tmp_path / "again") == losses(finished)
+
+
+def test_sigterm_saves_exits_75_and_resumes_bit_for_bit(finished, config_file, cache, tiny_data, tmp_path):
+    workdir = tmp_path / "interrupted"
+    # So many steps that the signal surely comes before the end; the schedule is given by the same number of steps, so the
+    # reference is trained with it too.
+    command = [sys.executable, "-m", "mg3d_jax", *arguments(config_file, workdir, tiny_data)]
+    process = subprocess.Popen(command, env=environment(**cache), stderr=subprocess.PIPE, text=True)
+    deadline = time.monotonic() + 120
+    while not (workdir / "metrics.jsonl").exists() or not (workdir / "metrics.jsonl").read_text():
+        assert time.monotonic() < deadline and process.poll() is None, "the run did not start"
+        time.sleep(0.01)
+    process.send_signal(signal.SIGTERM)
+    _, errors = process.communicate(timeout=120)
+    if process.returncode == 0:
+        pytest.fail("the run ended before the signal reached it")
+    assert process.returncode == 75, errors
+    assert "asked to stop" in errors
+    done = mg3d(*arguments(config_file, workdir, tiny_data), **cache)
+    assert done.returncode == 0 and "resuming after step" in done.stderr, done.stderr
+    assert losses(workdir) == losses(finished)
+    final = [json.loads((w / "summary.json").read_text())["final"] for w in (workdir, finished)]
+    assert final[0] == final[1]
+
+
+def test_a_finished_run_says_so_and_another_config_is_refused(finished, config_file, cache, tiny_data):
+    again = mg3d(*arguments(config_file, finished, tiny_data), **cache)
+    assert again.returncode == 0 and "already done" in again.stderr
+    other = mg3d(*arguments(config_file, finished, tiny_data, "--config.optimizer.learning_rate=0.5"), **cache)
+    assert other.returncode == 2 and "optimizer.learning_rate: 0.0001 -> 0.5" in other.stderr
+    assert "Traceback" not in other.stderr
+
+
+def test_evaluate_writes_numbers_and_picture(finished, cache, tiny_data):
+    done = mg3d("evaluate", "--workdir", str(finished), "--data", tiny_data["valid"], devices=2, **cache)
+    assert done.returncode == 0, done.stderr
+    result = json.loads((finished / "evaluation" / "evaluation.json").read_text())
+    assert 0 <= result["zero_shot"]["auroc_macro"] <= 1
+    assert "protocol" in result["zero_shot"] and "protocol" in result["retrieval"]
+    assert (finished / "evaluation" / "evaluation.png").stat().st_size > 10_000
+
+
+@pytest.mark.parametrize(
+    ("extra", "says"),
+    [
+        (["--config.data.batch_size=7", "--config.mesh.data=1", "--config.optimizer.accumulation=2"], "not divisible"),
+        (["--config.model.volume_size=(24, 16, 16)"], "prepared with grid"),
+        (["--config.mesh.fsdp=3"], "does not fit"),
+        (["--config.data.train=/nothing"], "does not exist"),
+        (["--config.optimizer.learning_ratte=1"], "Did you mean"),
+    ],
+)
+def test_bad_settings_end_with_one_line_and_no_traceback(config_file, cache, tiny_data, tmp_path, extra, says):
+    done = mg3d(*arguments(config_file, tmp_path / "run", tiny_data, *extra), **cache)
+    assert done.returncode == 2 and says in done.stderr and "Traceback" not in done.stderr
+
+
+def test_help_of_every_command():
+    listing = mg3d("--help")
+    from mg3d_jax.cli import COMMANDS
+
+    assert listing.returncode == 0
+    for command in COMMANDS:
+        assert command in listing.stdout
+        shown = mg3d(command, "--help")
+        assert shown.returncode == 0 and "usage: mg3d " + command in shown.stdout, shown.stderr
+    unknown = mg3d("trian")
+    assert unknown.returncode == 2 and "no command 'trian'" in unknown.stderr
