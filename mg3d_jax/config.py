@@ -57,7 +57,7 @@ def default() -> ConfigDict:
             patch_size=(16, 16, 16),
             stem="linear",
             positions="sincos",
-            pooling="attention",
+            pooling="attention",  # "attention", "mean", or "flatten": a linear layer over all tokens, as CT-CLIP
             num_registers=0,
             qk_norm=False,
             layer_scale=0.0,
@@ -77,9 +77,10 @@ def default() -> ConfigDict:
             weight=1.0,
             temperature=0.1,
             learn_temperature=False,
-            report_view="sentences",  # "report": the whole report; "sentences": a random subset of its sentences
-            report_sentences=4,  # how many, for the view "sentences"
-            report_tokens=96,  # length of that view; what does not fit is cut
+            report_view="sentences",  # "report": the whole report; "sentences": random sentences of it, each by itself
+            report_sentences=8,  # how many to draw per report and step, for the view "sentences"
+            sentence_tokens=48,  # length of one, [CLS] and [SEP] included; what does not fit is cut
+            center=True,  # subtract the mean of the batch from the embeddings; the projections' biases track it
             form="softmax",  # "softmax": InfoNCE; "sigmoid": SigLIP, with a learned bias
             volume_report_weight=1.0,  # pair (a): volume against report
             fused_weight=0.0,  # pair (b): fused patient against its two embeddings
@@ -98,7 +99,9 @@ def default() -> ConfigDict:
             high=0.9,  # report-side cosine from which sentences of two patients attract
             low=0.6,  # and up to which they repel
             average="pairs",  # "pairs" of sentences, or "patients": the release's
-            sentence_source="encoder",  # what is compared: means of the report encoder's output, or of its "embeddings"
+            # What is compared on the report side: means of the report encoder's output ("encoder") or of its input
+            # ("embeddings"), which are fixed only where the encoder is frozen; or "words", fixed random word vectors.
+            sentence_source="encoder",
             block_size=0,  # patients at a time; 0 chooses by size
         ),
         discrimination=_group(weight=0.0, temperature=0.1, block_size=0),
@@ -279,6 +282,11 @@ def _data_problems(config: ConfigDict) -> list[str]:
         problems.append(
             f"data.batch_size = {data.batch_size} is not divisible by optimizer.accumulation = {config.optimizer.accumulation}"
         )
+    if not 3 <= config.objectives.alignment.sentence_tokens <= config.model.report_encoder.max_positions:
+        problems.append(
+            f"objectives.alignment.sentence_tokens = {config.objectives.alignment.sentence_tokens}: from 3 to "
+            f"model.report_encoder.max_positions = {config.model.report_encoder.max_positions}"
+        )
     for window in data.windows:
         if len(window) != 2 or window[0] >= window[1]:
             problems.append(f"data.windows contains {window}: each window is (lower HU, upper HU), lower < upper")
@@ -296,9 +304,12 @@ def _model_problems(config: ConfigDict) -> list[str]:
         *_choice("model.dtype", model.dtype, DTYPES),
         *_choice("model.remat", model.remat, REMAT_POLICIES),
         *_choice("model.volume_encoder.preset", volume.preset, sorted(presets.VOLUME_PRESETS)),
+        *_choice("model.volume_encoder.stem", volume.stem, ("linear", "conv")),
+        *_choice("model.volume_encoder.positions", volume.positions, ("learned", "sincos")),
+        *_choice("model.volume_encoder.pooling", volume.pooling, ("attention", "mean", "flatten")),
         *_choice("model.report_encoder.preset", model.report_encoder.preset, sorted(presets.REPORT_PRESETS)),
         *_choice("objectives.alignment.report_view", config.objectives.alignment.report_view, ("report", "sentences")),
-        *_positive(config, "model.projection_dim"),
+        *_positive(config, "model.projection_dim", "objectives.alignment.report_sentences"),
     ]
     for size in ("volume_size",):
         if len(model[size]) != 3 or min(model[size]) < 1:
@@ -329,7 +340,7 @@ def _objective_problems(config: ConfigDict) -> list[str]:
         *_choice("objectives.alignment.form", options.alignment.form, ("softmax", "sigmoid")),
         *_choice("objectives.volume_reconstruction.masking", voxels.masking, ("random", "nested")),
         *_choice("objectives.matching.average", matching.average, ("pairs", "patients")),
-        *_choice("objectives.matching.sentence_source", matching.sentence_source, ("encoder", "embeddings")),
+        *_choice("objectives.matching.sentence_source", matching.sentence_source, ("encoder", "embeddings", "words")),
         *_choice("model.fusion.kind", config.model.fusion.kind, ("attention", "gate")),
         *_positive(config, "model.fusion.depth", "model.matching_dim", "model.voxel_decoder.depth"),
     ]

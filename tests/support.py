@@ -32,7 +32,8 @@ def tiny_config(train: str = "", valid: str = "", **overrides: object) -> Config
     config.data.max_tokens = 64
     config.data.max_sentences = 16
     config.data.vocab_size = 400
-    config.objectives.alignment.report_tokens = 32
+    config.objectives.alignment.report_sentences = 2
+    config.objectives.alignment.sentence_tokens = 24
     config.training.steps = 6
     config.training.log_every = 1
     config.training.checkpoint_every = 2

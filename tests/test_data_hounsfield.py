@@ -76,6 +76,17 @@ def test_scanner_padding_does_not_disturb_and_becomes_air(tmp_path):
         np.testing.assert_array_equal(got.volume[~outside], hu[~outside])
 
 
+def test_a_blurred_rim_of_the_padding_does_not_disturb(tmp_path):
+    hu = body((96, 80, 36), spacing=(4.0, 4.0, 9.0)).astype(np.float32)
+    x, y = np.meshgrid(*(np.linspace(-1, 1, n) for n in hu.shape[:2]), indexing="ij")
+    radius = np.sqrt(x**2 + y**2)[..., None]
+    share = np.clip((radius - 1.02) / 0.03, 0, 1)  # an interpolated border between air and -3024
+    stored = np.rint(hu * (1 - share) - 3024 * share).astype(np.int16)
+    assert 0 < np.mean((stored > -3000) & (stored < -1200)) < 0.04
+    got = prepare_volume(write(tmp_path / "v.nii.gz", stored), Grid(hu.shape, (8.0, 8.0, 9.0)))
+    np.testing.assert_array_equal(got.volume, np.clip(stored, -1024, None))
+
+
 def test_what_is_not_ct_is_refused():
     rng = np.random.default_rng(0)
     for sample in (

@@ -5,13 +5,16 @@ from __future__ import annotations
 import contextlib
 import json
 import pickle
+from dataclasses import replace
 
 import numpy as np
 import pytest
 import safetensors.numpy
+from array_record.python.array_record_module import ArrayRecordReader
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from mg3d_jax.data.raw_shards import open_raw
 from mg3d_jax.data.records import (
     DamagedRecordError,
     Record,
@@ -60,6 +63,14 @@ def test_decode_inverts_encode_and_other_readers_can_read_it():
     assert b"pickle" not in data
 
 
+def test_byte_planes_keep_every_value():
+    values = np.arange(-32768, 32768).astype(np.int16).reshape(64, 32, 32)
+    record = replace(make(), volume=values)
+    got = decode(encode(record, planes=True)).volume
+    assert got.dtype == np.int16
+    np.testing.assert_array_equal(got, values)
+
+
 def test_uint8_window_keeps_hu_to_half_a_step():
     record = make()
     data = encode(record, window=(-1000, 1000))
@@ -94,6 +105,26 @@ def write_folder(folder, counts=(3, 2, 4), zstd_level=3):
     (folder / "manifest.json").write_text(json.dumps({"format_version": 1, "shards": shards}))
 
 
+@pytest.mark.parametrize("options", [{}, {"planes": True}, {"window": (-1000, 1000)}])
+@pytest.mark.parametrize("zstd_level", [0, 3])
+def test_a_volume_is_decoded_into_a_row_of_a_batch(tmp_path, options, zstd_level):
+    size = (64, 64, 60)
+    writer = ShardWriter(tmp_path / "a.array_record", zstd_level=zstd_level)
+    for number in range(3):
+        writer.write(encode(make(number, size), **options))
+    writer.close()
+    shard = {"file": "a.array_record", "records": 3}
+    (tmp_path / "manifest.json").write_text(json.dumps({"format_version": 1, "shards": [shard]}))
+    reader, batch = RecordReader(tmp_path), np.zeros((3, *size), np.int16)
+    for number in range(3):
+        record = reader.read_into(number, batch[number])
+        assert record.volume.base is not None and np.shares_memory(record.volume, batch)
+        assert_same(record, reader[number])
+        assert_same(record, decode(reader.read_bytes(number)))
+    with pytest.raises((UserError, ValueError)):
+        reader.read_into(0, np.zeros((3, 3, 3), np.int16))
+
+
 @pytest.mark.parametrize("zstd_level", [0, 3])
 def test_reader_gives_any_record_of_any_shard(tmp_path, zstd_level):
     write_folder(tmp_path, zstd_level=zstd_level)
@@ -105,6 +136,37 @@ def test_reader_gives_any_record_of_any_shard(tmp_path, zstd_level):
     for index in (-1, 9):
         with pytest.raises(IndexError):
             reader.read_bytes(index)
+
+
+@pytest.mark.parametrize("size", [(6, 5, 4), (40, 41, 42), (64, 64, 60)])
+def test_the_fast_reader_of_uncompressed_shards_reads_what_the_general_one_does(tmp_path, size):
+    path = tmp_path / "a.array_record"
+    writer = ShardWriter(path, zstd_level=0)
+    blobs = [encode(make(number, size)) for number in range(7)] + [b"", b"x", bytes(70_000)]
+    for blob in blobs:
+        writer.write(blob)
+    writer.close()
+    fast = open_raw(path, len(blobs))
+    assert fast is not None
+    assert [fast.record(i)[:] for i in range(len(blobs))] == blobs
+    for blob, record in zip(blobs, map(fast.record, range(len(blobs))), strict=True):
+        for first, last in ((0, 8), (5, 70_000), (len(blob) // 2, len(blob)), (3, 3)):
+            assert record[first:last] == blob[first:last]
+    general = ArrayRecordReader(str(path), "readahead_buffer_size:0")
+    assert [general.read([i])[0] for i in range(len(blobs))] == blobs
+
+
+def test_the_fast_reader_leaves_everything_else_alone(tmp_path):
+    for name, level in (("packed", 3), ("raw", 0)):
+        writer = ShardWriter(tmp_path / name, zstd_level=level)
+        for _ in range(3):
+            writer.write(encode(make()))
+        writer.close()
+    assert open_raw(tmp_path / "packed", 3) is None
+    assert open_raw(tmp_path / "raw", 3) is not None
+    assert open_raw(tmp_path / "raw", 4) is None
+    (tmp_path / "cut").write_bytes((tmp_path / "raw").read_bytes()[:300])
+    assert open_raw(tmp_path / "cut", 1) is None
 
 
 def test_the_same_records_make_the_same_bytes(tmp_path):

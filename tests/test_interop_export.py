@@ -37,6 +37,7 @@ VARIANTS = {
         ENCODER + "positions": "learned", ENCODER + "pooling": "mean", ENCODER + "num_registers": 3,
         ENCODER + "qk_norm": True, ENCODER + "layer_scale": 0.1, ENCODER + "patch_size": (8, 4, 16),
         "objectives__alignment__report_view": "report", "model__dtype": "bfloat16",
+        "objectives__alignment__form": "sigmoid",
     },
     "conv, odd patch": {
         ENCODER + "stem": "conv", ENCODER + "patch_size": (12, 8, 4), "model__volume_size": (24, 16, 8),
@@ -113,8 +114,8 @@ def test_the_exported_model_gives_the_embeddings_of_the_linen_model(make_run, tm
     np.testing.assert_allclose(found.report_embedding.numpy()[:4], report[:4], atol=1e-5)
     assert np.isfinite(found.report_embedding.numpy()).all()  # also of a report without a sentence
     np.testing.assert_allclose(found.volume_tokens.numpy(), tokens, atol=2e-4 * np.abs(tokens).max())
-    scale = np.exp(np.float32(run.params["logit_scale"]))
-    np.testing.assert_allclose(found.logits_per_volume.numpy()[:, :4], scale * (volume @ report[:4].T), atol=1e-4)
+    expected = np.exp(run.params["logit_scale"]) * (volume @ report[:4].T) + run.params.get("logit_bias", 0)
+    np.testing.assert_allclose(found.logits_per_volume.numpy()[:, :4], expected, atol=1e-4)
 
 
 def modeling_tokenizer(folder):
@@ -153,13 +154,14 @@ def test_a_colleague_without_jax_loads_it_in_one_line(make_run, tmp_path):
     done = subprocess.run(command, env=environ, capture_output=True, text=True, timeout=240, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     found = np.load(tmp_path / "outputs.npz")
-    tokenizer = ReportTokenizer(load_tokenizer(str(run.tokenizer_folder)), 32, 16)
-    rows = [tokenizer(text) for text in (["Emphysema is present."], ["No pleural effusion.", "The heart is normal."])]
+    tokenizer = ReportTokenizer(load_tokenizer(str(run.tokenizer_folder)), 24, 16)
+    rows = [tokenizer([text]) for text in ("Emphysema is present.", "No pleural effusion.", "The heart is normal.")]
     names = {"input_ids": "token_ids", "attention_mask": "token_mask", "sentence_index": "sentence_index"}
     text = {name: torch.from_numpy(np.stack([row[ours] for row in rows])) for name, ours in names.items()}
     volume, report, _ = linen(run, found["hu"][None], text)
     np.testing.assert_allclose(found["volume"], volume, atol=1e-5)
-    np.testing.assert_allclose(found["texts"], report, atol=1e-5)
+    mean = report[1:].mean(0)  # it was trained on single sentences: a text of two is their mean direction
+    np.testing.assert_allclose(found["texts"], [report[0], mean / np.linalg.norm(mean)], atol=1e-5)
 
 
 def test_wrong_or_missing_tensors_are_named(make_run, tmp_path):
@@ -285,16 +287,14 @@ def test_tokens_are_those_of_training(tokenizer_folder):
         modeling_mg3d.tokenize(theirs, "Emphysema.", 32)
 
 
-def test_a_long_report_is_the_mean_of_its_views(make_run, tmp_path):
+def test_a_report_is_the_mean_direction_of_its_sentences(make_run, tmp_path):
     export_lib.export(make_run(), tmp_path / "out")
     model = modeling_mg3d.MG3DModel.from_pretrained(tmp_path / "out").eval()
     tokenizer = modeling_tokenizer(tmp_path / "out")
     report = list(scans(1)[1][0])[:6]
     with torch.no_grad():
-        parts = torch.cat(
-            [model.encode_report(**model.tokenize(tokenizer, [part])) for part in (report[:4], report[4:])]
-        )
-    expected = torch.nn.functional.normalize(parts.mean(0), dim=0)
+        sentences = model.encode_report(**model.tokenize(tokenizer, [[sentence] for sentence in report]))
+    expected = torch.nn.functional.normalize(sentences.mean(0), dim=0)
     torch.testing.assert_close(model.encode_texts(tokenizer, [report])[0], expected)
 
 

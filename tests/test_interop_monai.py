@@ -80,7 +80,7 @@ def test_swin_with_a_wrong_key_is_refused(tmp_path):
     with pytest.raises(UserError) as error:
         load_monai_swin(tmp_path / "m.pt")
     assert "layers2.0.gate.weight" in str(error.value)
-    assert "layers3.0.downsample.norm.bias [384]" in str(error.value).replace("[96]", "[384]")
+    assert "layers3.0.downsample.norm.bias [384]" in str(error.value)
 
 
 VITS = [

@@ -152,6 +152,7 @@ def closed_form(preset, patch_voxels, tokens):
 
 # Parameters with 16^3 patches of a 128 x 128 x 96 volume; ViT-B/L/H/g have 86, 303, 631 and 1011 million in 2D.
 GOLDEN = {
+    "pico": 1_036_544,
     "nano": 1_433_088,
     "ti": 6_347_520,
     "s": 23_606_784,

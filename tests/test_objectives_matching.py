@@ -102,17 +102,6 @@ def test_nothing_is_ever_infinite(case):
     assert np.all(np.isfinite(np.asarray(gradient, np.float32)))
 
 
-def test_memory_is_linear_in_the_patients_at_a_fixed_block():
-    def temporary(patients):
-        shapes = [((patients, 8, 16), jnp.float32), ((patients, 8, 16), jnp.float32), ((patients, 8), jnp.bool_)]
-        loss = jax.jit(jax.grad(lambda z, s, m: sentence_matching(z, s, m, block_size=8)[0]))
-        compiled = loss.lower(*(jax.ShapeDtypeStruct(*shape) for shape in shapes)).compile()
-        return compiled.memory_analysis().temp_size_in_bytes
-
-    small, large = temporary(128), temporary(1024)
-    assert large < 8.5 * small
-
-
 def test_an_unknown_average_is_named():
     with pytest.raises(UserError, match="mean"):
         sentence_matching(*make_batch(2, 2)[:3], average="mean")

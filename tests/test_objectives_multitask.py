@@ -1,10 +1,11 @@
 """The objectives wired to the model: who gets a gradient, what a disabled objective leaves out, meshes, overfitting."""
 
+import functools
+import math
 import re
 
 import flax.linen as nn
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 from ml_collections import ConfigDict
@@ -45,8 +46,12 @@ HEADS = {
 
 
 def make_config(objectives, **overrides):
-    """A tiny config with the objectives of a preset, or with a single objective."""
+    """A tiny config with the objectives of a preset, or with a single one, in the form where all parameters take part.
+
+    Pooling a single sentence trains no query, and centred embeddings no bias: so whole reports, not centred.
+    """
     config = tiny_config(**overrides).unlock()
+    config.objectives.alignment.report_view, config.objectives.alignment.center = "report", False
     preset = objectives in config_lib.OBJECTIVE_PRESETS
     config_lib.use_objectives(config, objectives if preset else "clip")
     if not preset:
@@ -55,31 +60,45 @@ def make_config(objectives, **overrides):
     return config.lock()
 
 
-def loss_and_gradients(config, *sizes, batch=None):
-    """`((loss, metrics), gradients)` of the step's loss, frozen parameters included, on a mesh of these sizes."""
-    sizes = dict(zip(sharding.MESH_AXES, sizes or (1, 1, 1), strict=True))
-    mesh = sharding.make_mesh(ConfigDict(sizes), jax.devices()[: int(np.prod(list(sizes.values())))])
+@functools.cache
+def compiled(config_json, sizes):
+    """`batch -> ((loss, metrics), gradients)` of the step's loss on a mesh of these sizes, with fresh parameters."""
+    config = config_lib.from_json(config_json)
+    mesh = sharding.make_mesh(
+        ConfigDict(dict(zip(sharding.MESH_AXES, sizes, strict=True))), jax.devices()[: math.prod(sizes)]
+    )
     setup = state_lib.build(config, VOCAB, mesh, steps=10)
-    losses = step_lib.Losses(setup, SPECIAL, train=True)
+    losses, params = step_lib.Losses(setup, SPECIAL, train=True), state_lib.initialize(setup)["params"]
 
     def loss(params, batch, key):
         return losses(optimizer.freeze(params, setup.factors), batch, key)
 
-    batch = sharding.to_global(batch or random_batch(config, VOCAB), mesh, config.data.batch_size)
-    params = state_lib.initialize(setup)["params"]
-    with jax.set_mesh(mesh), nn.logical_axis_rules(sharding.RULES):
-        step = jax.jit(jax.value_and_grad(loss, has_aux=True))
-        return jax.device_get(jax.block_until_ready(step(params, batch, jax.random.key(5))))
+    step = jax.jit(jax.value_and_grad(loss, has_aux=True))
+
+    def run(batch):
+        batch = sharding.to_global(batch, mesh, config.data.batch_size)
+        with jax.set_mesh(mesh), nn.logical_axis_rules(sharding.RULES):
+            return jax.device_get(jax.block_until_ready(step(params, batch, jax.random.key(5))))
+
+    return run
+
+
+def loss_and_gradients(config, *sizes, batch=None):
+    run = compiled(config_lib.to_json(config), sizes or (1, 1, 1))
+    return run(random_batch(config, VOCAB) if batch is None else batch)
 
 
 def moved_names(gradients):
-    """Names of the parameters with a gradient. The bias of attention keys never has one: softmax ignores a shift."""
+    """Names of the parameters with a gradient.
+
+    Biases of attention keys never have one (softmax ignores a shift), nor have those of the centred projections.
+    """
+    still = r".*key/bias|(volume|report)_projection/out/bias"
     largest = jax.tree.map(lambda g: float(np.max(np.abs(g))), gradients)
     names = jax.tree.leaves(optimizer.parameter_names(gradients))
     pairs = zip(names, jax.tree.leaves(largest), strict=True)
-    return {name for name, size in pairs if size > 0 and not name.endswith("key/bias")}, {
-        name for name in names if not name.endswith("key/bias")
-    }
+    moved = {name for name, size in pairs if size > 0 and not re.fullmatch(still, name)}
+    return moved, {name for name in names if not re.fullmatch(still, name)}
 
 
 @pytest.mark.parametrize("objectives", TRAINS)
@@ -92,9 +111,10 @@ def test_a_gradient_reaches_every_parameter_of_what_is_enabled_and_no_other(obje
 
 
 def test_frozen_parameters_get_no_gradient():
-    config = make_config("mg3d", optimizer__freeze=("report_encoder/.*",))
+    config = make_config("matching", optimizer__freeze=("report_encoder/.*",))
     moved, names = moved_names(loss_and_gradients(config)[1])
-    assert moved == {name for name in names if not name.startswith("report_encoder") and name != "logit_scale"}
+    expected = {name for name in names if re.fullmatch(TRAINS["matching"], name)}
+    assert moved == {name for name in expected if not name.startswith("report_encoder")}
 
 
 @pytest.mark.parametrize("objective", OBJECTIVES)
@@ -129,16 +149,23 @@ def test_the_mesh_does_not_change_the_full_objective():
 
 
 def test_rows_that_only_pad_change_nothing():
-    config = make_config("mg3d", objectives__alignment__report_view="report")
-    batch = random_batch(config, VOCAB)
+    config, batch = make_config("mg3d"), random_batch(make_config("mg3d"), VOCAB)
     batch["valid"][5:] = False
-    (loss, metrics), gradients = loss_and_gradients(config, batch=batch)
+    (loss, _), gradients = loss_and_gradients(config, batch=batch)
     for name in ("volume", "token_ids"):
-        batch[name] = batch[name].copy()
         batch[name][5:] = batch[name][:3]
     (other_loss, _), other_gradients = loss_and_gradients(config, batch=batch)
     np.testing.assert_allclose(other_loss, loss, rtol=1e-5)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5), other_gradients, gradients)
+
+
+def test_empty_reports_and_air_stay_finite():
+    config, batch = make_config("mg3d"), random_batch(make_config("mg3d"), VOCAB)
+    batch["sentence_index"][:], batch["word_index"][:], batch["volume"][:] = 0, 0, -1024
+    (loss, metrics), gradients = loss_and_gradients(config, batch=batch)
+    assert np.isfinite(loss) and all(np.all(np.isfinite(g)) for g in jax.tree.leaves(gradients))
+    for name in ("alignment", "report_reconstruction", "matching", "discrimination"):
+        assert metrics[name] == 0
 
 
 def one_step(config):
@@ -150,8 +177,9 @@ def one_step(config):
 
 
 def test_the_gradient_cache_steps_like_the_whole_batch():
-    """Alignment and matching with whole reports draw nothing at random, so the steps must agree; micro-batches alone do not."""
-    options = {"objectives__alignment__report_view": "report", "objectives__matching__weight": 1.0}
+    """Alignment and matching with whole reports draw nothing at random, so the steps must agree."""
+    options = {"objectives__alignment__report_view": "report", "objectives__alignment__center": False}
+    options |= {"objectives__matching__weight": 1.0}
     options |= {"schedule__kind": "constant", "schedule__warmup_percent": 0.0}
     whole = one_step(tiny_config(**options))[1]
     cached = one_step(tiny_config(**options, optimizer__accumulation=4, optimizer__gradient_cache=True))[1]
@@ -173,26 +201,28 @@ def phantom_batch(tiny_data):
 
 
 def test_every_loss_goes_near_its_floor_on_one_batch(phantom_batch):
-    batch, tokenizer, mesh = phantom_batch
-    options = {
-        "optimizer__learning_rate": 2e-3,
-        "optimizer__weight_decay": 0.0,
-        "objectives__alignment__report_view": "report",
+    """Which share of the first loss may be left after 200 steps. Matching ends above 0: pulls and pushes conflict."""
+    left = {
+        "alignment": 0.05,
+        "volume_reconstruction": 0.05,
+        "report_reconstruction": 0.1,
+        "matching": 0.2,
+        "discrimination": 0.05,
     }
-    config = make_config("mg3d", **options, schedule__kind="constant", schedule__warmup_percent=5.0).unlock()
-    config.objectives.alignment.weight = config.objectives.matching.weight = config.objectives.discrimination.weight = (
-        1.0
-    )
-    setup = state_lib.build(config.lock(), tokenizer.vocab_size, mesh, steps=300)
+    batch, tokenizer, mesh = phantom_batch
+    options = {"optimizer__learning_rate": 2e-3, "optimizer__weight_decay": 0.0, "schedule__final_fraction": 0.1}
+    config = make_config("mg3d", **options).unlock()
+    config.objectives.matching.sentence_source = "words"
+    for name in ("alignment", "matching", "discrimination"):
+        config.objectives[name].weight = 1.0
+    setup = state_lib.build(config.lock(), tokenizer.vocab_size, mesh, steps=200)
     state, step = state_lib.initialize(setup), step_lib.train_step(setup, tokenizer.special)
     history = []
-    for _ in range(300):
+    for _ in range(200):
         state, metrics = step(state, batch)
         history.append({name: float(value) for name, value in jax.block_until_ready(metrics).items()})
-    first, last = history[0], {name: np.mean([row[name] for row in history[-20:]]) for name in history[0]}
-    print({name: (round(first[name], 4), round(float(last[name]), 4)) for name in OBJECTIVES})
-    for name in OBJECTIVES:
-        assert last[name] < 0.2 * first[name], (name, first[name], last[name])
+    shares = {name: np.mean([row[name] for row in history[-10:]]) / history[0][name] for name in left}
+    assert all(shares[name] < left[name] for name in left), shares
 
 
 def test_impossible_objectives_are_refused_with_the_mend():
@@ -209,12 +239,3 @@ def test_impossible_objectives_are_refused_with_the_mend():
         assert word in str(caught.value)
     with pytest.raises(UserError, match="clip, siglip, mae, mg3d"):
         config_lib.use_objectives(config, "moco")
-
-
-def test_bfloat16_losses_stay_finite():
-    config = make_config("mg3d", model__dtype="bfloat16", objectives__alignment__temperature=0.01)
-    batch = random_batch(config, VOCAB)
-    batch["sentence_index"][:] = 0  # every report is empty
-    batch["volume"][:] = -1024
-    (loss, _), gradients = loss_and_gradients(config, batch=batch)
-    assert np.isfinite(loss) and all(np.all(np.isfinite(np.asarray(g, np.float32))) for g in jax.tree.leaves(gradients))

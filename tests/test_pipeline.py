@@ -125,18 +125,34 @@ def test_augmentation_shifts_by_whole_voxels_and_fills_with_air():
         assert any(np.array_equal(moved[row], padded[row, a : a + 8, b : b + 8, c : c + 8]) for a, b, c in shifts)
 
 
-def test_sentence_view_keeps_whole_sentences_in_order(data, tokenizer):
-    fields = [tokenizer(r.sentences) for r in data.records()]
+def test_sentence_views_are_sentences_as_the_tokenizer_would_write_them(data, tokenizer):
+    records = list(data.records())
+    fields = [tokenizer(r.sentences) for r in records]
     batch = {k: np.stack([f[k] for f in fields]) for k in ("token_ids", "token_mask", "sentence_index", "word_index")}
-    options = {"sentences": 2, "tokens": 40, "max_sentences": 16, "pad_id": 0}
-    view = jax.device_get(step_inputs.sentence_view(jax.random.key(0), batch, **options))
-    again = jax.device_get(step_inputs.sentence_view(jax.random.key(1), batch, **options))
-    assert any(not np.array_equal(view[k], again[k]) for k in view)
-    for row, full in enumerate(fields):
-        chosen = sorted(set(view["sentence_index"][row]) - {0})
-        assert len(chosen) == 2
-        kept = [int(i) for n in chosen for i in full["token_ids"][full["sentence_index"] == n]]
-        special = tokenizer.special
-        expected = [special["[CLS]"], *kept[:38], special["[SEP]"]]
-        assert view["token_ids"][row][: len(expected)].tolist() == expected
-        assert view["token_mask"][row].sum() == len(expected)
+    options = {"sentences": 3, "tokens": 16, "max_sentences": 16, "special": tokenizer.special}
+    views = jax.device_get(step_inputs.sentence_views(jax.random.key(0), batch, **options))
+    other = jax.device_get(step_inputs.sentence_views(jax.random.key(1), batch, **options))
+    assert np.any(views["token_ids"] != other["token_ids"])
+    alone = ReportTokenizer(tokenizer.tokenizer, 16, 1)
+    ids = {}
+    for row, record in enumerate(records):
+        whole = int(fields[row]["sentence_index"].max())  # the last one may be cut by the report's own limit
+        expected = [alone([s]) for s in record.sentences[: whole - 1]]
+        drawn = views["token_ids"][row]
+        assert len({tuple(d) for d in drawn}) == 3  # without replacement
+        for view in range(3):
+            same = [e for e in expected if np.array_equal(e["token_ids"], drawn[view])]
+            if not same:
+                continue
+            np.testing.assert_array_equal(views["token_mask"][row, view], same[0]["token_mask"])
+            np.testing.assert_array_equal(views["sentence_index"][row, view], same[0]["sentence_index"])
+            ids.setdefault(int(views["view_id"][row, view]), set()).add(tuple(drawn[view]))
+    assert len(ids) > len(records) and all(len(texts) == 1 for texts in ids.values())
+
+
+def test_short_reports_leave_views_empty(tokenizer):
+    fields = tokenizer(["No nodule."])
+    batch = {k: v[None] for k, v in fields.items()}
+    options = {"sentences": 4, "tokens": 16, "max_sentences": 16, "special": tokenizer.special}
+    views = jax.device_get(step_inputs.sentence_views(jax.random.key(0), batch, **options))
+    assert views["sentence_index"].any(axis=-1).tolist() == [[True, False, False, False]]

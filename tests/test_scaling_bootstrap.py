@@ -4,11 +4,11 @@ import time
 
 import numpy as np
 import pytest
+from reference.scaling_tables import chinchilla_like, grid, typical_law
 
 from mg3d_jax.scaling.bootstrap import bootstrap
 from mg3d_jax.scaling.fit import fit_law
 from mg3d_jax.scaling.laws import PARAMETERS
-from tests.test_scaling_fit import chinchilla_like, grid, typical_law
 
 
 def test_draws_depend_on_the_seed_only():

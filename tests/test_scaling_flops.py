@@ -1,30 +1,35 @@
 """Parameters and FLOPs from the configuration against what Flax initialises and what XLA compiles."""
 
 import dataclasses
+from functools import cache
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
+from support import SPECIAL, random_batch
 
 from mg3d_jax import config as config_lib
 from mg3d_jax.models import presets, transformer
 from mg3d_jax.models.mg3d import MG3D
-from mg3d_jax.objectives.contrastive import info_nce
-from mg3d_jax.scaling import flops
+from mg3d_jax.objectives.multitask import multitask_loss, per_patient
+from mg3d_jax.scaling import flops, parts
+from mg3d_jax.training.inputs import model_inputs
 
 VOCAB, BATCH = 300, 4
 
 
-def small(**changes):
+def small(objectives: str = "clip", **changes):
     """A model of depth 4 and 2 that compiles in seconds; `changes` are dotted keys of the configuration."""
     config = config_lib.default().unlock()
+    config_lib.use_objectives(config, objectives)
     config.model.volume_encoder.preset = config.model.report_encoder.preset = "nano"
     config.model.volume_size, config.model.volume_encoder.patch_size = (32, 32, 32), (8, 8, 8)
-    config.model.projection_dim = 64
+    config.model.projection_dim, config.model.voxel_decoder.width = 64, 96
     config.model.dtype, config.model.remat = "float32", "none"
     config.data.batch_size, config.data.max_tokens, config.data.max_sentences = BATCH, 64, 8
-    config.objectives.alignment.report_tokens = 48
+    config.objectives.alignment.report_sentences, config.objectives.alignment.sentence_tokens = 2, 48
     config.update_from_flattened_dict(changes)
     return config.lock()
 
@@ -43,18 +48,36 @@ VARIANTS = {
             "objectives.alignment.report_view": "report",
         }
     ),
+    "siglip, flatten": small("siglip", **{"model.volume_encoder.pooling": "flatten"}),
+    "masked autoencoder": small("mae"),
+    "all objectives": small("mg3d"),
+    "all objectives, whole report, gate": small(
+        "mg3d", **{"objectives.alignment.report_view": "report", "model.fusion.kind": "gate"}
+    ),
+    "words only": small(
+        "mae", **{"objectives.volume_reconstruction.weight": 0.0, "objectives.report_reconstruction.weight": 1.0}
+    ),
 }
+COMPILED = ("conv", "windows, registers, norms, scales, mean", "all objectives")  # the others are parts of these
 
 
-def inputs(config):
-    length, shape = flops.report_length(config), jax.ShapeDtypeStruct
-    report = {name: shape((BATCH, length), jnp.int32) for name in ("token_ids", "sentence_index", "word_index")}
-    volume = shape((BATCH, *config.model.volume_size, len(config.data.windows)), jnp.float32)
-    return {"volume": volume, "report": report | {"token_mask": shape((BATCH, length), jnp.bool_)}}
+@cache
+def batch_of(name: str) -> dict[str, np.ndarray]:
+    return random_batch(VARIANTS[name], vocab_size=VOCAB)
+
+
+def inputs(config, batch):
+    return model_inputs(batch, jax.random.key(0), config, special=SPECIAL, vocab_size=VOCAB, train=False)
 
 
 def abstract_parameters(module, *arguments):
     return nn.unbox(jax.eval_shape(lambda *a: module.init(jax.random.key(0), *a), *arguments))
+
+
+def model_parameters(config, batch):
+    return nn.unbox(jax.eval_shape(lambda b: MG3D(config, VOCAB).init(jax.random.key(0), inputs(config, b)), batch))[
+        "params"
+    ]
 
 
 def xla_flops(function, *arguments) -> float:
@@ -62,82 +85,99 @@ def xla_flops(function, *arguments) -> float:
     return jax.jit(function).lower(*arguments).compile(quick).cost_analysis()["flops"]
 
 
+def size(tree) -> int:
+    return sum(leaf.size for leaf in jax.tree.leaves(tree))
+
+
 @pytest.mark.parametrize("name", VARIANTS)
 def test_parameters_equal_those_of_the_module(name):
     config = VARIANTS[name]
-    params = abstract_parameters(MG3D(config, VOCAB), inputs(config))["params"]
-
-    def size(tree):
-        return sum(leaf.size for leaf in jax.tree.leaves(tree))
-
+    params = model_parameters(config, batch_of(name))
     cost = flops.count(config, VOCAB)
     assert cost.n_total == size(params)
     assert cost.n_vision == size(params["volume_encoder"])
     assert cost.n_text == size(params["report_encoder"])
+    assert cost.n_fusion == size([params.get("fusion"), params.get("sentence_conditioned_volume")])
+    assert cost.n_decoder == size([params.get("voxel_decoder"), params.get("token_head")])
     tables = [leaf.size for path, leaf in jax.tree.leaves_with_path(params) if "embedding'" in str(path[-1])]
     learned = size(params["volume_encoder"].get("positions", []))
     assert cost.n_embedding == sum(tables) + learned
     assert cost.n_active == cost.n_total - cost.n_embedding
-    assert cost.n_heads == cost.n_total - cost.n_vision - cost.n_text
+    assert cost.n_heads == cost.n_total - cost.n_vision - cost.n_text - cost.n_fusion - cost.n_decoder
 
 
-def shallow(monkeypatch, config) -> None:
-    """Presets of depth 1: XLA counts the body of a scan once, so the other layers are measured apart."""
-    for table, tower in (
-        (presets.VOLUME_PRESETS, config.model.volume_encoder),
-        (presets.REPORT_PRESETS, config.model.report_encoder),
-    ):
-        monkeypatch.setitem(table, tower.preset, dataclasses.replace(table[tower.preset], depth=1))
+def tower_passes(config) -> list[tuple[str, int, int]]:
+    """(tower, rows per sample, tokens) of every run through a tower, as the model's `__call__` reads."""
+    on = {name: one.weight > 0 for name, one in config.objectives.items()}
+    texts, length, _ = flops.report_shape(config)
+    registers = config.model.volume_encoder.num_registers
+    found = []
+    if any(weight for name, weight in on.items() if name != "volume_reconstruction"):
+        found.append(("volume", 1, flops.volume_tokens(config) + registers))
+    if on["volume_reconstruction"]:
+        found.append(("volume", 1, flops.volume_tokens(config) // 2 + registers))
+    if on["alignment"]:
+        found.append(("report", texts, length))
+    if on["report_reconstruction"]:
+        found += [("report", 1, config.data.max_tokens)] * 2
+    return found
 
 
-def measured(monkeypatch, config) -> tuple[float, float]:
-    """Forward and training FLOPs per sample by XLA: the model with one layer per tower, plus the other layers."""
-    encoder = config.model.volume_encoder
-    volume, report = presets.volume_preset(encoder.preset), presets.report_preset(config.model.report_encoder.preset)
-    cost = flops.count(config, VOCAB)
-    shallow(monkeypatch, config)
-    model, batch = MG3D(config, VOCAB), inputs(config)
-    params = abstract_parameters(model, batch)
+def layer_flops(config, tower: str, rows: int, tokens: int) -> tuple[float, float]:
+    """Forward and training FLOPs of one layer of a tower in one pass, by XLA."""
+    encoder, preset = config.model.volume_encoder, parts.towers(config)[tower == "report"]
+    options = {"exact_gelu": True, "norm_position": "post"}
+    if tower == "volume":
+        options = {"qk_norm": encoder.qk_norm, "layer_scale": encoder.layer_scale or None}
+    block = transformer.Block(preset.num_heads, preset.mlp_dim, **options)
+    x = jax.ShapeDtypeStruct((BATCH * rows, tokens, preset.width), jnp.float32)
+    mask = jax.ShapeDtypeStruct(x.shape[:2], jnp.bool_) if tower == "report" else None
+    weights = abstract_parameters(block, x, mask)
 
-    def loss(p, x):
-        features = model.apply(p, x)
-        pair = features["volume_embedding"], features["report_embedding"]
-        return info_nce(*pair, temperature=1 / features["logit_scale"])[0]
+    def backward(p, x, m, g):
+        out, pull = jax.vjp(lambda p, x: block.apply(p, x, m), p, x)
+        return out, pull(g)
 
-    forward, training = xla_flops(loss, params, batch), xla_flops(jax.value_and_grad(loss), params, batch)
-    towers = (
-        (volume, cost.volume_tokens + encoder.num_registers, {"qk_norm": encoder.qk_norm}, False),
-        (report, cost.report_tokens, {"exact_gelu": True, "norm_position": "post"}, True),
-    )
-    for preset, tokens, options, masked in towers:
-        options |= {} if masked else {"layer_scale": encoder.layer_scale or None}
-        block = transformer.Block(preset.num_heads, preset.mlp_dim, **options)
-        x = jax.ShapeDtypeStruct((BATCH, tokens, preset.width), jnp.float32)
-        mask = jax.ShapeDtypeStruct((BATCH, tokens), jnp.bool_) if masked else None
-        weights = abstract_parameters(block, x, mask)
+    return xla_flops(block.apply, weights, x, mask), xla_flops(backward, weights, x, mask, x)
 
-        def backward(p, x, m, g, block=block):
-            out, pull = jax.vjp(lambda p, x: block.apply(p, x, m), p, x)
-            return out, pull(g)
 
-        forward += (preset.depth - 1) * xla_flops(block.apply, weights, x, mask)
-        training += (preset.depth - 1) * xla_flops(backward, weights, x, mask, x)
+def measured(monkeypatch, config, batch) -> tuple[float, float]:
+    """Forward and training FLOPs per sample by XLA: the model with one layer per tower, plus the other layers.
+
+    XLA counts the body of a scan once, so the layers beyond the first are measured apart.
+    """
+    presets_of = dict(zip(("volume", "report"), parts.towers(config), strict=True))
+    with monkeypatch.context() as shallow:
+        names = config.model.volume_encoder.preset, config.model.report_encoder.preset
+        for table, name in zip((presets.VOLUME_PRESETS, presets.REPORT_PRESETS), names, strict=True):
+            shallow.setitem(table, name, dataclasses.replace(table[name], depth=1))
+        model, params = MG3D(config, VOCAB), model_parameters(config, batch)
+
+        def loss(p, b):
+            features = per_patient(model.apply({"params": p}, inputs(config, b)), config.objectives)
+            logits = model.apply({"params": p}, method="logits")
+            return multitask_loss(features | logits, b, config.objectives)[0]
+
+        forward, training = xla_flops(loss, params, batch), xla_flops(jax.value_and_grad(loss), params, batch)
+    for tower, rows, tokens in tower_passes(config):
+        once, both = layer_flops(config, tower, rows, tokens)
+        forward += (presets_of[tower].depth - 1) * once
+        training += (presets_of[tower].depth - 1) * both
     return forward / BATCH, training / BATCH
 
 
-@pytest.mark.parametrize("name", [name for name in VARIANTS if name != "linear"])  # the larger model has that stem
+@pytest.mark.parametrize("name", COMPILED)
 def test_flops_agree_with_xla(monkeypatch, name):
     config = VARIANTS[name]
     cost = flops.count(config, VOCAB)
-    forward, training = measured(monkeypatch, config)
+    forward, training = measured(monkeypatch, config, batch_of(name))
     assert cost.forward_flops == pytest.approx(forward, rel=0.05)
     assert cost.training_flops == pytest.approx(training, rel=0.05)
 
 
 def test_flops_of_a_larger_model_agree_with_xla(monkeypatch):
     config = small(**{"model.volume_encoder.preset": "s", "model.volume_encoder.patch_size": (4, 4, 8)})
-    forward, training = measured(monkeypatch, config)
-    monkeypatch.undo()
+    forward, training = measured(monkeypatch, config, batch_of("linear"))
     cost = flops.count(config, VOCAB)
     assert cost.forward_flops == pytest.approx(forward, rel=0.05)
     assert cost.training_flops == pytest.approx(training, rel=0.05)
@@ -158,15 +198,16 @@ def test_a_frozen_tower_costs_no_backward_pass():
     whole, frozen = small(), small(**{"optimizer.freeze": ("report_encoder/.*",)})
     costs = [flops.count(config, VOCAB) for config in (whole, frozen)]
     saved = costs[0].matmul_training_flops - costs[1].matmul_training_flops
-    text = sum(part.dense + part.mixing for part in flops.report_parts(whole, VOCAB) if "report_encoder/" in part.name)
-    assert saved == pytest.approx(2 * text, rel=0.05)  # the sentence means and the pool's keys need no input gradient
+    tower = parts.report_tower(whole, VOCAB, 48)
+    assert saved == pytest.approx(2 * 2 * sum(part.dense + part.mixing for part in tower), rel=0.05)  # two sentences
     assert costs[1].forward_flops == costs[0].forward_flops
 
 
 def test_depth_and_tokens_scale_as_they_should():
-    volume = flops.volume_parts(small())
-    attention = next(part for part in volume if part.name.endswith("attention/mix"))
+    def attention(config):
+        tower = parts.volume_tower(config, flops.volume_tokens(config))
+        return next(part for part in tower if part.name.endswith("attention/mix")).mixing
+
     preset = presets.VOLUME_PRESETS["nano"]
-    assert attention.mixing == preset.depth * 4 * 64**2 * preset.width
-    finer = flops.volume_parts(small(**{"model.volume_encoder.patch_size": (4, 8, 8)}))
-    assert next(p for p in finer if p.name.endswith("attention/mix")).mixing == 4 * attention.mixing
+    assert attention(small()) == preset.depth * 4 * 64**2 * preset.width
+    assert attention(small(**{"model.volume_encoder.patch_size": (4, 8, 8)})) == 4 * attention(small())

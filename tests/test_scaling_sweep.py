@@ -10,6 +10,7 @@ import time
 from pathlib import Path
 
 import pytest
+from support import environment
 
 from mg3d_jax import config as config_lib
 from mg3d_jax.cli import main
@@ -193,13 +194,13 @@ def test_success_without_a_summary_is_a_failure(project):
 def start_process(project: Path, workdir: Path, seconds: float) -> subprocess.Popen:
     """`run_all` with the fake trainer in a process of its own, which can be killed."""
     code = (
-        f"import sys; sys.path.insert(0, {str(Path(__file__).parents[1])!r})\n"
+        f"import sys; sys.path.insert(0, {str(Path(__file__).parent)!r})\n"
         "from pathlib import Path\n"
-        "from tests.test_scaling_sweep import declared, run_all\n"
+        "from test_scaling_sweep import declared, run_all\n"
         f"project, workdir = Path({str(project)!r}), Path({str(workdir)!r})\n"
         f"raise SystemExit(run_all(declared(project), workdir, seconds={seconds}))"
     )
-    return subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.DEVNULL)
+    return subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.DEVNULL, env=environment())
 
 
 def wait_for(condition, seconds: float = 90.0) -> None:

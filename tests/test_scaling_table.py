@@ -7,12 +7,12 @@ import sys
 
 import numpy as np
 import pytest
+from reference.scaling_tables import grid, typical_law
 
 from mg3d_jax.cli import main
 from mg3d_jax.errors import UserError
 from mg3d_jax.scaling import table
 from mg3d_jax.scaling.laws import PARAMETERS, Law, objective
-from tests.test_scaling_fit import grid, typical_law
 
 
 @pytest.fixture

@@ -113,7 +113,7 @@ def read_slices(files: list[Path], metadata: Metadata) -> StoredVolume:
 
 def read_dicom(files: list[Path]) -> StoredVolume:
     """A folder of DICOM files: its one series of slices, ordered and spaced by their positions. Slices that are missing
-    inside are filled in by interpolation, with a warning. Needs pydicom (`pip install mg3d_jax[dicom]`)."""
+    inside are filled in by interpolation, with a warning. Needs pydicom (`pip install pydicom`)."""
     try:
         import pydicom
         from pydicom.errors import InvalidDicomError

@@ -48,16 +48,15 @@ class Mapping:
     warnings: list[str] = field(default_factory=list)
 
 
-def padding_value(sample: np.ndarray) -> float | None:
-    """The constant outside a scanner's field of view (often -2000, -3024, or 0 of unsigned data): the smallest value,
-    if many voxels have it and no other value is near. None where there is no such constant."""
-    lowest = sample.min()
-    others = sample[sample > lowest]
-    if not others.size or others.size == sample.size or (sample.size - others.size) < 0.002 * sample.size:
-        return None
-    spread = max(float(np.percentile(others, 99) - np.percentile(others, 1)), 1e-9)
-    near = np.count_nonzero(others < lowest + 0.15 * spread)
-    return float(lowest) if near < 0.002 * sample.size else None
+def without_padding(sample: np.ndarray) -> np.ndarray:
+    """The voxels that are not the constant outside a scanner's field of view (often -2000 or -3024, or 0 of unsigned
+    data), nor its blurred rim. Such a constant is the smallest value, many voxels have it, and few have one near it."""
+    lowest, spread = sample.min(), float(np.percentile(sample, 99.9) - sample.min())
+    padding = np.count_nonzero(sample == lowest)
+    inside = sample > lowest + 0.15 * spread
+    rim = sample.size - np.count_nonzero(inside) - padding
+    is_padding = padding >= 0.002 * sample.size and rim < 0.1 * padding and inside.any()
+    return sample[inside] if is_padding else sample
 
 
 def evidence(hu: np.ndarray) -> Evidence:
@@ -97,8 +96,7 @@ def decide(sample: np.ndarray, header: tuple[float, float] | None, table: tuple[
     sample = sample.astype(np.float64, copy=False).ravel()
     if sample.size and sample.min() == sample.max():
         raise VolumeError(f"constant: every voxel is {sample[0]:g}")
-    padding = padding_value(sample)
-    tissue = sample if padding is None else sample[sample != padding]
+    tissue = without_padding(sample)
     stored = (1.0, 0.0)
     header = None if header is None or header == stored else header
 

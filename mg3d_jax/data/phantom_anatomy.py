@@ -286,14 +286,14 @@ def _draw_lung_trees(canvas: Canvas, a: Anatomy) -> None:
         for offset, radius in ((6.0, branch.radius * 1.15), (-7.0, branch.radius * 0.95)):
             shift = np.array([0.0, offset * 0.4, offset])
             canvas.capsule(start + shift, end + shift, radius, a.blood_hu, in_lung=True)
-        canvas.airway(start, end, branch.radius, 1.0, -150.0)
+        canvas.airway(start, end, branch.radius, 1.0, -150.0, in_lung=branch.generation > 0)
     for twig in a.twigs:
         canvas.capsule(twig.start, twig.end, twig.radius, a.blood_hu, in_lung=True)
     trachea_top = np.array([0.0, -8.0, 200.0])
     carina = np.array([0.0, -8.0, 28.0])
     canvas.capsule(trachea_top, carina, 10.0, 20.0)
     for side in (-1, 1):
-        canvas.airway(carina, hilum(side), 6.0, 1.5, 20.0)
+        canvas.airway(carina, hilum(side), 6.0, 1.5, 20.0, in_lung=False)
     canvas.capsule(trachea_top, carina, 8.5, -990.0)
 
 

@@ -110,10 +110,10 @@ class Canvas:
         for start, end in itertools.pairwise(points):
             self.capsule(start, end, radius, value)
 
-    def airway(self, start: Point, end: Point, lumen: float, wall: float, wall_hu: float, air_hu: float = -980) -> None:
-        """Draws a wall `wall` mm thick around a lumen of radius `lumen` mm."""
-        self.capsule(start, end, lumen + wall, wall_hu)
-        self.capsule(start, end, lumen, air_hu)
+    def airway(self, start: Point, end: Point, lumen: float, wall: float, wall_hu: float, *, in_lung: bool) -> None:
+        """Draws a wall `wall` mm thick around an air-filled lumen of radius `lumen` mm."""
+        self.capsule(start, end, lumen + wall, wall_hu, in_lung=in_lung)
+        self.capsule(start, end, lumen, -980.0, in_lung=in_lung)
 
     def smooth_noise(self, seed: int, cell: float, where: tuple[slice, ...]) -> np.ndarray:
         """A smooth random field of mean 0 and variance about 1/3: a normal lattice `cell` mm wide, interpolated.

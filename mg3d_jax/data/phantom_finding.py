@@ -36,25 +36,30 @@ class Finding:
 
 
 def side_of(lobes: tuple[str, ...]) -> str:
+    """Right, left or bilateral: from names of `LOBES`."""
     sides = {lobe.split()[0] for lobe in lobes}
     return sides.pop() if len(sides) == 1 else "bilateral"
 
 
 def choose_lobes(rng: np.random.Generator, low: int, high: int, among: tuple[str, ...] = LOBES) -> tuple[str, ...]:
+    """`low` to `high` different lobes, in the order of `among`."""
     count = min(int(rng.integers(low, high + 1)), len(among))
     chosen = rng.choice(len(among), count, replace=False)
     return tuple(among[index] for index in sorted(chosen))
 
 
 def new_seed(rng: np.random.Generator) -> int:
+    """A seed for what is drawn: the same texture in every reconstruction of the scan."""
     return int(rng.integers(2**31))
 
 
 def choose_side(rng: np.random.Generator, bilateral: float) -> str:
+    """Bilateral with that probability, else right or left."""
     return "bilateral" if rng.random() < bilateral else ("right", "left")[int(rng.integers(2))]
 
 
 def signs_of(side: str) -> tuple[int, ...]:
+    """The signs of x on that side: +1 right, -1 left."""
     return {"right": (1,), "left": (-1,), "bilateral": (1, -1)}[side]
 
 
@@ -72,4 +77,5 @@ def blobs_in_lobes(
 
 
 def diameters(blobs: tuple[Blob, ...]) -> tuple[int, ...]:
+    """The longest diameter of each blob in whole mm, largest first."""
     return tuple(sorted((round(2 * max(blob.radii)) for blob in blobs), reverse=True))

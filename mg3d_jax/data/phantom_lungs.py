@@ -100,13 +100,15 @@ def draw_atelectasis(canvas: Canvas, a: Anatomy, f: Finding) -> None:
 
 def sample_nodule(rng: np.random.Generator, a: Anatomy) -> Finding:
     lobes = choose_lobes(rng, 2, 5)
-    blobs = blobs_in_lobes(rng, a, lobes, (2, 4), (8.0, 14.0))
+    blobs = blobs_in_lobes(rng, a, lobes, (2, 4), (9.0, 14.0))
     return Finding("Lung nodule", side_of(lobes), lobes, diameters(blobs), blobs=blobs)
 
 
 def draw_nodule(canvas: Canvas, a: Anatomy, f: Finding) -> None:
     for blob in f.blobs:
         canvas.ellipsoid(blob.centre, blob.radii, 60.0, in_lung=True)
+        # A calcified core, as in a granuloma: what tells a nodule from a consolidation once its outline is blurred.
+        canvas.ellipsoid(blob.centre, np.array(blob.radii) * 0.65, 450.0, in_lung=True)
 
 
 def sample_opacity(rng: np.random.Generator, a: Anatomy) -> Finding:
@@ -133,7 +135,7 @@ def draw_consolidation(canvas: Canvas, a: Anatomy, f: Finding) -> None:
     # Air bronchograms: the airways of the lobe stay open.
     for branch in a.airways:
         if branch.lobe in f.lobes:
-            canvas.capsule(branch.start, branch.end, branch.radius, -950.0)
+            canvas.capsule(branch.start, branch.end, branch.radius, -950.0, in_lung=branch.generation > 0)
 
 
 def sample_fibrosis(rng: np.random.Generator, a: Anatomy) -> Finding:
@@ -168,13 +170,17 @@ def sample_peribronchial(rng: np.random.Generator, a: Anatomy) -> Finding:
 def draw_peribronchial(canvas: Canvas, a: Anatomy, f: Finding) -> None:
     chosen = [branch for branch in a.airways if branch.lobe in f.lobes]
     for branch in chosen:
-        canvas.capsule(branch.start, branch.end, branch.radius + 6.0, 40.0)
+        canvas.capsule(branch.start, branch.end, branch.radius + 6.0, 40.0, in_lung=branch.generation > 0)
     for branch in chosen:
-        canvas.capsule(branch.start, branch.end, branch.radius, -950.0)
+        canvas.capsule(branch.start, branch.end, branch.radius, -950.0, in_lung=branch.generation > 0)
 
 
 def sample_bronchiectasis(rng: np.random.Generator, a: Anatomy) -> Finding:
-    lobes = choose_lobes(rng, 2, 3, ("right middle lobe", "right lower lobe", "left lower lobe"))
+    # Lower lobes as a rule, on both sides more often than on one.
+    side = choose_side(rng, 0.7)
+    lobes = tuple(f"{one} lower lobe" for one in ("right", "left") if side in (one, "bilateral"))
+    if side != "left" and rng.random() < 0.6:
+        lobes = ("right middle lobe", *lobes)
     kind = ("cylindrical", "varicose", "cystic")[int(rng.integers(3))]
     return Finding("Bronchiectasis", side_of(lobes), lobes, kind=kind, seed=new_seed(rng))
 
@@ -182,15 +188,15 @@ def sample_bronchiectasis(rng: np.random.Generator, a: Anatomy) -> Finding:
 def draw_bronchiectasis(canvas: Canvas, a: Anatomy, f: Finding) -> None:
     rng = np.random.default_rng(f.seed)
     chosen = [branch for branch in a.airways if branch.lobe in f.lobes and branch.generation > 0]
-    cysts = [(np.array(b.end) + rng.normal(0, 11, 3), float(rng.uniform(9, 12))) for b in chosen for _ in range(4)]
+    cysts = [(np.array(b.end) + rng.normal(0, 12, 3), float(rng.uniform(9, 12))) for b in chosen for _ in range(5)]
     for branch in chosen:
-        canvas.capsule(branch.start, branch.end, 11.0, 40.0)
+        canvas.capsule(branch.start, branch.end, 12.0, 60.0, in_lung=True)
     for centre, radius in cysts:
         canvas.ellipsoid(centre, (radius + 3,) * 3, 40.0, in_lung=True)
     for branch in chosen:
-        canvas.capsule(branch.start, branch.end, 8.0, -1000.0)
+        canvas.capsule(branch.start, branch.end, 8.5, -1000.0, in_lung=True)
     for centre, radius in cysts:
-        canvas.ellipsoid(centre, (radius,) * 3, -1000.0)
+        canvas.ellipsoid(centre, (radius,) * 3, -1000.0, in_lung=True)
 
 
 # ---- pleura

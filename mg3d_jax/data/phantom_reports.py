@@ -94,7 +94,7 @@ _POSITIVE: dict[str, tuple[str, ...]] = {
     "Lung nodule": (
         "{Count} are observed {where}, the largest measuring {size} mm.",
         "There are solid nodules {where}; the largest is {size} mm in diameter.",
-        "Lung nodules are noted {where}, up to {size} mm.",
+        "Partly calcified lung nodules are noted {where}, up to {size} mm.",
         "A {size} mm lung nodule is seen {largest_where}.",
         "{Where}, lung nodules with diameters of {sizes} mm are observed.",
     ),

@@ -41,7 +41,7 @@ class PreparedData:
             raise UserError("no prepared data given: set data.train to the output folder of `mg3d prepare`")
         self.readers = [RecordReader(Path(folder)) for folder in folders]
         first = self.readers[0].manifest
-        self.label_names, self.grid, self.spacing = first["label_names"], tuple(first["grid"]), tuple(first["spacing"])
+        self.label_names, self.grid, self.spacing = first["label_names"], tuple(first["grid"]), first["spacing"]
         for folder, reader in zip(folders, self.readers, strict=True):
             grid = tuple(reader.manifest["grid"])
             if volume_size is not None and grid != tuple(volume_size):

@@ -69,7 +69,7 @@ class Settings:
     shard: tuple[int, int] = (0, 1)
     against: tuple[Path, ...] = ()
     allow_leak: tuple[str, ...] = ()
-    qa_samples: int = 12
+    qa_samples: int = 8
 
     @property
     def grid(self) -> Grid:
@@ -155,7 +155,7 @@ def _process(settings: Settings, chunks: dict[str, list[Example]], bad: int) -> 
     mine = list(chunks)[index::count]
     todo = {name: chunks[name] for name in mine if name not in sidecars}
     examples = [example for chunk in todo.values() for example in chunk]
-    recipe = Recipe(settings.grid, settings.window, settings.fetch)
+    recipe = Recipe(settings.grid, settings.window, settings.zstd_level > 0, settings.fetch)
     if expected := estimate(examples, recipe, settings.workers):
         print(f"prepare: {expected}", file=sys.stderr, flush=True)
         check_disk(expected, settings.out)
@@ -206,6 +206,8 @@ def prepare(settings: Settings) -> dict[str, Any] | None:
     settings.check()
     listing = list_examples(settings)
     total = len(listing.examples) + len(listing.bad)
+    if not total:
+        raise UserError(f"{settings.root} lists nothing to prepare for split {settings.split!r}; {listing.skipped}")
     check_bad(settings, listing.bad, total)
     found = leaks.listed_leaks(listing) + leaks.patient_leaks(listing.examples, list(settings.against))
     leaks.check(found, settings.allow_leak)
@@ -299,7 +301,10 @@ def _parser() -> argparse.ArgumentParser:
     group.add_argument("--shard-records", type=int, default=default["shard_records"], help="records per shard")
     group.add_argument("--zstd-level", type=int, default=default["zstd_level"], help="0 stores uncompressed")
     group.add_argument(
-        "--fetch", default=None, metavar="CMD", help="shell command that puts {name} into {dir}; see README"
+        "--fetch",
+        default=None,
+        metavar="CMD",
+        help="shell command that puts {name} into {dir}; {patient} {scan} {split} too",
     )
     group.add_argument("--qa-samples", type=int, default=default["qa_samples"], help="volumes drawn in qa.html")
     return parser

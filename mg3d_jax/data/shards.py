@@ -40,6 +40,7 @@ class Recipe:
 
     grid: Grid
     window: tuple[float, float] | None = None  # HU of 0 and 255 where volumes are stored as uint8
+    planes: bool = True  # bytes of the voxels by significance: smaller and faster where the shard is compressed
     fetch: str | None = None  # command that brings a volume (see fetch.py)
 
 
@@ -91,7 +92,7 @@ def prepare_example(example: Example, recipe: Recipe) -> Outcome:
     )
     entry["content"] = hashlib.blake2b(prepared.volume.data, digest_size=16).hexdigest()
     quality = {"path": str(example.path), "name": example.name, **prepared.quality}
-    return Outcome(encode(record, recipe.window), entry, quality, None)
+    return Outcome(encode(record, recipe.window, planes=recipe.planes), entry, quality, None)
 
 
 def _exit_with_parent() -> None:

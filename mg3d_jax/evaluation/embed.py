@@ -85,10 +85,11 @@ class TrainedModel:
     def texts(self, texts: Sequence[Sequence[str]]) -> np.ndarray:
         """One embedding per text, a text being a few sentences (a prompt is one)."""
         options = self.config.objectives.alignment
-        length = min(options.report_tokens, self.config.data.max_tokens) if options.report_view == "sentences" else None
-        rows = [self.tokenizer(text) for text in texts]
+        length = options.sentence_tokens if options.report_view == "sentences" else self.config.data.max_tokens
+        tokenizer = ReportTokenizer(self.tokenizer.tokenizer, length, self.config.data.max_sentences)
+        rows = [tokenizer(text) for text in texts]
         names = ("token_ids", "token_mask", "sentence_index")
-        fields = {name: np.stack([row[name][:length] for row in rows]) for name in names}
+        fields = {name: np.stack([row[name] for row in rows]) for name in names}
         embeddings = []
         for first in range(0, len(rows), self.batch_size):
             part = {name: _pad_rows(array[first : first + self.batch_size], self.batch_size) for name, array in fields.items()}
@@ -98,14 +99,13 @@ class TrainedModel:
     def reports(self, reports: Sequence[Sequence[str]]) -> np.ndarray:
         """One embedding per report.
 
-        A model trained on views of a few sentences embeds a report as the normalised mean over its consecutive groups of
-        as many sentences; one trained on whole reports embeds it whole.
+        A model trained on single sentences embeds a report as the mean direction of its sentences; one trained on whole
+        reports embeds it whole.
         """
         options = self.config.objectives.alignment
         if options.report_view == "report":
             return self.texts(reports)
-        size = options.report_sentences
-        groups = [[r[i : i + size] for i in range(0, max(len(r), 1), size)] for r in reports]
+        groups = [[[sentence] for sentence in report] or [[]] for report in reports]
         flat = self.texts([group for of_report in groups for group in of_report])
         ends = np.cumsum([len(g) for g in groups])[:-1]
         means = np.stack([part.mean(axis=0) for part in np.split(flat, ends)])

@@ -33,7 +33,8 @@ def split_params(params: dict[str, Any]) -> tuple[dict[str, Any], list[str]]:
     """The part of a run's parameters that PyTorch users get, and the names of the rest (heads of the pre-training)."""
     if missing := [name for name in EXPORTED if name not in params]:
         raise UserError(f"the checkpoint lacks {missing}: it is not a checkpoint of the MG3D model")
-    return {name: params[name] for name in EXPORTED}, sorted(params.keys() - set(EXPORTED))
+    kept = [*EXPORTED, *({"logit_bias"} & params.keys())]  # the sigmoid loss has one
+    return {name: params[name] for name in kept}, sorted(params.keys() - set(kept))
 
 
 def torch_state(params: dict[str, Any], config: ConfigDict) -> dict[str, np.ndarray]:
@@ -133,9 +134,10 @@ def torch_config(config: ConfigDict, params: dict[str, Any], spacing: tuple[floa
         "max_positions": config.model.report_encoder.max_positions,
         "max_tokens": config.data.max_tokens,
         "max_sentences": config.data.max_sentences,
-        "report_sentences": alignment.report_sentences if views else 0,
-        "report_tokens": min(alignment.report_tokens, config.data.max_tokens) if views else config.data.max_tokens,
+        "report_sentences": 1 if views else 0,
+        "report_tokens": alignment.sentence_tokens if views else config.data.max_tokens,
         "projection_dim": config.model.projection_dim,
+        "logit_bias": "logit_bias" in params,
     }
 
 

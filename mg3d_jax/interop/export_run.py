@@ -48,7 +48,7 @@ class Run:
         """With the token limit that training used for a view of a report."""
         data, alignment = self.config.data, self.config.objectives.alignment
         views = alignment.report_view == "sentences"
-        length = min(alignment.report_tokens, data.max_tokens) if views else data.max_tokens
+        length = alignment.sentence_tokens if views else data.max_tokens
         return ReportTokenizer(load_tokenizer(str(self.tokenizer_folder)), length, data.max_sentences)
 
 

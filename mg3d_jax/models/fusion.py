@@ -58,7 +58,7 @@ class RelevanceGate(nn.Module):
 
 
 class FusionLayer(nn.Module):
-    """One layer: `(streams, report_mask, train) -> streams`. Each stream in `updated` reads the other as it was before."""
+    """`(streams, report_mask, train) -> streams`: each stream in `updated` reads the other as it was before."""
 
     num_heads: dict[str, int]
     updated: tuple[str, ...]
@@ -90,8 +90,8 @@ class FusionLayer(nn.Module):
 class Fusion(nn.Module):
     """`(volume_tokens [B, N, d], report_tokens [B, T, e], report_mask bool [B, T]) -> {"volume", "report"}`.
 
-    The streams keep their shapes and come out normalised. `kind` "attention" is cross-attention (padding masked out),
-    "gate" the release's `RelevanceGate`. The widths d and e may differ: `num_heads` must divide d, `report_num_heads` e.
+    The streams keep their shapes and come out normalised. `kind` "attention" is cross-attention (padding is not read),
+    "gate" the release's `RelevanceGate`. The widths may differ: `num_heads` must divide d, `report_num_heads` e.
     Streams that `outputs` does not name are not returned, and the last layer does not compute them.
     """
 

@@ -29,11 +29,15 @@ class AttentionPool(nn.Module):
 
 
 class Projection(nn.Module):
-    """Into the space of cosine similarities: [..., d] -> [..., dim]; linear, or an MLP when `hidden` is given."""
+    """Into the space of cosine similarities: [..., d] -> [..., dim]; linear, or an MLP when `hidden` is given.
+
+    With `use_bias` the output can be centred (`objectives.alignment.center`).
+    """
 
     dim: int
     hidden: int | None = None
     dtype: str = "float32"
+    use_bias: bool = False
 
     @nn.compact
     def __call__(self, features: jax.Array) -> jax.Array:
@@ -41,7 +45,7 @@ class Projection(nn.Module):
             features = layer_norm(self.dtype, "norm")(features)
             features = nn.gelu(dense(self.hidden, ("embed", "mlp"), self.dtype, "up")(features))
         axis = "embed" if self.hidden is None else "mlp"
-        return dense(self.dim, (axis, "projection"), self.dtype, "out", use_bias=False)(features)
+        return dense(self.dim, (axis, "projection"), self.dtype, "out", use_bias=self.use_bias)(features)
 
 
 def mean_pool(tokens: jax.Array, mask: jax.Array | None = None) -> jax.Array:

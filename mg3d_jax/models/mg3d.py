@@ -18,6 +18,7 @@ from mg3d_jax.models.report_encoder import ReportEncoder
 from mg3d_jax.models.volume_encoder import VolumeEncoder, patch_grid, patchify
 
 MAX_LOGIT_SCALE = 100.0  # temperature 0.01: CLIP's clip
+FIXED_WORD_DIM = 256  # of the random word vectors that `matching.sentence_source = "words"` compares
 INITIAL_LOGIT_BIAS = -10.0  # SigLIP's: at the start nearly every pair is called negative
 
 
@@ -65,9 +66,9 @@ class MG3D(nn.Module):
             dropout=model.report_encoder.dropout,
             **common,
         )
-        self.volume_projection = Projection(model.projection_dim, dtype=model.dtype)
+        self.volume_projection = Projection(model.projection_dim, dtype=model.dtype, use_bias=True)
         self.report_pool = AttentionPool(report.num_heads, dtype=model.dtype)
-        self.report_projection = Projection(model.projection_dim, dtype=model.dtype)
+        self.report_projection = Projection(model.projection_dim, dtype=model.dtype, use_bias=True)
         self.logit_scale = self.param("logit_scale", lambda _: jnp.log(jnp.float32(1.0 / objective.temperature)))
         if objective.form == "sigmoid":
             self.logit_bias = self.param("logit_bias", lambda _: jnp.float32(INITIAL_LOGIT_BIAS))
@@ -116,21 +117,30 @@ class MG3D(nn.Module):
         embedding = self.volume_projection(encoded["pooled"]).astype(jnp.float32)
         return {"volume_tokens": encoded["tokens"], "volume_embedding": embedding}
 
-    def embed_report(self, report: dict[str, jax.Array], *, train: bool = False) -> dict[str, jax.Array]:
+    def embed_report(
+        self, report: dict[str, jax.Array], *, train: bool = False, max_sentences: int | None = None
+    ) -> dict[str, jax.Array]:
         """Text fields of a batch -> `report_tokens` [B, T, d], `sentences` [B, S, d], `sentence_mask` [B, S],
         `report_embedding` [B, k] (float32, any length; zero for a report without sentences)."""
-        encoded = self._encode_report(report, train=train)
+        encoded = self._encode_report(report, train=train, max_sentences=max_sentences)
         embedding = self.report_projection(self.report_pool(encoded["sentences"], encoded["sentence_mask"]))
         return encoded | {"report_embedding": embedding.astype(jnp.float32)}
 
-    def _encode_report(self, report: dict[str, jax.Array], *, train: bool) -> dict[str, jax.Array]:
+    def _encode_report(
+        self, report: dict[str, jax.Array], *, train: bool, max_sentences: int | None = None
+    ) -> dict[str, jax.Array]:
         encoded = self.report_encoder(report["token_ids"], report["token_mask"], train=train)
-        count = self.config.data.max_sentences
+        count = max_sentences or self.config.data.max_sentences
         sentences, mask = sentence_means(encoded["tokens"], report["sentence_index"], count)
         features = {"report_tokens": encoded["tokens"], "sentences": sentences, "sentence_mask": mask}
-        if self._on("matching") and self.config.objectives.matching.sentence_source == "embeddings":
-            sentences = sentence_means(encoded["embeddings"], report["sentence_index"], count)[0]
-        return features | {"sentence_targets": jax.lax.stop_gradient(sentences)}
+        source, targets = self.config.objectives.matching.sentence_source, encoded["tokens"]
+        if source == "embeddings":
+            targets = encoded["embeddings"]
+        if source == "words":
+            table = jax.random.normal(jax.random.key(0), (self.vocab_size, FIXED_WORD_DIM))
+            targets = jnp.take(table, report["token_ids"], axis=0)
+        targets = sentence_means(jax.lax.stop_gradient(targets), report["sentence_index"], count)[0]
+        return features | {"sentence_targets": targets}
 
     def logits(self) -> dict[str, jax.Array]:
         """`logit_scale` (1 / temperature, clipped) and, for the sigmoid form, `logit_bias`: scalars, not per patient."""
@@ -153,10 +163,12 @@ class MG3D(nn.Module):
         full = inputs.get("full_report", inputs["report"])
         text: dict[str, jax.Array] = {}
         if embeds:
-            view = self.embed_report(inputs["report"], train=train)
-            features["report_embedding"] = view["report_embedding"]
-            features["report_has_text"] = jnp.any(view["sentence_mask"], axis=1)
-            text = {} if "full_report" in inputs else view
+            if "full_report" in inputs:
+                features |= self._embed_views(inputs["report"], train)
+            else:
+                text = self.embed_report(inputs["report"], train=train)
+                features["report_embedding"] = text["report_embedding"]
+                features["report_has_text"] = jnp.any(text["sentence_mask"], axis=1)
         reads_text = self._on("volume_reconstruction") and self.config.objectives.volume_reconstruction.read_report
         if self._on("report_reconstruction", "matching", "discrimination") or self._fused_pair() or reads_text:
             text = text or self._encode_report(full, train=train)
@@ -173,6 +185,21 @@ class MG3D(nn.Module):
         if self._on("report_reconstruction"):
             features |= self._reconstruct_report(inputs, full, text, features["volume_tokens"], train)
         return features
+
+    def _embed_views(self, views: dict[str, jax.Array], train: bool) -> dict[str, jax.Array]:
+        """Single sentences [B, K, L], each embedded as a report of its own: `view_embeddings` [B, K, k], `view_mask` and
+        `view_id` [B, K], with `report_has_text` [B]."""
+        batch, count, length = views["token_ids"].shape
+        rows = {name: views[name].reshape(batch * count, length) for name in ("token_ids", "token_mask", "sentence_index")}
+        embedded = self.embed_report(rows, train=train, max_sentences=1)
+        embeddings = embedded["report_embedding"].reshape(batch, count, -1)
+        mask = jnp.any(embedded["sentence_mask"], axis=1).reshape(batch, count)
+        return {
+            "view_embeddings": embeddings,
+            "view_mask": mask,
+            "view_id": views["view_id"],
+            "report_has_text": jnp.any(mask, axis=1),
+        }
 
     def _fused_embeddings(
         self, volume_tokens: jax.Array, text: dict[str, jax.Array], mask: jax.Array, train: bool

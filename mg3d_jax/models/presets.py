@@ -1,7 +1,7 @@
 """Named sizes of the towers.
 
 `ti` to `g` follow the ViT literature (Dosovitskiy et al. 2021; Touvron et al. 2021; Zhai et al. 2022 for g);
-`nano` is ours, for CPU tests and the quickstart.
+`pico` and `nano` are ours, for CPU tests and the quickstart.
 """
 
 from __future__ import annotations
@@ -27,6 +27,7 @@ class TowerPreset:
 
 
 VOLUME_PRESETS: dict[str, TowerPreset] = {
+    "pico": TowerPreset(128, 2, 4, 512),
     "nano": TowerPreset(128, 4, 4, 512),
     "ti": TowerPreset(192, 12, 3, 768),
     "s": TowerPreset(384, 12, 6, 1536),
@@ -37,6 +38,7 @@ VOLUME_PRESETS: dict[str, TowerPreset] = {
 }
 
 REPORT_PRESETS: dict[str, TowerPreset] = {
+    "pico": TowerPreset(64, 2, 4, 256),
     "nano": TowerPreset(128, 2, 4, 512),
     "mini": TowerPreset(384, 6, 12, 1536),
     "base": TowerPreset(768, 12, 12, 3072),

@@ -20,7 +20,7 @@ GIB = 2**30
 
 
 def dense_matching(z: jax.Array, s: jax.Array, mask: jax.Array, high: float = 0.9, low: float = 0.6) -> jax.Array:
-    """The loss of `sentence_matching` with the whole [B S, B S] matrix of pairs in memory: what blocks are compared with."""
+    """The loss of `sentence_matching` with the whole [B S, B S] matrix of pairs in memory, for comparison."""
     batch_size, sentences = mask.shape
     z, s, mask = l2_normalize(z).reshape(-1, z.shape[-1]), l2_normalize(s).reshape(-1, s.shape[-1]), mask.reshape(-1)
     similarity, target = z @ z.T, jax.lax.stop_gradient(s @ s.T)
@@ -36,7 +36,7 @@ def blocked_matching(block_size: int | None) -> Callable[[jax.Array, jax.Array, 
 
 
 def bytes_per_device(loss: Callable, batch_size: int, sentences: int, width: int, devices: int) -> int:
-    """Peak of one device for the value and gradient: arguments, outputs and temporaries, batch sharded over `devices`."""
+    """Arguments, outputs and temporaries of the value and gradient on one of `devices` that share the batch."""
     mesh = jax.make_mesh(
         (devices, 1, 1), ("data", "fsdp", "tensor"), axis_types=(AxisType.Auto,) * 3, devices=jax.devices()[:devices]
     )

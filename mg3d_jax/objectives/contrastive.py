@@ -27,14 +27,15 @@ _dot = partial(jnp.matmul, precision=jax.lax.Precision.HIGHEST)  # a TPU would o
 def _keys(batch_size: int, group_ids: jax.Array | None, valid: jax.Array | None) -> Tree:
     return {
         "index": jnp.arange(batch_size, dtype=jnp.int32),
-        "group": default_ids(group_ids, batch_size),
-        "valid": jnp.ones(batch_size, jnp.bool_) if valid is None else valid,
+        "group": default_ids(group_ids, batch_size).reshape(batch_size, -1),
+        "valid": jnp.ones(batch_size, jnp.bool_) if valid is None else jnp.asarray(valid),
     }
 
 
 def _negatives(rows: Tree, columns: Tree) -> jax.Array:
-    """[rows, columns] bool: pairs of valid rows from different groups."""
-    return (rows["group"][:, None] != columns["group"]) & rows["valid"][:, None] & columns["valid"]
+    """[rows, columns] bool: pairs of valid rows that share no group."""
+    differ = jnp.all(rows["group"][:, None, :] != columns["group"], axis=-1)
+    return differ & rows["valid"][:, None] & columns["valid"]
 
 
 def _merge(state: Tree, logits: jax.Array, mask: jax.Array, axis: int) -> Tree:
@@ -109,7 +110,8 @@ def info_nce(
     Args:
         x, y: [B, k], l2-normalised here in float32 (a zero vector stays zero). Row i of `x` belongs to row i of `y`.
         temperature: divides the cosines; may be learned.
-        group_ids: int [B]; rows of one group are not each other's negatives. None: all rows differ.
+        group_ids: int [B], or [B, G] for G kinds of groups; rows that share a group are not each other's negatives.
+            None: all rows differ.
         valid: bool [B]; False rows are neither queries nor candidates. None: all are valid.
         block_size: candidates per tile; it changes memory and speed, never the value. None chooses it by size.
 

@@ -75,7 +75,7 @@ def sentence_matching(
     if average not in AVERAGES:
         raise UserError(f"matching average {average!r} is unknown; choose one of {', '.join(AVERAGES)}.")
     batch_size, sentences = mask.shape
-    keys = {"s": l2_normalize(s), "mask": mask, "group": default_ids(group_ids, batch_size)}
+    keys = {"s": l2_normalize(s), "mask": jnp.asarray(mask), "group": default_ids(group_ids, batch_size)}
     z, tile = l2_normalize(z), partial(_tile, high=high, low=low)
     sums = pair_sum(tile, block_size, sentences**2, z, z, keys, keys)
     total = {name: jnp.sum(values) for name, values in sums.items()}

@@ -2,7 +2,7 @@
 
 An objective is a pure function `(features, batch, options) -> (loss, metrics)`: `features` is what the model returned,
 reduced by `per_patient`; `batch` what the pipeline gave; `options` its part of `config.objectives`. It has a row in
-`OBJECTIVES` and a weight in the config; weight 0 switches it off, and the model then does not compute what only it needs.
+`OBJECTIVES` and a weight in the config; weight 0 switches it off, and the model then skips what only it needs.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from ml_collections import ConfigDict
 from mg3d_jax.objectives.contrastive import info_nce, sigmoid_contrastive
 from mg3d_jax.objectives.discrimination import patient_discrimination
 from mg3d_jax.objectives.matching import sentence_matching
+from mg3d_jax.objectives.pairwise import l2_normalize
 from mg3d_jax.objectives.reconstruction import mean_of_sums, normalize_patches, patch_sums, sentence_sums, token_sums
 
 Features = dict[str, Any]
@@ -28,28 +29,84 @@ Objective = Callable[[Features, Batch, ConfigDict], tuple[jax.Array, Metrics]]
 def alignment(features: Features, batch: Batch, options: ConfigDict) -> tuple[jax.Array, Metrics]:
     """Global alignment over the global batch (method.md, loss 1): two pairs, each with its own weight.
 
-    (a) volume embedding against report embedding; (b) the fused patient embedding against the two uni-modal ones side by
-    side. A report without any sentence has no embedding and takes no part.
+    (a) volume embedding against report embedding; (b) the fused patient embedding against the two uni-modal ones side
+    by side. A report without any sentence has no embedding and takes no part.
     """
-    scale = features["logit_scale"]
-    common = {
-        "group_ids": batch["report_id"],
-        "valid": batch["valid"] & features["report_has_text"],
-        "block_size": options.block_size or None,
-    }
-    volume, report = features["volume_embedding"], features["report_embedding"]
-    if options.form == "sigmoid":
-        loss, metrics = sigmoid_contrastive(volume, report, scale=scale, bias=features["logit_bias"], **common)
+    scale, report_ids = features["logit_scale"], batch["report_id"]
+    valid, block_size = batch["valid"] & features["report_has_text"], options.block_size or None
+    features, centers = _center(features, batch["valid"], valid) if options.center else (features, {})
+    volume = features["volume_embedding"]
+    if "view_embeddings" in features:
+        report = _direction_of_views(features["view_embeddings"], features["view_mask"])
     else:
-        loss, metrics = info_nce(volume, report, temperature=1.0 / scale, **common)
+        report = features["report_embedding"]
+
+    def pair(text: jax.Array, groups: jax.Array, there: jax.Array) -> tuple[jax.Array, Metrics]:
+        common = {"group_ids": groups, "valid": there, "block_size": block_size}
+        if options.form == "sigmoid":
+            return sigmoid_contrastive(volume, text, scale=scale, bias=features["logit_bias"], **common)
+        return info_nce(volume, text, temperature=1.0 / scale, **common)
+
+    if "view_embeddings" in features:
+        loss, metrics = _mean_over_views(pair, features, report_ids, valid)
+    else:
+        loss, metrics = pair(report, report_ids, valid)
     loss *= options.volume_report_weight
-    metrics |= {"temperature": 1.0 / scale}
+    metrics |= {"temperature": 1.0 / scale} | centers
     if options.fused_weight:
         single = jnp.concatenate([report, volume], axis=-1)
-        fused, fused_metrics = info_nce(features["fused_embedding"], single, temperature=options.temperature, **common)
+        fused, fused_metrics = info_nce(
+            features["fused_embedding"],
+            single,
+            temperature=options.temperature,
+            group_ids=report_ids,
+            valid=valid,
+            block_size=block_size,
+        )
         loss += options.fused_weight * fused
         metrics |= {"fused_loss": fused, "fused_accuracy": fused_metrics["accuracy"]}
     return loss, metrics
+
+
+def _center(features: Features, has_volume: jax.Array, has_text: jax.Array) -> tuple[Features, Metrics]:
+    """The embeddings minus their mean over the global batch, and those means [k] under `CENTERS`.
+
+    Averaging over many patches makes the embeddings of a young model nearly equal (cosines of 0.99): their norm is all
+    common part. InfoNCE then falls fastest by shrinking what differs until no gradient is left, and the model is stuck at
+    log B. Without the common part normalised embeddings cannot shrink. The means leave the loss, so the biases of the two
+    projections get no gradient: the step lets them follow the means instead (as DINO's center, arXiv 2104.14294), and an
+    embedding at test time needs no batch.
+    """
+    centered, centers = dict(features), {}
+    texts = "view_embeddings" if "view_embeddings" in features else "report_embedding"
+    present = has_text[:, None] & features["view_mask"] if texts == "view_embeddings" else has_text
+    for name, mask, projection in (("volume_embedding", has_volume, "volume"), (texts, present, "report")):
+        weights = mask[..., None].astype(jnp.float32)
+        axes = tuple(range(mask.ndim))
+        mean = jnp.sum(features[name] * weights, axis=axes) / jnp.maximum(jnp.sum(weights), 1.0)
+        centered[name] = features[name] - mean
+        centers[f"{CENTERS}{projection}_projection"] = jax.lax.stop_gradient(mean)
+    return centered, centers
+
+
+def _direction_of_views(embeddings: jax.Array, mask: jax.Array) -> jax.Array:
+    """[B, K, k], [B, K] -> [B, k]: the mean direction of a report's sentences, which stands for the report."""
+    return jnp.sum(l2_normalize(embeddings) * mask[..., None], axis=1)
+
+
+def _mean_over_views(
+    pair: Callable, features: Features, report_ids: jax.Array, valid: jax.Array
+) -> tuple[jax.Array, Metrics]:
+    """Each drawn sentence is one text of its patient: the mean of the losses of the K-th sentences of all patients.
+
+    Patients that drew the same sentence are not each other's negatives, nor are those with the same report.
+    """
+    count = features["view_embeddings"].shape[1]
+    parts = []
+    for k in range(count):
+        groups = jnp.stack([report_ids, features["view_id"][:, k]], axis=1)
+        parts.append(pair(features["view_embeddings"][:, k], groups, valid & features["view_mask"][:, k]))
+    return jax.tree.map(lambda *values: sum(values) / count, *parts)
 
 
 def volume_reconstruction(features: Features, batch: Batch, options: ConfigDict) -> tuple[jax.Array, Metrics]:
@@ -102,9 +159,12 @@ OBJECTIVES: dict[str, Objective] = {
     "discrimination": discrimination,
 }
 
+# Metrics under this prefix are means of embeddings [k], named after the projection whose bias follows them.
+CENTERS = "center/"
+
 # What the objectives read of the model's features as it is: one row per patient, small.
 SMALL_FEATURES = (
-    "volume_embedding", "report_embedding", "report_has_text", "fused_embedding", "fused_volume_embedding", "z",
+    "volume_embedding", "report_embedding", "report_has_text", "view_embeddings", "view_mask", "view_id", "fused_embedding", "fused_volume_embedding", "z",
     "sentence_targets", "sentence_mask",
 )  # fmt: skip
 
@@ -115,7 +175,7 @@ def enabled(objectives: ConfigDict) -> tuple[str, ...]:
 
 
 def per_patient(features: Features, objectives: ConfigDict) -> Features:
-    """The model's features, reduced to what the losses need: embeddings, and for the reconstructions sums per patient."""
+    """The model's features, reduced to what the losses need: embeddings, and sums of the reconstruction losses."""
     small = {name: features[name] for name in SMALL_FEATURES if name in features}
     if "voxel_prediction" in features:
         target = features["patches"]
@@ -138,5 +198,6 @@ def multitask_loss(features: Features, batch: Batch, objectives: ConfigDict) -> 
     for name in enabled(objectives):
         loss, details = OBJECTIVES[name](features, batch, objectives[name])
         total += objectives[name].weight * loss
-        metrics |= {name: loss} | {f"{name}/{key}": value for key, value in details.items()}
+        metrics |= {name: loss}
+        metrics |= {key if key.startswith(CENTERS) else f"{name}/{key}": value for key, value in details.items()}
     return total, {"loss": total} | metrics

@@ -44,7 +44,7 @@ def masked_mean(values: jax.Array, mask: jax.Array) -> jax.Array:
 
 def default_ids(ids: jax.Array | None, batch_size: int) -> jax.Array:
     """`ids`, or one distinct id per row."""
-    return jnp.arange(batch_size, dtype=jnp.int32) if ids is None else ids
+    return jnp.arange(batch_size, dtype=jnp.int32) if ids is None else jnp.asarray(ids)
 
 
 def batch_axes() -> tuple[str, ...]:

@@ -1,8 +1,8 @@
 """Losses of the masked parts: voxels of hidden patches, tokens of hidden words, and the sentences they belong to.
 
-Each is a mean over what was masked, in the whole global batch; what was visible never counts. The `*_sums` functions are
-the first half of each: sums and counts per patient, which is all that the second half needs, so that micro-batches can
-be put together exactly (`gradient_cache`) and voxels and logits need not be kept.
+Each is a mean over what was masked, in the whole global batch; what was visible never counts. The `*_sums` functions
+are the first half of each: sums and counts per patient, which is all that the second half needs, so that micro-batches
+can be put together exactly (`gradient_cache`) and voxels and logits need not be kept.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ def _masked_sums(mask: jax.Array, **values: jax.Array) -> Sums:
 
 
 def mean_of_sums(sums: Sums, valid: jax.Array | None = None) -> dict[str, jax.Array]:
-    """Means over the patients that `valid` [B] bool admits (None: all), by name, and the total "count"; 0 for no count."""
+    """Means over the patients in `valid` [B] bool (None: all), by name, and the total "count"; 0 for no count."""
     totals = {name: jnp.sum(value if valid is None else jnp.where(valid, value, 0.0)) for name, value in sums.items()}
     count = totals.pop("count")
     return {name: total / jnp.maximum(count, 1.0) for name, total in totals.items()} | {"count": count}

@@ -1,55 +1,33 @@
 """Parameters and floating-point operations (FLOPs) of a model, counted from its configuration. Nothing is built.
 
 Conventions:
-- A multiply-add is 2 FLOPs. `matmul` counts matrix products only (dense layers, attention, pooling, similarity matrix):
-  the figure for model-FLOPs utilisation. `forward` and `training` add norms, activations, softmax, biases and residuals
-  as XLA's compiled CPU program counts them (the error function is a polynomial there); looking up rows is free.
+- A multiply-add is 2 FLOPs. `matmul` counts matrix products only (dense layers, attention, pooling, similarities): the
+  figure for model-FLOPs utilisation. `forward` and `training` add norms, activations, softmax, biases and residuals as
+  XLA's compiled CPU program counts them (the error function is a polynomial there); looking up rows is free.
 - Everything is per sample, one volume with its report, padding included: padded positions are computed.
+- A tower is counted as often as the enabled objectives run it: a masked autoencoder runs the encoder a second time, on
+  the visible patches; masked report modelling runs the report encoder on the corrupted report.
 - The backward pass costs each dense layer one product for its weights (unless frozen) and one for its input (unless
-  nothing above it is trained, as for the patch embedding), each product of two activations two more.
-- Not counted: recomputation under `model.remat`, HU windows and augmentation, the optimizer's update.
+  nothing before it is trained, as for the patch embedding), each product of two activations two more.
+- Not counted: recomputation under `model.remat` or `optimizer.gradient_cache`, HU windows and augmentation, the
+  optimizer's update.
 - XLA's own `cost_analysis` counts the body of a scan over layers ONCE whatever its length; do not use it for depth.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass
 from math import prod
 from typing import Any
 
 from ml_collections import ConfigDict
 
-from mg3d_jax.models import presets
-from mg3d_jax.models.presets import TowerPreset
-from mg3d_jax.models.volume_encoder import patch_grid, stem_strides
-
-# Elementwise FLOPs per element: forward, and forward with backward. Measured on XLA:CPU.
-LAYER_NORM = (8, 21)
-GELU_TANH = (8, 20)
-GELU_ERF = (64, 71)
-SOFTMAX = (5, 12)
-ADD = (1, 2)  # bias, residual
-SCALE = (1, 3)
-TYPE_VOCAB = 2
-
-
-@dataclass(frozen=True)
-class Part:
-    """A piece of a tower: one kind of layer, all its repeats. Costs are forward FLOPs of one sample."""
-
-    name: str  # of one of its parameters: what `optimizer.freeze` is matched against
-    parameters: int = 0
-    dense: float = 0.0  # products with weights
-    mixing: float = 0.0  # products of two activations
-    elementwise: tuple[float, float] = (0.0, 0.0)  # forward; forward with backward
-    lookup: bool = False  # a table of embeddings
-
-    def times(self, repeats: int) -> Part:
-        forward, both = self.elementwise
-        costs = (self.dense * repeats, self.mixing * repeats, (forward * repeats, both * repeats))
-        return Part(self.name, self.parameters * repeats, *costs, self.lookup)
+from mg3d_jax.models.mg3d import FIXED_WORD_DIM
+from mg3d_jax.models.volume_encoder import patch_grid
+from mg3d_jax.scaling import parts
+from mg3d_jax.scaling.parts import Part
 
 
 @dataclass(frozen=True)
@@ -59,7 +37,9 @@ class Cost:
     n_total: int
     n_vision: int  # volume encoder
     n_text: int  # report encoder, embedding tables included
-    n_heads: int  # pooling of sentences, projections, temperature
+    n_fusion: int  # cross-modal layers, sentence-conditioned volume features
+    n_decoder: int  # voxel decoder, token head
+    n_heads: int  # the rest: pooling of sentences, projections, temperature
     n_embedding: int  # look-up tables within n_text and n_vision
     n_active: int  # n_total without look-up tables: the parameters that do arithmetic
     forward_flops: float
@@ -67,181 +47,212 @@ class Cost:
     matmul_forward_flops: float
     matmul_training_flops: float
     volume_tokens: int
-    report_tokens: int
-    not_counted: list[str] = field(default_factory=list)  # objectives that this module does not know
+    report_tokens: int  # that the alignment reads
 
     def as_dict(self) -> dict[str, Any]:
         return asdict(self)
 
 
+@dataclass(frozen=True)
+class Pass:
+    """One run through a piece of the model: parts in order, `rows` times per sample."""
+
+    parts: list[Part]
+    rows: int = 1
+    after_trained: bool = False  # its input already depends on trained parameters
+
+
 def count(config: ConfigDict, vocab_size: int | None = None) -> Cost:
     """Parameters and per-sample FLOPs of `config`. `vocab_size` is the tokenizer's (default: `data.vocab_size`)."""
-    volume, report = volume_parts(config), report_parts(config, vocab_size or config.data.vocab_size)
-    chains = (volume, report)
-    loss = objective_part(config)
-    parts = [part for chain in chains for part in chain] + [loss]
-    trained = [_training(chain, config.optimizer.freeze) for chain in chains] + [(4 * loss.mixing, 4 * loss.mixing)]
+    vocab_size = vocab_size or config.data.vocab_size
+    inventory = parameter_parts(config, vocab_size)
 
-    def parameters(prefix: str) -> int:
-        return sum(part.parameters for part in parts if part.name.startswith(prefix))
+    def parameters(*prefixes: str) -> int:
+        return sum(part.parameters for part in inventory if part.name.startswith(prefixes))
 
-    total = sum(part.parameters for part in parts)
-    vision, text = parameters("volume_encoder/"), parameters("report_encoder/")
-    embedding = sum(part.parameters for part in parts if part.lookup)
-    matmul = sum(part.dense + part.mixing for part in parts)
+    total, vision, text = parameters(""), parameters("volume_encoder/"), parameters("report_encoder/")
+    fusion = parameters("fusion/", "sentence_conditioned_volume/")
+    decoder = parameters("voxel_decoder/", "token_head/")
+    embedding = sum(part.parameters for part in inventory if part.lookup)
+    flops = [_flops(one, config.optimizer.freeze) for one in passes(config, vocab_size)]
+    forward, training, matmul_forward, matmul_training = (sum(column) for column in zip(*flops, strict=True))
     return Cost(
         n_total=total,
         n_vision=vision,
         n_text=text,
-        n_heads=total - vision - text,
+        n_fusion=fusion,
+        n_decoder=decoder,
+        n_heads=total - vision - text - fusion - decoder,
         n_embedding=embedding,
         n_active=total - embedding,
-        forward_flops=matmul + sum(part.elementwise[0] for part in parts),
-        training_flops=sum(both for both, _ in trained),
-        matmul_forward_flops=matmul,
-        matmul_training_flops=sum(products for _, products in trained),
-        volume_tokens=prod(patch_grid(config.model.volume_size, config.model.volume_encoder.patch_size)),
-        report_tokens=report_length(config),
-        not_counted=sorted(name for name, one in config.objectives.items() if name != "alignment" and one.weight > 0),
+        forward_flops=forward,
+        training_flops=training,
+        matmul_forward_flops=matmul_forward,
+        matmul_training_flops=matmul_training,
+        volume_tokens=volume_tokens(config),
+        report_tokens=prod(report_shape(config)[:2]),
     )
 
 
-def _training(chain: Sequence[Part], frozen: Sequence[str]) -> tuple[float, float]:
-    """Forward with backward of a chain of parts: all FLOPs, and those of matrix products only."""
-    total = products = 0.0
-    upstream = False  # is anything before this part trained, so that its input needs a gradient?
-    for part in chain:
+def _flops(one: Pass, frozen: Sequence[str]) -> tuple[float, float, float, float]:
+    """Forward, training, and the matrix products of both, of one pass."""
+    forward = training = matmul_forward = matmul_training = 0.0
+    upstream = one.after_trained  # is anything before this part trained, so that its input needs a gradient?
+    for part in one.parts:
         own = part.parameters > 0 and not any(re.fullmatch(pattern, part.name) for pattern in frozen)
-        matmul = part.dense * (1 + own + upstream) + part.mixing * (1 + 2 * upstream)
-        products += matmul
-        total += matmul + part.elementwise[own or upstream]
+        once = part.dense + part.mixing + part.constant
+        both = part.dense * (1 + own + upstream) + part.mixing * (1 + 2 * upstream) + part.constant * (1 + upstream)
+        both += part.again * upstream
+        matmul_forward += once
+        matmul_training += both
+        forward += once + part.elementwise[0]
+        training += both + part.elementwise[own or upstream]
         upstream |= own
-    return total, products
+    return tuple(one.rows * value for value in (forward, training, matmul_forward, matmul_training))
 
 
-def report_length(config: ConfigDict) -> int:
-    """Tokens of the report that the text tower reads."""
-    options = config.objectives.alignment
-    return (
-        min(options.report_tokens, config.data.max_tokens)
-        if options.report_view == "sentences"
-        else config.data.max_tokens
-    )
+def volume_tokens(config: ConfigDict) -> int:
+    """Patches of a volume."""
+    return prod(patch_grid(tuple(config.model.volume_size), tuple(config.model.volume_encoder.patch_size)))
 
 
-def volume_parts(config: ConfigDict) -> list[Part]:
-    """The volume tower with its projection, in the order of computation."""
-    model, encoder = config.model, config.model.volume_encoder
-    preset = presets.volume_preset(encoder.preset)
-    tokens = prod(patch_grid(model.volume_size, encoder.patch_size))
-    root = "volume_encoder"
-    parts = _stem(config, preset.width, tokens)
-    if encoder.positions == "learned":
-        parts.append(
-            Part(f"{root}/positions", tokens * preset.width, elementwise=_each(ADD, tokens * preset.width), lookup=True)
+def visible_tokens(config: ConfigDict) -> int:
+    """Patches that the masked pass of the volume encoder sees."""
+    tokens = volume_tokens(config)
+    hidden = round(tokens * config.objectives.volume_reconstruction.mask_ratio)
+    return tokens - min(max(hidden, 1), tokens - 1)
+
+
+def report_shape(config: ConfigDict) -> tuple[int, int, int]:
+    """Texts per sample that the text tower reads for the alignment, tokens of each, and sentences of each."""
+    options, data = config.objectives.alignment, config.data
+    if options.report_view == "sentences":
+        return min(options.report_sentences, data.max_sentences), options.sentence_tokens, 1
+    return 1, data.max_tokens, data.max_sentences
+
+
+@dataclass(frozen=True)
+class Enabled:
+    """What the enabled objectives make the model compute (as `models.mg3d.MG3D.__call__` decides it)."""
+
+    alignment: bool
+    fused_pair: bool
+    voxels: bool
+    words: bool
+    matching: bool
+    discrimination: bool
+    reads_text: bool  # the voxel decoder reads the report
+
+    @classmethod
+    def of(cls, config: ConfigDict) -> Enabled:
+        options = config.objectives
+        on = {name: options[name].weight > 0 for name in options}
+        return cls(
+            alignment=on["alignment"],
+            fused_pair=on["alignment"] and options.alignment.fused_weight > 0,
+            voxels=on["volume_reconstruction"],
+            words=on["report_reconstruction"],
+            matching=on["matching"],
+            discrimination=on["discrimination"],
+            reads_text=on["volume_reconstruction"] and options.volume_reconstruction.read_report,
         )
-    if encoder.num_registers:
-        parts.append(Part(f"{root}/registers", encoder.num_registers * preset.width))
-    length = tokens + encoder.num_registers
-    parts += _stack(
-        f"{root}/stack", preset, length, GELU_TANH, qk_norm=encoder.qk_norm, layer_scale=encoder.layer_scale
-    )
-    parts.append(_norm(f"{root}/norm", tokens, preset.width))
-    if encoder.pooling == "attention":
-        parts += _pool(f"{root}/pool", tokens, preset.width, preset.num_heads)
-    return [*parts, _dense("volume_projection/out", 1, preset.width, model.projection_dim, bias=False)]
+
+    @property
+    def fusion_outputs(self) -> tuple[str, ...]:
+        volume, report = self.discrimination or self.fused_pair, self.words or self.fused_pair
+        return ("volume",) * volume + ("report",) * report
 
 
-def report_parts(config: ConfigDict, vocab_size: int) -> list[Part]:
-    """The report tower with its pooling and projection, in the order of computation."""
-    model, preset = config.model, presets.report_preset(config.model.report_encoder.preset)
-    length, sentences, root = report_length(config), config.data.max_sentences, "report_encoder"
-    rows = {"word": vocab_size, "position": model.report_encoder.max_positions, "type": TYPE_VOCAB}
-    parts = [Part(f"{root}/{name}_embedding", count * preset.width, lookup=True) for name, count in rows.items()]
-    parts.append(_norm(f"{root}/embedding_norm", length, preset.width))
-    parts += _stack(f"{root}/stack", preset, length, GELU_ERF)
-    # The mean of each sentence is a product with a constant matrix: one product back, not two.
-    parts.append(Part("sentence_means", mixing=2.0 * sentences * length * preset.width * 2 / 3))
-    parts += _pool("report_pool", sentences, preset.width, preset.num_heads)
-    return [*parts, _dense("report_projection/out", 1, preset.width, model.projection_dim, bias=False)]
+def parameter_parts(config: ConfigDict, vocab_size: int) -> list[Part]:
+    """Every part with parameters, once. Both towers and their embeddings always exist: every run can be evaluated."""
+    on, widths = Enabled.of(config), parts.Widths.of(config)
+    shape = report_shape(config)
+    found = parts.volume_tower(config, volume_tokens(config)) + parts.volume_embedding(config)
+    found += parts.report_tower(config, vocab_size, shape[1]) + parts.report_embedding(config, shape[2])
+    found.append(Part("logit_scale", 1))
+    if config.objectives.alignment.form == "sigmoid":
+        found.append(Part("logit_bias", 1))
+    if on.fusion_outputs:
+        found += parts.fusion(config, config.data.max_tokens, on.fusion_outputs)
+    if on.matching or on.discrimination:
+        found += parts.sentence_conditioned_volume(config)
+    if on.discrimination:
+        found.append(parts.dense("fused_volume_projection/out", 1, widths.volume, widths.matching, bias=False))
+    if on.fused_pair:
+        found += parts.fused_pair_projections(config)
+    if on.voxels:
+        found += parts.voxel_decoder(config, visible_tokens(config), on.reads_text)
+    if on.words:
+        found += parts.token_head(config, vocab_size)
+        found.append(parts.dense("sentence_projection/out", 1, widths.report, widths.matching, bias=False))
+    return found
 
 
-def objective_part(config: ConfigDict) -> Part:
-    """InfoNCE: a row of the similarity matrix per sample; backward, the row once more and two products."""
-    return Part("logit_scale", 1, mixing=2.0 * config.data.batch_size * config.model.projection_dim)
+def passes(config: ConfigDict, vocab_size: int) -> list[Pass]:
+    """What one training step computes for a sample, as `models.mg3d.MG3D.__call__` does it."""
+    on, data = Enabled.of(config), config.data
+    texts, length, sentences = report_shape(config)
+    tokens, found = volume_tokens(config), []
+    whole_volume = on.alignment or on.words or on.matching or on.discrimination
+    whole_report = on.words or on.matching or on.discrimination or on.fused_pair or on.reads_text
+    if whole_volume:
+        embedding = parts.volume_embedding(config) if on.alignment else []
+        found.append(Pass(parts.volume_tower(config, tokens) + embedding))
+    if on.alignment:
+        text = [*parts.report_tower(config, vocab_size, length), parts.sentence_means(config, length, sentences)]
+        found.append(Pass(text + parts.report_embedding(config, sentences), rows=texts))
+    if whole_report:
+        means = [parts.sentence_means(config, data.max_tokens, data.max_sentences)]
+        if config.objectives.alignment.report_view == "sentences" or not on.alignment:
+            found.append(Pass(parts.report_tower(config, vocab_size, data.max_tokens) + means))
+        if on.matching:  # the targets are means without a gradient
+            found.append(Pass(means))
+    found += [Pass(chain, after_trained=True) for chain in _cross_modal(config, vocab_size, on)]
+    if on.voxels:
+        decoder = parts.voxel_decoder(config, visible_tokens(config), on.reads_text)
+        found.append(Pass(parts.volume_tower(config, tokens, visible_tokens(config)) + decoder))
+    if on.words:
+        found.append(Pass(parts.report_tower(config, vocab_size, data.max_tokens)))
+    return [*found, *(Pass(chain, after_trained=True) for chain in _similarities(config, on))]
 
 
-def _each(cost: tuple[int, int], elements: int) -> tuple[float, float]:
-    return float(cost[0] * elements), float(cost[1] * elements)
-
-
-def _sum(*costs: tuple[float, float]) -> tuple[float, float]:
-    return sum(one[0] for one in costs), sum(one[1] for one in costs)
-
-
-def _dense(name: str, tokens: int, inputs: int, outputs: int, *, bias: bool = True) -> Part:
-    added = _each(ADD, tokens * outputs) if bias else (0.0, 0.0)
-    return Part(f"{name}/kernel", (inputs + bias) * outputs, 2.0 * tokens * inputs * outputs, elementwise=added)
-
-
-def _norm(name: str, tokens: int, width: int) -> Part:
-    return Part(f"{name}/scale", 2 * width, elementwise=_each(LAYER_NORM, tokens * width))
-
-
-def _attention(name: str, queries: int, keys: int, width: int, heads: int) -> list[Part]:
-    """Projections of `queries` and `keys` tokens, and their attention."""
-    weights = _each(SOFTMAX, heads * queries * keys)
-    return [
-        _dense(f"{name}/query", queries, width, width),
-        _dense(f"{name}/key", keys, width, width),
-        _dense(f"{name}/value", keys, width, width),
-        Part(f"{name}/mix", mixing=4.0 * queries * keys * width, elementwise=weights),
-        _dense(f"{name}/out", queries, width, width),
-    ]
-
-
-def _pool(name: str, tokens: int, width: int, heads: int) -> list[Part]:
-    return [Part(f"{name}/query", width), *_attention(f"{name}/attention", 1, tokens, width, heads)]
-
-
-def _stack(
-    root: str,
-    preset: TowerPreset,
-    length: int,
-    gelu: tuple[int, int],
-    *,
-    qk_norm: bool = False,
-    layer_scale: float = 0.0,
-) -> list[Part]:
-    name, width, elements = f"{root}/blocks/block", preset.width, length * preset.width
-    block = _attention(f"{name}/attention", length, length, width, preset.num_heads)
-    if qk_norm:
-        norm = Part(
-            f"{name}/attention/query_norm/scale", width // preset.num_heads, elementwise=_each(LAYER_NORM, elements)
+def _cross_modal(config: ConfigDict, vocab_size: int, on: Enabled) -> Iterable[list[Part]]:
+    """Chains that read both towers."""
+    widths, length = parts.Widths.of(config), config.data.max_tokens
+    if on.matching or on.discrimination:
+        yield parts.sentence_conditioned_volume(config)
+    if on.discrimination or on.fused_pair:
+        yield parts.fusion(config, length, ("volume", "report") if on.fused_pair else ("volume",))
+    if on.discrimination:
+        yield [parts.dense("fused_volume_projection/out", 1, widths.volume, widths.matching, bias=False)]
+    if on.fused_pair:
+        yield parts.fused_pair_projections(config)
+    if on.words:
+        yield parts.fusion(config, length, ("report",)) + parts.token_head(config, vocab_size)
+        yield [parts.sentence_means(config, length, config.data.max_sentences)]
+        projected = parts.dense(
+            "sentence_projection/out", config.data.max_sentences, widths.report, widths.matching, bias=False
         )
-        block += [norm, norm]
-    block += [_norm(f"{name}/{branch}_layer_norm", length, width) for branch in ("attention", "mlp")]
-    up = _dense(f"{name}/mlp/up", length, width, preset.mlp_dim)
-    block += [up, Part(f"{name}/mlp/gelu", elementwise=_each(gelu, length * preset.mlp_dim))]
-    block += [_dense(f"{name}/mlp/down", length, preset.mlp_dim, width)]
-    block += [Part(f"{name}/residual", elementwise=_each(ADD, 2 * elements))]
-    if layer_scale:
-        block += [Part(f"{name}/attention_scale/scale", width, elementwise=_each(SCALE, elements))] * 2
-    return [part.times(preset.depth) for part in block]
+        yield [projected, projected]  # of the reconstructed and of the original sentences
 
 
-def _stem(config: ConfigDict, width: int, tokens: int) -> list[Part]:
-    """Patch embedding: one matrix product, or strided convolutions (each a reshape and a product) and then one."""
-    name, patch = "volume_encoder/patch_embedding", config.model.volume_encoder.patch_size
-    channels, grid = len(config.data.windows), tuple(config.model.volume_size)
-    if config.model.volume_encoder.stem == "linear":
-        return [_dense(name, tokens, prod(patch) * channels, width)]
-    parts, strides = [], stem_strides(patch)
-    for level, stride in enumerate(strides):
-        outputs = max(16, width >> (len(strides) - level))
-        grid = patch_grid(grid, stride)
-        parts.append(_dense(f"{name}/conv_{level}", prod(grid), prod(stride) * channels, outputs))
-        parts.append(_norm(f"{name}/norm_{level}", prod(grid), outputs))
-        parts.append(Part(f"{name}/gelu_{level}", elementwise=_each(GELU_TANH, prod(grid) * outputs)))
-        channels = outputs
-    return [*parts, _dense(f"{name}/out", prod(grid), channels, width)]
+def _similarities(config: ConfigDict, on: Enabled) -> Iterable[list[Part]]:
+    """Rows of similarity matrices, which the backward pass makes again."""
+    widths, batch, sentences = parts.Widths.of(config), config.data.batch_size, config.data.max_sentences
+
+    def row(length: int, width: int) -> Part:
+        products = 2.0 * length * width
+        return Part("similarity", mixing=products, again=products)
+
+    if on.alignment:
+        yield [row(report_shape(config)[0] * batch, widths.projection)]
+    if on.fused_pair:
+        yield [row(batch, 2 * widths.projection)]
+    if on.discrimination:
+        yield [row(batch, widths.matching)]
+    if on.matching:
+        source = config.objectives.matching.sentence_source
+        width = FIXED_WORD_DIM if source == "words" else widths.report
+        pairs = sentences * batch * sentences
+        # The similarities of the targets have no gradient, but the backward pass makes them again.
+        yield [row(pairs, widths.matching), Part("targets", constant=2.0 * pairs * width)]

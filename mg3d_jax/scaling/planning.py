@@ -107,8 +107,6 @@ def plan_table(sweep: Sweep, planned: Sequence[Planned]) -> str:
     text.append(f"N is {sweep.model_size}, D is {sweep.data_size}, the law describes {sweep.loss}")
     if any(one.records is None for one in planned):
         text.append("records, samples and FLOPs are not known: data.train or data.valid is not prepared yet")
-    if names := sorted({name for one in planned for name in one.cost.not_counted}):
-        text.append(f"FLOPs do not include the objectives {', '.join(names)}")
     return "\n".join(text)
 
 

@@ -31,7 +31,7 @@ COMPARABLE = (
     "objectives.alignment.learn_temperature",
     "objectives.alignment.report_view",
     "objectives.alignment.report_sentences",
-    "objectives.alignment.report_tokens",
+    "objectives.alignment.sentence_tokens",
 )
 IN_TABLE = (
     "model", "patients", "seed", "n_total", "n_active", "n_vision", "n_text", "n_heads",

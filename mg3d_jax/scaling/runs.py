@@ -89,7 +89,8 @@ def _one(sweep: Sweep, run: Run, workdir: Path, trainer: Trainer, stop: Stop, la
     print(f"{label}: {verb}", flush=True)
     start = time.monotonic()
     with lease:
-        _train(run, folder, trainer, lease, stop)
+        if states.summary_problem(folder, run) is not None:  # else somebody has finished it since we looked
+            _train(run, folder, trainer, lease, stop)
     after = states.status(workdir, run)
     took = format_seconds(time.monotonic() - start)
     if after.state == states.DONE:

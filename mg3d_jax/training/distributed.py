@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import jax
+import orbax.checkpoint as ocp
 
 from mg3d_jax.errors import UserError
 
@@ -164,6 +165,16 @@ def _jobset(environment: Mapping[str, str]) -> Place:
     name, job = environment["JOBSET_NAME"], environment["REPLICATED_JOB_NAME"]
     coordinator = f"{name}-{job}-0-0.{name}:{JOBSET_PORT}"
     return Place("jobset", coordinator, int(environment["MG3D_NUM_PODS"]), int(environment["JOB_COMPLETION_INDEX"]))
+
+
+def barrier(name: str, minutes: float = 60) -> None:
+    """Waits until all processes of the run are here; `name` must be new each time. One process passes through.
+
+    Unlike a collective on the devices it lets the others be minutes late (compiling, reading): collectives give up after
+    half a minute when they are first used.
+    """
+    if jax.process_count() > 1:
+        ocp.multihost.get_barrier_sync_fn()(key=f"mg3d/{name}", timeout_ms=round(minutes * 60_000))
 
 
 def check_devices(expected: int | None, environment: Mapping[str, str]) -> None:

@@ -52,38 +52,44 @@ def augment(key: jax.Array, volume: jax.Array, options: ConfigDict) -> jax.Array
     return hounsfield
 
 
-def sentence_view(
-    key: jax.Array, batch: dict[str, jax.Array], *, sentences: int, tokens: int, max_sentences: int, pad_id: int
+def sentence_views(
+    key: jax.Array, text: dict[str, jax.Array], *, sentences: int, tokens: int, max_sentences: int, special: dict[str, int]
 ) -> dict[str, jax.Array]:
-    """A random subset of each report's sentences, as a shorter report in the original order.
+    """A random choice of each report's sentences, each as a text of its own: [CLS] sentence [SEP].
 
-    Prompts are single sentences: a text tower that only ever saw whole reports is not at home with them.
+    Prompts are single sentences, and so are these views: a text tower that only ever saw whole reports is not at home
+    with a prompt (`docs/objectives.md` has the comparison).
 
     Args:
-        sentences: how many to keep (fewer where a report has fewer).
-        tokens: length of the result; what does not fit is cut.
+        text: the text fields of a batch, [B, T].
+        sentences: how many to draw per report, K; without replacement.
+        tokens: L, special tokens included; a longer sentence is cut.
 
     Returns:
-        `token_ids, token_mask, sentence_index, word_index`, each `[B, tokens]`, with [CLS] and [SEP] kept.
+        `token_ids`, `token_mask`, `sentence_index` [B, K, L], and `view_id` int32 [B, K], equal for equal sentences. Where
+        a report has fewer than K sentences, the views left over have `sentence_index` 0 throughout.
     """
-    index, mask = batch["sentence_index"], batch["token_mask"]
-    scores = jax.random.uniform(key, (index.shape[0], max_sentences))
-    numbers = jnp.arange(1, max_sentences + 1)
+    index, numbers = text["sentence_index"], jnp.arange(1, max_sentences + 1)
     exists = jnp.any(index[:, :, None] == numbers, axis=1)  # [B, S]
-    scores = jnp.where(exists, scores, -1.0)
-    threshold = jax.lax.top_k(scores, min(sentences, max_sentences))[0][:, -1:]
-    chosen = exists & (scores >= threshold)
-    of_token = jnp.take_along_axis(jnp.pad(chosen, ((0, 0), (1, 0)), constant_values=True), index, axis=1)
-    keep = mask & of_token
-    # The last kept token is [SEP]; it must survive the cut, so at most tokens - 1 others stay before it.
-    is_last = keep & (jnp.flip(jnp.cumsum(jnp.flip(keep, 1), axis=1), 1) == 1)
-    keep &= (jnp.cumsum(keep, axis=1) <= tokens - 1) | is_last
-    order = jnp.argsort(~keep, axis=1, stable=True)[:, :tokens]
-    kept = jnp.take_along_axis(keep, order, axis=1)
-    fills = {"token_ids": pad_id, "token_mask": False, "sentence_index": 0, "word_index": 0}
+    scores = jnp.where(exists, jax.random.uniform(key, exists.shape), -1.0)
+    chosen = jax.lax.top_k(scores, min(sentences, max_sentences))[1]  # [B, K]
+    there = jnp.take_along_axis(exists, chosen, axis=1)[..., None]  # [B, K, 1]
+    member = (index[:, None, :] == numbers[chosen][..., None]) & there  # [B, K, T]
+    length = jnp.minimum(jnp.sum(member, axis=-1, keepdims=True), tokens - 2)  # [B, K, 1]
+    position = jnp.arange(tokens)
+    source = jnp.clip(jnp.argmax(member, axis=-1)[..., None] + position - 1, 0, index.shape[1] - 1)
+    ids = jnp.take_along_axis(text["token_ids"][:, None, :], source, axis=2)
+    inside = (position >= 1) & (position <= length)
+    ids = jnp.where(inside, ids, special["[PAD]"])
+    ids = jnp.where(position == length + 1, special["[SEP]"], ids).at[..., 0].set(special["[CLS]"])
+    # A polynomial hash modulo 2^32: equal sentences must be found without a table of all sentences.
+    powers = jnp.uint32(1_000_003) ** position.astype(jnp.uint32)
+    view_id = jnp.sum(ids.astype(jnp.uint32) * powers, axis=-1, dtype=jnp.uint32).astype(jnp.int32)
     return {
-        name: jnp.where(kept, jnp.take_along_axis(batch[name], order, axis=1), jnp.asarray(fill, batch[name].dtype))
-        for name, fill in fills.items()
+        "token_ids": ids,
+        "token_mask": position <= length + 1,
+        "sentence_index": jnp.where(inside & there, 1, 0),
+        "view_id": view_id,
     }
 
 
@@ -102,7 +108,8 @@ def model_inputs(
         special: ids of the special tokens by name, "[PAD]" and "[MASK]" among them.
 
     Returns:
-        `volume` [B, X, Y, Z, C]; `report`, the text fields that the report embedding reads; and for the objectives that
+        `volume` [B, X, Y, Z, C]; `report`, the text fields that the report embedding reads, [B, T] for whole reports or
+        [B, K, L] for single sentences (with `full_report` [B, T] beside them); and for the objectives that
         need them `full_report`, `visible`, `patch_mask` (`objectives.masking`), `corrupted_ids`, `selected`.
     """
     augment_key, view_key, patch_key, word_key = jax.random.split(key, 4)
@@ -114,13 +121,13 @@ def model_inputs(
     options = config.objectives.alignment
     if options.report_view == "sentences":
         inputs["full_report"] = text
-        inputs["report"] = sentence_view(
+        inputs["report"] = sentence_views(
             view_key,
             text,
             sentences=options.report_sentences,
-            tokens=min(options.report_tokens, config.data.max_tokens),
+            tokens=options.sentence_tokens,
             max_sentences=config.data.max_sentences,
-            pad_id=special["[PAD]"],
+            special=special,
         )
     if "volume_reconstruction" in names:
         inputs["visible"], inputs["patch_mask"] = patch_mask(patch_key, volume.shape[0], config)

@@ -17,7 +17,6 @@ from typing import Any
 
 import jax
 import numpy as np
-from jax.experimental import multihost_utils
 from ml_collections import ConfigDict
 from tokenizers import Tokenizer
 
@@ -28,9 +27,9 @@ from mg3d_jax.data.tokens import ReportTokenizer, load_tokenizer, save_tokenizer
 from mg3d_jax.errors import UserError
 from mg3d_jax.progress import Progress
 from mg3d_jax.scaling import flops
+from mg3d_jax.training import distributed, tables
 from mg3d_jax.training import state as state_lib
 from mg3d_jax.training import step as step_lib
-from mg3d_jax.training import tables
 from mg3d_jax.training.checkpoints import Checkpoints, check_same_run
 from mg3d_jax.training.clock import Clock
 from mg3d_jax.training.schedule import total_steps
@@ -98,9 +97,8 @@ class Trainer:
             if self.writer:
                 self.writer.close()
             stop.restore_handler()
-        if jax.process_count() > 1:
-            # Process 0 finishes a checkpoint last, and launchers may stop the others once one has left.
-            multihost_utils.sync_global_devices("saved")
+        # Process 0 finishes a checkpoint last, and launchers may stop the others once one has left.
+        distributed.barrier("saved")
         if not finished:
             return PREEMPTED
         if self.writes:
@@ -155,6 +153,7 @@ class Trainer:
         if self.writes:
             records = f"{len(self.data):,} of {self.data.patients:,} patients"
             tables.start_table(self.setup, compiled, data={"records": records}, flops=self.flops)
+        distributed.barrier("compiled")
         return compiled
 
     def _log(self, step: int, metrics: dict) -> str:
@@ -268,8 +267,7 @@ def run_tokenizer(config: ConfigDict, workdir: Path) -> ReportTokenizer:
         save_tokenizer(_make_tokenizer(config), partial)
         shutil.rmtree(folder, ignore_errors=True)
         os.replace(partial, folder)
-    if jax.process_count() > 1:
-        multihost_utils.sync_global_devices("tokenizer")  # the others read what process 0 wrote
+    distributed.barrier("tokenizer")  # the others read what process 0 wrote
     return ReportTokenizer(load_tokenizer(str(folder)), config.data.max_tokens, config.data.max_sentences)
 
 

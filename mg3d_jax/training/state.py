@@ -14,6 +14,7 @@ from ml_collections import ConfigDict
 
 from mg3d_jax import batch as batch_contract
 from mg3d_jax import sharding
+from mg3d_jax.data.tokens import SPECIAL_TOKENS
 from mg3d_jax.models.attention import choose_backend
 from mg3d_jax.models.mg3d import MG3D
 from mg3d_jax.models.presets import report_preset, volume_preset
@@ -54,7 +55,7 @@ def dummy_inputs(config: ConfigDict, batch_size: int = 1) -> dict[str, Any]:
     """Zeros of the shapes that the model takes; enough to trace it."""
     shapes = batch_contract.shapes(batch_size, tuple(config.model.volume_size), config.data.max_tokens, 1)
     batch = {k: jax.ShapeDtypeStruct(shapes[k], field.dtype) for k, field in batch_contract.FIELDS.items()}
-    options = {"special": {"[PAD]": 0, "[MASK]": 1}, "vocab_size": 8, "train": False}  # shapes do not depend on them
+    options = {"special": dict.fromkeys(SPECIAL_TOKENS, 0), "vocab_size": 8, "train": False}  # shapes do not depend on them
     inputs = jax.eval_shape(lambda b: model_inputs(b, jax.random.key(0), config, **options), batch)
     return jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), inputs)
 

@@ -12,12 +12,14 @@ import optax
 
 from mg3d_jax import sharding
 from mg3d_jax.objectives.gradient_cache import cached_value_and_grad
-from mg3d_jax.objectives.multitask import multitask_loss, per_patient
+from mg3d_jax.objectives.multitask import CENTERS, multitask_loss, per_patient
 from mg3d_jax.training import inputs as step_inputs
 from mg3d_jax.training.optimizer import freeze
 from mg3d_jax.training.state import Setup, State
 
 Batch = dict[str, jax.Array]
+
+CENTER_RATE = 0.1  # share of the distance to the batch mean that a projection's bias goes per step
 
 
 class Losses:
@@ -90,7 +92,7 @@ def train_step(setup: Setup, special: dict[str, int]) -> Callable[[State, Batch]
         key = jax.random.fold_in(jax.random.key(config.seed), state["step"])
         grads, metrics = gradients(state["params"], batch, key)
         updates, opt_state = setup.tx.update(grads, state["opt_state"], state["params"])
-        params = optax.apply_updates(state["params"], updates)
+        params, metrics = follow_centers(optax.apply_updates(state["params"], updates), metrics, setup.factors)
         metrics |= {"gradient_norm": optax.tree.norm(grads), "learning_rate": setup.learning_rate(state["step"])}
         return {"params": params, "opt_state": opt_state, "step": state["step"] + 1}, metrics
 
@@ -102,11 +104,28 @@ def train_step(setup: Setup, special: dict[str, int]) -> Callable[[State, Batch]
     ))  # fmt: skip
 
 
+def follow_centers(params: Any, metrics: dict, factors: Any) -> tuple[Any, dict]:
+    """Moves the biases of the projections against the batch means that the alignment subtracted; see `multitask.CENTERS`.
+
+    Returns the parameters, and the metrics without those means. A frozen projection stays.
+    """
+    params, scalars = dict(params), {}
+    for name, value in metrics.items():
+        if not name.startswith(CENTERS):
+            scalars[name] = value
+            continue
+        projection = name.removeprefix(CENTERS)
+        if factors[projection]["out"]["bias"]:
+            out = params[projection]["out"]
+            params[projection] = params[projection] | {"out": out | {"bias": out["bias"] - CENTER_RATE * value}}
+    return params, scalars
+
+
 def evaluation_step(setup: Setup, special: dict[str, int]) -> Callable[[Any, Batch, jax.Array], dict]:
     """The jitted held-out loss `(params, batch, key) -> metrics`: no augmentation, no dropout."""
     loss_fn, whole = Losses(setup, special, train=False), sharding.replicated(setup.mesh)
     return _in_mesh(setup, jax.jit(
-        lambda params, batch, key: loss_fn(params, batch, key)[1],
+        lambda params, batch, key: {k: v for k, v in loss_fn(params, batch, key)[1].items() if not k.startswith(CENTERS)},
         in_shardings=(setup.shardings["params"], sharding.batch_sharding(setup.mesh), whole),
         out_shardings=whole,
     ))  # fmt: skip

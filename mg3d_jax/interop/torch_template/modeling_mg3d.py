@@ -71,6 +71,7 @@ class MG3DConfig(PretrainedConfig):
         report_sentences: int = 0,
         report_tokens: int = 0,
         projection_dim: int = 512,
+        logit_bias: bool = False,
         **kwargs,
     ):
         self.orientation = "RAS"
@@ -87,7 +88,7 @@ class MG3DConfig(PretrainedConfig):
         self.report_heads, self.report_mlp_dim = report_heads, report_mlp_dim
         self.max_tokens, self.max_sentences = max_tokens, max_sentences
         self.report_sentences, self.report_tokens = report_sentences, report_tokens
-        self.projection_dim = projection_dim
+        self.projection_dim, self.logit_bias = projection_dim, logit_bias
         super().__init__(**{key: value for key, value in kwargs.items() if key != "orientation"})
 
 
@@ -215,6 +216,8 @@ class VolumeEncoder(nn.Module):
         self.norm = nn.LayerNorm(width, eps=config.volume_norm_eps)
         if self.pooling == "attention":
             self.pool = AttentionPool(width, config.volume_heads)
+        elif self.pooling == "flatten":
+            self.flatten = nn.Linear(patches * width, width)
 
     def forward(self, volume: Tensor) -> tuple[Tensor, Tensor]:
         tokens = self.patch_embedding(volume)
@@ -226,7 +229,9 @@ class VolumeEncoder(nn.Module):
         for block in self.blocks:
             tokens = block(tokens)
         tokens = self.norm(tokens[:, self.num_registers :])
-        return tokens, self.pool(tokens) if self.pooling == "attention" else tokens.mean(1)
+        if self.pooling == "attention":
+            return tokens, self.pool(tokens)
+        return tokens, self.flatten(tokens.flatten(1)) if self.pooling == "flatten" else tokens.mean(1)
 
 
 class ReportEncoder(nn.Module):
@@ -354,9 +359,10 @@ class MG3DModel(PreTrainedModel):
         super().__init__(config)
         self.volume_encoder, self.report_encoder = VolumeEncoder(config), ReportEncoder(config)
         self.report_pool = AttentionPool(config.report_width, config.report_heads)
-        self.volume_projection = nn.Linear(config.volume_width, config.projection_dim, bias=False)
-        self.report_projection = nn.Linear(config.report_width, config.projection_dim, bias=False)
+        self.volume_projection = nn.Linear(config.volume_width, config.projection_dim)
+        self.report_projection = nn.Linear(config.report_width, config.projection_dim)
         self.logit_scale = nn.Parameter(torch.zeros(()))
+        self.logit_bias = nn.Parameter(torch.zeros(())) if config.logit_bias else 0.0  # of the sigmoid (SigLIP) loss
         self.post_init()
 
     def _init_weights(self, module: nn.Module) -> None:
@@ -447,5 +453,5 @@ class MG3DModel(PreTrainedModel):
         volume, volume_tokens = self.encode_volume(hu, return_tokens=True)
         report, report_tokens = self.encode_report(input_ids, attention_mask, sentence_index, return_tokens=True)
         scale = self.logit_scale.exp().clamp(max=MAX_LOGIT_SCALE)
-        output = MG3DOutput(scale * volume @ report.T, volume, report, volume_tokens, report_tokens)
+        output = MG3DOutput(scale * volume @ report.T + self.logit_bias, volume, report, volume_tokens, report_tokens)
         return output if return_dict else output.to_tuple()

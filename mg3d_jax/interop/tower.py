@@ -1,0 +1,119 @@
+"""One imported tower as a folder: `tower.json` (kind, sizes, source) and `tower.safetensors` (parameters by path).
+
+`mg3d import` writes such folders; a run starts from one by `model.volume_encoder.pretrained` or
+`model.report_encoder.pretrained`.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import flax.linen as nn
+import numpy as np
+from flax.traverse_util import flatten_dict, unflatten_dict
+from safetensors.numpy import load_file, save_file
+
+from mg3d_jax.errors import UserError
+from mg3d_jax.models.positions import Grid, interpolate
+from mg3d_jax.models.report_encoder import ReportEncoder
+from mg3d_jax.models.swin import SwinEncoder
+from mg3d_jax.models.volume_encoder import VolumeEncoder, patch_grid
+
+MODULES: dict[str, type[nn.Module]] = {"vit": VolumeEncoder, "swin": SwinEncoder, "bert": ReportEncoder}
+FRESH = ("pool/", "flatten/")  # heads that no imported tower has
+MAX_LISTED = 12
+
+
+@dataclass(frozen=True)
+class Tower:
+    """An encoder's kind ("vit", "swin" or "bert"), the fields of its module, its parameters, and their source."""
+
+    kind: str
+    encoder: dict[str, Any]
+    params: dict
+    source: str
+    unused: list[str] = field(default_factory=list)
+
+    def module(self, **options: Any) -> nn.Module:
+        """The Linen module that these parameters fit; `options` are further fields (dtype, remat, pooling, ...)."""
+        return MODULES[self.kind](**self.encoder | options)
+
+    @property
+    def parameter_count(self) -> int:
+        return sum(array.size for array in flatten_dict(self.params).values())
+
+
+def save_tower(tower: Tower, folder: Path) -> None:
+    """Writes the folder; `UserError` when it holds something else already."""
+    if folder.exists() and any(folder.iterdir()) and not (folder / "tower.json").is_file():
+        raise UserError(f"{folder} exists and is no imported tower; choose another --out.")
+    folder.mkdir(parents=True, exist_ok=True)
+    arrays = {name: np.ascontiguousarray(array) for name, array in flatten_dict(tower.params, sep="/").items()}
+    save_file(arrays, folder / "tower.safetensors")
+    content = {"kind": tower.kind, "encoder": tower.encoder, "source": tower.source, "unused": tower.unused}
+    (folder / "tower.json").write_text(json.dumps(content, indent=1))
+
+
+def load_tower(folder: Path) -> Tower:
+    """Reads the folder that `save_tower` wrote; `UserError` when it is not one."""
+    try:
+        content = json.loads((folder / "tower.json").read_text())
+        params = unflatten_dict(load_file(folder / "tower.safetensors"), sep="/")
+    except (OSError, ValueError) as error:
+        raise UserError(f"{folder}: is no folder written by `mg3d import` ({error}).") from error
+    encoder = {key: tuple(value) if isinstance(value, list) else value for key, value in content["encoder"].items()}
+    return Tower(content["kind"], encoder, params, content["source"], content["unused"])
+
+
+def at_volume_size(tower: Tower, volume_size: Grid) -> Tower:
+    """The same ViT for another volume size: learned positions are interpolated. Other towers stay as they are."""
+    if tower.kind != "vit" or tower.encoder["volume_size"] == tuple(volume_size):
+        return tower
+    patch = tower.encoder["patch_size"]
+    old, new = patch_grid(tower.encoder["volume_size"], patch), patch_grid(volume_size, patch)
+    params = dict(tower.params)
+    if "positions" in params:
+        params["positions"] = np.asarray(interpolate(params["positions"], old, new))
+    return replace(tower, params=params, encoder=tower.encoder | {"volume_size": tuple(volume_size)})
+
+
+def with_frozen_layers(tower: Tower, frozen_layers: int) -> Tower:
+    """The same tower in the layout of a `Stack` whose first k layers are frozen."""
+    if not frozen_layers:
+        return tower
+    blocks = flatten_dict(tower.params["stack"]["blocks"])
+    depth = tower.encoder["depth"]
+    if frozen_layers > depth:
+        raise UserError(f"frozen_layers={frozen_layers} is more than the {depth} layers of {tower.source}.")
+    stack = {"frozen_blocks": unflatten_dict({name: array[:frozen_layers] for name, array in blocks.items()})}
+    if frozen_layers < depth:
+        stack["blocks"] = unflatten_dict({name: array[frozen_layers:] for name, array in blocks.items()})
+    encoder = tower.encoder | {"frozen_layers": frozen_layers}
+    return replace(tower, params=tower.params | {"stack": stack}, encoder=encoder)
+
+
+def merge(fresh: Mapping, tower: Tower) -> dict:
+    """The freshly initialised parameters of an encoder, with the tower's in their place.
+
+    Raises:
+        UserError: a parameter of the tower has no place or another shape, or one of the encoder (pooling heads apart)
+            is not in the tower; all of them are named with both shapes.
+    """
+    into, loaded = flatten_dict(fresh, sep="/"), flatten_dict(tower.params, sep="/")
+    problems = [
+        f"{name} {list(array.shape)}: unknown to the model" for name, array in loaded.items() if name not in into
+    ]
+    for name, array in into.items():
+        if name in loaded and loaded[name].shape != array.shape:
+            problems.append(f"{name}: {list(loaded[name].shape)} in the checkpoint, {list(array.shape)} in the model")
+        elif name not in loaded and not name.startswith(FRESH):
+            problems.append(f"{name} {list(array.shape)}: missing in the checkpoint")
+    if problems:
+        more = [f"... and {len(problems) - MAX_LISTED} more"] if len(problems) > MAX_LISTED else []
+        listing = "\n  ".join(problems[:MAX_LISTED] + more)
+        raise UserError(f"the weights of {tower.source} do not fit the {tower.kind} encoder:\n  {listing}")
+    return unflatten_dict(into | loaded, sep="/")

@@ -1,0 +1,131 @@
+"""`mg3d attend`: the map lies where it should in the scan's own space, and shows what the model depends on."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+import nibabel as nib
+import numpy as np
+import pytest
+from flax.linen import unbox
+from support import tiny_config
+
+from mg3d_jax.data.tokens import save_tokenizer, train_wordpiece
+from mg3d_jax.errors import UserError
+from mg3d_jax.evaluation import attend
+from mg3d_jax.interop.export_run import Run, reference_model
+from mg3d_jax.models.volume_encoder import patchify
+from mg3d_jax.training.state import dummy_inputs
+
+SPACING = (20.0, 18.0, 20.0)
+
+
+@pytest.fixture(scope="module", params=[False, True], ids=["contrastive", "matching"])
+def run(request, tmp_path_factory):
+    """An untrained run; with the matching objective it has the sentence-conditioned head."""
+    overrides = {"objectives__matching__weight": 0.1} if request.param else {}
+    config = tiny_config(**overrides)
+    folder = tmp_path_factory.mktemp("tokenizer")
+    save_tokenizer(train_wordpiece(["right pleural effusion", "no nodule"] * 5, 60), folder)
+    draft = Run(config, {}, folder, 7, SPACING, ())
+    model, exact = reference_model(config, draft.tokenizer.vocab_size)
+    inputs = dummy_inputs(exact)
+    params = unbox(jax.jit(model.init)(jax.random.key(0), inputs)["params"])
+    return Run(config, jax.tree.map(np.asarray, params), folder, 7, SPACING, ())
+
+
+def scan_file(folder, orientation):
+    """A chest of boxes, 320 x 288 x 320 mm, with a bright block; its file, stored in `orientation`, and the block in mm."""
+    volume = np.full((32, 32, 32), -1000, np.int16)
+    volume[4:28, 4:28] = 40
+    volume[7:25, 7:25, 4:28] = -850
+    volume[20:26, 8:14, 18:24] = 300
+    affine = np.diag([10.0, 9.0, 10.0, 1.0])
+    affine[:3, 3] = (-100, -80, 50)
+    centre = (affine @ [22.5, 10.5, 20.5, 1])[:3]
+    image = nib.Nifti1Image(volume, affine)
+    codes = nib.orientations.axcodes2ornt(orientation)
+    image = image.as_reoriented(nib.orientations.ornt_transform(nib.io_orientation(affine), codes))
+    image.header.set_sform(image.affine, 1)
+    path = folder / f"{orientation}.nii.gz"
+    nib.save(image, path)
+    return path, centre
+
+
+@pytest.mark.parametrize("orientation", ["RAS", "LPS", "SAR"])
+def test_map_lies_in_the_scans_own_space(tmp_path, orientation):
+    """The patch that holds the block is marked; in the scan's space the marked voxels surround the block."""
+    path, centre = scan_file(tmp_path, orientation)
+    prepared = attend.prepare_volume(path, attend.Grid((16, 16, 16), SPACING))
+    values = np.asarray(patchify(prepared.volume[None, ..., None].astype(np.float32), (4, 4, 4)))[0].max(axis=1)
+    patches = (values > 150).astype(np.float32).reshape(4, 4, 4)
+    scan = nib.load(path)
+    affine = attend.patch_affine(prepared.affine, (4, 4, 4))
+    found = attend.in_scan_space(patches, affine, scan.shape, scan.affine)
+    assert found.shape == scan.shape
+    block = np.asarray(scan.dataobj) > 150
+    assert found[block].min() > 0
+    strong = np.argwhere(found > 0.5)
+    mm = (scan.affine[:3, :3] @ strong.mean(axis=0)) + scan.affine[:3, 3]
+    np.testing.assert_allclose(mm, centre, atol=45)  # within half a patch of 80 x 72 x 80 mm
+
+
+def test_voxels_outside_the_models_view_are_zero():
+    found = attend.in_scan_space(np.ones((2, 2, 2)), np.diag([4.0, 4, 4, 1]), (12, 12, 12), np.eye(4))
+    assert found[:6, :6, :6].all()
+    assert not found[7:].any()
+
+
+def test_occlusion_equals_occluding_by_hand(run):
+    volume = np.random.default_rng(0).integers(-1000, 400, (16, 16, 16)).astype(np.int16)
+    found = attend.relevance(run, volume, "right pleural effusion", "occlusion")
+    assert found.patches.shape == (2, 2, 2)
+    model, config = reference_model(run.config, run.tokenizer.vocab_size)
+    row = run.tokenizer(["right pleural effusion"])
+    fields = {name: row[name][None] for name in ("token_ids", "token_mask", "sentence_index")}
+
+    @jax.jit
+    def cosine(hounsfield):
+        windowed = attend.step_inputs.window(hounsfield[None], config.data.windows)
+        image = model.apply({"params": run.params}, windowed, method="embed_volume")["volume_embedding"][0]
+        text = model.apply({"params": run.params}, fields, method="embed_report")["report_embedding"][0]
+        return image @ text / jnp.linalg.norm(image) / jnp.linalg.norm(text)
+
+    occluded = volume.copy()
+    occluded[8:, :8, 8:] = attend.step_inputs.AIR_HU
+    assert found.patches[1, 0, 1] == pytest.approx(float(cosine(volume) - cosine(occluded)), abs=1e-5)
+
+
+def test_attention_is_relative_to_even_attention(run):
+    volume = np.random.default_rng(0).integers(-1000, 400, (16, 16, 16)).astype(np.int16)
+    if attend.ATTENTION_HEAD not in run.params:
+        with pytest.raises(UserError, match="--method occlusion"):
+            attend.relevance(run, volume, "right pleural effusion", "attention")
+        return
+    found = attend.relevance(run, volume, "right pleural effusion")
+    assert found.method == "attention"
+    assert found.patches.mean() == pytest.approx(1, abs=1e-5)
+    assert found.patches.min() > 0
+
+
+def test_command_writes_map_and_overlay(run, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(attend, "load_run", lambda *_: run)
+    path, _ = scan_file(tmp_path, "LPS")
+    command = [
+        "--workdir",
+        "run",
+        "--volume",
+        str(path),
+        "--text",
+        "right pleural effusion",
+        "--out",
+        str(tmp_path / "o"),
+    ]
+    assert attend.main(command) == 0
+    found = nib.load(tmp_path / "o" / "map.nii.gz")
+    np.testing.assert_allclose(found.affine, nib.load(path).affine)
+    assert found.shape == (32, 32, 32)
+    assert (tmp_path / "o" / "overlay.png").stat().st_size > 10_000
+    assert "mm (RAS+)" in capsys.readouterr().out
+    with pytest.raises(UserError, match="cannot be used"):
+        attend.main([*command[:3], str(tmp_path / "none.nii.gz"), *command[4:]])

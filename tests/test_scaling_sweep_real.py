@@ -1,0 +1,112 @@
+"""A miniature sweep with the real trainer: planned, run, killed in the middle, resumed, collected."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from support import environment, mg3d, tiny_config
+
+from mg3d_jax import config as config_lib
+from mg3d_jax.cli import main
+from mg3d_jax.scaling import flops, states, sweep
+
+PATIENCE = 1200.0  # seconds; about a minute on two idle cores
+pytestmark = [pytest.mark.processes, pytest.mark.slow, pytest.mark.timeout(3 * PATIENCE)]
+
+SWEEP_FILE = """
+from ml_collections import ConfigDict
+
+def get_config(arg=""):
+    sweep = ConfigDict()
+    sweep.name = "miniature"
+    sweep.base = "base.py"
+    sweep.models = tuple((name, (("model.volume_encoder.preset", name),)) for name in ("nano", "ti"))
+    sweep.patients = (8, 16)
+    sweep.seeds = (0,)
+    sweep.overrides = (("training.checkpoint_every", 3),)
+    sweep.length = ("steps", 24)
+    sweep.loss = "valid/alignment"
+    sweep.model_size = "n_active"
+    sweep.data_size = "unique_patients"
+    return sweep
+"""
+BASE_FILE = """
+from pathlib import Path
+from mg3d_jax import config as config_lib
+
+def get_config(arg=""):
+    return config_lib.from_json((Path(__file__).parent / "base.json").read_text())
+"""
+
+
+@pytest.fixture(scope="module")
+def project(tiny_data, tmp_path_factory) -> dict:
+    """The declaration, its arguments, and the sweep run without interruption."""
+    folder = tmp_path_factory.mktemp("sweep")
+    (folder / "base.json").write_text(config_lib.to_json(tiny_config(tiny_data["train"], tiny_data["valid"])))
+    (folder / "base.py").write_text(BASE_FILE)
+    (folder / "sweep.py").write_text(SWEEP_FILE)
+    compiled = {  # runs of one size share their programs
+        "JAX_COMPILATION_CACHE_DIR": str(folder / "compiled"),
+        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+    }
+    command = ["sweep", "run", "--config", str(folder / "sweep.py"), "--workdir", str(folder / "whole")]
+    done = mg3d(*command, timeout=PATIENCE, **compiled)
+    assert done.returncode == 0, done.stdout + done.stderr
+    declared = sweep.load(str(folder / "sweep.py"))
+    return {"folder": folder, "sweep": declared, "environment": compiled, "output": done.stdout}
+
+
+def fit(workdir: Path) -> tuple[bytes, dict]:
+    assert main(["sweep", "fit", "--workdir", str(workdir)]) == 0
+    return (workdir / "fit" / "runs.csv").read_bytes(), json.loads((workdir / "fit" / "fit.json").read_text())
+
+
+def test_every_run_leaves_a_record(project):
+    assert "4 of 4 runs done" in project["output"]
+    for run in project["sweep"].runs:
+        record = json.loads((states.run_folder(project["folder"] / "whole", run) / "record.json").read_text())
+        assert (record["unique_patients"], record["steps"], record["samples_seen"]) == (run.patients, 24, 24 * 8)
+        assert record["parameters_mismatch"] == 0
+        cost = flops.count(run.config(), record["vocab_size"])
+        assert record["n_total"] == record["parameters"]["total"] == cost.n_total
+        assert record["training_flops"] == 24 * 8 * cost.training_flops
+        assert record["evaluations"][-1]["alignment"] == record["final"]["valid/alignment"]
+    _, document = fit(project["folder"] / "whole")
+    assert document["rows"] == {"used": 4, "excluded": 0, "missing": 0}
+    assert document["status"] == "refused"
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="finds the trainer's process as Linux shows it")
+def test_sigkill_of_sweep_and_trainer_gives_the_same_table(project):
+    """The second run is killed after a checkpoint, with the sweep; the other three are those of the whole sweep."""
+    whole, killed, runs = project["folder"] / "whole", project["folder"] / "killed", project["sweep"].runs
+    shutil.copytree(whole, killed)
+    folder = states.run_folder(killed, runs[1])
+    shutil.rmtree(folder)
+    command = [sys.executable, "-m", "mg3d_jax", "sweep", "run", "--workdir", str(killed)]
+    command += ["--config", str(project["folder"] / "sweep.py")]
+    process = subprocess.Popen(command, env=environment(**project["environment"]), stdout=subprocess.DEVNULL)
+    deadline = time.monotonic() + PATIENCE
+    while states.last_step(folder) < 8:
+        assert process.poll() is None and time.monotonic() < deadline
+        time.sleep(0.01)
+    trainer = states.read_lease(folder).trainer
+    os.kill(process.pid, signal.SIGKILL)
+    os.kill(trainer, signal.SIGKILL)
+    process.wait()
+    while states.process_exists(trainer):
+        time.sleep(0.05)
+    before = states.status(killed, runs[1])
+    assert (before.state, before.action) == ("interrupted", "resume") and before.step < 24
+    again = mg3d(*command[3:], timeout=PATIENCE, **project["environment"])
+    assert again.returncode == 0, again.stdout + again.stderr
+    assert again.stdout.count("skipped") == 3 and "goes on after step" in again.stdout
+    assert "resuming after step" in (folder / "train.log").read_text()
+    assert fit(killed) == fit(whole)
