@@ -15,8 +15,11 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "prepare": ("mg3d_jax.data.prepare", "volumes and reports on disk -> checked, sharded training records"),
     "train": ("mg3d_jax.training.command", "train from a config; the same command resumes"),
     "evaluate": ("mg3d_jax.evaluation.command", "zero-shot AUROC and retrieval of a trained run"),
+    "attend": ("mg3d_jax.evaluation.attend", "where in a scan a sentence looks: NIfTI map and overlay"),
     "sweep": ("mg3d_jax.scaling.command", "scaling-law sweeps: plan, run, status, fit"),
+    "import": ("mg3d_jax.interop.command", "read published weights: BERT types, MONAI's ViT and Swin"),
     "export": ("mg3d_jax.interop.export", "write a run's weights for PyTorch and Hugging Face users"),
+    "bench": ("mg3d_jax.benchmarks", "measure data, model and objectives on this machine"),
 }
 
 

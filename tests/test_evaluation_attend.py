@@ -35,7 +35,7 @@ def run(request, tmp_path_factory):
 
 
 def scan_file(folder, orientation):
-    """A chest of boxes, 320 x 288 x 320 mm, with a bright block; its file, stored in `orientation`, and the block in mm."""
+    """A chest of boxes with a bright block, 320 x 288 x 320 mm: the file in `orientation`, and the block in mm."""
     volume = np.full((32, 32, 32), -1000, np.int16)
     volume[4:28, 4:28] = 40
     volume[7:25, 7:25, 4:28] = -850

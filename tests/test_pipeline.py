@@ -9,8 +9,8 @@ from ml_collections import ConfigDict
 from support import tiny_config
 
 from mg3d_jax import sharding
-from mg3d_jax.data import pipeline
-from mg3d_jax.data.pipeline import Example, PreparedData, evaluation_batches, short_id, train_batches
+from mg3d_jax import batch as batch_contract
+from mg3d_jax.data.pipeline import BatchReader, LocalBatches, PreparedData, evaluation_batches, short_id, train_batches
 from mg3d_jax.data.tokens import ReportTokenizer, train_wordpiece
 from mg3d_jax.errors import UserError
 from mg3d_jax.training import inputs as step_inputs
@@ -53,19 +53,19 @@ def test_seeking_gives_the_same_batches_as_reading_on(data, tokenizer, mesh, wor
 
 def test_rows_do_not_depend_on_how_processes_share_them(data, tokenizer):
     """Two processes with half of the rows each read together what one process reads."""
-    example, order = Example(tokenizer), {}
-    for shares in ([range(0, 8)], [range(0, 4), range(4, 8)]):
-        rows = [pipeline._LocalRows(data, example, share, 8, seed=3, start=5, stop=7, shuffle_reports=False) for share in shares]
-        order[len(shares)] = [
-            [int(r[step * len(share) + i]["record_index"]) for r, share in zip(rows, shares, strict=True) for i in range(len(share))]
-            for step in range(2)
-        ]
-    assert order[1] == order[2]
+    reader, options = BatchReader(data, tokenizer), {"seed": 3, "start": 5, "stop": 7}
+    whole = LocalBatches(reader, range(0, 8), 8, **options)
+    halves = [LocalBatches(reader, rows, 8, **options) for rows in (range(0, 4), range(4, 8))]
+    for step in range(2):
+        parts = [half[step] for half in halves]
+        for name, array in whole[step].items():
+            np.testing.assert_array_equal(np.concatenate([part[name] for part in parts]), array)
 
 
 def test_batch_holds_what_the_record_says(data, tokenizer, mesh):
     batch = next(train_batches(data, tokenizer, tiny_config(), mesh, start=0, stop=1))
     host = jax.device_get(batch)
+    batch_contract.check(host)
     for row, index in enumerate(host["record_index"]):
         record = data.readers[0][int(index)]
         np.testing.assert_array_equal(host["volume"][row], record.volume)

@@ -188,13 +188,14 @@ def sample_bronchiectasis(rng: np.random.Generator, a: Anatomy) -> Finding:
 def draw_bronchiectasis(canvas: Canvas, a: Anatomy, f: Finding) -> None:
     rng = np.random.default_rng(f.seed)
     chosen = [branch for branch in a.airways if branch.lobe in f.lobes and branch.generation > 0]
-    cysts = [(np.array(b.end) + rng.normal(0, 12, 3), float(rng.uniform(9, 12))) for b in chosen for _ in range(5)]
+    cysts = [(np.array(b.end) + rng.normal(0, 9, 3), float(rng.uniform(5.5, 7.5))) for b in chosen for _ in range(4)]
+    # Thick walls: a thin one and the air within average to the density of lung, and are gone in a 7 mm voxel.
     for branch in chosen:
-        canvas.capsule(branch.start, branch.end, 12.0, 60.0, in_lung=True)
+        canvas.capsule(branch.start, branch.end, 13.0, 60.0, in_lung=True)
     for centre, radius in cysts:
-        canvas.ellipsoid(centre, (radius + 3,) * 3, 40.0, in_lung=True)
+        canvas.ellipsoid(centre, (radius + 5,) * 3, 60.0, in_lung=True)
     for branch in chosen:
-        canvas.capsule(branch.start, branch.end, 8.5, -1000.0, in_lung=True)
+        canvas.capsule(branch.start, branch.end, 6.0, -1000.0, in_lung=True)
     for centre, radius in cysts:
         canvas.ellipsoid(centre, (radius,) * 3, -1000.0, in_lung=True)
 

@@ -8,7 +8,7 @@ the rows that lie on its own devices; starting at step N means building the iter
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import grain
@@ -16,9 +16,8 @@ import numpy as np
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from mg3d_jax import batch as batch_contract
 from mg3d_jax import sharding
-from mg3d_jax.data.records import Record, RecordReader, decode
+from mg3d_jax.data.records import Record, RecordReader
 from mg3d_jax.data.tokens import ReportTokenizer
 from mg3d_jax.errors import UserError
 
@@ -61,16 +60,17 @@ class PreparedData:
     def __len__(self) -> int:
         return sum(self.lengths)
 
-    def __getitem__(self, index: int) -> bytes:
+    def read(self, index: int, out: np.ndarray | None = None) -> Record:
+        """Record `index`; its volume is decoded into `out` (int16 [X, Y, Z]) where that is given: no further copy."""
         for reader, length in zip(self.readers, self.lengths, strict=True):
             if index < length:
-                return reader.read_bytes(index)
+                return reader.read_into(index, out)
             index -= length
         raise IndexError(index)
 
     def records(self) -> Iterator[Record]:
-        """All records in order, decoded."""
-        return (decode(self[i]) for i in range(len(self)))
+        """All records in order."""
+        return (self.read(i) for i in range(len(self)))
 
 
 def short_id(text: str) -> np.int32:
@@ -78,47 +78,55 @@ def short_id(text: str) -> np.int32:
     return np.int32(int.from_bytes(hashlib.sha256(text.encode()).digest()[:4], "big") >> 1)
 
 
-class Example:
-    """(position, record bytes) -> one row of the batch. Token arrays are cached by report: they never change."""
+class BatchReader:
+    """Reads records straight into the rows of host batches. Token arrays are cached by report: they never change."""
 
-    def __init__(self, tokenizer: ReportTokenizer):
-        self.tokenizer = tokenizer
+    def __init__(self, data: PreparedData, tokenizer: ReportTokenizer):
+        self.data, self.tokenizer = data, tokenizer
         self._tokens: dict[str, dict[str, np.ndarray]] = {}
 
-    def __call__(self, index: int, data: bytes, report_from: bytes | None = None) -> dict[str, np.ndarray]:
-        record = decode(data)
-        report = record if report_from is None else decode(report_from)
-        if report.report_id not in self._tokens:
-            self._tokens[report.report_id] = self.tokenizer(report.sentences)
-        return self._tokens[report.report_id] | {
-            "volume": record.volume,
+    def __call__(self, indices: Sequence[int], reports: Sequence[int] | None = None) -> dict[str, np.ndarray]:
+        """One batch of the records `indices`; with `reports` their texts come from those records instead."""
+        volumes = np.empty((len(indices), *self.data.grid), np.int16)
+        rows = [self._row(index, volumes[row]) for row, index in enumerate(indices)]
+        if reports is not None:
+            rows = [row | self._text(self.data.read(other)) for row, other in zip(rows, reports, strict=True)]
+        return {name: np.stack([row[name] for row in rows]) for name in rows[0]} | {"volume": volumes}
+
+    def _row(self, index: int, volume: np.ndarray) -> dict[str, np.ndarray]:
+        record = self.data.read(index, volume)
+        return self._text(record) | {
             "labels": record.labels.astype(np.int8),
-            "report_id": short_id(report.report_id),
             "patient_id": short_id(record.patient),
             "valid": np.bool_(True),
             "record_index": np.int32(index),
         }
 
+    def _text(self, record: Record) -> dict[str, np.ndarray]:
+        if record.report_id not in self._tokens:
+            fields = self.tokenizer(record.sentences)
+            self._tokens[record.report_id] = fields | {"report_id": short_id(record.report_id)}
+        return self._tokens[record.report_id]
 
-class _LocalRows:
-    """Random access to this process's rows, in the order it consumes them: row i is row `i % L` of batch `start + i // L`."""
 
-    def __init__(self, data: PreparedData, example: Example, rows: range, batch_size: int, seed: int, start: int, stop: int,
-                 shuffle_reports: bool):  # fmt: skip
-        self.data, self.example, self.rows, self.batch_size = data, example, rows, batch_size
-        self.start, self.stop = start, stop
-        self.order = grain.MapDataset.range(len(data)).shuffle(seed=seed).repeat()
-        # The control experiment: a fixed derangement-like permutation of the reports over the volumes.
-        self.report_of = np.random.default_rng(seed).permutation(len(data)) if shuffle_reports else None
+class LocalBatches:
+    """Random access to this process's rows of the batches `start ... stop - 1`: what grain reads from."""
+
+    def __init__(self, reader: BatchReader, rows: range, batch_size: int, *, seed: int, start: int, stop: int,
+                 shuffle_reports: bool = False):  # fmt: skip
+        self.reader, self.rows, self.batch_size, self.start, self.stop = reader, rows, batch_size, start, stop
+        records = len(reader.data)
+        self.order = grain.MapDataset.range(records).shuffle(seed=seed).repeat()
+        # The control experiment: a fixed permutation of the reports over the volumes.
+        self.report_of = np.random.default_rng(seed).permutation(records) if shuffle_reports else None
 
     def __len__(self) -> int:
-        return (self.stop - self.start) * len(self.rows)
+        return self.stop - self.start
 
     def __getitem__(self, i: int) -> dict[str, np.ndarray]:
-        step, row = self.start + i // len(self.rows), self.rows[i % len(self.rows)]
-        index = int(self.order[step * self.batch_size + row])
-        other = None if self.report_of is None else self.data[int(self.report_of[index])]
-        return self.example(index, self.data[index], other)
+        first = (self.start + i) * self.batch_size
+        indices = [int(self.order[first + row]) for row in self.rows]
+        return self.reader(indices, None if self.report_of is None else [int(self.report_of[j]) for j in indices])
 
 
 def train_batches(
@@ -133,9 +141,12 @@ def train_batches(
             f"use a multiple of {parts}"
         )
     rows = sharding.local_rows(mesh, size)
-    source = _LocalRows(data, Example(tokenizer), rows, size, config.seed, start, stop, config.data.shuffle_reports)
-    # Batched before it is split over threads and workers: they take turns by whole batches, so the order stays.
-    batches = grain.MapDataset.source(source).batch(len(rows), drop_remainder=True)
+    source = LocalBatches(
+        BatchReader(data, tokenizer), rows, size, seed=config.seed, start=start, stop=stop,
+        shuffle_reports=config.data.shuffle_reports,
+    )  # fmt: skip
+    # The elements are whole batches: threads and workers take turns by them, so the order stays.
+    batches = grain.MapDataset.source(source)
     threads = config.data.read_threads
     options = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=max(PREFETCHED_BATCHES, threads) if threads else 0)
     dataset = batches.to_iter_dataset(options)
@@ -156,11 +167,8 @@ def train_batches(
 
 def evaluation_batches(data: PreparedData, tokenizer: ReportTokenizer, mesh: Mesh, batch_size: int) -> Iterator[dict]:
     """Every record once, in order; the last batch is padded with `valid = False` rows."""
-    rows, example = sharding.local_rows(mesh, batch_size), Example(tokenizer)
+    rows, reader = sharding.local_rows(mesh, batch_size), BatchReader(data, tokenizer)
     for first in range(0, len(data), batch_size):
-        examples = []
-        for row in rows:
-            index = min(first + row, len(data) - 1)
-            examples.append(example(index, data[index]) | {"valid": np.bool_(first + row < len(data))})
-        local = {name: np.stack([e[name] for e in examples]) for name in batch_contract.FIELDS}
+        positions = np.array([first + row for row in rows])
+        local = reader([min(int(p), len(data) - 1) for p in positions]) | {"valid": positions < len(data)}
         yield sharding.to_global(local, mesh, batch_size)

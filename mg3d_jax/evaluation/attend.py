@@ -206,9 +206,8 @@ def main(argv: list[str]) -> int:
     write_overlay(args.out / "overlay.png", prepared, found, patch_size, args.text)
     peak = np.unravel_index(np.argmax(found.patches), found.patches.shape)
     place = (affine @ [*peak, 1.0])[:3].round().astype(int)
-    print(
-        f"{found.method} map of {args.text!r} at step {run.step}: {found.patches.min():.4g} to {found.patches.max():.4g}"
-    )
+    low, high = found.patches.min(), found.patches.max()
+    print(f"{found.method} map of {args.text!r} at step {run.step}: {low:.4g} to {high:.4g}")
     print(f"strongest around {tuple(int(mm) for mm in place)} mm (RAS+)")
     print(f"written: {args.out / 'map.nii.gz'}, {args.out / 'overlay.png'}")
     return 0
