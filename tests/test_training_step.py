@@ -41,7 +41,11 @@ def single_device():
 def test_every_mesh_gives_the_single_device_loss_and_gradients(single_device, sizes):
     loss, grads = loss_and_gradients(tiny_config(), *sizes)
     np.testing.assert_allclose(loss, single_device[0], rtol=1e-5)
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5, rtol=1e-5), grads, single_device[1])
+
+    def close(found, expected):  # 1e-5 of the largest entry of each gradient
+        np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-5 * max(1.0, np.max(np.abs(expected))))
+
+    jax.tree.map(close, grads, single_device[1])
 
 
 def run_steps(config, count, *sizes):

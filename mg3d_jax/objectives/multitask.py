@@ -101,12 +101,10 @@ def _mean_over_views(
 
     Patients that drew the same sentence are not each other's negatives, nor are those with the same report.
     """
-    count = features["view_embeddings"].shape[1]
-    parts = []
-    for k in range(count):
-        groups = jnp.stack([report_ids, features["view_id"][:, k]], axis=1)
-        parts.append(pair(features["view_embeddings"][:, k], groups, valid & features["view_mask"][:, k]))
-    return jax.tree.map(lambda *values: sum(values) / count, *parts)
+    groups = jnp.stack([jnp.broadcast_to(report_ids[:, None], features["view_id"].shape), features["view_id"]], axis=-1)
+    there = valid[:, None] & features["view_mask"]
+    per_view = jax.vmap(pair, in_axes=1)(features["view_embeddings"], groups, there)
+    return jax.tree.map(jnp.mean, per_view)
 
 
 def volume_reconstruction(features: Features, batch: Batch, options: ConfigDict) -> tuple[jax.Array, Metrics]:

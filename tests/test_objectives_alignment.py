@@ -1,0 +1,105 @@
+"""Global alignment with single-sentence views and centred embeddings, against loops over the NumPy reference."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from reference import contrastive as reference
+from support import SPECIAL, random_batch, tiny_config
+
+from mg3d_jax import sharding
+from mg3d_jax.objectives.contrastive import info_nce
+from mg3d_jax.objectives.multitask import CENTERS, alignment
+from mg3d_jax.training import state as state_lib
+from mg3d_jax.training import step as step_lib
+
+SCALE = 5.0
+
+
+def features(batch=6, views=3, dim=8, seed=0):
+    rng = np.random.default_rng(seed)
+    found = {
+        "volume_embedding": rng.normal(size=(batch, dim)) + 3.0,
+        "view_embeddings": rng.normal(size=(batch, views, dim)) - 2.0,
+    }
+    found = {name: array.astype(np.float32) for name, array in found.items()}
+    mask = rng.random((batch, views)) < 0.8
+    mask[:, 0] = True
+    ids = rng.integers(0, 4, (batch, views)).astype(np.int32)
+    return found | {"view_mask": mask, "view_id": ids, "report_has_text": mask.any(1), "logit_scale": np.float32(SCALE)}
+
+
+def batch_of(count, report_ids=None):
+    ids = np.arange(count, dtype=np.int32) if report_ids is None else np.asarray(report_ids, np.int32)
+    return {"report_id": ids, "valid": np.ones(count, bool)}
+
+
+def slow(found, batch, centered):
+    """Mean over the views of the reference InfoNCE, whose groups are found pair by pair."""
+    volume, text = (np.float64(found[name]) for name in ("volume_embedding", "view_embeddings"))
+    if centered:
+        volume = volume - volume.mean(0)
+        text = text - text[found["view_mask"]].mean(0)
+    losses = []
+    for k in range(text.shape[1]):
+        same = (batch["report_id"][:, None] == batch["report_id"]) | (
+            found["view_id"][:, None, k] == found["view_id"][None, :, k]
+        )
+        valid, rows = found["view_mask"][:, k], []
+        for queries, keys in ((volume, text[:, k]), (text[:, k], volume)):
+            for i in np.flatnonzero(valid):
+                others = [j for j in np.flatnonzero(valid) if j != i and not same[i, j]]
+                logits = [SCALE * reference.unit(queries[i]) @ reference.unit(keys[j]) for j in [i, *others]]
+                rows.append(np.log(np.sum(np.exp(logits))) - logits[0])
+        losses.append(np.mean(rows) if rows else 0.0)
+    return np.mean(losses)
+
+
+@pytest.mark.parametrize("center", [False, True])
+@pytest.mark.parametrize("report_ids", [None, [0, 1, 2, 0, 4, 4]])
+def test_views_equal_the_slow_mean_over_sentences(center, report_ids):
+    options = tiny_config(objectives__alignment__center=center).objectives.alignment
+    found, batch = features(), batch_of(6, report_ids)
+    loss, metrics = alignment(found, batch, options)
+    assert float(loss) == pytest.approx(slow(found, batch, center), rel=1e-5)
+    assert any(name.startswith(CENTERS) for name in metrics) == center
+
+
+def test_centred_loss_does_not_see_a_common_part_and_gives_its_bias_no_gradient():
+    options = tiny_config(objectives__alignment__center=True).objectives.alignment
+    found, batch = features(), batch_of(6)
+
+    def loss(shift):
+        moved = found | {"volume_embedding": found["volume_embedding"] + shift, "view_embeddings": found["view_embeddings"] - shift}
+        return alignment(moved, batch, options)[0]
+
+    value, gradient = jax.value_and_grad(loss)(jnp.zeros(8))
+    assert float(loss(jnp.full(8, 2.0))) == pytest.approx(float(value), rel=1e-4)
+    np.testing.assert_allclose(gradient, 0.0, atol=1e-5)
+
+
+def test_the_biases_follow_the_means_so_that_embeddings_become_centred():
+    config = tiny_config(optimizer__learning_rate=0.0)
+    setup = state_lib.build(config, 400, sharding.make_mesh(config.mesh), steps=10)
+    batch = sharding.to_global(random_batch(config, 400), setup.mesh, config.data.batch_size)
+    state, step = state_lib.initialize(setup), step_lib.train_step(setup, SPECIAL)
+
+    inputs = step_lib.step_inputs.window(batch["volume"], config.data.windows)
+    embed = lambda p: setup.model.apply({"params": p}, inputs, method="embed_volume")["volume_embedding"]  # noqa: E731
+    before = np.linalg.norm(np.asarray(embed(state["params"])).mean(0))
+    for _ in range(30):
+        state, metrics = step(state, batch)
+        jax.block_until_ready(metrics["loss"])
+    after = np.linalg.norm(np.asarray(embed(state["params"])).mean(0))
+    assert after < 0.1 * before  # 0.9 ** 30 = 0.04
+    assert not any(name.startswith(CENTERS) for name in metrics)
+
+
+def test_groups_of_two_kinds_are_joined():
+    """A pair that shares either the report or the sentence is no negative; with one key the other kind is."""
+    rng = np.random.default_rng(1)
+    x, y = rng.normal(size=(5, 4)).astype("f"), rng.normal(size=(5, 4)).astype("f")
+    a, b = np.array([0, 0, 1, 2, 3]), np.array([0, 1, 2, 2, 3])
+    joined = info_nce(x, y, temperature=0.2, group_ids=np.stack([a, b], 1).astype(np.int32))[0]
+    one = info_nce(x, y, temperature=0.2, group_ids=a.astype(np.int32))[0]
+    assert float(joined) < float(one)
