@@ -29,18 +29,14 @@ for split in train valid; do
   mg3d prepare --source ctrate --root "$OUT/phantoms" --split "$split" --out "$OUT/$split" "${SIZE[@]}"
 done
 
-train() { # train WORKDIR [extra options]
-  local workdir=$1
-  shift
-  mg3d train --config "$CONFIG" --workdir "$workdir" --config.data.train="$OUT/train" --config.data.valid="$OUT/valid" "$@"
-}
+train=(mg3d train --config "$CONFIG" --config.data.train="$OUT/train" --config.data.valid="$OUT/valid")
 
 step "3/5 train, stopped on purpose by SIGTERM after some steps"
 if [ ! -e "$RUN/summary.json" ]; then
-  train "$RUN" &
+  "${train[@]}" --workdir "$RUN" &
   pid=$!
-  # Interrupt once it has logged a few steps, so that the resume below is a real one.
-  until [ -s "$RUN/metrics.jsonl" ] || ! kill -0 "$pid" 2>/dev/null; do sleep 1; done
+  # Interrupt once it has logged some steps, so that the resume below is a real one.
+  until grep -q '"step": 50' "$RUN/metrics.jsonl" 2>/dev/null || ! kill -0 "$pid" 2>/dev/null; do sleep 0.5; done
   kill -TERM "$pid" 2>/dev/null || true
   code=0
   wait "$pid" || code=$?
@@ -49,14 +45,14 @@ if [ ! -e "$RUN/summary.json" ]; then
 fi
 
 step "4/5 train again: the same command resumes"
-train "$RUN"
+"${train[@]}" --workdir "$RUN"
 
 step "5/5 evaluate on unseen patients"
 mg3d evaluate --workdir "$RUN" --data "$OUT/valid"
 
 if [ "${MG3D_CONTROL:-0}" = 1 ]; then
   step "control: the same training with shuffled reports must stay at chance"
-  train "$OUT/control" --config.data.shuffle_reports=True
+  "${train[@]}" --workdir "$OUT/control" --config.data.shuffle_reports=True
   mg3d evaluate --workdir "$OUT/control" --data "$OUT/valid"
 fi
 

@@ -12,7 +12,7 @@ from mg3d_jax.models.attention import choose_backend, cudnn_attention, dot_produ
 from mg3d_jax.models.attention_tpu import splash_attention
 
 # (queries, keys, heads, head_dim): odd lengths, more keys than one kernel block, widths that are no multiple of 128.
-SHAPES = [(5, 9, 2, 8), (37, 150, 2, 32), (64, 64, 3, 16)]
+SHAPES = [(5, 9, 2, 8), (37, 150, 2, 32)]
 
 
 def reference(query, key, value, mask):

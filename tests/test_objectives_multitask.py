@@ -73,7 +73,9 @@ def compiled(config_json, sizes):
     def loss(params, batch, key):
         return losses(optimizer.freeze(params, setup.factors), batch, key)
 
-    step = jax.jit(jax.value_and_grad(loss, has_aux=True))
+    # XLA's default schedule on CPU lets fake devices meet independent collectives in different orders: they deadlock.
+    options = {"xla_cpu_enable_concurrency_optimized_scheduler": False}
+    step = jax.jit(jax.value_and_grad(loss, has_aux=True), compiler_options=options)
 
     def run(batch):
         batch = sharding.to_global(batch, mesh, config.data.batch_size)

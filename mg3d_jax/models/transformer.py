@@ -19,7 +19,7 @@ from mg3d_jax.models.attention import attention_weights, dot_product_attention
 part = nn.with_logical_partitioning
 constrain = nn.with_logical_constraint
 
-# Scaled by the fan, as in ViT and big_vision: the fixed 0.02 of BERT-base starves the residual branches of narrow towers.
+# Scaled by the fan, as in ViT and big_vision: BERT's fixed 0.02 starves the residual branches of narrow towers.
 KERNEL_INIT = nn.initializers.xavier_uniform()
 TABLE_INIT = nn.initializers.truncated_normal(stddev=0.02)
 ACTIVATION_AXES = ("batch", "length", "embed")
