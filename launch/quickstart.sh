@@ -32,7 +32,7 @@ done
 train=(mg3d train --config "$CONFIG" --config.data.train="$OUT/train" --config.data.valid="$OUT/valid")
 
 step "3/5 train, stopped on purpose by SIGTERM after some steps"
-if [ ! -e "$RUN/summary.json" ]; then
+if [ ! -e "$RUN/checkpoints" ]; then
   "${train[@]}" --workdir "$RUN" &
   pid=$!
   # Interrupt once it has logged some steps, so that the resume below is a real one.

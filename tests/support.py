@@ -13,6 +13,7 @@ from ml_collections import ConfigDict
 from mg3d_jax import config as config_lib
 
 ROOT = Path(__file__).resolve().parents[1]
+FLAGS = "--xla_cpu_enable_concurrency_optimized_scheduler=false"  # see conftest.py
 SPECIAL = {"[PAD]": 0, "[UNK]": 1, "[CLS]": 2, "[SEP]": 3, "[MASK]": 4}  # as `random_batch` has them
 
 
@@ -71,7 +72,7 @@ def random_batch(config: ConfigDict, vocab_size: int = 400, labels: int = 18, se
 def environment(devices: int = 1, **extra: str) -> dict[str, str]:
     """Environment of a test's subprocess: CPU, that many fake devices, the source tree on the path."""
     env = {k: v for k, v in os.environ.items() if not k.startswith(("SLURM_", "MG3D_", "OMPI_"))}
-    env |= {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}"}
+    env |= {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": " ".join((FLAGS, f"--xla_force_host_platform_device_count={devices}"))}
     env["PYTHONPATH"] = str(ROOT)
     return env | extra
 

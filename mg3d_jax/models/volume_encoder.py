@@ -95,9 +95,9 @@ class VolumeEncoder(nn.Module):
     "tokens" is [B, N, d], or [B, Nv, d] in the order of `visible`; "pooled" is [B, d]. Register tokens (Darcet et al.
     2024) take part in attention and are dropped from the output. `mlp_ratio * width` is the hidden width of the MLP.
 
-    `pooling`: "attention" (one learned query), "mean", or "flatten": one linear layer over all tokens in their places, as
-    CT-CLIP embeds a scan. It has N * d * d parameters and is tied to the grid, but a small model on registered anatomy
-    learns with it in a hundred steps what takes the others thousands.
+    `pooling`: "attention" (one learned query), "mean", or "flatten": one linear layer over all tokens in their places,
+    as CT-CLIP embeds a scan. It has N * d * d parameters and is tied to the grid, but a small model on registered
+    anatomy learns with it in a hundred steps what takes the others thousands.
     """
 
     width: int
