@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
-# Sets up the environment and runs all tests. Arguments go to pytest: bash launch/test.sh tests/test_sharding.py -x
+# Sets up the environment and runs all tests, files in two processes at a time. Arguments go to pytest:
+# bash launch/test.sh tests/test_sharding.py -x
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 . launch/setup.sh test
-python -m pytest "$@"
+python -m pytest -n 2 --dist loadfile "$@"

@@ -27,13 +27,17 @@ FIELDS: dict[str, Field] = {
     "volume": Field(("X", "Y", "Z"), np.int16, "HU, not windowed; air is -1024"),
     "token_ids": Field(("T",), np.int32, "WordPiece ids, [CLS] first, [SEP] last, then padding"),
     "token_mask": Field(("T",), np.bool_, "True where there is a token, special tokens included"),
-    "sentence_index": Field(("T",), np.int32, "1..S: the sentence the token belongs to; 0 for special tokens and padding"),
+    "sentence_index": Field(
+        ("T",), np.int32, "1..S: the sentence the token belongs to; 0 for special tokens and padding"
+    ),
     "word_index": Field(("T",), np.int32, "1..: the whole word the token belongs to; 0 for special tokens and padding"),
     "labels": Field(("L",), np.int8, "1 present, 0 absent, -1 unknown"),
     "report_id": Field((), np.int32, "equal for scans that share one report: never each other's negatives"),
     "patient_id": Field((), np.int32, "equal for scans of one patient"),
     "valid": Field((), np.bool_, "False for rows that only pad the last batch of an evaluation"),
-    "record_index": Field((), np.int32, "position in the prepared data set: names the bad batch when a loss is not finite"),
+    "record_index": Field(
+        (), np.int32, "position in the prepared data set: names the bad batch when a loss is not finite"
+    ),
 }
 
 
@@ -52,4 +56,6 @@ def check(batch: dict[str, np.ndarray]) -> None:
     for name, field in FIELDS.items():
         array = batch[name]
         if array.ndim != len(field.shape) + 1 or array.dtype != field.dtype:
-            raise ValueError(f"batch[{name!r}] is {array.dtype}{array.shape}, expected {np.dtype(field.dtype)}[B, {', '.join(field.shape)}]")
+            raise ValueError(
+                f"batch[{name!r}] is {array.dtype}{array.shape}, expected {np.dtype(field.dtype)}[B, {', '.join(field.shape)}]"
+            )

@@ -19,5 +19,8 @@ def main(argv: list[str]) -> int:
     rows = "\n".join(f"  {name:<11} {summary}" for name, (_, summary) in BENCHMARKS.items())
     text = f"usage: mg3d bench WHAT [options]\n\nwhat:\n{rows}\n\nmg3d bench WHAT --help says more."
     wanted = not argv or argv[0] in ("-h", "--help")
-    print(text if wanted else f"mg3d bench: there is no benchmark {argv[0]!r}.\n\n{text}", file=None if wanted else sys.stderr)
+    print(
+        text if wanted else f"mg3d bench: there is no benchmark {argv[0]!r}.\n\n{text}",
+        file=None if wanted else sys.stderr,
+    )
     return 0 if wanted else 2

@@ -62,8 +62,14 @@ def default() -> ConfigDict:
             qk_norm=False,
             layer_scale=0.0,
             dropout=0.0,
+            pretrained="",  # a folder written by `mg3d import monai-vit`
         ),
-        report_encoder=_group(preset="base", max_positions=512, dropout=0.0),
+        report_encoder=_group(
+            preset="base",
+            max_positions=512,
+            dropout=0.0,
+            pretrained="",  # a BERT-type checkpoint: a folder or a name on the hub; its tokenizer goes to data.tokenizer
+        ),
         projection_dim=512,
         fusion=_group(depth=2, kind="attention"),  # "attention", or "gate": the relevance gate of MG-3D's release
         voxel_decoder=_group(width=384, depth=2, num_heads=6),
@@ -119,7 +125,9 @@ def default() -> ConfigDict:
         no_weight_decay=(".*(bias|scale|position|embedding|pooling_query|logit_scale|logit_bias).*",),
         freeze=(),  # regexes of parameters that are not trained
     )
-    config.schedule = _group(kind="linear", warmup_steps=0, warmup_percent=5.0, cooldown_percent=20.0, final_fraction=0.0)
+    config.schedule = _group(
+        kind="linear", warmup_steps=0, warmup_percent=5.0, cooldown_percent=20.0, final_fraction=0.0
+    )
     config.training = _group(
         steps=0,  # exactly one of steps, epochs, samples is set
         epochs=0.0,
@@ -167,7 +175,9 @@ def add_arguments(parser: argparse.ArgumentParser, *, required: bool = True) -> 
 def parse(parser: argparse.ArgumentParser, argv: list[str]) -> tuple[argparse.Namespace, ConfigDict]:
     """Parses a command's own options and its config with overrides; anything unknown is an error."""
     overrides = [a for i, a in enumerate(argv) if a.startswith("--config.") or (i and _is_value(argv, i))]
-    args = parser.parse_args([a for i, a in enumerate(argv) if not (a.startswith("--config.") or (i and _is_value(argv, i)))])
+    args = parser.parse_args(
+        [a for i, a in enumerate(argv) if not (a.startswith("--config.") or (i and _is_value(argv, i)))]
+    )
     return args, load(args.config, overrides)
 
 
@@ -329,7 +339,9 @@ def _model_problems(config: ConfigDict) -> list[str]:
         if model[name].preset in table:
             preset = table[model[name].preset]
             if preset.width % preset.num_heads:
-                problems.append(f"model.{name}.preset {model[name].preset}: {preset.num_heads} heads do not divide width {preset.width}")
+                problems.append(
+                    f"model.{name}.preset {model[name].preset}: {preset.num_heads} heads do not divide width {preset.width}"
+                )
     return problems
 
 
@@ -367,9 +379,13 @@ def _objective_problems(config: ConfigDict) -> list[str]:
             f'{tuple(grid)}: use "random" or another patch'
         )
     if voxels.weight > 0 and math.prod(grid) < 2:
-        problems.append(f"a grid of {tuple(grid)} patches has nothing to hide: use a smaller patch_size or a larger volume")
+        problems.append(
+            f"a grid of {tuple(grid)} patches has nothing to hide: use a smaller patch_size or a larger volume"
+        )
     if config.optimizer.gradient_cache and config.optimizer.accumulation == 1:
-        problems.append("optimizer.gradient_cache does nothing with optimizer.accumulation = 1: set how many micro-batches")
+        problems.append(
+            "optimizer.gradient_cache does nothing with optimizer.accumulation = 1: set how many micro-batches"
+        )
     return problems
 
 
@@ -386,7 +402,9 @@ def _training_problems(config: ConfigDict) -> list[str]:
     problems += _positive(config, "training.log_every", "training.checkpoint_every", "training.keep_checkpoints")
     sizes = [config.mesh.data, config.mesh.fsdp, config.mesh.tensor]
     if sizes.count(-1) > 1 or any(s < 1 and s != -1 for s in sizes):
-        problems.append(f"mesh (data, fsdp, tensor) = {tuple(sizes)}: positive sizes, at most one of them -1 (whatever is left)")
+        problems.append(
+            f"mesh (data, fsdp, tensor) = {tuple(sizes)}: positive sizes, at most one of them -1 (whatever is left)"
+        )
     if not any(objective.weight > 0 for objective in config.objectives.values()):
         problems.append("no objective has a positive weight: set e.g. objectives.alignment.weight=1.0")
     return problems

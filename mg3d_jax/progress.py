@@ -16,7 +16,7 @@ PLAIN_INTERVAL_SECONDS = 10.0
 
 def format_seconds(seconds: float) -> str:
     """`3725 -> '1:02:05'`, `65 -> '1:05'`."""
-    minutes, second = divmod(int(round(seconds)), 60)
+    minutes, second = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}:{minutes:02d}:{second:02d}" if hours else f"{minutes}:{second:02d}"
 

@@ -70,7 +70,10 @@ def test_centred_loss_does_not_see_a_common_part_and_gives_its_bias_no_gradient(
     found, batch = features(), batch_of(6)
 
     def loss(shift):
-        moved = found | {"volume_embedding": found["volume_embedding"] + shift, "view_embeddings": found["view_embeddings"] - shift}
+        moved = found | {
+            "volume_embedding": found["volume_embedding"] + shift,
+            "view_embeddings": found["view_embeddings"] - shift,
+        }
         return alignment(moved, batch, options)[0]
 
     value, gradient = jax.value_and_grad(loss)(jnp.zeros(8))

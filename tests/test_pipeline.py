@@ -8,8 +8,8 @@ import pytest
 from ml_collections import ConfigDict
 from support import tiny_config
 
-from mg3d_jax import sharding
 from mg3d_jax import batch as batch_contract
+from mg3d_jax import sharding
 from mg3d_jax.data.pipeline import BatchReader, LocalBatches, PreparedData, evaluation_batches, short_id, train_batches
 from mg3d_jax.data.tokens import ReportTokenizer, train_wordpiece
 from mg3d_jax.errors import UserError

@@ -71,11 +71,13 @@ def test_accumulation_averages_the_gradients_of_its_micro_batches():
     config = tiny_config(objectives__alignment__report_view="report", optimizer__accumulation=2)
     setup, batch = build(config)
     host = {k: np.repeat(np.asarray(v)[:4], 2, axis=0) for k, v in batch.items()}  # interleaved halves are equal
-    state, metrics = step_lib.train_step(setup, SPECIAL)(state_lib.initialize(setup), sharding.to_global(host, setup.mesh, 8))
+    _, metrics = step_lib.train_step(setup, SPECIAL)(
+        state_lib.initialize(setup), sharding.to_global(host, setup.mesh, 8)
+    )
     whole = tiny_config(objectives__alignment__report_view="report", data__batch_size=4)
     other, half = build(whole)
     half = sharding.to_global({k: np.asarray(v)[:4] for k, v in batch.items()}, other.mesh, 4)
-    expected, expected_metrics = step_lib.train_step(other, SPECIAL)(state_lib.initialize(other), half)
+    _, expected_metrics = step_lib.train_step(other, SPECIAL)(state_lib.initialize(other), half)
     np.testing.assert_allclose(metrics["loss"], expected_metrics["loss"], rtol=1e-6)
     np.testing.assert_allclose(metrics["gradient_norm"], expected_metrics["gradient_norm"], rtol=1e-4)
 
@@ -96,12 +98,18 @@ def test_adamw_matches_pytorch():
     """Ten steps of our chain (no clipping) and torch.optim.AdamW on a quadratic, with decay on one parameter only."""
     torch = pytest.importorskip("torch")
     config = tiny_config(
-        optimizer__clip_norm=0.0, optimizer__weight_decay=0.1, optimizer__no_weight_decay=(".*bias",), optimizer__b2=0.99
+        optimizer__clip_norm=0.0,
+        optimizer__weight_decay=0.1,
+        optimizer__no_weight_decay=(".*bias",),
+        optimizer__b2=0.99,
     ).optimizer
     rng = np.random.default_rng(0)
     params = {"a": {"kernel": rng.normal(size=(3, 4)).astype("f")}, "b": {"bias": rng.normal(size=4).astype("f")}}
     tx = optimizer.make_optimizer(config, lambda _: 0.05, params)
-    theirs = [torch.nn.Parameter(torch.tensor(params["a"]["kernel"])), torch.nn.Parameter(torch.tensor(params["b"]["bias"]))]
+    theirs = [
+        torch.nn.Parameter(torch.tensor(params["a"]["kernel"])),
+        torch.nn.Parameter(torch.tensor(params["b"]["bias"])),
+    ]
     groups = [{"params": theirs[:1], "weight_decay": 0.1}, {"params": theirs[1:], "weight_decay": 0.0}]
     adam = torch.optim.AdamW(groups, lr=0.05, betas=(0.9, 0.99))
     ours, opt_state = jax.tree.map(jnp.asarray, params), tx.init(params)

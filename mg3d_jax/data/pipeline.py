@@ -33,7 +33,9 @@ class PreparedData:
         volume_size: what the model expects; a folder with another grid is an error. None accepts any.
     """
 
-    def __init__(self, folders: tuple[str, ...], *, max_patients: int = 0, volume_size: tuple[int, int, int] | None = None):
+    def __init__(
+        self, folders: tuple[str, ...], *, max_patients: int = 0, volume_size: tuple[int, int, int] | None = None
+    ):
         if isinstance(folders, str):
             folders = (folders,)
         if not folders:
@@ -52,7 +54,9 @@ class PreparedData:
                 raise UserError(f"{folder} and {folders[0]} differ in grid or label names: they cannot be mixed")
         counts = [reader.manifest["patients"][: max_patients or None] for reader in self.readers]
         if max_patients > max(len(c) for c in counts):
-            raise UserError(f"data.max_patients = {max_patients}, but there are only {max(map(len, counts))} patients in {folders}")
+            raise UserError(
+                f"data.max_patients = {max_patients}, but there are only {max(map(len, counts))} patients in {folders}"
+            )
         self.patients = sum(map(len, counts))
         self.lengths = [sum(n for _, n in c) for c in counts]
         self.report_tokenizer: ReportTokenizer | None = None
@@ -148,7 +152,9 @@ def train_batches(
     # The elements are whole batches: threads and workers take turns by them, so the order stays.
     batches = grain.MapDataset.source(source)
     threads = config.data.read_threads
-    options = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=max(PREFETCHED_BATCHES, threads) if threads else 0)
+    options = grain.ReadOptions(
+        num_threads=threads, prefetch_buffer_size=max(PREFETCHED_BATCHES, threads) if threads else 0
+    )
     dataset = batches.to_iter_dataset(options)
     if config.data.workers:
         from absl import flags

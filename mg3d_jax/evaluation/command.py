@@ -65,7 +65,9 @@ def evaluate(workdir: Path, data_folders: tuple[str, ...], *, step: int | None =
 def print_tables(result: dict) -> None:
     """The two tables of an evaluation on stdout."""
     console, zero = Console(), result["zero_shot"]
-    table = Table(title=f"zero-shot AUROC, {result['volumes']} volumes of {result['patients']} patients", title_justify="left")
+    table = Table(
+        title=f"zero-shot AUROC, {result['volumes']} volumes of {result['patients']} patients", title_justify="left"
+    )
     for heading in ("abnormality", "AUROC", "95 % interval"):
         table.add_column(heading)
     for key in [k for k in zero if k.startswith("auroc/") and not k.endswith("_95")] + ["auroc_macro"]:
@@ -80,5 +82,10 @@ def print_tables(result: dict) -> None:
     for key, value in result["retrieval"].items():
         if "/recall@" in key:
             direction, _, k = key.partition("/recall@")
-            table.add_row(direction.replace("_", " "), f"@{k}", f"{value:.3f}", f"{result['retrieval'][f'{direction}/chance@{k}']:.3f}")
+            table.add_row(
+                direction.replace("_", " "),
+                f"@{k}",
+                f"{value:.3f}",
+                f"{result['retrieval'][f'{direction}/chance@{k}']:.3f}",
+            )
     console.print(table)

@@ -62,7 +62,11 @@ class TrainedModel:
 
     def _jitted(self, function: Callable) -> Callable[[Any], np.ndarray]:
         rows = sharding.batch_sharding(self.setup.mesh)
-        jitted = jax.jit(function, in_shardings=(self.setup.shardings["params"], rows), out_shardings=sharding.replicated(self.setup.mesh))
+        jitted = jax.jit(
+            function,
+            in_shardings=(self.setup.shardings["params"], rows),
+            out_shardings=sharding.replicated(self.setup.mesh),
+        )
 
         def call(inputs: Any) -> np.ndarray:
             with jax.set_mesh(self.setup.mesh), nn.logical_axis_rules(sharding.RULES):
@@ -92,7 +96,10 @@ class TrainedModel:
         fields = {name: np.stack([row[name] for row in rows]) for name in names}
         embeddings = []
         for first in range(0, len(rows), self.batch_size):
-            part = {name: _pad_rows(array[first : first + self.batch_size], self.batch_size) for name, array in fields.items()}
+            part = {
+                name: _pad_rows(array[first : first + self.batch_size], self.batch_size)
+                for name, array in fields.items()
+            }
             embeddings.append(self._texts(part)[: len(rows) - first])
         return np.concatenate(embeddings)
 

@@ -28,7 +28,9 @@ def plot_evaluation(result: dict, path: Path) -> None:
     right.minorticks_off()
     right.legend()
     right.grid(alpha=0.3)
-    figure.suptitle(f"{result['run']}, step {result['step']}, {result['volumes']} volumes of {result['patients']} patients")
+    figure.suptitle(
+        f"{result['run']}, step {result['step']}, {result['volumes']} volumes of {result['patients']} patients"
+    )
     figure.savefig(path, dpi=110)
     plt.close(figure)
 

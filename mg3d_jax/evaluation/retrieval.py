@@ -25,7 +25,11 @@ def ranks(similarity: np.ndarray, correct: np.ndarray) -> np.ndarray:
 
 
 def recall(
-    volumes: np.ndarray, volume_reports: np.ndarray, reports: np.ndarray, report_ids: np.ndarray, ks: Sequence[int] = DEFAULT_KS
+    volumes: np.ndarray,
+    volume_reports: np.ndarray,
+    reports: np.ndarray,
+    report_ids: np.ndarray,
+    ks: Sequence[int] = DEFAULT_KS,
 ) -> dict[str, float]:
     """Recall in both directions, with chance.
 

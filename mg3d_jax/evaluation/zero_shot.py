@@ -13,7 +13,9 @@ from scipy.stats import rankdata
 
 from mg3d_jax.data.abnormalities import PROMPT_ABSENT, PROMPT_PRESENT
 
-PROTOCOL = "zero-shot, prompts '{pathology} is present.' / '{pathology} is not present.', softmax over the two, per volume"
+PROTOCOL = (
+    "zero-shot, prompts '{pathology} is present.' / '{pathology} is not present.', softmax over the two, per volume"
+)
 
 
 def prompts(labels: Sequence[str]) -> list[list[str]]:

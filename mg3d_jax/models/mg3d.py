@@ -37,7 +37,10 @@ class MG3D(nn.Module):
 
     def setup(self) -> None:
         model, objective = self.config.model, self.config.objectives.alignment
-        volume, report = presets.volume_preset(model.volume_encoder.preset), presets.report_preset(model.report_encoder.preset)
+        volume, report = (
+            presets.volume_preset(model.volume_encoder.preset),
+            presets.report_preset(model.report_encoder.preset),
+        )
         common = {"dtype": model.dtype, "remat": model.remat, "attention_backend": self.attention_backend}
         self.volume_encoder = VolumeEncoder(
             width=volume.width,
@@ -78,7 +81,10 @@ class MG3D(nn.Module):
         """What only some objectives need. A module that is never called has no parameters."""
         model, dtype = self.config.model, self.config.model.dtype
         attention = {"dtype": dtype, "attention_backend": self.attention_backend}
-        wanted = {"volume": self._on("discrimination") or self._fused_pair(), "report": self._on("report_reconstruction")}
+        wanted = {
+            "volume": self._on("discrimination") or self._fused_pair(),
+            "report": self._on("report_reconstruction"),
+        }
         wanted["report"] |= self._fused_pair()
         self.fusion = Fusion(
             depth=model.fusion.depth,
@@ -190,7 +196,9 @@ class MG3D(nn.Module):
         """Single sentences [B, K, L], each embedded as a report of its own: `view_embeddings` [B, K, k], `view_mask` and
         `view_id` [B, K], with `report_has_text` [B]."""
         batch, count, length = views["token_ids"].shape
-        rows = {name: views[name].reshape(batch * count, length) for name in ("token_ids", "token_mask", "sentence_index")}
+        rows = {
+            name: views[name].reshape(batch * count, length) for name in ("token_ids", "token_mask", "sentence_index")
+        }
         embedded = self.embed_report(rows, train=train, max_sentences=1)
         embeddings = embedded["report_embedding"].reshape(batch, count, -1)
         mask = jnp.any(embedded["sentence_mask"], axis=1).reshape(batch, count)

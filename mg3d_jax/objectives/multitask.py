@@ -162,8 +162,8 @@ CENTERS = "center/"
 
 # What the objectives read of the model's features as it is: one row per patient, small.
 SMALL_FEATURES = (
-    "volume_embedding", "report_embedding", "report_has_text", "view_embeddings", "view_mask", "view_id", "fused_embedding", "fused_volume_embedding", "z",
-    "sentence_targets", "sentence_mask",
+    "volume_embedding", "report_embedding", "report_has_text", "view_embeddings", "view_mask", "view_id",
+    "fused_embedding", "fused_volume_embedding", "z", "sentence_targets", "sentence_mask",
 )  # fmt: skip
 
 

@@ -29,7 +29,9 @@ class Checkpoints:
 
     def __init__(self, workdir: Path, *, every: int = 1, keep: int = 2):
         options = ocp.CheckpointManagerOptions(max_to_keep=keep, save_interval_steps=every)
-        self._manager = ocp.CheckpointManager((workdir / FOLDER).absolute(), options=options, item_names=("state", "meta"))
+        self._manager = ocp.CheckpointManager(
+            (workdir / FOLDER).absolute(), options=options, item_names=("state", "meta")
+        )
         self.every = every
 
     def latest(self) -> int | None:

@@ -53,7 +53,13 @@ def augment(key: jax.Array, volume: jax.Array, options: ConfigDict) -> jax.Array
 
 
 def sentence_views(
-    key: jax.Array, text: dict[str, jax.Array], *, sentences: int, tokens: int, max_sentences: int, special: dict[str, int]
+    key: jax.Array,
+    text: dict[str, jax.Array],
+    *,
+    sentences: int,
+    tokens: int,
+    max_sentences: int,
+    special: dict[str, int],
 ) -> dict[str, jax.Array]:
     """A random choice of each report's sentences, each as a text of its own: [CLS] sentence [SEP].
 

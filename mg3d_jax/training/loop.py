@@ -33,6 +33,7 @@ from mg3d_jax.training import step as step_lib
 from mg3d_jax.training.checkpoints import Checkpoints, check_same_run
 from mg3d_jax.training.clock import Clock
 from mg3d_jax.training.schedule import total_steps
+from mg3d_jax.training.warm_start import load_pretrained
 from mg3d_jax.training.writers import MetricWriter
 
 DONE, PREEMPTED = 0, 75  # 75 is EX_TEMPFAIL: launchers understand it as "run me again"
@@ -72,7 +73,8 @@ class Trainer:
         """State, step and clock of the newest checkpoint, or of a new run."""
         step = self.checkpoints.latest()
         if step is None:
-            return state_lib.initialize(self.setup), 0, Clock()
+            fresh = load_pretrained(self.setup, state_lib.initialize(self.setup), self.tokenizer)
+            return fresh, 0, Clock()
         check_same_run(self.checkpoints.meta(step), self.config)
         state, meta = self.checkpoints.restore(self.setup, step)
         print(f"{self.workdir}: resuming after step {step} of {self.steps}", file=sys.stderr)
@@ -85,9 +87,7 @@ class Trainer:
         if self.writes:
             (self.workdir / CONFIG_FILE).write_text(config_lib.to_json(self.config))
         self.writer = MetricWriter(self.workdir, resume_step=self.first) if self.writes else None
-        batches = train_batches(
-            self.data, self.tokenizer, self.config, self.mesh, start=self.first, stop=self.steps
-        )
+        batches = train_batches(self.data, self.tokenizer, self.config, self.mesh, start=self.first, stop=self.steps)
         stop = StopRequest(self.checkpoints)
         try:
             finished = self._train(batches, stop)
@@ -141,7 +141,9 @@ class Trainer:
                 progress.advance(note=note)
                 if step < self.steps and stop.asked(step):
                     self.checkpoints.save(self.state, self._meta(step), step, force=True)
-                    print(f"asked to stop: saved step {step} of {self.steps}; the same command goes on", file=sys.stderr)
+                    print(
+                        f"asked to stop: saved step {step} of {self.steps}; the same command goes on", file=sys.stderr
+                    )
                     return False
         return True
 

@@ -35,6 +35,7 @@ def learning_rate(schedule: ConfigDict, peak: float, steps: int) -> optax.Schedu
     else:
         cooldown = round(steps * schedule.cooldown_percent / 100)
         decay = optax.join_schedules(
-            [optax.constant_schedule(peak), optax.linear_schedule(peak, end, max(cooldown, 1))], [max(rest - cooldown, 0)]
+            [optax.constant_schedule(peak), optax.linear_schedule(peak, end, max(cooldown, 1))],
+            [max(rest - cooldown, 0)],
         )
     return optax.join_schedules([optax.linear_schedule(0.0, peak, max(warmup, 1)), decay], [warmup])

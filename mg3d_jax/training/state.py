@@ -55,7 +55,11 @@ def dummy_inputs(config: ConfigDict, batch_size: int = 1) -> dict[str, Any]:
     """Zeros of the shapes that the model takes; enough to trace it."""
     shapes = batch_contract.shapes(batch_size, tuple(config.model.volume_size), config.data.max_tokens, 1)
     batch = {k: jax.ShapeDtypeStruct(shapes[k], field.dtype) for k, field in batch_contract.FIELDS.items()}
-    options = {"special": dict.fromkeys(SPECIAL_TOKENS, 0), "vocab_size": 8, "train": False}  # shapes do not depend on them
+    options = {
+        "special": dict.fromkeys(SPECIAL_TOKENS, 0),
+        "vocab_size": 8,
+        "train": False,
+    }  # shapes do not depend on them
     inputs = jax.eval_shape(lambda b: model_inputs(b, jax.random.key(0), config, **options), batch)
     return jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), inputs)
 

@@ -38,7 +38,10 @@ def start_table(setup: Setup, compiled: jax.stages.Compiled, *, data: Mapping[st
         table.add_row(f"parameters, {name.replace('_', ' ')}", f"{number:,}")
     patch = config.model.volume_encoder.patch_size
     grid = [s // p for s, p in zip(config.model.volume_size, patch, strict=True)]
-    table.add_row("tokens per volume", f"{math.prod(grid)} ({' x '.join(map(str, grid))} patches of {' x '.join(map(str, patch))})")
+    table.add_row(
+        "tokens per volume",
+        f"{math.prod(grid)} ({' x '.join(map(str, grid))} patches of {' x '.join(map(str, patch))})",
+    )
     table.add_row("attention", f"{setup.attention[0]}: {setup.attention[1]}")
     table.add_row("steps", f"{setup.steps:,} of {config.data.batch_size} samples")
     table.add_row("FLOPs per step", human(flops, "FLOP"))

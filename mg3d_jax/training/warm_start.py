@@ -1,0 +1,66 @@
+"""Starts the encoders of a new run from published or imported weights: `model.*_encoder.pretrained`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from flax.traverse_util import flatten_dict, unflatten_dict
+
+from mg3d_jax.data.tokens import ReportTokenizer
+from mg3d_jax.errors import UserError
+from mg3d_jax.interop.bert import load_bert
+from mg3d_jax.interop.tower import Tower, at_volume_size, load_tower, merge
+from mg3d_jax.training.state import Setup, State
+
+KINDS = {"volume_encoder": "vit", "report_encoder": "bert"}
+
+
+def load_pretrained(setup: Setup, state: State, tokenizer: ReportTokenizer) -> State:
+    """`state` with the weights that the config names in place of the fresh ones.
+
+    A ViT made for another volume size has its learned positions interpolated. Raises `UserError` naming every parameter
+    that is missing, unknown or of another shape, and when the report encoder's vocabulary is not the tokenizer's.
+    """
+    params = dict(state["params"])
+    for encoder, kind in KINDS.items():
+        source = setup.config.model[encoder].pretrained
+        if source:
+            tower = _tower(source, encoder, kind, setup, tokenizer)
+            params[encoder] = _placed(merge(params[encoder], tower), setup.shardings["params"][encoder])
+    return state | {"params": params}
+
+
+def _tower(source: str, encoder: str, kind: str, setup: Setup, tokenizer: ReportTokenizer) -> Tower:
+    vocabulary = tokenizer.tokenizer.get_vocab()
+    if (Path(source) / "tower.json").is_file():
+        tower = load_tower(Path(source))
+        if tower.kind != kind:
+            raise UserError(f"model.{encoder}.pretrained = {source!r} holds a {tower.kind}, a {kind} is needed")
+        if kind == "vit":
+            return at_volume_size(tower, tuple(setup.config.model.volume_size))
+        if tower.encoder["vocab_size"] != len(vocabulary):
+            raise UserError(
+                f"model.report_encoder.pretrained = {source!r} has {tower.encoder['vocab_size']} tokens, the tokenizer of "
+                f"data.tokenizer = {setup.config.data.tokenizer!r} has {len(vocabulary)}: use the checkpoint's own tokenizer"
+            )
+        return tower
+    if kind == "vit":
+        raise UserError(f"model.volume_encoder.pretrained = {source!r} is no folder written by `mg3d import`")
+    loaded = load_bert(source, vocabulary=vocabulary)
+    return Tower("bert", loaded.config.encoder_fields(), loaded.params, source, loaded.unused)
+
+
+def _placed(params: Any, shardings: Any) -> Any:
+    """Host arrays on the mesh; arrays that are there already stay."""
+    places = flatten_dict(shardings)
+
+    def place(path: tuple, array: Any) -> jax.Array:
+        if isinstance(array, jax.Array):
+            return array
+        host = np.asarray(array, np.float32)
+        return jax.make_array_from_callback(host.shape, places[path], lambda index: host[index])
+
+    return unflatten_dict({path: place(path, array) for path, array in flatten_dict(params).items()})
