@@ -239,6 +239,12 @@ def from_json(text: str) -> ConfigDict:
     return ConfigDict(tuples(json.loads(text))).lock()
 
 
+def text_tokens(config: ConfigDict) -> int:
+    """Length of one text as the alignment shows it to the report encoder: a sentence, or a whole report."""
+    options = config.objectives.alignment
+    return options.sentence_tokens if options.report_view == "sentences" else config.data.max_tokens
+
+
 # Keys that may differ between the run that wrote a checkpoint and the one that resumes it: they change neither the
 # model nor the sequence of batches nor the optimisation.
 RESUME_FREE = (

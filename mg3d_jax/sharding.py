@@ -8,7 +8,8 @@ units and vocabulary. Everything that enters or leaves a compiled function gets 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import flax.linen as nn
@@ -54,6 +55,13 @@ def make_mesh(config: ConfigDict, devices: list | None = None) -> Mesh:
         )
     shape = [len(devices) // known if s == -1 else s for s in sizes]
     return Mesh(np.array(devices).reshape(shape), MESH_AXES, axis_types=(AxisType.Auto,) * 3)
+
+
+@contextmanager
+def in_mesh(mesh: Mesh) -> Iterator[None]:
+    """Inside, the mesh and the axis rules hold; without both, the modules' sharding constraints are silent no-ops."""
+    with jax.set_mesh(mesh), nn.logical_axis_rules(RULES):
+        yield
 
 
 def replicated(mesh: Mesh) -> NamedSharding:

@@ -42,8 +42,7 @@ def get_config(arg: str = "") -> ConfigDict:
     sweep.models = tuple((name, MODELS[name]) for name in models)
     sweep.patients = patients
     sweep.seeds = seeds
-    # 64 patches a volume instead of 144, so that the larger size trains in minutes too.
-    sweep.overrides = (("model.volume_encoder.patch_size", (12, 12, 8)),)
+    sweep.overrides = ()
     sweep.length = ("epochs", 8.0)
     sweep.loss = "valid/alignment"
     sweep.model_size = "n_active"

@@ -7,20 +7,16 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-import flax.linen as nn
 import jax
 import numpy as np
 
 from mg3d_jax import config as config_lib
 from mg3d_jax import sharding
 from mg3d_jax.data.pipeline import PreparedData, evaluation_batches
-from mg3d_jax.data.tokens import ReportTokenizer, load_tokenizer
-from mg3d_jax.errors import UserError
+from mg3d_jax.data.tokens import ReportTokenizer
 from mg3d_jax.progress import Progress
 from mg3d_jax.training import inputs as step_inputs
-from mg3d_jax.training import state as state_lib
-from mg3d_jax.training.checkpoints import Checkpoints
-from mg3d_jax.training.loop import CONFIG_FILE, TOKENIZER_FOLDER
+from mg3d_jax.training.restore import restore_run
 
 
 class TrainedModel:
@@ -34,20 +30,10 @@ class TrainedModel:
     """
 
     def __init__(self, workdir: Path, *, step: int | None = None, batch_size: int = 16):
-        for needed in (CONFIG_FILE, f"{TOKENIZER_FOLDER}/tokenizer.json"):
-            if not (workdir / needed).exists():
-                raise UserError(f"{workdir} is not a training run: it has no {needed}")
-        self.config = config_lib.from_json((workdir / CONFIG_FILE).read_text())
-        text = load_tokenizer(str(workdir / TOKENIZER_FOLDER))
-        self.tokenizer = ReportTokenizer(text, self.config.data.max_tokens, self.config.data.max_sentences)
-        # Evaluation is data parallel, on whatever devices are here.
-        mesh = sharding.make_mesh(config_lib.default().mesh)
-        self.setup = state_lib.build(self.config, self.tokenizer.vocab_size, mesh, steps=1)
-        checkpoints = Checkpoints(workdir)
-        self.step = checkpoints.latest() if step is None else step
-        self.params = checkpoints.restore(self.setup, self.step)[0]["params"]
-        checkpoints.close()
-        shards = sharding.batch_shards(mesh)
+        run = restore_run(workdir, step)
+        self.config, self.setup, self.params, self.step = run.config, run.setup, run.params, int(run.meta["step"])
+        self.tokenizer = ReportTokenizer(run.tokenizer, self.config.data.max_tokens, self.config.data.max_sentences)
+        shards = sharding.batch_shards(self.setup.mesh)
         self.batch_size = math.ceil(batch_size / shards) * shards
         self._volumes = self._jitted(self._embed_volume)
         self._texts = self._jitted(lambda params, text: self._model_embedding(params, text, "embed_report"))
@@ -69,7 +55,7 @@ class TrainedModel:
         )
 
         def call(inputs: Any) -> np.ndarray:
-            with jax.set_mesh(self.setup.mesh), nn.logical_axis_rules(sharding.RULES):
+            with sharding.in_mesh(self.setup.mesh):
                 return jax.device_get(jitted(self.params, inputs))
 
         return call
@@ -88,8 +74,7 @@ class TrainedModel:
 
     def texts(self, texts: Sequence[Sequence[str]]) -> np.ndarray:
         """One embedding per text, a text being a few sentences (a prompt is one)."""
-        options = self.config.objectives.alignment
-        length = options.sentence_tokens if options.report_view == "sentences" else self.config.data.max_tokens
+        length = config_lib.text_tokens(self.config)
         tokenizer = ReportTokenizer(self.tokenizer.tokenizer, length, self.config.data.max_sentences)
         rows = [tokenizer(text) for text in texts]
         names = ("token_ids", "token_mask", "sentence_index")

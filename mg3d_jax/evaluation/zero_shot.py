@@ -11,7 +11,7 @@ from collections.abc import Sequence
 import numpy as np
 from scipy.stats import rankdata
 
-from mg3d_jax.data.abnormalities import PROMPT_ABSENT, PROMPT_PRESENT
+from mg3d_jax.data.abnormalities import prompt_pair
 
 PROTOCOL = (
     "zero-shot, prompts '{pathology} is present.' / '{pathology} is not present.', softmax over the two, per volume"
@@ -20,8 +20,8 @@ PROTOCOL = (
 
 def prompts(labels: Sequence[str]) -> list[list[str]]:
     """Positive prompts of all labels, then the negative ones, each a text of one sentence."""
-    templates = (PROMPT_PRESENT, PROMPT_ABSENT)
-    return [[template.format(pathology=label)] for template in templates for label in labels]
+    present, absent = zip(*map(prompt_pair, labels), strict=True)
+    return [[prompt] for prompt in (*present, *absent)]
 
 
 def probabilities(volumes: np.ndarray, prompt_embeddings: np.ndarray, logit_scale: float) -> np.ndarray:

@@ -19,6 +19,7 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from mg3d_jax import __version__
+from mg3d_jax.config import text_tokens
 from mg3d_jax.errors import UserError
 from mg3d_jax.models.positions import sincos
 from mg3d_jax.models.presets import report_preset, volume_preset
@@ -135,7 +136,7 @@ def torch_config(config: ConfigDict, params: dict[str, Any], spacing: tuple[floa
         "max_tokens": config.data.max_tokens,
         "max_sentences": config.data.max_sentences,
         "report_sentences": 1 if views else 0,
-        "report_tokens": alignment.sentence_tokens if views else config.data.max_tokens,
+        "report_tokens": text_tokens(config),
         "projection_dim": config.model.projection_dim,
         "logit_bias": "logit_bias" in params,
     }

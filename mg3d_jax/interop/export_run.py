@@ -14,7 +14,6 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from mg3d_jax import config as config_lib
-from mg3d_jax import sharding
 from mg3d_jax.data import phantoms
 from mg3d_jax.data.phantom_command import nifti_bytes
 from mg3d_jax.data.records import read_manifest
@@ -24,9 +23,8 @@ from mg3d_jax.data.volumes import Grid, prepare_volume
 from mg3d_jax.errors import UserError
 from mg3d_jax.models.mg3d import MG3D
 from mg3d_jax.training import inputs as step_inputs
-from mg3d_jax.training import state as state_lib
-from mg3d_jax.training.checkpoints import Checkpoints
-from mg3d_jax.training.loop import CONFIG_FILE, TOKENIZER_FOLDER
+from mg3d_jax.training.loop import TOKENIZER_FOLDER
+from mg3d_jax.training.restore import restore_run
 
 PHANTOM_SEED = 20_241_205
 Spacing = tuple[float, float, float]
@@ -46,10 +44,8 @@ class Run:
     @property
     def tokenizer(self) -> ReportTokenizer:
         """With the token limit that training used for a view of a report."""
-        data, alignment = self.config.data, self.config.objectives.alignment
-        views = alignment.report_view == "sentences"
-        length = alignment.sentence_tokens if views else data.max_tokens
-        return ReportTokenizer(load_tokenizer(str(self.tokenizer_folder)), length, data.max_sentences)
+        text = load_tokenizer(str(self.tokenizer_folder))
+        return ReportTokenizer(text, config_lib.text_tokens(self.config), self.config.data.max_sentences)
 
 
 def load_run(workdir: Path, step: int | None = None, spacing: Spacing | None = None) -> Run:
@@ -57,16 +53,9 @@ def load_run(workdir: Path, step: int | None = None, spacing: Spacing | None = N
 
     Raises `UserError` where there is none, and where nothing says which spacing the volumes had.
     """
-    for needed in (CONFIG_FILE, f"{TOKENIZER_FOLDER}/tokenizer.json"):
-        if not (workdir / needed).exists():
-            raise UserError(f"{workdir} is not a training run: it has no {needed}")
-    config = config_lib.from_json((workdir / CONFIG_FILE).read_text())
-    vocab_size = load_tokenizer(str(workdir / TOKENIZER_FOLDER)).get_vocab_size()
-    setup = state_lib.build(config, vocab_size, sharding.make_mesh(config_lib.default().mesh), steps=1)
-    checkpoints = Checkpoints(workdir)
-    state, meta = checkpoints.restore(setup, step)
-    checkpoints.close()
-    params = jax.tree.map(lambda x: np.asarray(x, np.float32), jax.device_get(state["params"]))
+    run = restore_run(workdir, step)
+    config, meta = run.config, run.meta
+    params = jax.tree.map(lambda x: np.asarray(x, np.float32), jax.device_get(run.params))
     if spacing is None:
         spacing = meta.get("spacing") or _manifest_value(config, "spacing")
     if spacing is None:

@@ -68,6 +68,13 @@ class Trainer:
         # Counted from the config: XLA's own figure takes the body of a scan over layers once, whatever its length.
         self.flops = flops.count(config, self.tokenizer.vocab_size).training_flops * config.data.batch_size
         self.last_valid: dict[str, float] = {}
+        self.identity = {"config_hash": config_lib.config_hash(config), "code_version": __version__}
+        self.facts = self.identity | {  # the part of a checkpoint's JSON that is the same at every step
+            "config": config_lib.to_json(config),
+            "vocab_size": self.tokenizer.vocab_size,
+            "spacing": self.data.spacing,  # mm, None if it differs between volumes; exports say it to their users
+            "source": self.data.readers[0].manifest["source"],
+        }
 
     def _start(self) -> tuple[state_lib.State, int, Clock]:
         """State, step and clock of the newest checkpoint, or of a new run."""
@@ -182,13 +189,7 @@ class Trainer:
             "step": step,
             "samples_seen": step * self.config.data.batch_size,
             "trained_seconds": self.clock.trained,
-            "config": config_lib.to_json(self.config),
-            "config_hash": config_lib.config_hash(self.config),
-            "vocab_size": self.tokenizer.vocab_size,
-            "spacing": list(self.data.spacing),  # mm; exports say it to their users
-            "source": self.data.readers[0].manifest["source"],
-            "code_version": __version__,
-        }
+        } | self.facts
 
     def _write_summary(self) -> None:
         """`summary.json`: what sweeps and reports read when the run is done. Written whole or not at all."""
@@ -202,9 +203,7 @@ class Trainer:
             "parameters": tables.tower_parameters(self.setup.abstract["params"]),
             "flops_per_step": self.flops,
             "trained_seconds": self.clock.trained,
-            "config_hash": config_lib.config_hash(self.config),
-            "code_version": __version__,
-        }
+        } | self.identity
         temporary = self.workdir / f"{SUMMARY_FILE}.partial"
         temporary.write_text(json.dumps(summary, indent=1))
         os.replace(temporary, self.workdir / SUMMARY_FILE)

@@ -111,7 +111,7 @@ def initialize(setup: Setup) -> State:
         params = nn.unbox(setup.model.init(key, dummy_inputs(setup.config))["params"])
         return {"params": params, "opt_state": setup.tx.init(params), "step": jnp.int32(0)}
 
-    with jax.set_mesh(setup.mesh), nn.logical_axis_rules(sharding.RULES):
+    with sharding.in_mesh(setup.mesh):
         return jax.jit(init, out_shardings=setup.shardings)(jax.random.key(setup.config.seed))
 
 

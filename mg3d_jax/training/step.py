@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import optax
@@ -109,39 +108,41 @@ def follow_centers(params: Any, metrics: dict, factors: Any) -> tuple[Any, dict]
 
     Returns the parameters, and the metrics without those means. A frozen projection stays.
     """
-    params, scalars = dict(params), {}
-    for name, value in metrics.items():
-        if not name.startswith(CENTERS):
-            scalars[name] = value
-            continue
-        projection = name.removeprefix(CENTERS)
+    params, (scalars, centers) = dict(params), _split_centers(metrics)
+    for projection, mean in centers.items():
         if factors[projection]["out"]["bias"]:
             out = params[projection]["out"]
-            params[projection] = params[projection] | {"out": out | {"bias": out["bias"] - CENTER_RATE * value}}
+            params[projection] = params[projection] | {"out": out | {"bias": out["bias"] - CENTER_RATE * mean}}
     return params, scalars
+
+
+def _split_centers(metrics: dict) -> tuple[dict, dict]:
+    """The scalar metrics, and the means of embeddings by the name of their projection."""
+    scalars = {name: value for name, value in metrics.items() if not name.startswith(CENTERS)}
+    return scalars, {name.removeprefix(CENTERS): metrics[name] for name in metrics.keys() - scalars.keys()}
 
 
 def evaluation_step(setup: Setup, special: dict[str, int]) -> Callable[[Any, Batch, jax.Array], dict]:
     """The jitted held-out loss `(params, batch, key) -> metrics`: no augmentation, no dropout."""
     loss_fn, whole = Losses(setup, special, train=False), sharding.replicated(setup.mesh)
     return _in_mesh(setup, jax.jit(
-        lambda params, batch, key: {k: v for k, v in loss_fn(params, batch, key)[1].items() if not k.startswith(CENTERS)},
+        lambda params, batch, key: _split_centers(loss_fn(params, batch, key)[1])[0],
         in_shardings=(setup.shardings["params"], sharding.batch_sharding(setup.mesh), whole),
         out_shardings=whole,
     ))  # fmt: skip
 
 
 class _in_mesh:
-    """Calls and lowers a jitted function under the mesh and the axis rules (without both, constraints are silent no-ops)."""
+    """Calls and compiles a jitted function under `sharding.in_mesh`."""
 
     def __init__(self, setup: Setup, jitted: Any):
         self._mesh, self.jitted = setup.mesh, jitted
 
     def __call__(self, *args: Any) -> Any:
-        with jax.set_mesh(self._mesh), nn.logical_axis_rules(sharding.RULES):
+        with sharding.in_mesh(self._mesh):
             return self.jitted(*args)
 
     def compile(self, *args: Any) -> jax.stages.Compiled:
         """Ahead of time, from arrays or abstract values."""
-        with jax.set_mesh(self._mesh), nn.logical_axis_rules(sharding.RULES):
+        with sharding.in_mesh(self._mesh):
             return self.jitted.lower(*args).compile()

@@ -1,0 +1,44 @@
+"""Opens a run that was trained earlier: its config, tokenizer and the parameters of one checkpoint."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ml_collections import ConfigDict
+from tokenizers import Tokenizer
+
+from mg3d_jax import config as config_lib
+from mg3d_jax import sharding
+from mg3d_jax.data.tokens import load_tokenizer
+from mg3d_jax.errors import UserError
+from mg3d_jax.training import state as state_lib
+from mg3d_jax.training.checkpoints import Checkpoints
+from mg3d_jax.training.loop import CONFIG_FILE, TOKENIZER_FOLDER
+
+
+@dataclass(frozen=True)
+class RestoredRun:
+    """`params` lie on a data-parallel mesh over the devices that are here; `meta` is what the checkpoint says of itself."""
+
+    config: ConfigDict
+    setup: state_lib.Setup
+    params: Any
+    meta: dict[str, Any]
+    tokenizer: Tokenizer
+
+
+def restore_run(workdir: Path, step: int | None = None) -> RestoredRun:
+    """The newest checkpoint of a run, or that of `step`. `UserError` where there is none."""
+    for needed in (CONFIG_FILE, f"{TOKENIZER_FOLDER}/tokenizer.json"):
+        if not (workdir / needed).exists():
+            raise UserError(f"{workdir} is not a training run: it has no {needed}")
+    config = config_lib.from_json((workdir / CONFIG_FILE).read_text())
+    tokenizer = load_tokenizer(str(workdir / TOKENIZER_FOLDER))
+    mesh = sharding.make_mesh(config_lib.default().mesh)
+    setup = state_lib.build(config, tokenizer.get_vocab_size(), mesh, steps=1)
+    checkpoints = Checkpoints(workdir)
+    state, meta = checkpoints.restore(setup, step)
+    checkpoints.close()
+    return RestoredRun(config, setup, state["params"], meta, tokenizer)
