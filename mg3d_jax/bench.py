@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from mg3d_jax.errors import UserError
-from mg3d_jax.models.presets import VOLUME_PRESETS, volume_preset
+from mg3d_jax.presets import VOLUME_PRESETS, volume_preset
 
 DTYPES = ("float32", "bfloat16")
 REMATS = ("none", "minimal", "full", "offload")

@@ -1,8 +1,8 @@
-"""The default configuration, loading with overrides, and validation before anything is built.
+"""The default configuration, and loading with overrides.
 
 A config file is Python with `get_config(arg)` returning an `ml_collections.ConfigDict`; it starts from `default()` and
 changes what it must. On the command line `--config FILE[:arg] --config.optimizer.learning_rate=1e-4` overrides any key.
-`validate` checks everything that can be known without data or devices, so that a mistake costs seconds and not a queue slot.
+`config_check.validate` says what is impossible before anything is built.
 """
 
 from __future__ import annotations
@@ -11,7 +11,6 @@ import argparse
 import difflib
 import hashlib
 import json
-import math
 from pathlib import Path
 from typing import Any
 
@@ -19,11 +18,6 @@ from absl import flags
 from ml_collections import ConfigDict, config_flags
 
 from mg3d_jax.errors import UserError
-from mg3d_jax.models import presets
-
-DTYPES = ("float32", "bfloat16")
-REMAT_POLICIES = ("none", "minimal", "full", "offload")
-SCHEDULES = ("linear", "cosine", "constant")
 
 
 def _group(**values: Any) -> ConfigDict:
@@ -36,7 +30,7 @@ def default() -> ConfigDict:
     config.name = "mg3d"
     config.seed = 0
     config.data = _group(
-        train=(),  # folders made by `mg3d prepare`; several are concatenated
+        train=(),  # folders made by `mg3d prepare`
         valid=(),  # held-out folder(s) for the loss during training; may stay empty
         batch_size=64,  # global: all devices of all processes together
         max_patients=0,  # train on the first K patients only (nested subsets); 0 = all
@@ -46,6 +40,8 @@ def default() -> ConfigDict:
         max_sentences=32,
         windows=((-1000.0, 1000.0),),  # HU windows, one channel each, scaled to [0, 1] on the device
         shuffle_reports=False,  # control experiment: pairs every volume with another patient's report
+        weights=(),  # share of each folder of `train` among the samples, e.g. (3, 1); empty: as many as it has records
+        max_bad_records=100,  # records that fail their checksum are skipped, counted and named; one more ends the run
         workers=0,  # grain worker processes per host; 0 reads in the main process
         read_threads=4,
         augment=_group(shift=0, scale=0.0, offset=0.0, noise=0.0),  # voxels; relative; HU; HU standard deviation
@@ -53,7 +49,8 @@ def default() -> ConfigDict:
     config.model = _group(
         volume_size=(128, 128, 96),
         volume_encoder=_group(
-            preset="b",
+            kind="vit",  # "vit", or "swin": MONAI's SwinUNETR encoder, the paper's backbone
+            preset="b",  # of a ViT: ti s b l h g; of a Swin: swin-b, swin-l
             patch_size=(16, 16, 16),
             stem="linear",
             positions="sincos",
@@ -62,13 +59,15 @@ def default() -> ConfigDict:
             qk_norm=False,
             layer_scale=0.0,
             dropout=0.0,
-            pretrained="",  # a folder written by `mg3d import monai-vit`
+            pretrained="",  # a folder written by `mg3d import`
+            frozen_layers=0,  # the embedding and the first k layers are not trained; -1: the whole encoder
         ),
         report_encoder=_group(
             preset="base",
             max_positions=512,
             dropout=0.0,
             pretrained="",  # a BERT-type checkpoint: a folder or a name on the hub; its tokenizer goes to data.tokenizer
+            frozen_layers=0,
         ),
         projection_dim=512,
         fusion=_group(depth=2, kind="attention"),  # "attention", or "gate": the relevance gate of MG-3D's release
@@ -113,7 +112,7 @@ def default() -> ConfigDict:
         discrimination=_group(weight=0.0, temperature=0.1, block_size=0),
     )
     config.optimizer = _group(
-        name="adamw",
+        name="adamw",  # or "muon" for matrices, with AdamW for the rest
         learning_rate=1e-4,
         b1=0.9,
         b2=0.98,
@@ -124,20 +123,44 @@ def default() -> ConfigDict:
         learning_rate_multipliers=((".*", 1.0),),  # (regex, factor): the first match counts, every parameter must match
         no_weight_decay=(".*(bias|scale|position|embedding|pooling_query|logit_scale|logit_bias).*",),
         freeze=(),  # regexes of parameters that are not trained
+        ema=0.0,  # decay of the exponential moving average of the parameters, e.g. 0.999; 0 keeps none
     )
+    # Lengths: the first of _steps, _epochs, _samples that is set counts, else _percent of the run.
     config.schedule = _group(
-        kind="linear", warmup_steps=0, warmup_percent=5.0, cooldown_percent=20.0, final_fraction=0.0
+        kind="linear",  # "linear" or "cosine" decay, or "constant" with a cooldown
+        warmup_steps=0,
+        warmup_epochs=0.0,
+        warmup_samples=0,
+        warmup_percent=5.0,
+        cooldown_steps=0,
+        cooldown_epochs=0.0,
+        cooldown_samples=0,
+        cooldown_percent=20.0,
+        final_fraction=0.0,
     )
     config.training = _group(
         steps=0,  # exactly one of steps, epochs, samples is set
         epochs=0.0,
         samples=0,
         log_every=10,
-        validate_every=0,  # held-out loss every so many steps; 0 = only at the end
+        validate_every=0,  # held-out loss (and reconstructed slices) every so many steps; 0 = only at the end
+        evaluate_every=0,  # zero-shot AUROC and recall on data.valid every so many steps; 0 = never
         checkpoint_every=100,
-        keep_checkpoints=2,
+        keep_checkpoints=2,  # the newest
+        best_metric="",  # keeps the checkpoint that is best by this too, e.g. "valid/loss" or "valid/auroc_macro"
+        best_mode="min",
+        max_skipped=10,  # updates with a non-finite loss or gradient are skipped; so many in a row end the run
+        watchdog_minutes=30.0,  # a step that takes longer is reported with the stacks of every process; 0 = never
+        writers=("jsonl", "tensorboard"),  # and "wandb"
     )
-    config.mesh = _group(data=-1, fsdp=1, tensor=1)
+    config.mesh = _group(
+        preset="",  # sizes by hardware, see sharding.MESH_PRESETS; the three sizes below then stay as they are
+        data=-1,
+        fsdp=1,
+        tensor=1,
+        slices=1,  # TPU slices, or groups of hosts, over whose slow links only the data axis goes
+        max_replicated=0.1,  # largest share of the parameters that may stay whole on an fsdp or tensor mesh
+    )
     return config.lock()
 
 
@@ -248,8 +271,10 @@ def text_tokens(config: ConfigDict) -> int:
 # Keys that may differ between the run that wrote a checkpoint and the one that resumes it: they change neither the
 # model nor the sequence of batches nor the optimisation.
 RESUME_FREE = (
-    "name", "data.workers", "data.read_threads", "data.train", "data.valid", "training.log_every", "training.validate_every",
-    "training.checkpoint_every", "training.keep_checkpoints", "mesh.data", "mesh.fsdp", "mesh.tensor", "model.remat",
+    "name", "data.workers", "data.read_threads", "data.train", "data.valid", "data.max_bad_records", "training.log_every",
+    "training.validate_every", "training.evaluate_every", "training.checkpoint_every", "training.keep_checkpoints",
+    "training.best_metric", "training.best_mode", "training.max_skipped", "training.watchdog_minutes", "training.writers",
+    "mesh.preset", "mesh.data", "mesh.fsdp", "mesh.tensor", "mesh.slices", "mesh.max_replicated", "model.remat",
     "model.attention",
 )  # fmt: skip
 
@@ -265,152 +290,3 @@ def resume_differences(old: ConfigDict, new: ConfigDict) -> list[str]:
     a, b = flatten(old), flatten(new)
     keys = sorted((a.keys() | b.keys()) - set(RESUME_FREE))
     return [f"{k}: {a.get(k, 'absent')} -> {b.get(k, 'absent')}" for k in keys if a.get(k) != b.get(k)]
-
-
-def validate(config: ConfigDict) -> None:
-    """Raises one `UserError` that lists every impossible setting and what to write instead."""
-    parts = (_data_problems, _model_problems, _objective_problems, _training_problems)
-    problems = [problem for part in parts for problem in part(config)]
-    if problems:
-        raise UserError("the configuration is impossible:\n  - " + "\n  - ".join(problems))
-
-
-def _choice(key: str, value: Any, choices: tuple | list) -> list[str]:
-    return [] if value in choices else [f"{key} = {value!r}: choose one of {', '.join(map(str, choices))}"]
-
-
-def _positive(config: ConfigDict, *keys: str) -> list[str]:
-    flat = flatten(config)
-    return [f"{key} = {flat[key]}: must be at least 1" for key in keys if not flat[key] >= 1]
-
-
-def _data_problems(config: ConfigDict) -> list[str]:
-    data = config.data
-    problems = _positive(config, "data.batch_size", "data.max_sentences", "data.vocab_size", "optimizer.accumulation")
-    if data.max_tokens < 8:
-        problems.append(f"data.max_tokens = {data.max_tokens}: must be at least 8")
-    if data.max_tokens > config.model.report_encoder.max_positions:
-        problems.append(
-            f"data.max_tokens = {data.max_tokens} is more than model.report_encoder.max_positions = "
-            f"{config.model.report_encoder.max_positions}: lower the first or raise the second"
-        )
-    if data.batch_size >= 1 and config.optimizer.accumulation >= 1 and data.batch_size % config.optimizer.accumulation:
-        problems.append(
-            f"data.batch_size = {data.batch_size} is not divisible by optimizer.accumulation = {config.optimizer.accumulation}"
-        )
-    if not 3 <= config.objectives.alignment.sentence_tokens <= config.model.report_encoder.max_positions:
-        problems.append(
-            f"objectives.alignment.sentence_tokens = {config.objectives.alignment.sentence_tokens}: from 3 to "
-            f"model.report_encoder.max_positions = {config.model.report_encoder.max_positions}"
-        )
-    for window in data.windows:
-        if len(window) != 2 or window[0] >= window[1]:
-            problems.append(f"data.windows contains {window}: each window is (lower HU, upper HU), lower < upper")
-    if not data.windows:
-        problems.append("data.windows is empty: give at least one window, e.g. ((-1000.0, 1000.0),)")
-    for key in ("max_patients", "workers", "read_threads"):
-        if data[key] < 0:
-            problems.append(f"data.{key} = {data[key]}: must not be negative")
-    return problems
-
-
-def _model_problems(config: ConfigDict) -> list[str]:
-    model, volume = config.model, config.model.volume_encoder
-    problems = [
-        *_choice("model.dtype", model.dtype, DTYPES),
-        *_choice("model.remat", model.remat, REMAT_POLICIES),
-        *_choice("model.volume_encoder.preset", volume.preset, sorted(presets.VOLUME_PRESETS)),
-        *_choice("model.volume_encoder.stem", volume.stem, ("linear", "conv")),
-        *_choice("model.volume_encoder.positions", volume.positions, ("learned", "sincos")),
-        *_choice("model.volume_encoder.pooling", volume.pooling, ("attention", "mean", "flatten")),
-        *_choice("model.report_encoder.preset", model.report_encoder.preset, sorted(presets.REPORT_PRESETS)),
-        *_choice("objectives.alignment.report_view", config.objectives.alignment.report_view, ("report", "sentences")),
-        *_positive(config, "model.projection_dim", "objectives.alignment.report_sentences"),
-    ]
-    for size in ("volume_size",):
-        if len(model[size]) != 3 or min(model[size]) < 1:
-            problems.append(f"model.{size} = {model[size]}: give three positive numbers of voxels, e.g. (128, 128, 96)")
-    if len(volume.patch_size) != 3 or min(volume.patch_size) < 1:
-        problems.append(f"model.volume_encoder.patch_size = {volume.patch_size}: give three positive numbers")
-    elif len(model.volume_size) == 3:
-        for axis, size, patch in zip("XYZ", model.volume_size, volume.patch_size, strict=True):
-            if size % patch:
-                fit = max(patch, round(size / patch) * patch)
-                problems.append(
-                    f"model.volume_size {axis} = {size} is not divisible by model.volume_encoder.patch_size {axis} = {patch}: "
-                    f"use a volume of {fit} or another patch"
-                )
-    for name in ("volume_encoder", "report_encoder"):
-        table = presets.VOLUME_PRESETS if name == "volume_encoder" else presets.REPORT_PRESETS
-        if model[name].preset in table:
-            preset = table[model[name].preset]
-            if preset.width % preset.num_heads:
-                problems.append(
-                    f"model.{name}.preset {model[name].preset}: {preset.num_heads} heads do not divide width {preset.width}"
-                )
-    return problems
-
-
-def _objective_problems(config: ConfigDict) -> list[str]:
-    options, decoder = config.objectives, config.model.voxel_decoder
-    voxels, matching = options.volume_reconstruction, options.matching
-    problems = [
-        *_choice("objectives.alignment.form", options.alignment.form, ("softmax", "sigmoid")),
-        *_choice("objectives.volume_reconstruction.masking", voxels.masking, ("random", "nested")),
-        *_choice("objectives.matching.average", matching.average, ("pairs", "patients")),
-        *_choice("objectives.matching.sentence_source", matching.sentence_source, ("encoder", "embeddings", "words")),
-        *_choice("model.fusion.kind", config.model.fusion.kind, ("attention", "gate")),
-        *_positive(config, "model.fusion.depth", "model.matching_dim", "model.voxel_decoder.depth"),
-    ]
-    flat = flatten(options, "objectives.")
-    for key, value in flat.items():
-        if key.endswith("weight") and value < 0:
-            problems.append(f"{key} = {value}: must not be negative; 0 switches it off")
-        if key.endswith(".temperature") and not value > 0:
-            problems.append(f"{key} = {value}: must be positive, e.g. 0.1")
-        if key.endswith(".mask_ratio") and not 0 < value < 1:
-            problems.append(f"{key} = {value}: must lie between 0 and 1, both excluded")
-    if not -1 <= matching.low < matching.high <= 1:
-        problems.append(
-            f"objectives.matching.low = {matching.low}, high = {matching.high}: cosines with low < high are needed"
-        )
-    if voxels.weight > 0 and decoder.width % decoder.num_heads:
-        problems.append(
-            f"model.voxel_decoder.num_heads = {decoder.num_heads} does not divide its width = {decoder.width}"
-        )
-    grid = [n // p for n, p in zip(config.model.volume_size, config.model.volume_encoder.patch_size, strict=False)]
-    if voxels.weight > 0 and voxels.masking == "nested" and any(n % 2 for n in grid):
-        problems.append(
-            f'objectives.volume_reconstruction.masking = "nested" needs an even number of patches along each axis, not '
-            f'{tuple(grid)}: use "random" or another patch'
-        )
-    if voxels.weight > 0 and math.prod(grid) < 2:
-        problems.append(
-            f"a grid of {tuple(grid)} patches has nothing to hide: use a smaller patch_size or a larger volume"
-        )
-    if config.optimizer.gradient_cache and config.optimizer.accumulation == 1:
-        problems.append(
-            "optimizer.gradient_cache does nothing with optimizer.accumulation = 1: set how many micro-batches"
-        )
-    return problems
-
-
-def _training_problems(config: ConfigDict) -> list[str]:
-    training = config.training
-    problems = _choice("schedule.kind", config.schedule.kind, SCHEDULES)
-    problems += _choice("optimizer.name", config.optimizer.name, ("adamw",))
-    lengths = {k: training[k] for k in ("steps", "epochs", "samples") if training[k]}
-    if len(lengths) != 1 or min(lengths.values()) <= 0:
-        problems.append(
-            f"training.steps = {training.steps}, training.epochs = {training.epochs}, training.samples = {training.samples}: "
-            "set exactly one of them to a positive number"
-        )
-    problems += _positive(config, "training.log_every", "training.checkpoint_every", "training.keep_checkpoints")
-    sizes = [config.mesh.data, config.mesh.fsdp, config.mesh.tensor]
-    if sizes.count(-1) > 1 or any(s < 1 and s != -1 for s in sizes):
-        problems.append(
-            f"mesh (data, fsdp, tensor) = {tuple(sizes)}: positive sizes, at most one of them -1 (whatever is left)"
-        )
-    if not any(objective.weight > 0 for objective in config.objectives.values()):
-        problems.append("no objective has a positive weight: set e.g. objectives.alignment.weight=1.0")
-    return problems

@@ -11,8 +11,8 @@ import pytest
 
 from mg3d_jax import bench, devices
 from mg3d_jax.errors import UserError
-from mg3d_jax.models.presets import volume_preset
 from mg3d_jax.models.volume_encoder import VolumeEncoder
+from mg3d_jax.presets import volume_preset
 
 SMALL = ["model", "--preset", "nano", "--volume-size", "16", "16", "16", "--patch-size", "8", "8", "8", "--steps", "1"]
 

@@ -6,6 +6,7 @@ import pytest
 from support import ROOT, tiny_config
 
 from mg3d_jax import config as config_lib
+from mg3d_jax import config_check
 from mg3d_jax.errors import UserError
 
 QUICKSTART = str(ROOT / "configs" / "quickstart.py")
@@ -13,7 +14,7 @@ QUICKSTART = str(ROOT / "configs" / "quickstart.py")
 
 def test_every_committed_config_is_valid():
     for file in sorted((ROOT / "configs").glob("*.py")):
-        config_lib.validate(config_lib.load(str(file)))
+        config_check.validate(config_lib.load(str(file)))
 
 
 def test_overrides_keep_the_type_of_the_default():
@@ -74,7 +75,7 @@ def test_parse_takes_overrides_in_both_spellings():
 )
 def test_impossible_settings_are_listed(changes, says):
     with pytest.raises(UserError, match=says):
-        config_lib.validate(tiny_config(**changes))
+        config_check.validate(tiny_config(**changes))
 
 
 def test_json_round_trip_and_hash():

@@ -9,9 +9,8 @@ import numpy as np
 import pytest
 import torch
 
-from mg3d_jax import sharding
+from mg3d_jax import presets, sharding
 from mg3d_jax.errors import UserError
-from mg3d_jax.models import presets
 from mg3d_jax.models.volume_encoder import VolumeEncoder, patchify, stem_strides, unpatchify
 
 SIZE, PATCH = (16, 8, 12), (4, 2, 6)

@@ -12,7 +12,7 @@ from ml_collections import ConfigDict
 from support import SPECIAL, random_batch, tiny_config
 
 from mg3d_jax import config as config_lib
-from mg3d_jax import sharding
+from mg3d_jax import config_check, sharding
 from mg3d_jax.data.pipeline import PreparedData, evaluation_batches
 from mg3d_jax.data.tokens import ReportTokenizer, train_wordpiece
 from mg3d_jax.errors import UserError
@@ -229,14 +229,14 @@ def test_every_loss_goes_near_its_floor_on_one_batch(phantom_batch):
 
 def test_impossible_objectives_are_refused_with_the_mend():
     config = make_config("mg3d").unlock()
-    config_lib.validate(config)
+    config_check.validate(config)
     config.objectives.matching.low = 0.95
     config.objectives.report_reconstruction.mask_ratio = 1.0
     config.objectives.discrimination.temperature = 0.0
     config.objectives.volume_reconstruction.masking = "cubes"
     config.model.fusion.kind = "mixer"
     with pytest.raises(UserError) as caught:
-        config_lib.validate(config)
+        config_check.validate(config)
     for word in ("matching.low = 0.95", "mask_ratio = 1.0", "temperature = 0.0", "'cubes'", "'mixer'"):
         assert word in str(caught.value)
     with pytest.raises(UserError, match="clip, siglip, mae, mg3d"):

@@ -11,7 +11,8 @@ import pytest
 from support import SPECIAL, random_batch
 
 from mg3d_jax import config as config_lib
-from mg3d_jax.models import presets, transformer
+from mg3d_jax import presets
+from mg3d_jax.models import transformer
 from mg3d_jax.models.mg3d import MG3D
 from mg3d_jax.objectives.multitask import multitask_loss, per_patient
 from mg3d_jax.scaling import flops, parts

@@ -22,8 +22,8 @@ from mg3d_jax import __version__
 from mg3d_jax.config import text_tokens
 from mg3d_jax.errors import UserError
 from mg3d_jax.models.positions import sincos
-from mg3d_jax.models.presets import report_preset, volume_preset
 from mg3d_jax.models.volume_encoder import patch_grid, stem_strides
+from mg3d_jax.presets import report_preset, volume_preset
 
 EXPORTED = ("volume_encoder", "report_encoder", "report_pool", "volume_projection", "report_projection", "logit_scale")
 _RENAMED = ((r"(volume|report)_projection\.out", r"\1_projection"), (r"\.(conv|norm)_(\d+)\.", r".\1s.\2."))

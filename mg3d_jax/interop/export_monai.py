@@ -19,7 +19,7 @@ from mg3d_jax import __version__
 from mg3d_jax.errors import UserError
 from mg3d_jax.interop import export_format
 from mg3d_jax.interop.export_run import Run
-from mg3d_jax.models.presets import volume_preset
+from mg3d_jax.presets import volume_preset
 
 MONAI_EPSILON = 1e-5
 

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 from ml_collections import ConfigDict
 
-from mg3d_jax.models import presets
+from mg3d_jax import presets
 from mg3d_jax.models.decoders import TokenHead, VoxelDecoder
 from mg3d_jax.models.fusion import Fusion, SentenceConditionedVolume
 from mg3d_jax.models.heads import AttentionPool, Projection, mean_pool, sentence_means

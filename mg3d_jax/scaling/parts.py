@@ -11,9 +11,9 @@ from math import prod
 
 from ml_collections import ConfigDict
 
-from mg3d_jax.models import presets
-from mg3d_jax.models.presets import TowerPreset
+from mg3d_jax import presets
 from mg3d_jax.models.volume_encoder import patch_grid, stem_strides
+from mg3d_jax.presets import TowerPreset
 
 # Elementwise FLOPs per element: forward, and forward with backward. Measured on XLA:CPU.
 LAYER_NORM = (8, 21)

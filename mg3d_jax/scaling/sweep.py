@@ -16,6 +16,7 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from mg3d_jax import config as config_lib
+from mg3d_jax import config_check
 from mg3d_jax.errors import UserError
 from mg3d_jax.scaling.files import read_json, write_json
 
@@ -139,7 +140,7 @@ def _check_run(config: ConfigDict, model: str, patients: int, seed: int) -> None
                 f"no run trains on. Add --set data.{key}=FOLDER (made by mg3d prepare)"
             )
     try:
-        config_lib.validate(config)
+        config_check.validate(config)
     except UserError as error:
         raise UserError(f"sweep, run {name}: {error}") from error
 

@@ -20,7 +20,7 @@ import numpy as np
 from ml_collections import ConfigDict
 from tokenizers import Tokenizer
 
-from mg3d_jax import __version__, sharding
+from mg3d_jax import __version__, config_check, sharding
 from mg3d_jax import config as config_lib
 from mg3d_jax.data.pipeline import PreparedData, evaluation_batches, train_batches
 from mg3d_jax.data.tokens import ReportTokenizer, load_tokenizer, save_tokenizer, train_wordpiece
@@ -50,7 +50,7 @@ class Trainer:
     """
 
     def __init__(self, config: ConfigDict, workdir: Path):
-        config_lib.validate(config)
+        config_check.validate(config)
         self.config, self.workdir, self.writes = config, workdir, jax.process_index() == 0
         workdir.mkdir(parents=True, exist_ok=True)
         self.mesh = sharding.make_mesh(config.mesh)

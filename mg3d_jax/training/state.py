@@ -17,7 +17,7 @@ from mg3d_jax import sharding
 from mg3d_jax.data.tokens import SPECIAL_TOKENS
 from mg3d_jax.models.attention import choose_backend
 from mg3d_jax.models.mg3d import MG3D
-from mg3d_jax.models.presets import report_preset, volume_preset
+from mg3d_jax.presets import report_preset, volume_preset
 from mg3d_jax.training import optimizer, schedule
 from mg3d_jax.training.inputs import model_inputs
 
