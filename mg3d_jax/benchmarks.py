@@ -8,6 +8,7 @@ import sys
 BENCHMARKS = {
     "data": ("mg3d_jax.data.bench", "preparation and loading, beside the field's script and MONAI's PersistentDataset"),
     "model": ("mg3d_jax.bench", "a volume encoder's training step, beside MONAI's ViT in PyTorch"),
+    "step": ("mg3d_jax.training.bench", "a training step: its time by part, memory, FLOPs, collectives"),
     "objectives": ("mg3d_jax.objectives.bench", "compiled memory of sentence matching, blocked and dense"),
 }
 

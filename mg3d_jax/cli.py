@@ -14,6 +14,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "phantom": ("mg3d_jax.data.phantom_command", "make procedural chest CT with reports, in CT-RATE's layout"),
     "prepare": ("mg3d_jax.data.prepare", "volumes and reports on disk -> checked, sharded training records"),
     "train": ("mg3d_jax.training.command", "train from a config; the same command resumes"),
+    "report": ("mg3d_jax.report.command", "one HTML page of a run: curves, slices, evaluations, configuration"),
     "evaluate": ("mg3d_jax.evaluation.command", "zero-shot AUROC and retrieval of a trained run"),
     "attend": ("mg3d_jax.evaluation.attend", "where in a scan a sentence looks: NIfTI map and overlay"),
     "sweep": ("mg3d_jax.scaling.command", "scaling-law sweeps: plan, run, status, fit"),

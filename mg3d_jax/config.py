@@ -50,7 +50,7 @@ def default() -> ConfigDict:
         volume_size=(128, 128, 96),
         volume_encoder=_group(
             kind="vit",  # "vit", or "swin": MONAI's SwinUNETR encoder, the paper's backbone
-            preset="b",  # of a ViT: ti s b l h g; of a Swin: swin-b, swin-l
+            preset="b",  # of a ViT: ti s b l h g; of a Swin: swin-b, swin-l, and swin-b-v2, swin-l-v2
             patch_size=(16, 16, 16),
             stem="linear",
             positions="sincos",
@@ -58,12 +58,15 @@ def default() -> ConfigDict:
             num_registers=0,
             qk_norm=False,
             layer_scale=0.0,
+            norm_epsilon=1e-6,  # of a ViT; MONAI's have 1e-5
+            exact_gelu=False,  # of a ViT: the error function, as MONAI's, in place of the tanh form
+            merging="merging",  # of a Swin: MONAI's `downsample` that its weights were trained with; or "mergingv2"
             dropout=0.0,
             pretrained="",  # a folder written by `mg3d import`
             frozen_layers=0,  # the embedding and the first k layers are not trained; -1: the whole encoder
         ),
         report_encoder=_group(
-            preset="base",
+            preset="base",  # pico nano mini base roberta-base
             max_positions=512,
             dropout=0.0,
             pretrained="",  # a BERT-type checkpoint: a folder or a name on the hub; its tokenizer goes to data.tokenizer
@@ -147,7 +150,7 @@ def default() -> ConfigDict:
         evaluate_every=0,  # zero-shot AUROC and recall on data.valid every so many steps; 0 = never
         checkpoint_every=100,
         keep_checkpoints=2,  # the newest
-        best_metric="",  # keeps the checkpoint that is best by this too, e.g. "valid/loss" or "valid/auroc_macro"
+        best_metric="",  # keeps the checkpoint that is best by this too: "valid/loss", "evaluation/auroc_macro", ...
         best_mode="min",
         max_skipped=10,  # updates with a non-finite loss or gradient are skipped; so many in a row end the run
         watchdog_minutes=30.0,  # a step that takes longer is reported with the stacks of every process; 0 = never

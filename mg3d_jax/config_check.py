@@ -8,7 +8,7 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from mg3d_jax import config as config_lib
-from mg3d_jax import presets
+from mg3d_jax import presets, sharding
 from mg3d_jax.errors import UserError
 
 DTYPES = ("float32", "bfloat16")
@@ -72,40 +72,85 @@ def _data_problems(config: ConfigDict) -> list[str]:
 
 
 def _model_problems(config: ConfigDict) -> list[str]:
-    model, volume = config.model, config.model.volume_encoder
+    model, report = config.model, config.model.report_encoder
     problems = [
         *_choice("model.dtype", model.dtype, DTYPES),
         *_choice("model.remat", model.remat, REMAT_POLICIES),
-        *_choice("model.volume_encoder.preset", volume.preset, sorted(presets.VOLUME_PRESETS)),
-        *_choice("model.volume_encoder.stem", volume.stem, ("linear", "conv")),
-        *_choice("model.volume_encoder.positions", volume.positions, ("learned", "sincos")),
-        *_choice("model.volume_encoder.pooling", volume.pooling, ("attention", "mean", "flatten")),
-        *_choice("model.report_encoder.preset", model.report_encoder.preset, sorted(presets.REPORT_PRESETS)),
+        *_choice("model.report_encoder.preset", report.preset, sorted(presets.REPORT_PRESETS)),
         *_choice("objectives.alignment.report_view", config.objectives.alignment.report_view, ("report", "sentences")),
         *_positive(config, "model.projection_dim", "objectives.alignment.report_sentences"),
     ]
-    for size in ("volume_size",):
-        if len(model[size]) != 3 or min(model[size]) < 1:
-            problems.append(f"model.{size} = {model[size]}: give three positive numbers of voxels, e.g. (128, 128, 96)")
-    if len(volume.patch_size) != 3 or min(volume.patch_size) < 1:
-        problems.append(f"model.volume_encoder.patch_size = {volume.patch_size}: give three positive numbers")
-    elif len(model.volume_size) == 3:
-        for axis, size, patch in zip("XYZ", model.volume_size, volume.patch_size, strict=True):
-            if size % patch:
-                fit = max(patch, round(size / patch) * patch)
-                problems.append(
-                    f"model.volume_size {axis} = {size} is not divisible by model.volume_encoder.patch_size {axis} = {patch}: "
-                    f"use a volume of {fit} or another patch"
-                )
-    for name in ("volume_encoder", "report_encoder"):
-        table = presets.VOLUME_PRESETS if name == "volume_encoder" else presets.REPORT_PRESETS
-        if model[name].preset in table:
-            preset = table[model[name].preset]
-            if preset.width % preset.num_heads:
-                problems.append(
-                    f"model.{name}.preset {model[name].preset}: {preset.num_heads} heads do not divide width {preset.width}"
-                )
+    if len(model.volume_size) != 3 or min(model.volume_size) < 1:
+        return [
+            *problems,
+            f"model.volume_size = {model.volume_size}: give three positive numbers of voxels, e.g. (128, 128, 96)",
+        ]
+    problems += _volume_encoder_problems(config)
+    for name, table in (("volume_encoder", _volume_presets(model)), ("report_encoder", presets.REPORT_PRESETS)):
+        preset, frozen = table.get(model[name].preset), model[name].frozen_layers
+        if preset is not None and preset.width % preset.num_heads:
+            problems.append(
+                f"model.{name}.preset {model[name].preset}: {preset.num_heads} heads do not divide width {preset.width}"
+            )
+        if preset is not None and not -1 <= frozen <= preset.depth:
+            problems.append(
+                f"model.{name}.frozen_layers = {frozen}: from 0 (none) to {preset.depth}, the layers of preset "
+                f"{model[name].preset}, or -1 for the whole encoder"
+            )
     return problems
+
+
+# Keys of `model.volume_encoder` that only the one kind reads.
+VIT_KEYS = ("patch_size", "stem", "positions", "num_registers", "qk_norm", "layer_scale", "norm_epsilon", "exact_gelu")
+SWIN_KEYS = ("merging",)
+
+
+def _volume_presets(model: ConfigDict) -> dict[str, Any]:
+    return presets.SWIN_PRESETS if model.volume_encoder.kind == "swin" else presets.VOLUME_PRESETS
+
+
+def _volume_encoder_problems(config: ConfigDict) -> list[str]:
+    """The volume size is known to be three positive numbers."""
+    model, volume = config.model, config.model.volume_encoder
+    swin = volume.kind == "swin"
+    problems = [
+        *_choice("model.volume_encoder.kind", volume.kind, ("vit", "swin")),
+        *_choice("model.volume_encoder.preset", volume.preset, sorted(_volume_presets(model))),
+        *_choice("model.volume_encoder.stem", volume.stem, ("linear", "conv")),
+        *_choice("model.volume_encoder.positions", volume.positions, ("learned", "sincos")),
+        *_choice(
+            "model.volume_encoder.pooling", volume.pooling, ("attention", "mean", *(() if swin else ("flatten",)))
+        ),
+        *_choice("model.volume_encoder.merging", volume.merging, ("merging", "mergingv2")),
+    ]
+    fresh = config_lib.default().model.volume_encoder
+    for key in VIT_KEYS if swin else SWIN_KEYS:
+        if volume[key] != fresh[key]:
+            problems.append(
+                f"model.volume_encoder.{key} = {volume[key]!r} means nothing with kind = {volume.kind!r}: leave it at "
+                f"{fresh[key]!r}"
+            )
+    if len(volume.patch_size) != 3 or min(volume.patch_size) < 1:
+        return [*problems, f"model.volume_encoder.patch_size = {volume.patch_size}: give three positive numbers"]
+    if volume.preset not in _volume_presets(model):
+        return problems
+    what = f"the {volume.preset} cell" if swin else "model.volume_encoder.patch_size"
+    other = "" if swin else " or another patch"
+    for axis, size, cell in zip("XYZ", model.volume_size, presets.token_cell(model), strict=True):
+        if size % cell:
+            fit = max(cell, round(size / cell) * cell)
+            problems.append(
+                f"model.volume_size {axis} = {size} is not divisible by {what} {axis} = {cell}: use a volume of {fit}{other}"
+            )
+    return problems
+
+
+def _grid(model: ConfigDict) -> tuple[int, ...]:
+    """Tokens along each axis; even ones where that is another problem's business."""
+    try:
+        return presets.token_grid(model)
+    except (UserError, ValueError, ZeroDivisionError):
+        return (2, 2, 2)
 
 
 def _objective_problems(config: ConfigDict) -> list[str]:
@@ -135,16 +180,14 @@ def _objective_problems(config: ConfigDict) -> list[str]:
         problems.append(
             f"model.voxel_decoder.num_heads = {decoder.num_heads} does not divide its width = {decoder.width}"
         )
-    grid = [n // p for n, p in zip(config.model.volume_size, config.model.volume_encoder.patch_size, strict=False)]
+    grid = _grid(config.model)
     if voxels.weight > 0 and voxels.masking == "nested" and any(n % 2 for n in grid):
         problems.append(
             f'objectives.volume_reconstruction.masking = "nested" needs an even number of patches along each axis, not '
-            f'{tuple(grid)}: use "random" or another patch'
+            f'{grid}: use "random" or another patch'
         )
     if voxels.weight > 0 and math.prod(grid) < 2:
-        problems.append(
-            f"a grid of {tuple(grid)} patches has nothing to hide: use a smaller patch_size or a larger volume"
-        )
+        problems.append(f"a grid of {grid} patches has nothing to hide: use a smaller patch_size or a larger volume")
     if config.optimizer.gradient_cache and config.optimizer.accumulation == 1:
         problems.append(
             "optimizer.gradient_cache does nothing with optimizer.accumulation = 1: set how many micro-batches"
@@ -177,11 +220,12 @@ def _training_problems(config: ConfigDict) -> list[str]:
         )
     problems += _positive(config, "training.log_every", "training.checkpoint_every", "training.keep_checkpoints")
     problems += _positive(config, "training.max_skipped", "mesh.slices")
-    sizes = [config.mesh.data, config.mesh.fsdp, config.mesh.tensor]
-    if sizes.count(-1) > 1 or any(s < 1 and s != -1 for s in sizes):
-        problems.append(
-            f"mesh (data, fsdp, tensor) = {tuple(sizes)}: positive sizes, at most one of them -1 (whatever is left)"
-        )
+    try:
+        sharding.requested_sizes(config.mesh)
+    except UserError as error:
+        problems.append(str(error))
+    if not 0 <= config.mesh.max_replicated <= 1:
+        problems.append(f"mesh.max_replicated = {config.mesh.max_replicated}: a share from 0 to 1, e.g. 0.1")
     if not any(objective.weight > 0 for objective in config.objectives.values()):
         problems.append("no objective has a positive weight: set e.g. objectives.alignment.weight=1.0")
     return problems
@@ -193,6 +237,8 @@ def _schedule_problems(schedule: ConfigDict) -> list[str]:
         given = [f"{part}_{unit}" for unit in LENGTH_UNITS if schedule[f"{part}_{unit}"]]
         if len(given) > 1:
             problems.append(f"schedule.{' and schedule.'.join(given)} are both set: give one of them")
+        if part == "cooldown" and given and schedule.kind != "constant":
+            problems.append(f'schedule.{given[0]} does nothing with schedule.kind = "{schedule.kind}": use "constant"')
         for key in (f"{part}_{unit}" for unit in (*LENGTH_UNITS, "percent")):
             if schedule[key] < 0:
                 problems.append(f"schedule.{key} = {schedule[key]}: must not be negative")

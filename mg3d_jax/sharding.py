@@ -1,5 +1,8 @@
 """The mesh and the one table that says how every array lies on it.
 
+The axes go from slow to fast links: `data`, outermost, is the only one that may cross from one slice (or group of hosts)
+to another; `fsdp` and `tensor` stay within one.
+
 Modules name the axes of their parameters and activations logically ("embed", "mlp", "batch", ...). `RULES` maps those
 names to mesh axes: `data` replicates parameters and splits the batch, `fsdp` splits both, `tensor` splits heads, hidden
 units and vocabulary. Everything that enters or leaves a compiled function gets an explicit `NamedSharding`.
@@ -8,13 +11,16 @@ units and vocabulary. Everything that enters or leaves a compiled function gets 
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import flax.linen as nn
 import jax
 import numpy as np
+from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 from ml_collections import ConfigDict
 
@@ -40,21 +46,136 @@ RULES: tuple[tuple[str, str | tuple[str, ...] | None], ...] = (
 )
 
 
-def make_mesh(config: ConfigDict, devices: list | None = None) -> Mesh:
-    """Mesh with axes `data`, `fsdp`, `tensor` over all devices; one size may be -1 (what is left).
+@dataclass(frozen=True)
+class MeshPreset:
+    """Sizes of `fsdp` and `tensor`; `data` is what is left. `devices`: how many a slice must have, None for any number."""
 
-    Devices are ordered by process, so that each process holds a contiguous range of the batch.
+    fsdp: int
+    tensor: int
+    devices: int | None
+    why: str
+
+
+# By hardware. TPUs go by the shape of their slice, whose chips lie on a torus: one size per axis or plane of it.
+MESH_PRESETS: dict[str, MeshPreset] = {
+    "cpu": MeshPreset(1, 1, None, "CPU devices share one memory: splitting the state saves nothing"),
+    "gpu-single": MeshPreset(1, 1, 1, "one GPU; any other number is an error"),
+    "gpu-node": MeshPreset(
+        8, 1, None, "nodes of 8 GPUs: NVLink carries the split state, gradients go between the nodes"
+    ),
+    "gpu-node-4": MeshPreset(4, 1, None, "the same for nodes of 4 GPUs"),
+    "gpu-node-tensor": MeshPreset(
+        4, 2, None, "nodes of 8 GPUs, widest towers: pairs of GPUs split the activations too"
+    ),
+    "tpu-2x4": MeshPreset(8, 1, 8, "one v5e or v6e host: the state is split over its 8 chips"),
+    "tpu-4x4": MeshPreset(16, 1, 16, "16 chips of v5e or v6e: with 16 GB each, the state is split over all"),
+    "tpu-8x8": MeshPreset(8, 1, 64, "64 chips of v5e or v6e: the state along one axis, data along the other"),
+    "tpu-16x16": MeshPreset(
+        16, 1, 256, "a v5e or v6e pod: the state on the rings along one axis, data along the other"
+    ),
+    "tpu-4x4x4": MeshPreset(16, 1, 64, "a cube of v4 or v5p: the state on planes of 4x4, data along the third axis"),
+}
+
+
+def make_mesh(config: ConfigDict, devices: list | None = None) -> Mesh:
+    """Mesh with axes `data`, `fsdp`, `tensor` over all devices.
+
+    Args:
+        config: `config.mesh`. `preset` and `slices` may be missing.
+        devices: default: all devices of all processes.
+
+    Raises `UserError` where the sizes do not fit the devices or the links between them.
     """
-    devices = sorted(jax.devices() if devices is None else devices, key=lambda d: (d.process_index, d.id))
-    sizes = [config.data, config.fsdp, config.tensor]
-    known = math.prod(s for s in sizes if s != -1)
-    if len(devices) % known or (-1 not in sizes and known != len(devices)):
+    grid = arrange(config, jax.devices() if devices is None else devices)
+    return Mesh(grid, MESH_AXES, axis_types=(AxisType.Auto,) * 3)
+
+
+def requested_sizes(config: ConfigDict) -> tuple[int, int, int]:
+    """`(data, fsdp, tensor)` as configured, at most one of them -1. `UserError` for impossible sizes or presets."""
+    sizes, preset = (config.data, config.fsdp, config.tensor), config.get("preset", "")
+    if sizes.count(-1) > 1 or any(s < 1 and s != -1 for s in sizes):
         raise UserError(
-            f"mesh (data, fsdp, tensor) = {tuple(sizes)} does not fit {len(devices)} device(s): their product must be "
-            f"{len(devices)}; set one size to -1, e.g. --config.mesh.data=-1"
+            f"mesh (data, fsdp, tensor) = {sizes}: positive sizes, at most one of them -1 (whatever is left)"
         )
-    shape = [len(devices) // known if s == -1 else s for s in sizes]
-    return Mesh(np.array(devices).reshape(shape), MESH_AXES, axis_types=(AxisType.Auto,) * 3)
+    if not preset:
+        return sizes
+    if preset not in MESH_PRESETS:
+        raise UserError(f"mesh.preset = {preset!r}: choose one of {', '.join(MESH_PRESETS)}")
+    if sizes != (-1, 1, 1):
+        raise UserError(
+            f"mesh.preset = {preset!r} and mesh (data, fsdp, tensor) = {sizes} are both set: use the preset, or the sizes "
+            "and no preset"
+        )
+    return -1, MESH_PRESETS[preset].fsdp, MESH_PRESETS[preset].tensor
+
+
+def mesh_sizes(config: ConfigDict, count: int) -> tuple[int, int, int]:
+    """Sizes of `data`, `fsdp`, `tensor` on that many devices. `UserError` where they do not fit, or not into slices."""
+    requested, slices = requested_sizes(config), config.get("slices", 1)
+    known = math.prod(s for s in requested if s != -1)
+    if count % known or (-1 not in requested and known != count):
+        raise UserError(
+            f"mesh (data, fsdp, tensor) = {requested} does not fit {count} device(s): their product must be "
+            f"{count}; set one size to -1, e.g. --config.mesh.data=-1"
+        )
+    data, fsdp, tensor = (count // known if s == -1 else s for s in requested)
+    if data % slices:
+        raise UserError(
+            f"mesh.slices = {slices} does not divide the data axis, {data}: only data may cross the slow links, so "
+            f"fsdp * tensor = {fsdp * tensor} must divide the devices of a slice ({count} / {slices})"
+        )
+    preset = MESH_PRESETS.get(config.get("preset", ""))
+    if preset is not None and preset.devices not in (None, count // slices):
+        raise UserError(
+            f"mesh.preset = {config.preset!r} is for {preset.devices} device(s) per slice, here are {count} in "
+            f"{slices} slice(s): choose another preset, or set mesh.slices"
+        )
+    return data, fsdp, tensor
+
+
+def arrange(config: ConfigDict, devices: list) -> np.ndarray:
+    """The devices as an array `[data, fsdp, tensor]`, neighbours on fast links.
+
+    TPUs are laid along the physical axes of their slice, one slice after the other along `data`. Elsewhere the order is
+    that of the processes, and a slice is a group of equally many consecutive processes.
+    """
+    sizes, slices = mesh_sizes(config, len(devices)), config.get("slices", 1)
+    if devices[0].platform == "tpu":
+        return _arrange_tpu(sizes, slices, devices)
+    ordered = sorted(devices, key=lambda d: (d.process_index, d.id))
+    processes = len({d.process_index for d in devices})
+    if processes % slices:
+        raise UserError(
+            f"mesh.slices = {slices}, but there are {processes} process(es): a slice is a group of equally many of them"
+        )
+    groups = np.array(ordered, dtype=object).reshape(slices, -1)
+    if any(len({d.process_index for d in group}) != processes // slices for group in groups):
+        raise UserError(f"mesh.slices = {slices}: the processes have different numbers of devices")
+    return groups.reshape(sizes)
+
+
+def _arrange_tpu(sizes: tuple[int, int, int], slices: int, devices: list) -> np.ndarray:
+    per_slice = Counter(getattr(d, "slice_index", 0) for d in devices)
+    data, fsdp, tensor = sizes
+    only_data = slices == 1 and fsdp * tensor == 1  # nothing else can cross a slow link then
+    if len(per_slice) != slices and not only_data:
+        raise UserError(
+            f"mesh.slices = {slices}, but the devices lie in {len(per_slice)} TPU slice(s): set "
+            f"--config.mesh.slices={len(per_slice)}, so that only the data axis goes between them"
+        )
+    if len(set(per_slice.values())) > 1:
+        raise UserError(f"the TPU slices have different numbers of devices: {dict(per_slice)} by slice")
+    slices = len(per_slice)
+    within, options = (data // slices, fsdp, tensor), {"allow_split_physical_axes": True}
+    try:
+        if slices == 1:
+            return mesh_utils.create_device_mesh(within, devices, **options)
+        return mesh_utils.create_hybrid_device_mesh(within, (slices, 1, 1), devices, **options)
+    except (AssertionError, NotImplementedError, ValueError) as error:
+        raise UserError(
+            f"mesh (data, fsdp, tensor) = {sizes} in {slices} slice(s) cannot be laid on these TPUs: {error}. Choose sizes "
+            "that are products of the slice's axes (mesh.preset has some)"
+        ) from error
 
 
 @contextmanager
@@ -78,21 +199,35 @@ def batch_shards(mesh: Mesh) -> int:
     return math.prod(mesh.shape[axis] for axis in BATCH_AXES)
 
 
-def local_rows(mesh: Mesh, batch_size: int) -> range:
-    """The rows of the global batch that this process must supply (the rows on its own devices)."""
-    index_map = batch_sharding(mesh).addressable_devices_indices_map((batch_size,))
-    starts, stops = zip(*(s[0].indices(batch_size)[:2] for s in index_map.values()), strict=True)
-    return range(min(starts), max(stops))
+def process_rows(grid: np.ndarray, process: int, batch_size: int) -> tuple[int, ...]:
+    """Rows of the global batch on the devices of one process, in rising order; `grid` is `mesh.devices`.
+
+    On TPUs they need not be contiguous: a host's chips are a square of the torus. Two processes share rows where `tensor`
+    spans both.
+    """
+    shards = grid.shape[0] * grid.shape[1]
+    if batch_size % shards:
+        raise ValueError(f"{batch_size} rows cannot be split into {shards} equal parts")
+    owned = np.array([any(d.process_index == process for d in devices) for devices in grid.reshape(shards, -1)])
+    rows = np.arange(batch_size).reshape(shards, -1)[owned]
+    return tuple(rows.ravel().tolist())
+
+
+def local_rows(mesh: Mesh, batch_size: int) -> tuple[int, ...]:
+    """The rows of the global batch that this process must supply."""
+    return process_rows(mesh.devices, jax.process_index(), batch_size)
 
 
 def to_global(local: dict[str, np.ndarray], mesh: Mesh, batch_size: int) -> dict[str, jax.Array]:
     """Host rows `local_rows(mesh, batch_size)` of every field -> global arrays sharded over the batch axis."""
-    sharding, first = batch_sharding(mesh), local_rows(mesh, batch_size).start
+    sharding = batch_sharding(mesh)
+    place_of = {row: place for place, row in enumerate(local_rows(mesh, batch_size))}
 
     def place(array: np.ndarray) -> jax.Array:
         def rows(index: tuple[slice, ...]) -> np.ndarray:
             start, stop, _ = index[0].indices(batch_size)
-            return array[start - first : stop - first]
+            first = place_of[start]
+            return array[first : first + stop - start]
 
         return jax.make_array_from_callback((batch_size, *array.shape[1:]), sharding, rows)
 
@@ -118,6 +253,57 @@ def parameter_shardings(boxed: Any, mesh: Mesh) -> Any:
         return NamedSharding(mesh, PartitionSpec(*whole))
 
     return jax.tree.map(place, specs, shapes, is_leaf=_is_spec)
+
+
+def split_axes(sharding: NamedSharding, dimensions: int) -> list[tuple[str, ...]]:
+    """Mesh axes that split each dimension; axes of size 1 split nothing and are left out."""
+    entries = (*sharding.spec, *(None,) * (dimensions - len(sharding.spec)))
+    named = (() if entry is None else np.atleast_1d(entry).tolist() for entry in entries)
+    return [tuple(axis for axis in axes if sharding.mesh.shape[axis] > 1) for axes in named]
+
+
+def is_whole(array: Any) -> bool:
+    """Is an array (or its shape with a `NamedSharding`) split over neither `fsdp` nor `tensor`?"""
+    return not any({"fsdp", "tensor"} & set(axes) for axes in split_axes(array.sharding, array.ndim))
+
+
+def whole_share(params: Any) -> float:
+    """Share of the parameters (shapes with `NamedSharding`s) that every device of a `data` row holds whole."""
+    leaves = jax.tree.leaves(params)
+    return sum(x.size for x in leaves if is_whole(x)) / sum(x.size for x in leaves)
+
+
+def check_replication(params: Any, max_replicated: float) -> None:
+    """`UserError` when too many parameters stay whole on a mesh that is there to split them, with the largest of them.
+
+    Args:
+        params: shapes (or arrays) with `NamedSharding`s, e.g. `setup.abstract["params"]`.
+        max_replicated: `config.mesh.max_replicated`, the largest allowed share of the number of parameters.
+    """
+    mesh, share = jax.tree.leaves(params)[0].sharding.mesh, whole_share(params)
+    if mesh.shape["fsdp"] * mesh.shape["tensor"] == 1 or share <= max_replicated:
+        return
+    whole = [(p, x) for p, x in jax.tree_util.tree_leaves_with_path(params) if is_whole(x)]
+    whole.sort(key=lambda item: -item[1].size)
+    lines = [f"{_name(path)} {x.shape}: {_why_whole(x.shape, mesh)}" for path, x in whole[:5]]
+    raise UserError(
+        f"{share:.1%} of the parameters would be whole on every device of the mesh {dict(mesh.shape)}, and "
+        f"mesh.max_replicated = {max_replicated:g} allows less. The largest of {len(whole)}:\n  - "
+        + "\n  - ".join(lines)
+        + "\nChoose mesh.fsdp and mesh.tensor that divide them, or raise mesh.max_replicated if that is meant"
+    )
+
+
+def _why_whole(shape: tuple[int, ...], mesh: Mesh) -> str:
+    sizes = {axis: mesh.shape[axis] for axis in ("fsdp", "tensor") if mesh.shape[axis] > 1}
+    text = " or ".join(f"{axis} = {size}" for axis, size in sizes.items())
+    if any(n % size == 0 for n in shape for size in sizes.values()):
+        return f"the logical name of no axis that {text} divides goes to it in sharding.RULES"
+    return f"{text} divides none of its axes"
+
+
+def _name(path: tuple) -> str:
+    return jax.tree_util.keystr(path, simple=True, separator="/")
 
 
 def check_names(names: Iterable[str | tuple | None]) -> None:

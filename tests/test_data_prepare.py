@@ -54,6 +54,8 @@ def test_command_from_files_to_records(tmp_path, capsys):
         np.testing.assert_allclose(record.volume, expected, atol=0.51)  # RAS and LPS files alike
         assert record.sentences == (f"Patient {number} was examined.", f"A nodule of {number}.5 mm.", "Stable.")
         np.testing.assert_allclose(record.affine[:3, 3], [-146, -116, 34.5])
+    index = [json.loads(line) for line in (out / "index.jsonl").read_text().splitlines()]
+    assert [(line["name"], line["affine"]) for line in index] == [(r.name, r.affine.tolist()) for r in records]
     two = [r for r in records if r.patient == "train_2"]
     assert len({r.report_id for r in two}) == 1 and len({r.scan for r in two}) == 1
 

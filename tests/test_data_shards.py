@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -171,12 +172,14 @@ def test_fraction_policy_has_no_one_spacing(tmp_path):
 def test_estimate_is_of_the_right_size_and_the_disk_is_checked(tmp_path):
     write_ctrate(tmp_path / "root", 3)
     examples = list_source("ctrate", SourceOptions(tmp_path / "root", "train")).examples
-    recipe = Recipe(Grid((24, 20, 18), (16.0, 16.0, 18.0)))
+    recipe = Recipe(Grid((24, 20, 18), (16.0, 16.0, 18.0)), zstd_level=0)
     assert estimate(examples, recipe, 2) is None  # too few to be worth it
     expected = estimate(examples * 25, recipe, 2)
     assert expected.volumes == 100
     assert expected.disk_bytes == pytest.approx(100 * 24 * 20 * 18 * 2, rel=0.15)
     assert 0.1 < expected.seconds < 100
+    packed = estimate(examples * 25, replace(recipe, zstd_level=3), 2)
+    assert 0.2 < packed.disk_bytes / expected.disk_bytes < 0.8
     assert "100 volumes to do" in str(expected)
     with pytest.raises(UserError, match="GB free"):
         check_disk(Estimate(1, 1.0, 1e18), tmp_path)

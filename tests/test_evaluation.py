@@ -1,10 +1,19 @@
 """Zero-shot and retrieval metrics against closed forms and slow counts, and the field's known evaluation bugs."""
 
+import jax
 import numpy as np
 import pytest
+from ml_collections import ConfigDict
 from sklearn.metrics import roc_auc_score
+from support import tiny_config
 
+from mg3d_jax import sharding
+from mg3d_jax.data import pipeline
+from mg3d_jax.data.tokens import ReportTokenizer, train_wordpiece
 from mg3d_jax.evaluation import retrieval, zero_shot
+from mg3d_jax.evaluation.online import OnlineEvaluation
+from mg3d_jax.training import inputs as step_inputs
+from mg3d_jax.training import state as state_lib
 
 
 def unit(array):
@@ -103,3 +112,64 @@ def test_chance_level_is_what_random_embeddings_reach():
     for direction in ("report_to_volume", "volume_to_report"):
         mean = np.mean([f[f"{direction}/recall@5"] for f in found])
         assert mean == pytest.approx(found[0][f"{direction}/chance@5"], abs=0.02)
+
+
+def test_scores_near_certainty_stay_apart():
+    """At the largest scale float32 probabilities of clearly positive volumes would all be 1."""
+    prompts = np.array([[1.0, 0.0], [-1.0, 0.0]], np.float32)
+    volumes = np.array([[0.12, 0.0], [0.13, 0.0], [0.14, 0.0]], np.float32)
+    assert len(set(zero_shot.probabilities(volumes, prompts, 100.0)[:, 0])) == 3
+
+
+def test_prompts_of_data_without_labels():
+    assert zero_shot.prompts([]) == [] and np.isnan(zero_shot.macro_mean({}))
+
+
+def plain_embeddings(setup, params, tokenizer, records, names):
+    """Volumes, reports and prompts on one device, text by text: [n, k], {report: [k]}, [2 L, k]."""
+    model, params, size = setup.model, jax.device_get(params), setup.config.data.max_sentences
+    short = ReportTokenizer(tokenizer.tokenizer, setup.config.objectives.alignment.sentence_tokens, size)
+    windowed = step_inputs.window(np.stack([r.volume for r in records]), setup.config.data.windows)
+    volumes = jax.jit(lambda v: model.apply({"params": params}, v, method="embed_volume")["volume_embedding"])(windowed)
+    embed = jax.jit(lambda text: model.apply({"params": params}, text, method="embed_report")["report_embedding"])
+
+    def sentence(text):
+        fields = {name: array[None] for name, array in short([text]).items() if name != "word_index"}
+        return unit(np.asarray(embed(fields), np.float64)[0])
+
+    reports = {r.report_id: unit(np.mean([sentence(s) for s in r.sentences], axis=0)) for r in records}
+    prompts = [sentence(f"{name} is {word}.") for word in ("present", "not present") for name in names]
+    return unit(np.asarray(volumes, np.float64)), reports, np.array(prompts)
+
+
+def test_evaluation_in_the_loop_is_a_slow_evaluation_on_one_device(tiny_data, monkeypatch):
+    """13 held-out records in batches of 6, on a mesh of 2 x 1 x 2; every record is decoded once per evaluation."""
+    data, config = pipeline.PreparedData((tiny_data["valid"],)), tiny_config(data__batch_size=6)
+    records, names = list(data.records()), data.label_names
+    words = train_wordpiece({s for r in records for s in r.sentences}, 400)
+    tokenizer = ReportTokenizer(words, config.data.max_tokens, config.data.max_sentences)
+    mesh = sharding.make_mesh(ConfigDict({"data": 2, "fsdp": 1, "tensor": 2}), jax.devices()[:4])
+    setup = state_lib.build(config, tokenizer.vocab_size, mesh, steps=10)
+    rng = np.random.default_rng(6)
+    params = jax.tree.map(lambda x: rng.normal(0, 0.1, x.shape).astype(x.dtype), setup.abstract["params"])
+    params, evaluation = jax.device_put(params, setup.shardings["params"]), OnlineEvaluation(setup, tokenizer, data)
+    decoded, read = [], data.read
+    monkeypatch.setattr(data, "read", lambda index, out=None: decoded.append(index) or read(index, out))
+    found = evaluation.metrics(params)
+    assert decoded == [*range(13), *[12] * 5]  # the last batch is filled up with the last record
+    assert evaluation.metrics(params) == found and len(decoded) == 36
+
+    volumes, reports, prompts = plain_embeddings(setup, params, tokenizer, records, names)
+    margin = volumes @ prompts[: len(names)].T - volumes @ prompts[len(names) :].T
+    labels = np.stack([r.labels for r in records])
+    usable = [i for i in range(len(names)) if {0, 1} <= set(labels[:, i])]
+    areas = {names[i]: roc_auc_score(labels[labels[:, i] >= 0, i], margin[labels[:, i] >= 0, i]) for i in usable}
+    assert {key for key in found if key.startswith("auroc/")} == {f"auroc/{name}" for name in areas} and areas
+    for name, area in areas.items():
+        assert found[f"auroc/{name}"] == pytest.approx(area)
+    assert found["auroc_macro"] == pytest.approx(np.mean(list(areas.values())))
+    gallery, ids = np.stack(list(reports.values())), np.array(list(reports))
+    correct = ids[:, None] == np.array([r.report_id for r in records])[None, :]
+    for k in (1, 5):
+        assert found[f"report_to_volume/recall@{k}"] == slow_recall(gallery @ volumes.T, correct, k)
+        assert found[f"volume_to_report/recall@{k}"] == slow_recall(volumes @ gallery.T, correct.T, k)

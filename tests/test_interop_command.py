@@ -13,7 +13,7 @@ from monai.networks.nets import SwinUNETR, ViT
 
 from mg3d_jax.errors import UserError
 from mg3d_jax.interop.command import main
-from mg3d_jax.interop.tower import at_volume_size, load_tower, merge, with_frozen_layers
+from mg3d_jax.interop.tower import at_volume_size, load_tower, merge
 
 
 @pytest.fixture
@@ -79,12 +79,6 @@ def test_swin_and_bert_are_written(tmp_path):
     ids = jnp.ones((1, 4), int)
     params = unbox(jax.jit(tower.module().init)(jax.random.key(0), ids, ids > 0)["params"])
     jax.tree.map(np.testing.assert_array_equal, merge(params, tower), tower.params)
-
-    partly = with_frozen_layers(tower, 1)
-    features = [jax.jit(t.module().apply)({"params": t.params}, ids, ids > 0)["tokens"] for t in (tower, partly)]
-    np.testing.assert_allclose(*features, atol=1e-6)
-    with pytest.raises(UserError, match="more than the 2 layers"):
-        with_frozen_layers(tower, 3)
 
 
 def test_out_is_not_overwritten_and_folders_are_checked(vit, tmp_path):

@@ -308,3 +308,12 @@ def test_encode_volume_says_what_it_wants(make_run):
     with pytest.warns(UserWarning, match="takes HU and does the windowing itself"):
         model.encode_volume(torch.rand(1, 16, 16, 16))
     assert model.half().window(torch.zeros(1, 16, 16, 16, dtype=torch.int16)).dtype == torch.float16
+
+
+def test_a_swin_is_refused(tokenizer_folder, tmp_path):
+    swin = {"kind": "swin", "preset": "swin-nano", "patch_size": (16, 16, 16)}
+    config = tiny_config(**{ENCODER + key: value for key, value in swin.items()})
+    for form in export_lib.FORMATS:
+        with pytest.raises(UserError, match="only a ViT can be exported"):
+            export_lib.export(Run(config, {}, tokenizer_folder, 7, SPACING, ()), tmp_path / "out", form)
+    assert not (tmp_path / "out").exists()

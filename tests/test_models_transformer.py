@@ -115,15 +115,19 @@ def test_offload_names_host_memory():
 def test_frozen_layers_get_no_gradient():
     inputs = jax.random.normal(jax.random.key(0), (2, 5, 16))
     whole, partly = Stack(4, 2, 32), Stack(4, 2, 32, frozen_layers=3)
-    params = noisy(initialised(whole, inputs))["blocks"]
-    split = {
-        "frozen_blocks": jax.tree.map(lambda x: x[:3], params),
-        "blocks": jax.tree.map(lambda x: x[3:], params),
-    }
-    np.testing.assert_allclose(run(partly, split, inputs), run(whole, {"blocks": params}, inputs), atol=1e-6)
-    gradient = jax.jit(jax.grad(lambda p: partly.apply({"params": p}, inputs).var()))(split)
-    assert all(not leaf.any() for leaf in jax.tree.leaves(gradient["frozen_blocks"]))
-    assert all(leaf.any() for leaf in jax.tree.leaves(gradient["blocks"]["block"]["mlp"]))
+    params = noisy(initialised(whole, inputs))
+    np.testing.assert_allclose(run(partly, params, inputs), run(whole, params, inputs), atol=1e-6)
+    gradient = jax.jit(jax.grad(lambda p: partly.apply({"params": p}, inputs).var()))(params)["blocks"]["block"]
+    assert all(not leaf[:3].any() for leaf in jax.tree.leaves(gradient))
+    assert all(leaf[3].any() for leaf in jax.tree.leaves(gradient["mlp"]))
+
+
+def test_a_frozen_stack_drops_nothing():
+    inputs = jax.random.normal(jax.random.key(0), (2, 5, 16))
+    stack = Stack(2, 2, 32, dropout=0.5, frozen_layers=-1)
+    params = initialised(stack, inputs)
+    in_training = stack.apply({"params": params}, inputs, None, True, rngs={"dropout": jax.random.key(1)})
+    np.testing.assert_allclose(in_training, run(stack, params, inputs), atol=1e-6)
 
 
 def test_frozen_layers_beyond_the_depth_are_an_error():

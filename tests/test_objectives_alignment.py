@@ -9,7 +9,7 @@ from support import SPECIAL, random_batch, tiny_config
 
 from mg3d_jax import sharding
 from mg3d_jax.objectives.contrastive import info_nce
-from mg3d_jax.objectives.multitask import CENTERS, alignment
+from mg3d_jax.objectives.multitask import CENTERS, alignment, embedding_statistics
 from mg3d_jax.training import state as state_lib
 from mg3d_jax.training import step as step_lib
 
@@ -106,3 +106,27 @@ def test_groups_of_two_kinds_are_joined():
     joined = info_nce(x, y, temperature=0.2, group_ids=np.stack([a, b], 1).astype(np.int32))[0]
     one = info_nce(x, y, temperature=0.2, group_ids=a.astype(np.int32))[0]
     assert float(joined) < float(one)
+
+
+def test_embedding_statistics_are_means_over_rows_and_over_pairs():
+    rng = np.random.default_rng(3)
+    rows, mask = rng.normal(size=(4, 3, 5)).astype(np.float32) + 1, rng.random((4, 3)) < 0.6
+    norm, cosine = jax.jit(embedding_statistics)(rows, mask)
+    kept = np.float64(rows[mask])
+    pairs = [reference.unit(a) @ reference.unit(b) for i, a in enumerate(kept) for j, b in enumerate(kept) if i != j]
+    np.testing.assert_allclose([norm, cosine], [np.linalg.norm(kept, axis=1).mean(), np.mean(pairs)], rtol=1e-5)
+    collapsed = np.tile(rows[:1], (4, 1, 1))
+    np.testing.assert_allclose(embedding_statistics(collapsed[:, 0], np.ones(4, bool))[1], 1.0, rtol=1e-5)
+    np.testing.assert_allclose(embedding_statistics(np.eye(4), np.ones(4, bool)), [1.0, 0.0], atol=1e-6)
+    np.testing.assert_allclose(embedding_statistics(rows, np.zeros((4, 3), bool)), [0.0, 0.0])  # nobody there
+
+
+def test_alignment_says_how_the_embeddings_lie_before_they_are_centred():
+    found, batch = features(), batch_of(6)
+    batch["valid"][4:] = False
+    options = tiny_config().objectives.alignment
+    metrics = alignment(found, batch, options)[1]
+    expected = embedding_statistics(found["volume_embedding"][:4], np.ones(4, bool))
+    np.testing.assert_allclose([metrics["volume_norm"], metrics["volume_cosine"]], expected, rtol=1e-5)
+    expected = embedding_statistics(found["view_embeddings"][:4], found["view_mask"][:4])
+    np.testing.assert_allclose([metrics["report_norm"], metrics["report_cosine"]], expected, rtol=1e-5)

@@ -112,6 +112,18 @@ def test_a_gradient_reaches_every_parameter_of_what_is_enabled_and_no_other(obje
     assert np.isfinite(loss) and set(metrics) >= set(enabled(make_config(objectives).objectives))
 
 
+def test_the_default_form_trains_all_but_what_single_sentences_and_centring_leave_out():
+    """The mean of one sentence needs no query, and the biases of centred projections follow the batch mean instead."""
+    config = tiny_config().unlock()
+    config_lib.use_objectives(config, "clip")
+    moved, names = moved_names(loss_and_gradients(config.lock())[1])
+    assert config.objectives.alignment.report_view == "sentences" and config.objectives.alignment.center
+    softmax_of_one = re.compile(r"report_pool/(query|attention/(query|key)/.*)")
+    assert moved == {
+        name for name in names if re.fullmatch(TRAINS["clip"], name) and not softmax_of_one.fullmatch(name)
+    }
+
+
 def test_frozen_parameters_get_no_gradient():
     config = make_config("matching", optimizer__freeze=("report_encoder/.*",))
     moved, names = moved_names(loss_and_gradients(config)[1])

@@ -1,6 +1,8 @@
-"""Order, share and seek of the training data: one integer is the whole position."""
+"""Order, share and seek of the training data: one integer is the whole position. Mixed sources, damaged records."""
 
 import itertools
+import json
+import shutil
 
 import jax
 import numpy as np
@@ -10,7 +12,19 @@ from support import tiny_config
 
 from mg3d_jax import batch as batch_contract
 from mg3d_jax import sharding
-from mg3d_jax.data.pipeline import BatchReader, LocalBatches, PreparedData, evaluation_batches, short_id, train_batches
+from mg3d_jax.cli import main
+from mg3d_jax.data.bad_records import BadRecords
+from mg3d_jax.data.order import RecordOrder
+from mg3d_jax.data.pipeline import (
+    BatchReader,
+    LocalBatches,
+    PreparedData,
+    evaluation_batches,
+    record_names,
+    short_id,
+    train_batches,
+)
+from mg3d_jax.data.shard_reader import open_shard
 from mg3d_jax.data.tokens import ReportTokenizer, train_wordpiece
 from mg3d_jax.errors import UserError
 from mg3d_jax.training import inputs as step_inputs
@@ -53,9 +67,9 @@ def test_seeking_gives_the_same_batches_as_reading_on(data, tokenizer, mesh, wor
 
 def test_rows_do_not_depend_on_how_processes_share_them(data, tokenizer):
     """Two processes with half of the rows each read together what one process reads."""
-    reader, options = BatchReader(data, tokenizer), {"seed": 3, "start": 5, "stop": 7}
-    whole = LocalBatches(reader, range(0, 8), 8, **options)
-    halves = [LocalBatches(reader, rows, 8, **options) for rows in (range(0, 4), range(4, 8))]
+    reader, order = BatchReader(data, tokenizer), RecordOrder(data.lengths, seed=3)
+    whole = LocalBatches(reader, order, range(0, 8), 8, start=5, stop=7)
+    halves = [LocalBatches(reader, order, rows, 8, start=5, stop=7) for rows in (range(0, 4), range(4, 8))]
     for step in range(2):
         parts = [half[step] for half in halves]
         for name, array in whole[step].items():
@@ -89,11 +103,112 @@ def test_subsets_are_nested_by_patient(tiny_data):
     assert len({r.patient for r in subsets[0].records()}) == 4
 
 
-def test_shuffled_reports_pair_volumes_with_others(data, tokenizer, mesh):
+def test_shuffled_reports_pair_volumes_with_other_patients(data, tokenizer, mesh):
     config = tiny_config(data__shuffle_reports=True)
-    host = jax.device_get(next(train_batches(data, tokenizer, config, mesh, start=0, stop=1)))
-    own = [short_id(data.readers[0][int(i)].report_id) for i in host["record_index"]]
-    assert np.mean(host["report_id"] == own) < 0.5
+    batches = [jax.device_get(b) for b in train_batches(data, tokenizer, config, mesh, start=0, stop=6)]
+    records = list(data.records())
+    pairs = {int(i): int(r) for b in batches for i, r in zip(b["record_index"], b["report_id"], strict=True)}
+    assert len(pairs) == len(records)
+    assert sorted(pairs.values()) == sorted(short_id(r.report_id) for r in records)
+    for index, report in pairs.items():
+        owners = {r.patient for r in records if short_id(r.report_id) == report}
+        assert owners != {records[index].patient}
+
+
+def test_folders_mix_by_weight(tiny_data, data, tokenizer, mesh):
+    """3 : 1 in every batch although the folders hold 24 and 8 patients, from wherever the run starts."""
+    both = PreparedData((tiny_data["train"], tiny_data["valid"]))
+    config = tiny_config(data__train=(tiny_data["train"], tiny_data["valid"]), data__weights=(1, 3))
+    walked = indices(train_batches(both, tokenizer, config, mesh, start=0, stop=8))
+    assert [sum(i >= len(data) for i in batch) for batch in walked] == [6] * 8
+    seen = [i for batch in walked for i in batch if i >= len(data)]
+    held_out = len(both) - len(data)
+    assert sorted(seen[:held_out]) == list(range(len(data), len(both)))  # its own epoch first, then again
+    assert indices(train_batches(both, tokenizer, config, mesh, start=5, stop=8)) == walked[5:]
+    names = record_names(both, [0, len(both) - 1])
+    assert names == [
+        f"{tiny_data['train']}: {both.read(0).name}",
+        f"{tiny_data['valid']}: {both.read(len(both) - 1).name}",
+    ]
+    with pytest.raises(IndexError):
+        both.read(len(both))
+
+
+@pytest.fixture(scope="module")
+def damaged(tiny_data, tmp_path_factory):
+    """A copy of the training folder with one flipped byte in the middle of record 5; (folder, name of that record)."""
+    folder = tmp_path_factory.mktemp("damaged") / "train"
+    shutil.copytree(tiny_data["train"], folder)
+    reader = PreparedData((str(folder),)).readers[0]
+    entry = reader.manifest["shards"][0]
+    start, size = open_shard(folder / entry["file"], entry["records"]).places[5]
+    with open(folder / entry["file"], "r+b") as file:
+        file.seek(start + size // 2)
+        byte = file.read(1)
+        file.seek(-1, 1)
+        file.write(bytes([byte[0] ^ 1]))
+    return str(folder), reader.name(5)
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_damaged_record_is_skipped_counted_and_named(damaged, data, tokenizer, mesh, tmp_path, capfd, workers):
+    folder, name = damaged
+    broken, config = PreparedData((folder,)), tiny_config(data__workers=workers, data__max_bad_records=1)
+    steps = 3 * len(data) // config.data.batch_size
+    got = list(train_batches(broken, tokenizer, config, mesh, start=0, stop=steps, log_folder=tmp_path))
+    sound = list(train_batches(data, tokenizer, tiny_config(), mesh, start=0, stop=steps))
+    times = 0
+    for ours, theirs in zip(map(jax.device_get, got), map(jax.device_get, sound), strict=True):
+        batch_contract.check(ours)
+        bad = theirs["record_index"] == 5
+        times += bad.sum()
+        np.testing.assert_array_equal(ours["valid"], ~bad)
+        np.testing.assert_array_equal(ours["record_index"], theirs["record_index"])
+        assert np.all(ours["volume"][bad] == -1024) and np.all(ours["labels"][bad] == -1)
+        assert np.all(ours["token_mask"][bad].sum(axis=1) == 2) and not ours["sentence_index"][bad].any()
+        for field in theirs:
+            np.testing.assert_array_equal(ours[field][~bad], theirs[field][~bad])
+    assert times == 3
+    lines = [json.loads(line) for line in (tmp_path / "bad_records.jsonl").read_text().splitlines()]
+    assert {(line["folder"], line["record"], line["name"]) for line in lines} == {(folder, 5, name)}
+    assert len(lines) == 1 or workers  # two workers may meet it at the same moment
+    error = capfd.readouterr().err
+    assert f"record 5 ({name})" in error and "checksum" in error and error.count("skipped in training") == len(lines)
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_too_many_damaged_records_end_the_run(damaged, data, tokenizer, mesh, tmp_path, workers):
+    broken, config = PreparedData((damaged[0],)), tiny_config(data__workers=workers, data__max_bad_records=0)
+    with pytest.raises(UserError, match=r"1 damaged records.*more than data.max_bad_records = 0.*record 5"):
+        list(train_batches(broken, tokenizer, config, mesh, start=0, stop=12, log_folder=tmp_path))
+
+
+def test_verify_and_evaluation_name_the_same_record(damaged, tokenizer, mesh, capsys):
+    folder, name = damaged
+    broken = PreparedData((folder,))
+    with pytest.raises(UserError, match=f"record 5 .{name}. in .* is damaged"):
+        list(evaluation_batches(broken, tokenizer, mesh, 8))
+    batches = [jax.device_get(b) for b in evaluation_batches(broken, tokenizer, mesh, 8, max_bad_records=1)]
+    index, valid = (np.concatenate([b[key] for b in batches]) for key in ("record_index", "valid"))
+    assert set(index[~valid][:1]) == {5} and valid.sum() == len(broken) - 1
+    assert len(list(broken.records(BadRecords(None, 1)))) == len(broken) - 1
+    assert main(["prepare", "--verify", "--out", folder]) == 2
+    error = capsys.readouterr().err
+    assert f"record 5 ({name})" in error and "sha256" in error and "record 4" not in error
+
+
+def test_volumes_of_many_spacings_train_as_others(tiny_data, tokenizer, mesh, tmp_path):
+    """`--policy fraction`: the manifest has no one spacing, the records keep theirs in their affines."""
+    command = ["prepare", "--source", "ctrate", "--root", tiny_data["root"], "--split", "valid", "--policy", "fraction"]
+    assert main([*command, "--out", str(tmp_path / "out"), "--size", "16", "16", "16", "--qa-samples", "0"]) == 0
+    fraction = PreparedData((str(tmp_path / "out"),), volume_size=(16, 16, 16))
+    assert fraction.spacing is None
+    assert PreparedData((tiny_data["valid"], str(tmp_path / "out"))).spacing is None
+    host = jax.device_get(next(train_batches(fraction, tokenizer, tiny_config(), mesh, start=0, stop=1)))
+    batch_contract.check(host)
+    affines = [record.affine for record in fraction.records()]
+    assert all(np.linalg.norm(affine[:3, :3], axis=0).min() > 1 for affine in affines)
+    assert len({tuple(np.round(np.diag(affine), 3)) for affine in affines}) > 1
 
 
 def test_wrong_grids_and_sizes_are_errors(tiny_data, data, tokenizer, mesh):

@@ -1,6 +1,7 @@
 """Parameters and FLOPs from the configuration against what Flax initialises and what XLA compiles."""
 
 import dataclasses
+import itertools
 from functools import cache
 
 import flax.linen as nn
@@ -12,7 +13,7 @@ from support import SPECIAL, random_batch
 
 from mg3d_jax import config as config_lib
 from mg3d_jax import presets
-from mg3d_jax.models import transformer
+from mg3d_jax.models import towers, transformer
 from mg3d_jax.models.mg3d import MG3D
 from mg3d_jax.objectives.multitask import multitask_loss, per_patient
 from mg3d_jax.scaling import flops, parts
@@ -35,6 +36,11 @@ def small(objectives: str = "clip", **changes):
     return config.lock()
 
 
+SWIN = {
+    "model.volume_encoder.kind": "swin",
+    "model.volume_encoder.preset": "swin-nano",
+    "model.volume_encoder.patch_size": (16, 16, 16),  # the default, which a Swin does not read
+}
 VARIANTS = {
     "linear": small(),
     "conv": small(**{"model.volume_encoder.stem": "conv"}),
@@ -54,6 +60,18 @@ VARIANTS = {
     "all objectives": small("mg3d"),
     "all objectives, whole report, gate": small(
         "mg3d", **{"objectives.alignment.report_view": "report", "model.fusion.kind": "gate"}
+    ),
+    "swin, all objectives": small("mg3d", **SWIN),
+    "swin with convolutions": small(
+        **SWIN | {"model.volume_encoder.preset": "swin-b-v2", "model.volume_encoder.pooling": "mean"}
+    ),
+    "frozen, roberta": small(
+        "mg3d",
+        **{
+            "model.volume_encoder.frozen_layers": 1,
+            "model.report_encoder.frozen_layers": -1,
+            "model.report_encoder.preset": "roberta-base",
+        },
     ),
     "words only": small(
         "mae", **{"objectives.volume_reconstruction.weight": 0.0, "objectives.report_reconstruction.weight": 1.0}
@@ -183,6 +201,35 @@ def test_flops_of_a_larger_model_agree_with_xla(monkeypatch):
     assert cost.forward_flops == pytest.approx(forward, rel=0.05)
     assert cost.training_flops == pytest.approx(training, rel=0.05)
     assert cost.matmul_training_flops < cost.training_flops
+
+
+def test_flops_of_a_swin_agree_with_xla():
+    """Windows that are padded, shifted and cut to a small map are among them."""
+    config = small(**SWIN)
+    encoder = towers.volume_encoder(config, pooling="mean")
+    volume = jax.ShapeDtypeStruct((BATCH, 32, 32, 32, 1), jnp.float32)
+    weights = abstract_parameters(encoder, volume)
+
+    def loss(p, v):
+        return jnp.square(encoder.apply(p, v)["tokens"]).sum()
+
+    one = flops.Pass(parts.volume_tower(config, flops.volume_tokens(config)))
+    forward, training, _, _ = flops._flops(one, ())
+    assert forward * BATCH == pytest.approx(xla_flops(loss, weights, volume), rel=0.05)
+    assert training * BATCH == pytest.approx(xla_flops(jax.value_and_grad(loss), weights, volume), rel=0.05)
+
+
+@pytest.mark.parametrize(("kind", "layers"), [({}, 4), (SWIN, 3)])
+def test_frozen_layers_cost_no_backward_pass(kind, layers):
+    """Costs fall with every frozen layer; all layers and then everything are what `optimizer.freeze` says."""
+    costs = [
+        flops.count(small(**kind | {"model.volume_encoder.frozen_layers": k}), VOCAB) for k in (*range(layers + 1), -1)
+    ]
+    training = [cost.matmul_training_flops for cost in costs]
+    assert all(before > after for before, after in itertools.pairwise(training))
+    assert {cost.forward_flops for cost in costs} == {costs[0].forward_flops}
+    whole = flops.count(small(**kind | {"optimizer.freeze": ("volume_encoder/.*",)}), VOCAB)
+    assert costs[-1].training_flops == whole.training_flops
 
 
 def test_xla_counts_the_body_of_a_scan_once():

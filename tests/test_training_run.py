@@ -28,15 +28,7 @@ def config_file(tmp_path_factory) -> Path:
     return file
 
 
-@pytest.fixture(scope="module")
-def cache(tmp_path_factory) -> dict[str, str]:
-    """Processes of this module find each other's compiled programs."""
-    folder = tmp_path_factory.mktemp("compiled")
-    return {
-        "JAX_COMPILATION_CACHE_DIR": str(folder),
-        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
-        "PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}",
-    }
+PATH = {"PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}"}
 
 
 def arguments(config_file, workdir, data, *extra):
@@ -45,10 +37,10 @@ def arguments(config_file, workdir, data, *extra):
 
 
 @pytest.fixture(scope="module")
-def finished(config_file, cache, tiny_data, tmp_path_factory) -> Path:
+def finished(config_file, tiny_data, tmp_path_factory) -> Path:
     """An uninterrupted run of six steps."""
     workdir = tmp_path_factory.mktemp("runs") / "whole"
-    done = mg3d(*arguments(config_file, workdir, tiny_data), **cache)
+    done = mg3d(*arguments(config_file, workdir, tiny_data), **PATH)
     assert done.returncode == 0, done.stderr
     return workdir
 
@@ -66,18 +58,18 @@ def test_a_run_writes_what_it_promises(finished):
     assert (finished / "tokenizer" / "tokenizer.json").exists()
 
 
-def test_the_same_seed_gives_the_same_losses_bit_for_bit(finished, config_file, cache, tiny_data, tmp_path):
-    done = mg3d(*arguments(config_file, tmp_path / "again", tiny_data), **cache)
+def test_the_same_seed_gives_the_same_losses_bit_for_bit(finished, config_file, tiny_data, tmp_path):
+    done = mg3d(*arguments(config_file, tmp_path / "again", tiny_data), **PATH)
     assert done.returncode == 0, done.stderr
     assert losses(tmp_path / "again") == losses(finished)
 
 
-def test_sigterm_saves_exits_75_and_resumes_bit_for_bit(finished, config_file, cache, tiny_data, tmp_path):
+def test_sigterm_saves_exits_75_and_resumes_bit_for_bit(finished, config_file, tiny_data, tmp_path):
     workdir = tmp_path / "interrupted"
     # So many steps that the signal surely comes before the end; the schedule is given by the same number of steps, so the
     # reference is trained with it too.
     command = [sys.executable, "-m", "mg3d_jax", *arguments(config_file, workdir, tiny_data)]
-    process = subprocess.Popen(command, env=environment(**cache), stderr=subprocess.PIPE, text=True)
+    process = subprocess.Popen(command, env=environment(**PATH), stderr=subprocess.PIPE, text=True)
     deadline = time.monotonic() + 120
     while not (workdir / "metrics.jsonl").exists() or not (workdir / "metrics.jsonl").read_text():
         assert time.monotonic() < deadline and process.poll() is None, "the run did not start"
@@ -88,23 +80,23 @@ def test_sigterm_saves_exits_75_and_resumes_bit_for_bit(finished, config_file, c
         pytest.fail("the run ended before the signal reached it")
     assert process.returncode == 75, errors
     assert "asked to stop" in errors
-    done = mg3d(*arguments(config_file, workdir, tiny_data), **cache)
+    done = mg3d(*arguments(config_file, workdir, tiny_data), **PATH)
     assert done.returncode == 0 and "resuming after step" in done.stderr, done.stderr
     assert losses(workdir) == losses(finished)
     final = [json.loads((w / "summary.json").read_text())["final"] for w in (workdir, finished)]
     assert final[0] == final[1]
 
 
-def test_a_finished_run_says_so_and_another_config_is_refused(finished, config_file, cache, tiny_data):
-    again = mg3d(*arguments(config_file, finished, tiny_data), **cache)
+def test_a_finished_run_says_so_and_another_config_is_refused(finished, config_file, tiny_data):
+    again = mg3d(*arguments(config_file, finished, tiny_data), **PATH)
     assert again.returncode == 0 and "already done" in again.stderr
-    other = mg3d(*arguments(config_file, finished, tiny_data, "--config.optimizer.learning_rate=0.5"), **cache)
+    other = mg3d(*arguments(config_file, finished, tiny_data, "--config.optimizer.learning_rate=0.5"), **PATH)
     assert other.returncode == 2 and "optimizer.learning_rate: 0.0001 -> 0.5" in other.stderr
     assert "Traceback" not in other.stderr
 
 
-def test_evaluate_writes_numbers_and_picture(finished, cache, tiny_data):
-    done = mg3d("evaluate", "--workdir", str(finished), "--data", tiny_data["valid"], devices=2, **cache)
+def test_evaluate_writes_numbers_and_picture(finished, tiny_data):
+    done = mg3d("evaluate", "--workdir", str(finished), "--data", tiny_data["valid"], devices=2, **PATH)
     assert done.returncode == 0, done.stderr
     result = json.loads((finished / "evaluation" / "evaluation.json").read_text())
     assert 0 <= result["zero_shot"]["auroc_macro"] <= 1
@@ -122,8 +114,8 @@ def test_evaluate_writes_numbers_and_picture(finished, cache, tiny_data):
         (["--config.optimizer.learning_ratte=1"], "Did you mean"),
     ],
 )
-def test_bad_settings_end_with_one_line_and_no_traceback(config_file, cache, tiny_data, tmp_path, extra, says):
-    done = mg3d(*arguments(config_file, tmp_path / "run", tiny_data, *extra), **cache)
+def test_bad_settings_end_with_one_line_and_no_traceback(config_file, tiny_data, tmp_path, extra, says):
+    done = mg3d(*arguments(config_file, tmp_path / "run", tiny_data, *extra), **PATH)
     assert done.returncode == 2 and says in done.stderr and "Traceback" not in done.stderr
 
 

@@ -14,7 +14,6 @@ from mg3d_jax.progress import format_seconds
 
 _SAMPLE = 3
 _FEW = 50  # fewer volumes than this are not worth an estimate
-_ZSTD_LEAST = 0.35  # smallest share of the raw bytes that zstd has left of a CT volume
 
 
 @dataclass(frozen=True)
@@ -23,11 +22,10 @@ class Estimate:
 
     volumes: int
     seconds: float
-    disk_bytes: float  # uncompressed: an upper bound
+    disk_bytes: float
 
     def __str__(self) -> str:
-        low, high = (share * self.disk_bytes / 1e9 for share in (_ZSTD_LEAST, 1.0))
-        return f"{self.volumes} volumes to do: about {format_seconds(self.seconds)}, {low:.2g} to {high:.2g} GB on disk"
+        return f"{self.volumes} volumes to do: about {format_seconds(self.seconds)}, {self.disk_bytes / 1e9:.2g} GB on disk"
 
 
 def estimate(examples: list[Example], recipe: Recipe, workers: int) -> Estimate | None:
@@ -44,11 +42,10 @@ def estimate(examples: list[Example], recipe: Recipe, workers: int) -> Estimate 
 
 
 def check_disk(expected: Estimate, out: Path) -> None:
-    """Raises `UserError` where even compressed records would not fit."""
+    """Raises `UserError` where the records would not fit."""
     free = shutil.disk_usage(out).free
-    needed = expected.disk_bytes * _ZSTD_LEAST
-    if needed > free:
+    if expected.disk_bytes > free:
         raise UserError(
-            f"{out} has {free / 1e9:.3g} GB free, the records need at least {needed / 1e9:.3g} GB: use another disk, "
-            "a smaller --size, or --window LOW HIGH"
+            f"{out} has {free / 1e9:.3g} GB free, the records need about {expected.disk_bytes / 1e9:.3g} GB: use another "
+            "disk, a smaller --size, or --window LOW HIGH"
         )

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from mg3d_jax.data.listing import Example, Listing
-from mg3d_jax.data.records import read_manifest
+from mg3d_jax.data.records import INDEX_NAME, read_manifest
 from mg3d_jax.errors import UserError
 
 LEAKS = {
@@ -20,7 +20,6 @@ LEAKS = {
     "patient-in-two-splits": "a patient is in two splits",
     "duplicate-volume": "the same voxels under two patients, or in two splits",
 }
-INDEX_NAME = "index.jsonl"
 _SHOWN = 10
 
 

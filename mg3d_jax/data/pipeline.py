@@ -1,14 +1,15 @@
 """Prepared records -> grain -> host batches -> global arrays on the mesh.
 
 The data position is one integer, the step: batch N holds positions `N * B ... (N + 1) * B - 1` of an endless, seeded,
-per-epoch shuffled order of the records, whatever the number of processes, workers or devices. Each process reads only
-the rows that lie on its own devices; starting at step N means building the iterator there, nothing is replayed.
+per-epoch shuffled order of the records (see `order`), whatever the number of processes, workers or devices. Each
+process reads only the rows that lie on its own devices; starting at step N means building the iterator there, nothing is
+replayed. A record that turns out damaged keeps its row, with `valid = False` (see `bad_records`).
 """
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 import grain
@@ -17,7 +18,11 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from mg3d_jax import sharding
-from mg3d_jax.data.records import Record, RecordReader
+from mg3d_jax.batch import UNKNOWN_LABEL
+from mg3d_jax.data.bad_records import BadRecords
+from mg3d_jax.data.hounsfield import AIR_HU
+from mg3d_jax.data.order import RecordOrder, reports_of_others
+from mg3d_jax.data.records import DamagedRecordError, Record, RecordReader
 from mg3d_jax.data.tokens import ReportTokenizer
 from mg3d_jax.errors import UserError
 
@@ -41,40 +46,68 @@ class PreparedData:
         if not folders:
             raise UserError("no prepared data given: set data.train to the output folder of `mg3d prepare`")
         self.readers = [RecordReader(Path(folder)) for folder in folders]
-        first = self.readers[0].manifest
-        self.label_names, self.grid, self.spacing = first["label_names"], tuple(first["grid"]), first["spacing"]
-        for folder, reader in zip(folders, self.readers, strict=True):
-            grid = tuple(reader.manifest["grid"])
+        manifests = [reader.manifest for reader in self.readers]
+        self.label_names, self.grid = manifests[0]["label_names"], tuple(manifests[0]["grid"])
+        # mm, or None where it differs between the volumes: a "fraction" of each scan, or folders of several spacings.
+        spacing = manifests[0]["spacing"]
+        self.spacing = spacing if all(manifest["spacing"] == spacing for manifest in manifests) else None
+        for folder, manifest in zip(folders, manifests, strict=True):
+            grid = tuple(manifest["grid"])
             if volume_size is not None and grid != tuple(volume_size):
                 raise UserError(
                     f"{folder} was prepared with grid {grid}, but model.volume_size = {tuple(volume_size)}: "
                     f"prepare again with --size {' '.join(map(str, volume_size))} or set --config.model.volume_size={grid}"
                 )
-            if grid != self.grid or reader.manifest["label_names"] != self.label_names:
+            if grid != self.grid or manifest["label_names"] != self.label_names:
                 raise UserError(f"{folder} and {folders[0]} differ in grid or label names: they cannot be mixed")
-        counts = [reader.manifest["patients"][: max_patients or None] for reader in self.readers]
-        if max_patients > max(len(c) for c in counts):
+        patients = [manifest["patients"][: max_patients or None] for manifest in manifests]
+        if max_patients > max(map(len, patients)):
             raise UserError(
-                f"data.max_patients = {max_patients}, but there are only {max(map(len, counts))} patients in {folders}"
+                f"data.max_patients = {max_patients}, but there are only {max(map(len, patients))} patients in {folders}"
             )
-        self.patients = sum(map(len, counts))
-        self.lengths = [sum(n for _, n in c) for c in counts]
-        self.report_tokenizer: ReportTokenizer | None = None
+        self.patients = sum(map(len, patients))
+        self.records_of_patients = [[count for _, count in of_folder] for of_folder in patients]
+        self.lengths = [sum(counts) for counts in self.records_of_patients]
 
     def __len__(self) -> int:
         return sum(self.lengths)
 
+    def locate(self, index: int) -> tuple[RecordReader, int]:
+        """(reader of the folder, index in that folder) of record `index`."""
+        rest = int(index)
+        for reader, length in zip(self.readers, self.lengths, strict=True):
+            if 0 <= rest < length:
+                return reader, rest
+            rest -= length
+        raise IndexError(f"record {index} of {len(self)}")
+
     def read(self, index: int, out: np.ndarray | None = None) -> Record:
         """Record `index`; its volume is decoded into `out` (int16 [X, Y, Z]) where that is given: no further copy."""
-        for reader, length in zip(self.readers, self.lengths, strict=True):
-            if index < length:
-                return reader.read_into(index, out)
-            index -= length
-        raise IndexError(index)
+        reader, number = self.locate(index)
+        return reader.read_into(number, out)
 
-    def records(self) -> Iterator[Record]:
-        """All records in order."""
-        return (self.read(i) for i in range(len(self)))
+    def read_unless_bad(self, index: int, bad: BadRecords | None, out: np.ndarray | None = None) -> Record | None:
+        """As `read`; None for a damaged record, which `bad` is told of. Without `bad` it is an error."""
+        try:
+            return self.read(index, out)
+        except DamagedRecordError as error:
+            if bad is None:
+                raise
+            reader, number = self.locate(index)
+            bad.add(reader.folder, number, reader.name(number), str(error))
+            return None
+
+    def records(self, bad: BadRecords | None = None) -> Iterator[Record]:
+        """All records in order; damaged ones are an error, or left out where `bad` is told of them."""
+        for index in range(len(self)):
+            if record := self.read_unless_bad(index, bad):
+                yield record
+
+
+def record_names(data: PreparedData, indices: Iterable[int]) -> list[str]:
+    """`["FOLDER: name of the volume", ...]` of records, as `record_index` of a batch counts them."""
+    places = (data.locate(index) for index in indices)
+    return [f"{reader.folder}: {reader.name(number)}" for reader, number in places]
 
 
 def short_id(text: str) -> np.int32:
@@ -83,26 +116,48 @@ def short_id(text: str) -> np.int32:
 
 
 class BatchReader:
-    """Reads records straight into the rows of host batches. Token arrays are cached by report: they never change."""
+    """Reads records straight into the rows of host batches. Token arrays are cached by report: they never change.
 
-    def __init__(self, data: PreparedData, tokenizer: ReportTokenizer):
-        self.data, self.tokenizer = data, tokenizer
+    Args:
+        bad: is told of damaged records, whose rows become `valid = False`: air, an empty report, unknown labels. Without
+            it a damaged record is an error.
+    """
+
+    def __init__(self, data: PreparedData, tokenizer: ReportTokenizer, bad: BadRecords | None = None):
+        self.data, self.tokenizer, self.bad = data, tokenizer, bad
         self._tokens: dict[str, dict[str, np.ndarray]] = {}
+        self._other_texts: dict[int, dict[str, np.ndarray] | None] = {}
 
     def __call__(self, indices: Sequence[int], reports: Sequence[int] | None = None) -> dict[str, np.ndarray]:
         """One batch of the records `indices`; with `reports` their texts come from those records instead."""
         volumes = np.empty((len(indices), *self.data.grid), np.int16)
-        rows = [self._row(index, volumes[row]) for row, index in enumerate(indices)]
-        if reports is not None:
-            rows = [row | self._text(self.data.read(other)) for row, other in zip(rows, reports, strict=True)]
+        rows = []
+        for row, index in enumerate(indices):
+            record = self.data.read_unless_bad(index, self.bad, volumes[row])
+            text = None
+            if record is not None:
+                text = self._text(record) if reports is None else self._text_of(reports[row])
+            if text is None:
+                volumes[row] = AIR_HU
+                rows.append(self._empty_row(index))
+            else:
+                rows.append(text | self._facts(record, index))
         return {name: np.stack([row[name] for row in rows]) for name in rows[0]} | {"volume": volumes}
 
-    def _row(self, index: int, volume: np.ndarray) -> dict[str, np.ndarray]:
-        record = self.data.read(index, volume)
-        return self._text(record) | {
-            "labels": record.labels.astype(np.int8),
+    def _facts(self, record: Record, index: int) -> dict[str, np.ndarray]:
+        return {
+            "labels": record.labels,
             "patient_id": short_id(record.patient),
             "valid": np.bool_(True),
+            "record_index": np.int32(index),
+        }
+
+    def _empty_row(self, index: int) -> dict[str, np.ndarray]:
+        return self.tokenizer(()) | {
+            "report_id": np.int32(-1),  # no text's and no patient's id is negative
+            "labels": np.full(len(self.data.label_names), UNKNOWN_LABEL, np.int8),
+            "patient_id": np.int32(-1),
+            "valid": np.bool_(False),
             "record_index": np.int32(index),
         }
 
@@ -112,69 +167,106 @@ class BatchReader:
             self._tokens[record.report_id] = fields | {"report_id": short_id(record.report_id)}
         return self._tokens[record.report_id]
 
+    def _text_of(self, index: int) -> dict[str, np.ndarray] | None:
+        """The text of record `index` alone, None if it is damaged. Kept by index: the record is read once only."""
+        if index not in self._other_texts:
+            record = self.data.read_unless_bad(index, self.bad)
+            self._other_texts[index] = record and self._text(record)
+        return self._other_texts[index]
+
 
 class LocalBatches:
-    """Random access to this process's rows of the batches `start ... stop - 1`: what grain reads from."""
+    """Random access to this process's rows of the batches `start ... stop - 1`: what grain reads from.
 
-    def __init__(self, reader: BatchReader, rows: range, batch_size: int, *, seed: int, start: int, stop: int,
-                 shuffle_reports: bool = False):  # fmt: skip
-        self.reader, self.rows, self.batch_size, self.start, self.stop = reader, rows, batch_size, start, stop
-        records = len(reader.data)
-        self.order = grain.MapDataset.range(records).shuffle(seed=seed).repeat()
-        # The control experiment: a fixed permutation of the reports over the volumes.
-        self.report_of = np.random.default_rng(seed).permutation(records) if shuffle_reports else None
+    Args:
+        rows: of every batch of `batch_size`, those that this process holds.
+        order: position (batch number * batch_size + row) -> record index.
+        report_of: record index -> index of the record whose report it gets; None for its own.
+    """
+
+    def __init__(
+        self, reader: BatchReader, order: RecordOrder, rows: Sequence[int], batch_size: int, *, start: int, stop: int,
+        report_of: np.ndarray | None = None,
+    ):  # fmt: skip
+        self.reader, self.order, self.rows, self.batch_size = reader, order, rows, batch_size
+        self.start, self.stop, self.report_of = start, stop, report_of
 
     def __len__(self) -> int:
         return self.stop - self.start
 
     def __getitem__(self, i: int) -> dict[str, np.ndarray]:
         first = (self.start + i) * self.batch_size
-        indices = [int(self.order[first + row]) for row in self.rows]
+        indices = [self.order[first + row] for row in self.rows]
         return self.reader(indices, None if self.report_of is None else [int(self.report_of[j]) for j in indices])
 
 
-def train_batches(
-    data: PreparedData, tokenizer: ReportTokenizer, config: ConfigDict, mesh: Mesh, *, start: int, stop: int
-) -> Iterator[dict]:
-    """Global batches of steps `start ... stop - 1`, as sharded arrays. Read ahead in threads, or in `workers` processes."""
-    size = config.data.batch_size
-    if size % (sharding.batch_shards(mesh) * config.optimizer.accumulation):
-        parts = sharding.batch_shards(mesh) * config.optimizer.accumulation
-        raise UserError(
-            f"data.batch_size = {size} is not divisible by the mesh's data * fsdp * accumulation = {parts}: "
-            f"use a multiple of {parts}"
-        )
-    rows = sharding.local_rows(mesh, size)
-    source = LocalBatches(
-        BatchReader(data, tokenizer), rows, size, seed=config.seed, start=start, stop=stop,
-        shuffle_reports=config.data.shuffle_reports,
-    )  # fmt: skip
+def host_batches(source: LocalBatches, *, threads: int, workers: int) -> Iterator[dict[str, np.ndarray]]:
+    """The batches of `source` in order, read ahead in `threads` threads, in each of `workers` processes if there are any.
+    Close the iterator where it is left early."""
     # The elements are whole batches: threads and workers take turns by them, so the order stays.
-    batches = grain.MapDataset.source(source)
-    threads = config.data.read_threads
     options = grain.ReadOptions(
         num_threads=threads, prefetch_buffer_size=max(PREFETCHED_BATCHES, threads) if threads else 0
     )
-    dataset = batches.to_iter_dataset(options)
-    if config.data.workers:
+    dataset = grain.MapDataset.source(source).to_iter_dataset(options)
+    if workers:
         from absl import flags
 
         if not flags.FLAGS.is_parsed():  # grain's workers read absl flags
             flags.FLAGS.mark_as_parsed()
-        dataset = dataset.mp_prefetch(grain.MultiprocessingOptions(num_workers=config.data.workers))
+        dataset = dataset.mp_prefetch(grain.MultiprocessingOptions(num_workers=workers))
     iterator = iter(dataset)
     try:
-        for local in iterator:
-            yield sharding.to_global(local, mesh, size)
+        yield from iterator
     finally:
         if hasattr(iterator, "close"):
             iterator.close()
 
 
-def evaluation_batches(data: PreparedData, tokenizer: ReportTokenizer, mesh: Mesh, batch_size: int) -> Iterator[dict]:
-    """Every record once, in order; the last batch is padded with `valid = False` rows."""
-    rows, reader = sharding.local_rows(mesh, batch_size), BatchReader(data, tokenizer)
+def train_batches(
+    data: PreparedData, tokenizer: ReportTokenizer, config: ConfigDict, mesh: Mesh, *, start: int, stop: int,
+    log_folder: Path | None = None,
+) -> Iterator[dict]:  # fmt: skip
+    """Global batches of steps `start ... stop - 1`, as sharded arrays. Read ahead in threads, or in `workers` processes.
+
+    The folders mix by `data.weights`. Damaged records are skipped (`valid = False`) and named on stderr and in
+    `bad_records.jsonl` of `log_folder`, which all processes of the run share; more than `data.max_bad_records`, or more than
+    half of all records, raise `UserError`.
+    """
+    size, parts = config.data.batch_size, sharding.batch_shards(mesh) * config.optimizer.accumulation
+    if size % parts:
+        raise UserError(
+            f"data.batch_size = {size} is not divisible by the mesh's data * fsdp * accumulation = {parts}: "
+            f"use a multiple of {parts}"
+        )
+    # However many are allowed: a set that is bad for the larger part is another fault than a flipped byte.
+    allowed = min(config.data.max_bad_records, len(data) // 2)
+    source = LocalBatches(
+        BatchReader(data, tokenizer, BadRecords(log_folder, allowed)),
+        RecordOrder(data.lengths, config.data.weights, seed=config.seed),
+        sharding.local_rows(mesh, size), size, start=start, stop=stop,
+        report_of=reports_of_others(data.records_of_patients, seed=config.seed) if config.data.shuffle_reports else None,
+    )  # fmt: skip
+    batches = host_batches(source, threads=config.data.read_threads, workers=config.data.workers)
+    try:
+        for local in batches:
+            yield sharding.to_global(local, mesh, size)
+    finally:
+        batches.close()
+
+
+def evaluation_batches(
+    data: PreparedData, tokenizer: ReportTokenizer, mesh: Mesh, batch_size: int, *, log_folder: Path | None = None,
+    max_bad_records: int = 0,
+) -> Iterator[dict]:  # fmt: skip
+    """Every record once, in order; the last batch is padded with `valid = False` rows.
+
+    A damaged record is a `UserError`: results are of all records. With `max_bad_records` as many are skipped as in
+    `train_batches`, for the held-out loss during training.
+    """
+    bad = BadRecords(log_folder, max_bad_records) if max_bad_records else None
+    rows, reader = sharding.local_rows(mesh, batch_size), BatchReader(data, tokenizer, bad)
     for first in range(0, len(data), batch_size):
         positions = np.array([first + row for row in rows])
-        local = reader([min(int(p), len(data) - 1) for p in positions]) | {"valid": positions < len(data)}
+        local = reader([min(int(p), len(data) - 1) for p in positions])
+        local["valid"] &= positions < len(data)
         yield sharding.to_global(local, mesh, batch_size)

@@ -23,6 +23,7 @@ from mg3d_jax.data.geometry import PAPER_FRACTION, POLICIES, Grid
 from mg3d_jax.data.listing import Example, Listing, SourceOptions
 from mg3d_jax.data.manifest import build_manifest, code_version, write_json, write_manifest, write_text
 from mg3d_jax.data.qa_page import write_page
+from mg3d_jax.data.records import INDEX_NAME
 from mg3d_jax.data.shards import (
     Outcome,
     Recipe,
@@ -155,7 +156,7 @@ def _process(settings: Settings, chunks: dict[str, list[Example]], bad: int) -> 
     mine = list(chunks)[index::count]
     todo = {name: chunks[name] for name in mine if name not in sidecars}
     examples = [example for chunk in todo.values() for example in chunk]
-    recipe = Recipe(settings.grid, settings.window, settings.zstd_level > 0, settings.fetch)
+    recipe = Recipe(settings.grid, settings.window, settings.zstd_level, settings.fetch)
     if expected := estimate(examples, recipe, settings.workers):
         print(f"prepare: {expected}", file=sys.stderr, flush=True)
         check_disk(expected, settings.out)
@@ -170,7 +171,7 @@ def _process(settings: Settings, chunks: dict[str, list[Example]], bad: int) -> 
             progress.advance(1, note=f"{found} bad" if found else "")
 
         for name, chunk in todo.items():
-            sidecars[name] = write_shard(settings.out, name, results, len(chunk), settings.zstd_level, each)
+            sidecars[name] = write_shard(settings.out, name, results, len(chunk), each)
     # Others (--shard i/n) may have finished theirs meanwhile.
     return read_sidecars(settings.out, list(chunks)) | sidecars
 
@@ -191,7 +192,7 @@ def _finish(
     found = allowed + leaks.content_leaks(entries, list(settings.against))
     manifest["allowed_leaks"] = leaks.check(found, settings.allow_leak)
     quality = [line for shard in shards for line in shard["quality"]]
-    write_text(settings.out / leaks.INDEX_NAME, "".join(json.dumps(entry) + "\n" for entry in entries))
+    write_text(settings.out / INDEX_NAME, "".join(json.dumps(entry) + "\n" for entry in entries))
     write_text(settings.out / QUALITY_NAME, "".join(json.dumps(line) + "\n" for line in quality))
     (settings.out / "bad.json").unlink(missing_ok=True)
     write_manifest(settings.out, manifest)

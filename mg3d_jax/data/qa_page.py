@@ -63,7 +63,8 @@ def draw(records: list[Record], quality: list[dict[str, Any]]) -> bytes:
         row[0].set_ylabel(record.name, fontsize=8)
         if line["warnings"]:
             row[3].text(0.5, 0.97, "\n".join(w[:58] for w in line["warnings"][:3]), fontsize=7, color="red", va="top",
-                        ha="center", transform=row[3].transAxes)  # fmt: skip
+                        ha="center", transform=row[3].transAxes,
+                        bbox={"facecolor": "white", "alpha": 0.85, "linewidth": 0})  # fmt: skip
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", metadata={"Software": None})
     return buffer.getvalue()

@@ -1,7 +1,8 @@
 """One prepared example <-> bytes, and random access to a folder of them.
 
-A record is a safetensors blob: self-describing, pickle-free, and read without a copy. Shards are ArrayRecord files with
-one record per group, so that any record is one seek away; `manifest.json` beside them names shards, grid and labels.
+A record is a safetensors blob: self-describing, pickle-free, with a checksum, and read without a copy. Shards are
+ArrayRecord files with one record per group, so that any record is one seek away; `manifest.json` beside them names
+shards, grid and labels.
 
     prepare.py -> encode -> ShardWriter -> *.array_record + manifest.json -> RecordReader -> decode -> pipeline.py
 """
@@ -10,38 +11,50 @@ from __future__ import annotations
 
 import ctypes
 import hashlib
+import itertools
 import json
 import math
 import os
 import struct
-from collections.abc import Callable
+import threading
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import zstandard
 from array_record.python.array_record_module import ArrayRecordReader, ArrayRecordWriter
+from isal import isal_zlib
 
-from mg3d_jax.data.raw_shards import RawRecord, open_raw
+from mg3d_jax.data.shard_reader import (
+    DamagedRecordError,
+    OpenFiles,
+    RecordBytes,
+    Shard,
+    StoredRecord,
+    flat_bytes,
+    open_shard,
+)
 from mg3d_jax.errors import UserError
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 1  # of a prepared folder
+_RECORD_VERSION = "2"
 MANIFEST_NAME = "manifest.json"
+INDEX_NAME = "index.jsonl"  # a line per record, in order: name, patient, report id, affine, digest of the voxels
 _HEADER_LENGTH = struct.Struct("<Q")
-_DTYPES = {"I16": np.int16, "U8": np.uint8, "I8": np.int8, "F64": np.float64}
-# Added to HU before they are split into bytes, so that the noise around water does not flip the high byte.
-_PLANE_SHIFT = 1152
+_HEAD = 1 << 14  # bytes that hold most headers
+_DTYPES = {"I16": np.int16, "U8": np.uint8, "I8": np.int8, "F64": np.float64, "U64": np.uint64}
 _NAMES = {np.dtype(dtype): name for name, dtype in _DTYPES.items()}
 _TEXT_FIELDS = ("name", "patient", "scan", "report_id", "findings", "impression", "source")
-
-
-class DamagedRecordError(ValueError):
-    """The bytes are not a record: cut short, overwritten, or of another format."""
+_ARRAYS = ("affine", "checksum", "volume", "labels")
+_PIECE = 1 << 17  # voxels that are packed together
+Encoded = bytes | StoredRecord
 
 
 @dataclass(frozen=True)
 class Record:
-    """One volume with its report. The arrays of a decoded record are read-only views of its bytes."""
+    """One volume with its report."""
 
     volume: np.ndarray  # int16 HU [X, Y, Z], RAS+, air -1024
     sentences: tuple[str, ...]  # findings, then impression
@@ -56,33 +69,55 @@ class Record:
     source: str
 
 
-def encode(record: Record, window: tuple[float, float] | None = None, *, planes: bool = False) -> bytes:
+def encode(record: Record, window: tuple[float, float] | None = None, *, zstd_level: int = 0) -> bytes:
     """`record` as safetensors bytes. With `window` (low, high in HU) the volume is stored as uint8 steps of
-    `(high - low) / 255` HU, half the bytes; `decode` gives int16 HU back, clipped to the window. With `planes` the
-    high bytes of the voxels come first, then the low bytes: zstd makes them smaller and decodes them much faster."""
+    `(high - low) / 255` HU, half the bytes; `decode` gives int16 HU back, clipped to the window. With a `zstd_level` the
+    volume is packed (see `frames_of`): text, labels and affine stay readable without unpacking."""
     volume = np.ascontiguousarray(record.volume, dtype=np.int16)
-    metadata = {"format": "mg3d-record", "version": str(FORMAT_VERSION)}
-    metadata |= {name: getattr(record, name) for name in _TEXT_FIELDS}
-    metadata["sentences"] = json.dumps(list(record.sentences), ensure_ascii=False)
+    about: dict[str, Any] = {"shape": volume.shape}
     if window is not None:
         low, high = window
-        metadata["window"] = json.dumps([low, high])
+        about["window"] = [low, high]
         volume = np.rint((np.clip(volume, low, high) - low) * (255.0 / (high - low))).astype(np.uint8)
+    if zstd_level:
+        frames = frames_of(volume, zstd_level)
+        volume, about["zstd"] = np.frombuffer(b"".join(frames), np.uint8), [len(frame) for frame in frames]
+    metadata = {"format": "mg3d-record", "version": _RECORD_VERSION, "volume": json.dumps(about)}
+    metadata |= {name: getattr(record, name) for name in _TEXT_FIELDS}
+    metadata["sentences"] = json.dumps(list(record.sentences), ensure_ascii=False)
     tensors = {
         "affine": np.ascontiguousarray(record.affine, dtype=np.float64),
+        "checksum": np.zeros(1, np.uint64),
         "volume": volume,
         "labels": np.ascontiguousarray(record.labels, dtype=np.int8),
     }
-    if planes and window is None:
-        shifted = volume.astype(np.int32) + _PLANE_SHIFT
-        metadata["planes"] = str(_PLANE_SHIFT)
-        tensors["volume"] = np.stack([shifted >> 8, shifted & 0xFF]).astype(np.uint8)
-    return _serialize(tensors, metadata)
+    header = _header(tensors, metadata)
+    checksum = isal_zlib.crc32(header)
+    for name in _ARRAYS:
+        if name != "checksum":
+            checksum = isal_zlib.crc32(flat_bytes(tensors[name]), checksum)
+    tensors["checksum"][:] = checksum
+    return b"".join([header, *(array.tobytes() for array in tensors.values())])
 
 
-def _serialize(tensors: dict[str, np.ndarray], metadata: dict[str, str]) -> bytes:
-    """safetensors bytes, arrays in the given order. (The library's own writer orders the text at random, and a shard
-    must be the same bytes every time.)"""
+def frames_of(volume: np.ndarray, level: int = 3) -> list[bytes]:
+    """zstd frames of pieces of the volume (int16 HU, or uint8 steps) that fit into a processor's cache.
+
+    int16 is packed as high bytes, then low bytes, v = 256 * high + low, both signed, so that the noise around water and
+    around air does not flip the high byte: it is smaller so, and unpacks three times as fast."""
+    compress, flat, frames = zstandard.ZstdCompressor(level=level).compress, volume.reshape(-1), []
+    for start in range(0, flat.size, _PIECE):
+        piece = flat[start : start + _PIECE]
+        if piece.dtype == np.int16:
+            shifted = piece.astype(np.int32) + 128
+            piece = np.stack([shifted >> 8, (shifted & 0xFF) - 128]).astype(np.int8)
+        frames.append(compress(piece.tobytes()))
+    return frames
+
+
+def _header(tensors: dict[str, np.ndarray], metadata: dict[str, str]) -> bytes:
+    """Length and JSON of a safetensors blob, arrays in the given order. (The library's own writer orders the text at
+    random, and a shard must be the same bytes every time.)"""
     header: dict[str, Any] = {"__metadata__": metadata}
     position = 0
     for name, array in tensors.items():
@@ -91,99 +126,119 @@ def _serialize(tensors: dict[str, np.ndarray], metadata: dict[str, str]) -> byte
         position = end
     text = json.dumps(header, ensure_ascii=False, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)  # voxels start on 8 bytes
-    return b"".join([_HEADER_LENGTH.pack(len(text)), text, *(array.tobytes() for array in tensors.values())])
+    return _HEADER_LENGTH.pack(len(text)) + text
 
 
-def _parse(data: bytes | RawRecord) -> tuple[dict[str, str], dict[str, tuple[np.dtype, tuple[int, ...], int]]]:
-    """(text, name -> dtype, shape and first byte of every array) of a safetensors blob. Raises `DamagedRecordError`."""
+def _parse(
+    data: StoredRecord | RecordBytes,
+) -> tuple[bytes, dict[str, str], dict[str, tuple[np.dtype, tuple[int, ...]]]]:
+    """(header, text, name -> dtype and shape of every array) of a record. Raises `DamagedRecordError`."""
     if len(data) < _HEADER_LENGTH.size:
         raise DamagedRecordError(f"record of {len(data)} bytes is shorter than its own header")
-    (header_bytes,) = _HEADER_LENGTH.unpack(data[: _HEADER_LENGTH.size])
-    start = _HEADER_LENGTH.size + header_bytes
-    if start > len(data):
+    head = bytes(data[:_HEAD])
+    (header_bytes,) = _HEADER_LENGTH.unpack_from(head)
+    end = _HEADER_LENGTH.size + header_bytes
+    if end > len(data):
         raise DamagedRecordError(f"record of {len(data)} bytes announces a header of {header_bytes} bytes")
+    head = head[:end] if end <= len(head) else bytes(data[:end])
     try:
-        header = json.loads(data[_HEADER_LENGTH.size : start])
-        metadata, arrays = header.pop("__metadata__"), {}
+        header = json.loads(head[_HEADER_LENGTH.size :])
+        metadata, places, position = header.pop("__metadata__"), {}, 0
+        if metadata["format"] != "mg3d-record":
+            raise DamagedRecordError("a safetensors blob, but not one that mg3d wrote")
+        if metadata["version"] == "1":
+            raise UserError("a record of an earlier version of this code, without a checksum: prepare the folder again")
+        if metadata["version"] != _RECORD_VERSION:
+            raise DamagedRecordError(f"record format {metadata['version']!r} instead of {_RECORD_VERSION}")
+        if tuple(header) != _ARRAYS:
+            raise DamagedRecordError(f"arrays {list(header)} instead of {list(_ARRAYS)}")
         for name, entry in header.items():
             dtype, shape = np.dtype(_DTYPES[entry["dtype"]]), tuple(entry["shape"])
-            begin, end = entry["data_offsets"]
-            if begin < 0 or end - begin != math.prod(shape) * dtype.itemsize or start + end > len(data):
-                raise DamagedRecordError(f"array {name!r} {dtype}{shape} does not fit into {len(data)} bytes")
-            arrays[name] = dtype, shape, start + begin
-    except DamagedRecordError:
-        raise
+            size = math.prod(shape) * dtype.itemsize
+            if entry["data_offsets"] != [position, position + size] or position + size > len(data):
+                raise DamagedRecordError(f"array {name!r} {dtype}{shape} is not where it should be")
+            places[name], position = (dtype, shape), position + size
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise DamagedRecordError(f"its header is not readable ({type(error).__name__}: {error})") from error
-    return metadata, arrays
+    if end + position != len(data):
+        raise DamagedRecordError(f"record of {len(data)} bytes instead of {end + position}")
+    return head, metadata, places
 
 
-def _array(data: bytes | RawRecord, dtype: np.dtype, shape: tuple[int, ...], start: int, out=None) -> np.ndarray:
-    """One array of a blob: a view of bytes, or read into `out` (of that shape and dtype) or into a new array."""
-    if out is not None and out.shape != shape:
-        raise ValueError(f"a volume of {shape} does not fit into {out.shape}")
-    if isinstance(data, RawRecord):
-        out = np.empty(shape, dtype) if out is None else out
-        data.copy(start, out.reshape(-1).view(np.uint8))
-        return out
-    view = np.frombuffer(data, dtype, math.prod(shape), start).reshape(shape)
-    if out is None:
-        return view
-    out[...] = view
-    return out
+_local = threading.local()  # a decompressor belongs to one thread at a time
 
 
-def _volume(data: bytes | RawRecord, metadata: dict[str, str], place: tuple, out: np.ndarray | None) -> np.ndarray:
-    """int16 HU of a blob, in `out` where that is given."""
-    if "planes" not in metadata and "window" not in metadata:
-        return _array(data, *place, out=out)
-    stored = _array(data, *place)
-    shape = stored.shape[1:] if "planes" in metadata else stored.shape
-    out = np.empty(shape, np.int16) if out is None else out
-    if "planes" in metadata:
-        high, low = stored
-        unsigned = out.view(np.uint16)
-        np.left_shift(high, 8, out=unsigned, dtype=np.uint16)
-        unsigned |= low
-        unsigned -= np.uint16(int(metadata["planes"]) & 0xFFFF)
-    else:
-        lowest, highest = json.loads(metadata["window"])
+def _pieces(stored: np.ndarray, frames: list[int]) -> Iterator[np.ndarray]:
+    """The unpacked pieces of `frames_of`, as uint8; each is consumed while it is in the processor's cache."""
+    if not hasattr(_local, "decompress"):
+        _local.decompress = zstandard.ZstdDecompressor().decompress
+    start, packed = 0, memoryview(stored)
+    for size in frames:
+        yield np.frombuffer(_local.decompress(packed[start : start + size]), np.uint8)
+        start += size
+
+
+def _hounsfield(stored: np.ndarray, about: dict[str, Any], out: np.ndarray) -> None:
+    """Stored steps, packed or not, -> int16 HU in `out`."""
+    steps = None
+    if "window" in about:
+        lowest, highest = about["window"]
         steps = np.rint(lowest + np.arange(256) * ((highest - lowest) / 255.0)).astype(np.int16)
-        np.take(steps, stored, out=out)
-    return out
+    flat, start = out.reshape(-1), 0
+    for piece in _pieces(stored, about["zstd"]) if "zstd" in about else [stored.reshape(-1)]:
+        if steps is not None:
+            target = flat[start : start + len(piece)]
+            np.take(steps, piece, out=target, mode="clip")  # any mode but "raise" writes directly
+        else:
+            high, low = piece.view(np.int8).reshape(2, -1)
+            target = flat[start : start + len(high)]
+            np.multiply(high, np.int16(256), out=target, dtype=np.int16)
+            np.add(target, low, out=target)
+        start += len(target)
+    if start != len(flat):
+        raise DamagedRecordError(f"it has {start} voxels instead of {len(flat)}")
 
 
-def decode(data: bytes | RawRecord, out: np.ndarray | None = None) -> Record:
-    """The record of `encode`. Raises `DamagedRecordError`.
+def decode(data: Encoded, out: np.ndarray | None = None) -> Record:
+    """The record of `encode`. Raises `DamagedRecordError` where a single bit is not as it was written.
 
-    Without `out` the arrays are read-only views of `data` where that is possible. With `out` (int16, C-ordered, of the
-    grid's shape) the volume is decoded into it, a row of a batch for example, with no copy in between."""
-    metadata, arrays = _parse(data)
+    With `out` (int16, C-ordered, of the grid's shape) the volume is decoded into it, a row of a batch for example, with no
+    copy in between; what `out` holds after an error is not defined."""
+    data = data if isinstance(data, StoredRecord) else RecordBytes(data)
+    header, metadata, places = _parse(data)
+    checksum, position, tensors = isal_zlib.crc32(header), len(header), {}
     try:
-        if metadata.get("format") != "mg3d-record":
-            raise DamagedRecordError("a safetensors blob, but not one that mg3d wrote")
-        if int(metadata["version"]) > FORMAT_VERSION:
-            raise DamagedRecordError(f"record format {metadata['version']} is newer than this code ({FORMAT_VERSION})")
-        volume = _volume(data, metadata, arrays["volume"], out)
+        about = json.loads(metadata["volume"])
+        shape, direct = tuple(about["shape"]), not {"zstd", "window"} & about.keys()
+        if out is None:
+            out = np.empty(shape, np.int16)
+        elif out.shape != shape:
+            raise DamagedRecordError(f"a volume of {shape} where one of {out.shape} is expected")
+        if direct and places["volume"] != (out.dtype, shape):
+            raise DamagedRecordError(f"a volume of {places['volume']} is said to be int16 {shape}")
+        for name, (dtype, array_shape) in places.items():
+            tensors[name] = out if direct and name == "volume" else np.empty(array_shape, dtype)
+            found = data.read(position, flat_bytes(tensors[name]), checksum)
+            checksum = checksum if name == "checksum" else found
+            position += tensors[name].nbytes
+        if checksum != tensors["checksum"][0]:
+            raise DamagedRecordError("its checksum is wrong")
+        if not direct:
+            _hounsfield(tensors["volume"], about, out)
         text = {name: metadata[name] for name in _TEXT_FIELDS}
-        labels, affine = _array(data, *arrays["labels"]), _array(data, *arrays["affine"])
         sentences = tuple(json.loads(metadata["sentences"]))
-        return Record(volume=volume, labels=labels, affine=affine, sentences=sentences, **text)
-    except KeyError as error:
-        raise DamagedRecordError(f"record without field {error}") from error
-    except (ValueError, TypeError, IndexError) as error:
-        if isinstance(error, DamagedRecordError):
-            raise
-        raise DamagedRecordError(f"the fields of the record do not parse ({error})") from error
+    except (ValueError, TypeError, KeyError, IndexError, AttributeError, zstandard.ZstdError) as error:
+        raise DamagedRecordError(f"its fields do not parse ({type(error).__name__}: {error})") from error
+    return Record(volume=out, labels=tensors["labels"], affine=tensors["affine"], sentences=sentences, **text)
 
 
 class ShardWriter:
     """Writes records to `path` through a temporary name: the shard is either complete or not there."""
 
-    def __init__(self, path: Path, *, zstd_level: int = 3):
+    def __init__(self, path: Path):
         self._path, self._temporary = path, path.with_name(f".{path.name}.{os.getpid()}.partial")
-        compression = f"zstd:{zstd_level}" if zstd_level else "uncompressed"
-        self._writer = ArrayRecordWriter(str(self._temporary), f"group_size:1,{compression}")
+        # Not compressed again: what is worth it is packed in the record, by the process that made it.
+        self._writer = ArrayRecordWriter(str(self._temporary), "group_size:1,uncompressed")
 
     def write(self, data: bytes) -> None:
         self._writer.write(data)
@@ -238,39 +293,53 @@ def _keep_large_blocks() -> None:
 
 class RecordReader:
     """Random access to the records of a prepared folder, in manifest order. Shards open on first use in each process,
-    so that an instance pickles to data workers at no cost."""
+    so that an instance pickles to data workers at no cost. Threads may share it."""
 
     def __init__(self, folder: Path | str):
         self.folder = Path(folder)
         self.manifest = read_manifest(self.folder)
         self._starts = np.cumsum([0] + [shard["records"] for shard in self.manifest["shards"]])
-        self._readers: dict[int, Callable[[int], bytes | RawRecord]] = {}
+        self._open()
+
+    def _open(self) -> None:
+        self._shards: dict[int, Shard | ArrayRecordReader] = {}
+        self._files = OpenFiles()
 
     def __len__(self) -> int:
         return int(self._starts[-1])
 
     def __getstate__(self) -> dict[str, Any]:
-        return self.__dict__ | {"_readers": {}}
+        return {name: value for name, value in self.__dict__.items() if name not in ("_shards", "_files")}
 
-    def _reader(self, shard: int) -> Callable[[int], bytes | RawRecord]:
-        """Function from a position in the shard to the record, encoded."""
-        if shard not in self._readers:
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__ |= state
+        self._open()
+
+    def _shard(self, number: int) -> Shard | ArrayRecordReader:
+        if number not in self._shards:
             _keep_large_blocks()
-            entry = self.manifest["shards"][shard]
-            path = self.folder / entry["file"]
-            try:
-                # One record per read: read-ahead would fetch neighbours that a shuffled epoch does not want.
-                reader = ArrayRecordReader(str(path), "readahead_buffer_size:0")
-                records = reader.num_records()
-            except (ValueError, RuntimeError, OSError) as error:
-                raise UserError(f"{path} cannot be opened ({error}): run `mg3d prepare --verify`") from error
-            if records != entry["records"]:
-                raise UserError(f"{path} holds {records} records, its manifest says {entry['records']}")
-            raw = open_raw(path, records)
-            self._readers[shard] = raw.record if raw else lambda position: reader.read([position])[0]
-        return self._readers[shard]
+            self._shards[number] = self._open_shard(self.manifest["shards"][number])
+        return self._shards[number]
 
-    def _locate(self, index: int) -> tuple[int, int]:
+    def _open_shard(self, entry: dict[str, Any]) -> Shard | ArrayRecordReader:
+        path = self.folder / entry["file"]
+        try:
+            if (size := path.stat().st_size) != entry["bytes"]:
+                raise UserError(
+                    f"{path} has {size} bytes, its manifest says {entry['bytes']}: copy or prepare it again"
+                )
+            if shard := open_shard(path, entry["records"]):
+                return shard
+            # One record per read: read-ahead would fetch neighbours that a shuffled epoch does not want.
+            reader = ArrayRecordReader(str(path), "readahead_buffer_size:0")
+            records = reader.num_records()
+        except (ValueError, RuntimeError, OSError) as error:
+            raise UserError(f"{path} cannot be opened ({error}): run `mg3d prepare --verify`") from error
+        if records != entry["records"]:
+            raise UserError(f"{path} holds {records} records, its manifest says {entry['records']}")
+        return reader
+
+    def locate(self, index: int) -> tuple[int, int]:
         """(shard, position in the shard) of record `index`."""
         index = int(index)
         if not 0 <= index < len(self):
@@ -278,20 +347,41 @@ class RecordReader:
         shard = int(np.searchsorted(self._starts, index, side="right")) - 1
         return shard, index - int(self._starts[shard])
 
+    def _encoded(self, index: int) -> Encoded:
+        number, position = self.locate(index)
+        shard = self._shard(number)
+        if isinstance(shard, Shard):
+            return shard.record(position, self._files[shard.path])
+        try:
+            return shard.read([position])[0]
+        except (RuntimeError, ValueError) as error:
+            raise DamagedRecordError(str(error)) from error
+
     def read_bytes(self, index: int) -> bytes:
         """The encoded record `index` (global order)."""
-        shard, position = self._locate(index)
-        return bytes(self._reader(shard)(position)[:])
+        return bytes(self._encoded(index)[:])
 
     def __getitem__(self, index: int) -> Record:
         return self.read_into(index, None)
 
     def read_into(self, index: int, out: np.ndarray | None) -> Record:
-        """Record `index`, its volume decoded into `out` (see `decode`): of an uncompressed shard in one single copy."""
-        shard, position = self._locate(index)
-        data = self._reader(shard)(position)
+        """Record `index`, its volume decoded into `out` (see `decode`): of an uncompressed shard in one single copy.
+        Raises `DamagedRecordError`, naming folder, record and shard, where the record is not what was written."""
         try:
-            return decode(data, out)
+            return decode(self._encoded(index), out)
         except DamagedRecordError as error:
-            message = f"{self.folder}: record {index} is damaged ({error}): run `mg3d prepare --verify`"
-            raise UserError(message) from error
+            file = self.manifest["shards"][self.locate(index)[0]]["file"]
+            message = f"{self.folder}: record {index} ({self.name(index)}) in {file} is damaged: {error}"
+            raise DamagedRecordError(f"{message}; copy or prepare that shard again") from error
+
+    def name(self, index: int) -> str:
+        """Name of the volume of record `index`, also where the record itself cannot be read. Not for the hot path."""
+        path = self.folder / INDEX_NAME
+        if path.is_file():
+            with open(path) as file:
+                if line := next(itertools.islice(file, index, None), None):
+                    return json.loads(line)["name"]
+        try:
+            return decode(self._encoded(index)).name
+        except DamagedRecordError:
+            return "name unknown"

@@ -40,7 +40,7 @@ class Recipe:
 
     grid: Grid
     window: tuple[float, float] | None = None  # HU of 0 and 255 where volumes are stored as uint8
-    planes: bool = True  # bytes of the voxels by significance: smaller and faster where the shard is compressed
+    zstd_level: int = 3  # 0: volumes are not packed
     fetch: str | None = None  # command that brings a volume (see fetch.py)
 
 
@@ -49,7 +49,7 @@ class Outcome:
     """What became of one example: `data` (an encoded record), or `reason` why there is none."""
 
     data: bytes | None
-    entry: dict[str, str]
+    entry: dict[str, Any]  # its line of index.jsonl
     quality: dict[str, Any] | None
     reason: str | None
 
@@ -62,7 +62,7 @@ def ordered(examples: Iterable[Example]) -> list[Example]:
 
 def prepare_example(example: Example, recipe: Recipe) -> Outcome:
     """Reads one volume and encodes its record. Never raises for a bad volume: the outcome carries the reason."""
-    entry = {
+    entry: dict[str, Any] = {
         "name": example.name,
         "patient": example.patient,
         "report_id": report_id(example.findings, example.impression),
@@ -90,9 +90,10 @@ def prepare_example(example: Example, recipe: Recipe) -> Outcome:
         impression=example.impression,
         source=example.source,
     )
+    entry["affine"] = prepared.affine.round(6).tolist()  # voxel of the record -> mm of the scan
     entry["content"] = hashlib.blake2b(prepared.volume.data, digest_size=16).hexdigest()
     quality = {"path": str(example.path), "name": example.name, **prepared.quality}
-    return Outcome(encode(record, recipe.window, planes=recipe.planes), entry, quality, None)
+    return Outcome(encode(record, recipe.window, zstd_level=recipe.zstd_level), entry, quality, None)
 
 
 def _exit_with_parent() -> None:
@@ -179,7 +180,6 @@ def write_shard(
     name: str,
     results: Iterator[tuple[Example, Outcome]],
     count: int,
-    zstd_level: int,
     each: Callable[[Outcome], None],
 ) -> dict[str, Any]:
     """Writes the next `count` results as one shard with its sidecar, which it returns. `each` is told every outcome."""
@@ -187,7 +187,7 @@ def write_shard(
     for leftover in out.glob(f".{path.name}.*.partial"):
         leftover.unlink(missing_ok=True)
     sidecar: dict[str, Any] = {"file": path.name, "records": 0, "entries": [], "bad": [], "quality": []}
-    writer = ShardWriter(path, zstd_level=zstd_level)
+    writer = ShardWriter(path)
     try:
         for _ in range(count):
             example, outcome = next(results)

@@ -11,11 +11,13 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import numpy as np
-from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
+from tokenizers import Encoding, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 
 from mg3d_jax.errors import UserError
 
+# Roles of special tokens. They bear BERT's names here, whatever the tokenizer calls them ("<s>", "<pad>", ...).
 SPECIAL_TOKENS = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
+MAX_LENGTH = 512  # written for transformers' users
 
 
 def _blank_wordpiece(model: models.WordPiece) -> Tokenizer:
@@ -48,14 +50,17 @@ def train_wordpiece(sentences: Iterable[str], vocab_size: int) -> Tokenizer:
 
 
 def load_tokenizer(name_or_folder: str) -> Tokenizer:
-    """A fast tokenizer from a folder with `tokenizer.json`, or by Hugging Face name."""
-    file = Path(name_or_folder) / "tokenizer.json"
-    if file.is_file():
-        return Tokenizer.from_file(str(file))
-    from transformers import AutoTokenizer  # slow import, needed only here
+    """A fast tokenizer from a folder with `tokenizer.json`, or whatever else transformers can read, or by hub name."""
+    folder = Path(name_or_folder)
+    if (folder / "tokenizer.json").is_file():
+        return Tokenizer.from_file(str(folder / "tokenizer.json"))
+    from transformers import AutoTokenizer, BertTokenizerFast  # slow import, needed only here
 
+    # CXR-BERT names a class of its own, which is BERT's; its repository's code is never run.
+    plain = (folder / "vocab.txt").is_file()
+    kind = BertTokenizerFast if plain else AutoTokenizer
     try:
-        return AutoTokenizer.from_pretrained(name_or_folder, use_fast=True).backend_tokenizer
+        return kind.from_pretrained(name_or_folder, **({} if plain else {"use_fast": True})).backend_tokenizer
     except (OSError, ValueError) as error:
         raise UserError(
             f"data.tokenizer = {name_or_folder!r} is neither a folder with a tokenizer nor a name on the hub: {error}"
@@ -66,32 +71,57 @@ def save_tokenizer(tokenizer: Tokenizer, folder: Path) -> None:
     """Writes `tokenizer.json` and the `tokenizer_config.json` that makes `AutoTokenizer.from_pretrained(folder)` work."""
     folder.mkdir(parents=True, exist_ok=True)
     tokenizer.save(str(folder / "tokenizer.json"))
-    names = dict(zip(("pad_token", "unk_token", "cls_token", "sep_token", "mask_token"), SPECIAL_TOKENS, strict=True))
-    config = {"tokenizer_class": "PreTrainedTokenizerFast", "model_max_length": 512} | names
+    names = {f"{role.strip('[]').lower()}_token": token for role, token in special_tokens(tokenizer).items()}
+    config = {"tokenizer_class": "PreTrainedTokenizerFast", "model_max_length": MAX_LENGTH} | names
     (folder / "tokenizer_config.json").write_text(json.dumps(config, indent=1))
+
+
+def special_tokens(tokenizer: Tokenizer) -> dict[str, str]:
+    """The tokenizer's own names of the special tokens, by role: `{"[PAD]": "<pad>", ...}`.
+
+    What begins and ends a text it shows by encoding an empty one; the others are the special tokens that have their role
+    in their name, as those of every BERT and RoBERTa do. `UserError` naming the roles that are missing.
+    """
+    ends = tokenizer.encode("").tokens
+    found = {"[CLS]": ends[0], "[SEP]": ends[-1]} if len(ends) == 2 else {}
+    special = [str(token.content) for token in tokenizer.get_added_tokens_decoder().values() if token.special]
+    for role in ("[PAD]", "[UNK]", "[MASK]", *(("[CLS]", "[SEP]") if not found else ())):
+        named = [token for token in special if role.strip("[]").lower() in token.lower()]
+        if role == "[UNK]" and not named:
+            named = [name for name in [getattr(tokenizer.model, "unk_token", None)] if name]
+        if len(named) == 1:
+            found[role] = named[0]
+    if missing := [role for role in SPECIAL_TOKENS if role not in found]:
+        raise UserError(
+            f"the tokenizer lacks {missing} among its special tokens {special}: one of a BERT or RoBERTa is needed"
+        )
+    return {role: found[role] for role in SPECIAL_TOKENS}
 
 
 class ReportTokenizer:
     """Turns the sentences of a report into the text fields of a batch.
 
+    Sentences are encoded with a space before them: a byte-level tokenizer (RoBERTa's) knows a word by it, and a sentence
+    has the same tokens inside a report as by itself. WordPiece does not see it.
+
     Args:
-        tokenizer: any BERT-type fast tokenizer with [PAD], [CLS], [SEP] and [MASK].
+        tokenizer: any fast tokenizer of a BERT or RoBERTa, see `special_tokens`.
         max_tokens: T, special tokens included; later tokens are cut.
         max_sentences: S; later sentences are cut.
     """
 
     def __init__(self, tokenizer: Tokenizer, max_tokens: int, max_sentences: int):
         self.tokenizer, self.max_tokens, self.max_sentences = tokenizer, max_tokens, max_sentences
-        self.special = {name: tokenizer.token_to_id(name) for name in SPECIAL_TOKENS}
-        if missing := [name for name, i in self.special.items() if i is None]:
-            raise UserError(f"the tokenizer lacks {missing}: a BERT-type tokenizer is needed")
+        self.special = {role: tokenizer.token_to_id(token) for role, token in special_tokens(tokenizer).items()}
         self.vocab_size = tokenizer.get_vocab_size()
+
+    def _encode(self, sentences: Sequence[str]) -> list[Encoding]:
+        return self.tokenizer.encode_batch([f" {text.strip()}" for text in sentences], add_special_tokens=False)
 
     def __call__(self, sentences: Sequence[str]) -> dict[str, np.ndarray]:
         """`token_ids`, `token_mask`, `sentence_index`, `word_index`, each `[T]` (see `mg3d_jax.batch`)."""
         ids, sentence_of, word_of, words = [self.special["[CLS]"]], [0], [0], 0
-        encodings = self.tokenizer.encode_batch(list(sentences[: self.max_sentences]), add_special_tokens=False)
-        for number, encoding in enumerate(encodings, start=1):
+        for number, encoding in enumerate(self._encode(sentences[: self.max_sentences]), start=1):
             ids += encoding.ids
             sentence_of += [number] * len(encoding.ids)
             word_of += [words + 1 + w for w in encoding.word_ids]
@@ -112,5 +142,5 @@ class ReportTokenizer:
 
     def is_cut(self, sentences: Sequence[str]) -> bool:
         """Does this report lose tokens or sentences to the limits?"""
-        lengths = [len(e.ids) for e in self.tokenizer.encode_batch(list(sentences), add_special_tokens=False)]
+        lengths = [len(encoding.ids) for encoding in self._encode(sentences)]
         return len(lengths) > self.max_sentences or sum(lengths) + 2 > self.max_tokens

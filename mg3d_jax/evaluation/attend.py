@@ -24,12 +24,14 @@ from mg3d_jax.data.nifti import VolumeError
 from mg3d_jax.data.volumes import PreparedVolume, prepare_volume
 from mg3d_jax.errors import UserError
 from mg3d_jax.interop.export_run import Run, load_run, reference_model
-from mg3d_jax.models.volume_encoder import patch_grid, patchify, unpatchify
+from mg3d_jax.models.volume_encoder import patchify, unpatchify
+from mg3d_jax.presets import token_cell, token_grid
 from mg3d_jax.training import inputs as step_inputs
 
 ATTENTION_HEAD = "sentence_conditioned_volume"
 METHODS = ("auto", "attention", "occlusion")
 OCCLUSIONS_PER_CALL = 8
+MAX_OPACITY = 0.75
 DISPLAY_WINDOW = (-1000.0, 400.0)  # HU
 
 
@@ -64,11 +66,9 @@ def relevance(run: Run, volume: np.ndarray, text: str, method: str = "auto") -> 
     model, config = reference_model(run.config, tokenizer.vocab_size)
     row = tokenizer([text])
     fields = {name: jnp.asarray(row[name])[None] for name in ("token_ids", "token_mask", "sentence_index")}
-    patch_size = tuple(config.model.volume_encoder.patch_size)
-    grid = patch_grid(tuple(config.model.volume_size), patch_size)
     find = _attention if method == "attention" else _occlusion
-    values = find(model, config, run.params, volume, fields, patch_size)
-    return Relevance(np.asarray(values, np.float32).reshape(grid), method)
+    values = find(model, config, run.params, volume, fields, token_cell(config.model))
+    return Relevance(np.asarray(values, np.float32).reshape(token_grid(config.model)), method)
 
 
 def _attention(model: Any, config: Any, params: Any, volume: np.ndarray, fields: dict, patch_size: tuple) -> np.ndarray:
@@ -137,7 +137,11 @@ def in_scan_space(
 
 
 def write_overlay(path: Path, prepared: PreparedVolume, found: Relevance, patch_size: tuple, text: str) -> None:
-    """Axial, coronal and sagittal slices through the strongest patch, the patient's right on the left."""
+    """Axial, coronal and sagittal slices through the strongest patch, the patient's right on the left.
+
+    The colour fades where the map says nothing (occlusion: 0; attention: as much as even attention or less), so that the
+    CT stays readable there.
+    """
     import matplotlib
 
     matplotlib.use("Agg")
@@ -148,25 +152,44 @@ def write_overlay(path: Path, prepared: PreparedVolume, found: Relevance, patch_
     heat = ndimage.affine_transform(
         found.patches, to_voxel[:3, :3], to_voxel[:3, 3], output_shape=volume.shape, order=1, mode="nearest"
     )
+    colours, neutral = _colours(found)
+    strength = np.abs(heat - neutral) / max(colours.norm.vmax - neutral, 1e-12)
+    if found.method == "attention":
+        strength = np.where(heat > neutral, strength, 0)
     peak = np.unravel_index(np.argmax(found.patches), found.patches.shape)
     centre = [int((index + 0.5) * patch) for index, patch in zip(peak, patch_size, strict=True)]
-    figure, panels = plt.subplots(1, 3, figsize=(12, 4.5), layout="constrained")
+    extent = np.array(volume.shape) * spacing
+    widths = [extent[0], extent[0], extent[1]]
+    figure, panels = plt.subplots(1, 3, figsize=(12, 4.5), width_ratios=widths, layout="constrained")
     for axis, panel, name in zip((2, 1, 0), panels, ("axial", "coronal", "sagittal"), strict=True):
         across, up = (i for i in range(3) if i != axis)
         options = {"origin": "lower", "aspect": spacing[up] / spacing[across]}
         window = {"cmap": "gray", "vmin": DISPLAY_WINDOW[0], "vmax": DISPLAY_WINDOW[1]}
         panel.imshow(volume.take(centre[axis], axis).T, **options, **window)
-        image = panel.imshow(heat.take(centre[axis], axis).T, **options, cmap="inferno", alpha=0.45)
-        image.set_clim(heat.min(), heat.max())
+        coloured = colours.to_rgba(heat.take(centre[axis], axis).T)
+        coloured[..., 3] = MAX_OPACITY * np.clip(strength.take(centre[axis], axis).T, 0, 1)
+        panel.imshow(coloured, **options)
         panel.set(title=name, xticks=[], yticks=[])
         if across == 0:  # x grows to the patient's right, which is shown on the left
             panel.invert_xaxis()
-            panel.text(0.01, 0.98, "R", transform=panel.transAxes, color="white", va="top")
+        side = "R" if across == 0 else "P"
+        panel.text(0.01, 0.98, side, transform=panel.transAxes, color="white", va="top")
     label = "attention / even attention" if found.method == "attention" else "fall of similarity without the patch"
-    figure.colorbar(image, ax=panels, label=label, shrink=0.8)
+    figure.colorbar(colours, ax=panels, label=label, shrink=0.8)
     figure.suptitle(text)
     figure.savefig(path, dpi=120)
     plt.close(figure)
+
+
+def _colours(found: Relevance) -> tuple[Any, float]:
+    """Colour scale of the map, and the value that says nothing."""
+    from matplotlib.cm import ScalarMappable
+    from matplotlib.colors import Normalize
+
+    if found.method == "attention":
+        return ScalarMappable(Normalize(1.0, max(float(found.patches.max()), 1.0 + 1e-6)), "inferno"), 1.0
+    limit = max(float(np.abs(found.patches).max()), 1e-6)  # supports the sentence: red; speaks against it: blue
+    return ScalarMappable(Normalize(-limit, limit), "coolwarm"), 0.0
 
 
 def parser() -> argparse.ArgumentParser:
@@ -192,7 +215,7 @@ def main(argv: list[str]) -> int:
     """Runs the command and prints where the map is strongest."""
     args = parser().parse_args(argv)
     run = load_run(args.workdir, args.step, None if args.spacing is None else tuple(args.spacing))
-    size, patch_size = tuple(run.config.model.volume_size), tuple(run.config.model.volume_encoder.patch_size)
+    size, patch_size = tuple(run.config.model.volume_size), token_cell(run.config.model)
     try:
         prepared = prepare_volume(args.volume, Grid(size, run.spacing, args.policy))
         scan = nib.load(args.volume)

@@ -10,8 +10,10 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
-from mg3d_jax.data.pipeline import PreparedData, short_id
+from mg3d_jax.data.pipeline import PreparedData
+from mg3d_jax.data.tokens import ReportTokenizer
 from mg3d_jax.evaluation import retrieval, zero_shot
+from mg3d_jax.progress import Progress
 
 
 def main(argv: list[str]) -> int:
@@ -25,8 +27,14 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--step", type=int, help="which checkpoint (default: the newest)")
     parser.add_argument("--out", type=Path, help="where to write (default: WORKDIR/evaluation)")
     parser.add_argument("--batch-size", type=int, default=16, help="volumes per call (default: %(default)s)")
+    parser.add_argument(
+        "--raw-weights",
+        action="store_true",
+        help="of a run with optimizer.ema: the weights themselves, not their average",
+    )
     args = parser.parse_args(argv)
-    result = evaluate(args.workdir, tuple(args.data), step=args.step, batch_size=args.batch_size)
+    options = {"step": args.step, "batch_size": args.batch_size, "raw_weights": args.raw_weights}
+    result = evaluate(args.workdir, tuple(args.data), **options)
     out = args.out or args.workdir / "evaluation"
     out.mkdir(parents=True, exist_ok=True)
     (out / "evaluation.json").write_text(json.dumps(result, indent=1))
@@ -38,27 +46,39 @@ def main(argv: list[str]) -> int:
     return 0
 
 
-def evaluate(workdir: Path, data_folders: tuple[str, ...], *, step: int | None = None, batch_size: int = 16) -> dict:
-    """Embeds all volumes and distinct reports of the data and scores them. Every number's protocol is in the result."""
-    from mg3d_jax.evaluation.embed import TrainedModel  # imports JAX
+def evaluate(
+    workdir: Path,
+    data_folders: tuple[str, ...],
+    *,
+    step: int | None = None,
+    batch_size: int = 16,
+    raw_weights: bool = False,
+) -> dict:
+    """Embeds all volumes and distinct reports of the data and scores them. Every number's protocol is in the result.
 
-    model = TrainedModel(workdir, step=step, batch_size=batch_size)
-    data = PreparedData(data_folders, volume_size=tuple(model.config.model.volume_size))
-    volumes, fields = model.volumes(data)
-    names, logit_scale = data.label_names, float(np.exp(np.asarray(model.params["logit_scale"])))
-    scores = zero_shot.probabilities(volumes, model.texts(zero_shot.prompts(names)), logit_scale)
-    reports = {int(short_id(r.report_id)): r.sentences for r in data.records()}
-    embedded = model.reports(list(reports.values()))
+    A run that keeps an average of its weights is scored by it, unless `raw_weights`.
+    """
+    from mg3d_jax.evaluation.embed import DataEmbedder, Embedder  # import JAX
+    from mg3d_jax.training.restore import restore_run
+
+    run = restore_run(workdir, step, ema=False if raw_weights else None)
+    config = run.config
+    data = PreparedData(data_folders, volume_size=tuple(config.model.volume_size))
+    tokenizer = ReportTokenizer(run.tokenizer, config.data.max_tokens, config.data.max_sentences)
+    with Progress("embed", len(data), unit="volumes") as progress:
+        found = DataEmbedder(Embedder(run.setup, tokenizer, batch_size), data)(run.params, progress)
+    scores = zero_shot.probabilities(found.volumes, found.prompts, found.logit_scale)
     return {
         "run": str(workdir),
-        "step": model.step,
+        "step": int(run.meta["step"]),
+        "weights": "average" if run.ema else "raw",
         "data": list(data_folders),
         "volumes": len(data),
-        "patients": len(np.unique(fields["patient_id"])),
+        "patients": len(np.unique(found.patient_id)),
         "zero_shot": {"protocol": zero_shot.PROTOCOL}
-        | zero_shot.evaluate(fields["labels"], scores, names, fields["patient_id"]),
+        | zero_shot.evaluate(found.labels, scores, data.label_names, found.patient_id),
         "retrieval": {"protocol": retrieval.PROTOCOL}
-        | retrieval.recall(volumes, fields["report_id"], embedded, np.array(list(reports))),
+        | retrieval.recall(found.volumes, found.report_id, found.reports, found.report_ids),
     }
 
 

@@ -1,108 +1,213 @@
-"""A trained run on this machine's devices, and the embeddings of volumes, reports and prompts."""
+"""Embeddings of prepared data: volumes, distinct reports and zero-shot prompts, on any mesh and any number of processes."""
 
 from __future__ import annotations
 
+import json
 import math
-from collections.abc import Callable, Sequence
-from pathlib import Path
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
+from jax.experimental import multihost_utils
 
 from mg3d_jax import config as config_lib
 from mg3d_jax import sharding
-from mg3d_jax.data.pipeline import PreparedData, evaluation_batches
+from mg3d_jax.data.bad_records import BadRecords
+from mg3d_jax.data.pipeline import PreparedData, evaluation_batches, short_id
+from mg3d_jax.data.records import Record
 from mg3d_jax.data.tokens import ReportTokenizer
+from mg3d_jax.evaluation.zero_shot import prompts
+from mg3d_jax.models.mg3d import MAX_LOGIT_SCALE
+from mg3d_jax.objectives.pairwise import l2_normalize
 from mg3d_jax.progress import Progress
 from mg3d_jax.training import inputs as step_inputs
-from mg3d_jax.training.restore import restore_run
+from mg3d_jax.training.state import Setup
+
+TEXT_FIELDS = ("token_ids", "token_mask", "sentence_index")
+FACTS = ("labels", "report_id", "patient_id", "valid")  # of a batch, that come back with the embeddings
+Sentences = Sequence[str]
 
 
-class TrainedModel:
-    """One checkpoint of a run, ready to embed.
+@dataclass(frozen=True)
+class TokenizedTexts:
+    """Distinct texts, tokenised once, and which of them each entry is the mean direction of."""
+
+    fields: dict[str, np.ndarray]  # TEXT_FIELDS, [distinct texts, T]
+    rows: np.ndarray  # [parts], into `fields`
+    entries: np.ndarray  # [parts], ascending: the entry that the part belongs to
+    count: int  # entries
+
+
+@dataclass(frozen=True)
+class Embedded:
+    """A prepared data set as the model sees it. Embeddings are float32 and l2-normalised."""
+
+    volumes: np.ndarray  # [n, k], in the order of the records
+    labels: np.ndarray  # int8 [n, L]
+    patient_id: np.ndarray  # [n]
+    report_id: np.ndarray  # [n]
+    reports: np.ndarray  # [m, k], every distinct report once
+    report_ids: np.ndarray  # [m]
+    prompts: np.ndarray  # [2 L, k], ordered as by `zero_shot.prompts`
+    logit_scale: float  # 1 / temperature
+
+
+class Embedder:
+    """Embeds texts and volumes with whatever parameters it is given; each is compiled once.
 
     Args:
-        workdir: the run. step: which checkpoint; None is the newest.
-        batch_size: volumes per call; rounded up to a multiple of the devices.
+        setup: of the run; parameters lie on its mesh.
+        tokenizer: of the run, with its limits for whole reports.
+        batch_size: volumes or texts per call, of all devices together; rounded up to a multiple of the batch shards.
 
-    Embeddings are float32 `[n, k]`, l2-normalised.
+    All processes of a run must call its methods, and all get the whole result.
     """
 
-    def __init__(self, workdir: Path, *, step: int | None = None, batch_size: int = 16):
-        run = restore_run(workdir, step)
-        self.config, self.setup, self.params, self.step = run.config, run.setup, run.params, int(run.meta["step"])
-        self.tokenizer = ReportTokenizer(run.tokenizer, self.config.data.max_tokens, self.config.data.max_sentences)
-        shards = sharding.batch_shards(self.setup.mesh)
+    def __init__(self, setup: Setup, tokenizer: ReportTokenizer, batch_size: int):
+        self.setup, self.config, self.tokenizer = setup, setup.config, tokenizer
+        shards = sharding.batch_shards(setup.mesh)
         self.batch_size = math.ceil(batch_size / shards) * shards
-        self._volumes = self._jitted(self._embed_volume)
-        self._texts = self._jitted(lambda params, text: self._model_embedding(params, text, "embed_report"))
+        places = {
+            "in_shardings": (setup.shardings["params"], sharding.batch_sharding(setup.mesh)),
+            "out_shardings": sharding.replicated(setup.mesh),
+        }
+        self._embed_volumes = jax.jit(self._volume_features, **places)
+        self._embed_texts = jax.jit(self._text_features, **places)
 
-    def _model_embedding(self, params: Any, inputs: Any, method: str) -> jax.Array:
-        features = self.setup.model.apply({"params": params}, inputs, method=method)
-        embedding = features[method.removeprefix("embed_") + "_embedding"]
-        return embedding / jax.numpy.maximum(jax.numpy.linalg.norm(embedding, axis=-1, keepdims=True), 1e-6)
+    def _volume_features(self, params: Any, batch: dict[str, jax.Array]) -> dict[str, jax.Array]:
+        windowed = step_inputs.window(batch["volume"], self.config.data.windows)
+        features = self.setup.model.apply({"params": params}, windowed, method="embed_volume")
+        return {"embedding": l2_normalize(features["volume_embedding"])} | {name: batch[name] for name in FACTS}
 
-    def _embed_volume(self, params: Any, volume: jax.Array) -> jax.Array:
-        return self._model_embedding(params, step_inputs.window(volume, self.config.data.windows), "embed_volume")
+    def _text_features(self, params: Any, text: dict[str, jax.Array]) -> jax.Array:
+        features = self.setup.model.apply({"params": params}, text, method="embed_report")
+        return l2_normalize(features["report_embedding"])
 
-    def _jitted(self, function: Callable) -> Callable[[Any], np.ndarray]:
-        rows = sharding.batch_sharding(self.setup.mesh)
-        jitted = jax.jit(
-            function,
-            in_shardings=(self.setup.shardings["params"], rows),
-            out_shardings=sharding.replicated(self.setup.mesh),
-        )
+    def volumes(
+        self, params: Any, data: PreparedData, progress: Progress | None = None, **bad_records: Any
+    ) -> dict[str, np.ndarray]:
+        """`embedding` [n, k] of every record in order, with its `labels` [n, L], `report_id` and `patient_id` [n].
 
-        def call(inputs: Any) -> np.ndarray:
+        A damaged record is a `UserError`, or skipped and named as `bad_records`, the options of `evaluation_batches`, say.
+        """
+        names, found = ("embedding", "labels", "report_id", "patient_id"), []
+        for batch in evaluation_batches(data, self.tokenizer, self.setup.mesh, self.batch_size, **bad_records):
             with sharding.in_mesh(self.setup.mesh):
-                return jax.device_get(jitted(self.params, inputs))
+                rows = _fetch(self._embed_volumes(params, {name: batch[name] for name in ("volume", *FACTS)}))
+            found.append({name: rows[name][rows["valid"]] for name in names})
+            if progress is not None:
+                progress.advance(int(rows["valid"].sum()))
+        return {name: np.concatenate([rows[name] for rows in found]) for name in names}
 
-        return call
-
-    def volumes(self, data: PreparedData) -> tuple[np.ndarray, dict[str, np.ndarray]]:
-        """Embeddings of every record in order, and its `labels [n, L]`, `report_id [n]`, `patient_id [n]`."""
-        embeddings, kept = [], {name: [] for name in ("labels", "report_id", "patient_id")}
-        with Progress("embed", len(data), unit="volumes") as progress:
-            for batch in evaluation_batches(data, self.tokenizer, self.setup.mesh, self.batch_size):
-                valid = jax.device_get(batch["valid"])
-                embeddings.append(self._volumes(batch["volume"])[valid])
-                for name, rows in kept.items():
-                    rows.append(jax.device_get(batch[name])[valid])
-                progress.advance(int(valid.sum()))
-        return np.concatenate(embeddings), {name: np.concatenate(rows) for name, rows in kept.items()}
-
-    def texts(self, texts: Sequence[Sequence[str]]) -> np.ndarray:
-        """One embedding per text, a text being a few sentences (a prompt is one)."""
+    def tokenize(self, entries: Sequence[Sequence[Sentences]]) -> TokenizedTexts:
+        """Each entry is some texts, each text some sentences. At least one entry, each of at least one text."""
         length = config_lib.text_tokens(self.config)
         tokenizer = ReportTokenizer(self.tokenizer.tokenizer, length, self.config.data.max_sentences)
-        rows = [tokenizer(text) for text in texts]
-        names = ("token_ids", "token_mask", "sentence_index")
-        fields = {name: np.stack([row[name] for row in rows]) for name in names}
-        embeddings = []
-        for first in range(0, len(rows), self.batch_size):
-            part = {
-                name: _pad_rows(array[first : first + self.batch_size], self.batch_size)
-                for name, array in fields.items()
-            }
-            embeddings.append(self._texts(part)[: len(rows) - first])
-        return np.concatenate(embeddings)
+        distinct: dict[tuple[str, ...], int] = {}
+        rows = [distinct.setdefault(tuple(text), len(distinct)) for texts in entries for text in texts]
+        tokens = [tokenizer(text) for text in distinct]
+        fields = {name: np.stack([row[name] for row in tokens]) for name in TEXT_FIELDS}
+        owners = np.repeat(np.arange(len(entries)), [len(texts) for texts in entries])
+        return TokenizedTexts(fields, np.array(rows), owners, len(entries))
 
-    def reports(self, reports: Sequence[Sequence[str]]) -> np.ndarray:
-        """One embedding per report.
+    def report_texts(self, sentences: Sentences) -> list[Sentences]:
+        """A report as the texts that the run's text tower knows.
 
         A model trained on single sentences embeds a report as the mean direction of its sentences; one trained on whole
         reports embeds it whole.
         """
-        options = self.config.objectives.alignment
-        if options.report_view == "report":
-            return self.texts(reports)
-        groups = [[[sentence] for sentence in report] or [[]] for report in reports]
-        flat = self.texts([group for of_report in groups for group in of_report])
-        ends = np.cumsum([len(g) for g in groups])[:-1]
-        means = np.stack([part.mean(axis=0) for part in np.split(flat, ends)])
-        return means / np.maximum(np.linalg.norm(means, axis=-1, keepdims=True), 1e-6)
+        if self.config.objectives.alignment.report_view == "report":
+            return [sentences]
+        return [[sentence] for sentence in sentences] or [[]]
+
+    def texts(self, params: Any, texts: TokenizedTexts) -> np.ndarray:
+        """One embedding per entry, [entries, k]."""
+        total, size, found = len(texts.fields["token_ids"]), self.batch_size, []
+        local = np.array(sharding.local_rows(self.setup.mesh, size))
+        for first in range(0, total, size):
+            rows = np.minimum(first + local, total - 1)  # the last text pads
+            part = {name: array[rows] for name, array in texts.fields.items()}
+            batch = sharding.to_global(part, self.setup.mesh, size)
+            with sharding.in_mesh(self.setup.mesh):
+                found.append(_fetch(self._embed_texts(params, batch))[: total - first])
+        directions = np.concatenate(found)
+        sums = np.zeros((texts.count, directions.shape[1]), np.float32)
+        np.add.at(sums, texts.entries, directions[texts.rows])
+        return np.asarray(l2_normalize(jnp.asarray(sums)))
 
 
-def _pad_rows(array: np.ndarray, rows: int) -> np.ndarray:
-    return np.concatenate([array, np.repeat(array[-1:], rows - len(array), axis=0)])
+class DataEmbedder:
+    """`params -> Embedded` for one data set. Texts are read with the first pass over the volumes and tokenised once.
+
+    `bad_records` as for `Embedder.volumes`.
+    """
+
+    def __init__(self, embedder: Embedder, data: PreparedData, **bad_records: Any):
+        self.embedder, self.data, self.bad_records = embedder, data, bad_records
+        self._texts: TokenizedTexts | None = None
+        self._report_ids = np.zeros(0, np.int32)
+
+    def __call__(self, params: Any, progress: Progress | None = None) -> Embedded:
+        source = self.data if self._texts is not None else _ReportCollector(self.data)
+        found = self.embedder.volumes(params, source, progress, **self.bad_records)
+        if self._texts is None:
+            self._tokenize(from_all_processes(source.reports))
+        embeddings = self.embedder.texts(params, self._texts)
+        reports, prompt_rows = np.split(embeddings, [len(self._report_ids)])
+        scale = float(np.exp(np.asarray(jax.device_get(params["logit_scale"]), np.float64)))
+        return Embedded(
+            volumes=found["embedding"],
+            labels=found["labels"],
+            patient_id=found["patient_id"],
+            report_id=found["report_id"],
+            reports=reports,
+            report_ids=self._report_ids,
+            prompts=prompt_rows,
+            logit_scale=min(scale, MAX_LOGIT_SCALE),
+        )
+
+    def _tokenize(self, reports: dict[int, Sentences]) -> None:
+        entries = [self.embedder.report_texts(sentences) for sentences in reports.values()]
+        entries += [[prompt] for prompt in prompts(self.data.label_names)]
+        self._texts, self._report_ids = self.embedder.tokenize(entries), np.array(list(reports), np.int32)
+
+
+class _ReportCollector:
+    """`PreparedData` that keeps the reports of the records read through it: a volume need not be decoded twice."""
+
+    def __init__(self, data: PreparedData):
+        self._data, self.reports = data, {}
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._data, name)
+
+    def __len__(self) -> int:
+        return len(self._data)
+
+    def read_unless_bad(self, index: int, bad: BadRecords | None, out: np.ndarray | None = None) -> Record | None:
+        record = self._data.read_unless_bad(index, bad, out)
+        if record is not None:
+            self.reports[int(short_id(record.report_id))] = record.sentences
+        return record
+
+
+def _fetch(tree: Any) -> Any:
+    """To the host, once all devices are done: fetching waits for one of them, and CPU devices must not drift apart."""
+    return jax.device_get(jax.block_until_ready(tree))
+
+
+def from_all_processes(reports: dict[int, Sentences]) -> dict[int, Sentences]:
+    """The union of what each process holds, the same and in the same order (of the ids) on all of them."""
+    pieces = [reports]
+    if jax.process_count() > 1:
+        own = np.frombuffer(json.dumps(list(reports.items())).encode(), np.uint8)
+        lengths = multihost_utils.process_allgather(np.array([own.size], np.int32)).reshape(-1)
+        padded = np.zeros(lengths.max(), np.uint8)
+        padded[: own.size] = own
+        gathered = multihost_utils.process_allgather(padded)
+        pieces = [dict(json.loads(row[:n].tobytes())) for row, n in zip(gathered, lengths, strict=True)]
+    union = {number: tuple(sentences) for piece in pieces for number, sentences in piece.items()}
+    return dict(sorted(union.items()))

@@ -6,9 +6,10 @@ a known label. Source of prompts and protocol: CT-CLIP's public evaluation.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
+from scipy.special import expit
 from scipy.stats import rankdata
 
 from mg3d_jax.data.abnormalities import prompt_pair
@@ -20,14 +21,17 @@ PROTOCOL = (
 
 def prompts(labels: Sequence[str]) -> list[list[str]]:
     """Positive prompts of all labels, then the negative ones, each a text of one sentence."""
-    present, absent = zip(*map(prompt_pair, labels), strict=True)
-    return [[prompt] for prompt in (*present, *absent)]
+    pairs = list(map(prompt_pair, labels))
+    return [[pair[side]] for side in (0, 1) for pair in pairs]
 
 
 def probabilities(volumes: np.ndarray, prompt_embeddings: np.ndarray, logit_scale: float) -> np.ndarray:
-    """P(present) `[n, L]` from normalised embeddings: volumes `[n, k]`, prompts `[2L, k]` ordered as by `prompts`."""
-    positive, negative = np.split(volumes @ prompt_embeddings.T, 2, axis=1)
-    return 1.0 / (1.0 + np.exp(-logit_scale * (positive - negative)))
+    """P(present) `[n, L]` from normalised embeddings: volumes `[n, k]`, prompts `[2L, k]` ordered as by `prompts`.
+
+    In float64: near 1 float32 would make ties, which change an AUROC.
+    """
+    positive, negative = np.split(volumes.astype(np.float64) @ prompt_embeddings.T.astype(np.float64), 2, axis=1)
+    return expit(logit_scale * (positive - negative))
 
 
 def auroc(labels: np.ndarray, scores: np.ndarray) -> float:
@@ -41,6 +45,17 @@ def auroc(labels: np.ndarray, scores: np.ndarray) -> float:
     return float((ranks[present].sum() - positives * (positives + 1) / 2) / (positives * negatives))
 
 
+def auroc_by_class(labels: np.ndarray, scores: np.ndarray, names: Sequence[str]) -> dict[str, float]:
+    """AUROC of every class, labels and scores `[n, L]`; classes without both outcomes are left out."""
+    value = {name: auroc(labels[:, i], scores[:, i]) for i, name in enumerate(names)}
+    return {name: area for name, area in value.items() if not np.isnan(area)}
+
+
+def macro_mean(by_class: Mapping[str, float]) -> float:
+    """Mean over the classes; NaN where there is none."""
+    return float(np.mean(list(by_class.values()))) if by_class else float("nan")
+
+
 def evaluate(
     labels: np.ndarray, scores: np.ndarray, names: Sequence[str], groups: np.ndarray, *, draws: int = 500, seed: int = 0
 ) -> dict[str, float | list[float]]:
@@ -48,15 +63,15 @@ def evaluate(
 
     Classes without both outcomes are left out of the macro mean and listed under `classes_without_both_outcomes`.
     """
-    value = {name: auroc(labels[:, i], scores[:, i]) for i, name in enumerate(names)}
-    usable = [name for name in names if not np.isnan(value[name])]
+    value = auroc_by_class(labels, scores, names)
+    usable = list(value)
     columns = [list(names).index(name) for name in usable]
     rng, members = np.random.default_rng(seed), _members(groups)
     samples = np.full((draws, len(columns)), np.nan)
     for draw in range(draws):
         rows = np.concatenate([members[i] for i in rng.integers(0, len(members), len(members))])
         samples[draw] = [auroc(labels[rows, c], scores[rows, c]) for c in columns]
-    result: dict = {"auroc_macro": float(np.mean([value[n] for n in usable])) if usable else float("nan")}
+    result: dict = {"auroc_macro": macro_mean(value)}
     result["auroc_macro_95"] = _interval(np.nanmean(samples, axis=1)) if usable else [float("nan")] * 2
     for position, name in enumerate(usable):
         result[f"auroc/{name}"] = value[name]

@@ -124,7 +124,6 @@ def load_bert(
     path_or_name: str,
     expected: BertConfig | None = None,
     vocabulary: dict[str, int] | None = None,
-    frozen_layers: int = 0,
 ) -> LoadedBert:
     """Loads a BERT-type checkpoint.
 
@@ -132,7 +131,6 @@ def load_bert(
         path_or_name: folder with `config.json` and weights, or a hub name "owner/name".
         expected: the sizes the model was built with; any difference is an error.
         vocabulary: token -> id of the tokenizer that made the batches; it must be the checkpoint's.
-        frozen_layers: as in `ReportEncoder`.
 
     Raises:
         UserError: missing or unknown keys, other shapes, another vocabulary: all of them named.
@@ -148,7 +146,7 @@ def load_bert(
         raise UserError(f"{folder}: no weights; expected one of {', '.join(WEIGHT_FILES)}.")
     raw = _strip_prefix(read_state_dict(files[0]))
     weights = StrictWeights(raw, str(files[0]))
-    params = _convert(weights, config, offset, frozen_layers)
+    params = _convert(weights, config, offset)
     unused = weights.ignore(*UNUSED)
     weights.finish()
     return LoadedBert(config, params, unused)
@@ -162,7 +160,7 @@ def _strip_prefix(raw: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
     return raw
 
 
-def _convert(weights: StrictWeights, config: BertConfig, offset: int, frozen_layers: int) -> dict:
+def _convert(weights: StrictWeights, config: BertConfig, offset: int) -> dict:
     def table(name: str, rows: int) -> np.ndarray:
         return weights.take(f"embeddings.{name}_embeddings.weight", (rows, config.width))
 
@@ -172,7 +170,7 @@ def _convert(weights: StrictWeights, config: BertConfig, offset: int, frozen_lay
         "position_embedding": table("position", config.max_positions + offset)[offset:],
         "type_embedding": table("token_type", config.type_vocab),
         "embedding_norm": norm_params(weights, "embeddings.LayerNorm", config.width),
-        "stack": stack_layers(layers, frozen_layers),
+        "stack": stack_layers(layers),
     }
 
 
@@ -229,4 +227,8 @@ def _own_vocabulary(folder: Path) -> dict[str, int] | None:
     if (folder / "vocab.txt").is_file():
         tokens = (folder / "vocab.txt").read_text(encoding="utf-8").splitlines()
         return {token: index for index, token in enumerate(tokens)}
+    if (folder / "vocab.json").is_file():  # RoBERTa's
+        added = folder / "added_tokens.json"
+        more = json.loads(added.read_text(encoding="utf-8")) if added.is_file() else {}
+        return json.loads((folder / "vocab.json").read_text(encoding="utf-8")) | more
     return None

@@ -115,6 +115,11 @@ FORMATS: dict[str, Callable[[Run, Path], list[str]]] = {"hf": write_hugging_face
 
 def export(run: Run, out: Path, form: str = "hf") -> list[str]:
     """Writes and checks an export next to `out`, then moves it there: a failed export leaves `out` as it was."""
+    if run.config.model.volume_encoder.kind != "vit":
+        raise UserError(
+            "only a ViT can be exported; this run's volume encoder is a Swin, whose PyTorch form is MONAI's SwinUNETR. "
+            "Its checkpoints can be used here, e.g. by `mg3d evaluate` and `mg3d attend`"
+        )
     _check_out(out)
     out.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=f".{out.name}.", dir=out.parent) as name:

@@ -22,8 +22,8 @@ from mg3d_jax import __version__
 from mg3d_jax.config import text_tokens
 from mg3d_jax.errors import UserError
 from mg3d_jax.models.positions import sincos
-from mg3d_jax.models.volume_encoder import patch_grid, stem_strides
-from mg3d_jax.presets import report_preset, volume_preset
+from mg3d_jax.models.volume_encoder import stem_strides
+from mg3d_jax.presets import report_preset, token_grid, volume_preset
 
 EXPORTED = ("volume_encoder", "report_encoder", "report_pool", "volume_projection", "report_projection", "logit_scale")
 _RENAMED = ((r"(volume|report)_projection\.out", r"\1_projection"), (r"\.(conv|norm)_(\d+)\.", r".\1s.\2."))
@@ -44,31 +44,26 @@ def torch_state(params: dict[str, Any], config: ConfigDict) -> dict[str, np.ndar
     state: dict[str, np.ndarray] = {}
     for path, leaf in _flatten(params):
         if "stack" in path:
-            state |= _stack(path, leaf, state)
+            state |= _stack(path, leaf)
         else:
             name, array = _convert(path, leaf, config)
             state[name] = array
     if model.volume_encoder.positions == "sincos":
-        grid = patch_grid(tuple(model.volume_size), tuple(model.volume_encoder.patch_size))
-        state["volume_encoder.positions"] = sincos(grid, volume_preset(model.volume_encoder.preset).width)
+        state["volume_encoder.positions"] = sincos(token_grid(model), volume_preset(model.volume_encoder.preset).width)
     return {name: np.asarray(array, np.float32, order="C") for name, array in sorted(state.items())}
 
 
 def _flatten(tree: Any, path: tuple[str, ...] = ()) -> list[tuple[tuple[str, ...], np.ndarray]]:
     if isinstance(tree, dict):
-        # Backwards, so that `_stack` meets "frozen_blocks" before "blocks".
-        return [item for key, value in sorted(tree.items(), reverse=True) for item in _flatten(value, (*path, key))]
+        return [item for key, value in tree.items() for item in _flatten(value, (*path, key))]
     return [(path, np.asarray(tree))]
 
 
-def _stack(path: tuple[str, ...], leaf: np.ndarray, state: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """One array per layer. Frozen layers come first, as they do in the forward pass."""
-    before, (_, kind, _, *rest) = path[: path.index("stack")], path[path.index("stack") :]
-    first = 0
-    if kind == "blocks":
-        prefix, suffix = ".".join(before) + ".blocks.", "." + ".".join(_leaf_name(rest))
-        first = sum(name.startswith(prefix) and name.endswith(suffix) for name in state)
-    names = [".".join((*before, "blocks", str(first + i), *_leaf_name(rest))) for i in range(len(leaf))]
+def _stack(path: tuple[str, ...], leaf: np.ndarray) -> dict[str, np.ndarray]:
+    """One array per layer."""
+    at = path.index("stack")
+    before, rest = path[:at], path[at + 3 :]  # "stack", "blocks", "block"
+    names = (".".join((*before, "blocks", str(number), *_leaf_name(rest))) for number in range(len(leaf)))
     return dict(zip(names, (_layout(rest, layer) for layer in leaf), strict=True))
 
 
@@ -121,8 +116,8 @@ def torch_config(config: ConfigDict, params: dict[str, Any], spacing: tuple[floa
         "num_registers": encoder.num_registers,
         "qk_norm": encoder.qk_norm,
         "layer_scale": bool(encoder.layer_scale),
-        "exact_gelu": encoder.get("exact_gelu", False),
-        "volume_norm_eps": encoder.get("norm_epsilon", 1e-6),
+        "exact_gelu": encoder.exact_gelu,
+        "volume_norm_eps": encoder.norm_epsilon,
         "volume_width": volume.width,
         "volume_depth": volume.depth,
         "volume_heads": volume.num_heads,
@@ -133,6 +128,8 @@ def torch_config(config: ConfigDict, params: dict[str, Any], spacing: tuple[floa
         "report_heads": report.num_heads,
         "report_mlp_dim": report.mlp_dim,
         "max_positions": config.model.report_encoder.max_positions,
+        "type_vocab": report.type_vocab,
+        "report_norm_eps": report.norm_epsilon,
         "max_tokens": config.data.max_tokens,
         "max_sentences": config.data.max_sentences,
         "report_sentences": 1 if views else 0,

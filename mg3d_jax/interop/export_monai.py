@@ -26,12 +26,12 @@ MONAI_EPSILON = 1e-5
 
 def stream_scale(config: ConfigDict) -> float:
     """What the residual stream is multiplied with, so that norms with MONAI's epsilon give what ours give."""
-    return float(np.sqrt(MONAI_EPSILON / config.model.volume_encoder.get("norm_epsilon", 1e-6)))
+    return float(np.sqrt(MONAI_EPSILON / config.model.volume_encoder.norm_epsilon))
 
 
 def exact_gelu(config: ConfigDict) -> bool:
     """Was the volume encoder trained with the exact GELU, as MONAI has it?"""
-    return bool(config.model.volume_encoder.get("exact_gelu", False))
+    return config.model.volume_encoder.exact_gelu
 
 
 def obstacles(config: ConfigDict) -> list[str]:

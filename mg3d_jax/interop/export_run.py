@@ -23,8 +23,8 @@ from mg3d_jax.data.volumes import Grid, prepare_volume
 from mg3d_jax.errors import UserError
 from mg3d_jax.models.mg3d import MG3D
 from mg3d_jax.training import inputs as step_inputs
-from mg3d_jax.training.loop import TOKENIZER_FOLDER
 from mg3d_jax.training.restore import restore_run
+from mg3d_jax.training.run_folder import TOKENIZER_FOLDER
 
 PHANTOM_SEED = 20_241_205
 Spacing = tuple[float, float, float]

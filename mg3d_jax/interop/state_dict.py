@@ -153,13 +153,8 @@ def split_qkv(weights: StrictWeights, prefix: str, width: int, bias: bool) -> di
     }
 
 
-def stack_layers(layers: list[dict], frozen_layers: int = 0) -> dict:
+def stack_layers(layers: list[dict]) -> dict:
     """Per-layer parameter dicts -> the layout of `transformer.Stack`: leaves with a leading "layers" axis."""
     import jax
 
-    groups = {"frozen_blocks": layers[:frozen_layers], "blocks": layers[frozen_layers:]}
-    return {
-        name: {"block": jax.tree.map(lambda *leaves: np.stack(leaves), *group)}
-        for name, group in groups.items()
-        if group
-    }
+    return {"blocks": {"block": jax.tree.map(lambda *leaves: np.stack(leaves), *layers)}}

@@ -24,7 +24,7 @@ from mg3d_jax.models.swin import SwinEncoder
 from mg3d_jax.models.volume_encoder import VolumeEncoder, patch_grid
 
 MODULES: dict[str, type[nn.Module]] = {"vit": VolumeEncoder, "swin": SwinEncoder, "bert": ReportEncoder}
-FRESH = ("pool/", "flatten/")  # heads that no imported tower has
+FRESH = ("pool/", "flatten/", "mask_token")  # what no imported tower has
 MAX_LISTED = 12
 
 
@@ -81,26 +81,23 @@ def at_volume_size(tower: Tower, volume_size: Grid) -> Tower:
     return replace(tower, params=params, encoder=tower.encoder | {"volume_size": tuple(volume_size)})
 
 
-def with_frozen_layers(tower: Tower, frozen_layers: int) -> Tower:
-    """The same tower in the layout of a `Stack` whose first k layers are frozen."""
-    if not frozen_layers:
-        return tower
-    blocks = flatten_dict(tower.params["stack"]["blocks"])
-    depth = tower.encoder["depth"]
-    if frozen_layers > depth:
-        raise UserError(f"frozen_layers={frozen_layers} is more than the {depth} layers of {tower.source}.")
-    stack = {"frozen_blocks": unflatten_dict({name: array[:frozen_layers] for name, array in blocks.items()})}
-    if frozen_layers < depth:
-        stack["blocks"] = unflatten_dict({name: array[frozen_layers:] for name, array in blocks.items()})
-    encoder = tower.encoder | {"frozen_layers": frozen_layers}
-    return replace(tower, params=tower.params | {"stack": stack}, encoder=encoder)
+def check_fields(tower: Tower, module: nn.Module) -> None:
+    """`UserError` unless the module computes what the tower did: sizes, and what leaves no trace in the parameters (number
+    of heads, epsilon, form of GELU, order of merging). All differences are named, with both values."""
+    pairs = {name: (value, getattr(module, name)) for name, value in tower.encoder.items()}
+    wrong = [f"{name}: {a!r} in the checkpoint, {b!r} in the model" for name, (a, b) in pairs.items() if a != b]
+    if wrong:
+        raise UserError(
+            f"{tower.source} does not fit the {tower.kind} encoder of the config; set preset and keys to the checkpoint's:"
+            "\n  " + "\n  ".join(wrong)
+        )
 
 
 def merge(fresh: Mapping, tower: Tower) -> dict:
     """The freshly initialised parameters of an encoder, with the tower's in their place.
 
     Raises:
-        UserError: a parameter of the tower has no place or another shape, or one of the encoder (pooling heads apart)
+        UserError: a parameter of the tower has no place or another shape, or one of the encoder (pooling and mask token apart)
             is not in the tower; all of them are named with both shapes.
     """
     into, loaded = flatten_dict(fresh, sep="/"), flatten_dict(tower.params, sep="/")

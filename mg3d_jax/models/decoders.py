@@ -45,9 +45,10 @@ class DecoderLayer(nn.Module):
 class VoxelDecoder(nn.Module):
     """Light decoder of masked volume modelling (He et al. 2022) that also reads the report.
 
-    `(tokens [B, Nv, d], visible int32 [B, Nv], report_tokens [B, T, e], report_mask bool [B, T])` ->
-    `[B, N, patch_values]` in float32, in the order of `patchify`. Hidden places hold a learned mask token; all places
-    get sine-cosine positions. Without report tokens (None) it is a plain masked autoencoder's decoder.
+    `(tokens [B, Nv, d], places int32 [B, Nv], report_tokens [B, T, e], report_mask bool [B, T])` ->
+    `[B, N, patch_values]` in float32, in the order of `patchify`. `places` says where the encoder's tokens belong; all
+    others hold a learned mask token. None: the encoder gave the tokens of all places, [B, N, d]. All places get
+    sine-cosine positions. Without report tokens (None) it is a plain masked autoencoder's decoder.
     """
 
     grid: Grid
@@ -65,16 +66,17 @@ class VoxelDecoder(nn.Module):
     def __call__(
         self,
         tokens: jax.Array,
-        visible: jax.Array,
+        places: jax.Array | None,
         report_tokens: jax.Array | None = None,
         report_mask: jax.Array | None = None,
         train: bool = False,
     ) -> jax.Array:
         positions = jnp.asarray(sincos(self.grid, self.width))
-        mask_token = self.param("mask_token", part(TABLE_INIT, ("embed",)), (self.width,)).astype(self.dtype)
         tokens = dense(self.width, ("embed", None), self.dtype, "embed")(tokens.astype(self.dtype))
-        places = jnp.broadcast_to(mask_token, (tokens.shape[0], *positions.shape))
-        tokens = places.at[jnp.arange(tokens.shape[0])[:, None], visible].set(tokens)
+        if places is not None:
+            mask_token = self.param("mask_token", part(TABLE_INIT, ("embed",)), (self.width,)).astype(self.dtype)
+            everywhere = jnp.broadcast_to(mask_token, (tokens.shape[0], *positions.shape))
+            tokens = everywhere.at[jnp.arange(tokens.shape[0])[:, None], places].set(tokens)
         tokens = constrain(tokens + positions.astype(self.dtype), ACTIVATION_AXES)
         if report_tokens is not None:
             report_tokens = report_tokens.astype(self.dtype)

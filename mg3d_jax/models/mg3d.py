@@ -14,8 +14,8 @@ from mg3d_jax import presets
 from mg3d_jax.models.decoders import TokenHead, VoxelDecoder
 from mg3d_jax.models.fusion import Fusion, SentenceConditionedVolume
 from mg3d_jax.models.heads import AttentionPool, Projection, mean_pool, sentence_means
-from mg3d_jax.models.report_encoder import ReportEncoder
-from mg3d_jax.models.volume_encoder import VolumeEncoder, patch_grid, patchify
+from mg3d_jax.models.towers import report_encoder, volume_encoder
+from mg3d_jax.models.volume_encoder import patchify
 
 MAX_LOGIT_SCALE = 100.0  # temperature 0.01: CLIP's clip
 FIXED_WORD_DIM = 256  # of the random word vectors that `matching.sentence_source = "words"` compares
@@ -37,38 +37,11 @@ class MG3D(nn.Module):
 
     def setup(self) -> None:
         model, objective = self.config.model, self.config.objectives.alignment
-        volume, report = (
-            presets.volume_preset(model.volume_encoder.preset),
-            presets.report_preset(model.report_encoder.preset),
-        )
+        volume = presets.volume_preset(model.volume_encoder.preset)
+        report = presets.report_preset(model.report_encoder.preset)
         common = {"dtype": model.dtype, "remat": model.remat, "attention_backend": self.attention_backend}
-        self.volume_encoder = VolumeEncoder(
-            width=volume.width,
-            depth=volume.depth,
-            num_heads=volume.num_heads,
-            mlp_ratio=volume.mlp_ratio,
-            patch_size=tuple(model.volume_encoder.patch_size),
-            volume_size=tuple(model.volume_size),
-            channels=len(self.config.data.windows),
-            positions=model.volume_encoder.positions,
-            pooling=model.volume_encoder.pooling,
-            num_registers=model.volume_encoder.num_registers,
-            qk_norm=model.volume_encoder.qk_norm,
-            layer_scale=model.volume_encoder.layer_scale or None,
-            dropout=model.volume_encoder.dropout,
-            stem=model.volume_encoder.stem,
-            **common,
-        )
-        self.report_encoder = ReportEncoder(
-            vocab_size=self.vocab_size,
-            width=report.width,
-            depth=report.depth,
-            num_heads=report.num_heads,
-            mlp_dim=report.mlp_dim,
-            max_positions=model.report_encoder.max_positions,
-            dropout=model.report_encoder.dropout,
-            **common,
-        )
+        self.volume_encoder = volume_encoder(self.config, self.attention_backend)
+        self.report_encoder = report_encoder(self.config, self.vocab_size, self.attention_backend)
         self.volume_projection = Projection(model.projection_dim, dtype=model.dtype, use_bias=True)
         self.report_pool = AttentionPool(report.num_heads, dtype=model.dtype)
         self.report_projection = Projection(model.projection_dim, dtype=model.dtype, use_bias=True)
@@ -98,10 +71,9 @@ class MG3D(nn.Module):
         self.fused_volume_pair_projection = Projection(model.projection_dim, dtype=dtype)
         self.fused_report_pair_projection = Projection(model.projection_dim, dtype=dtype)
         self.sentence_conditioned_volume = SentenceConditionedVolume(report_heads, model.matching_dim, **attention)
-        patch_size = tuple(model.volume_encoder.patch_size)
         self.voxel_decoder = VoxelDecoder(
-            grid=patch_grid(tuple(model.volume_size), patch_size),
-            patch_values=math.prod(patch_size) * len(self.config.data.windows),
+            grid=presets.token_grid(model),
+            patch_values=math.prod(presets.token_cell(model)) * len(self.config.data.windows),
             width=model.voxel_decoder.width,
             depth=model.voxel_decoder.depth,
             num_heads=model.voxel_decoder.num_heads,
@@ -227,10 +199,10 @@ class MG3D(nn.Module):
         self, inputs: dict[str, Any], text: dict[str, jax.Array], mask: jax.Array, train: bool
     ) -> dict[str, jax.Array]:
         """The encoder sees the visible patches only; the decoder also reads the whole report."""
-        visible = inputs["visible"]
-        tokens = self.volume_encoder(inputs["volume"], visible, train=train)["tokens"]
-        prediction = self.voxel_decoder(tokens, visible, text.get("report_tokens"), mask, train)
-        patches = patchify(inputs["volume"], tuple(self.config.model.volume_encoder.patch_size))
+        encoded = self.volume_encoder(inputs["volume"], inputs["visible"], train=train)
+        report_tokens = text.get("report_tokens")
+        prediction = self.voxel_decoder(encoded["tokens"], encoded.get("places"), report_tokens, mask, train)
+        patches = patchify(inputs["volume"], presets.token_cell(self.config.model))
         return {"voxel_prediction": prediction, "patches": patches, "patch_mask": inputs["patch_mask"]}
 
     def _reconstruct_report(

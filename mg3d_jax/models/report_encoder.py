@@ -19,7 +19,7 @@ class ReportEncoder(nn.Module):
 
     "tokens" are the features of the last layer, "embeddings" the input embeddings (word + position + type, normalised)
     that enter the first. Features at padding are not meaningful. `frozen_layers` = k > 0 freezes the embeddings and the
-    first k layers.
+    first k layers, -1 everything.
     """
 
     vocab_size: int
@@ -28,8 +28,8 @@ class ReportEncoder(nn.Module):
     num_heads: int
     mlp_dim: int
     max_positions: int
-    type_vocab: int = 2
-    norm_epsilon: float = 1e-12
+    type_vocab: int = 2  # RoBERTa: 1
+    norm_epsilon: float = 1e-12  # RoBERTa: 1e-5
     dropout: float = 0.0
     dtype: str = "float32"
     remat: str = "none"
@@ -44,12 +44,15 @@ class ReportEncoder(nn.Module):
         words = self._table("word_embedding", self.vocab_size, "vocab")
         positions = self._table("position_embedding", self.max_positions, "position")
         types = self._table("type_embedding", self.type_vocab, None)
-        # A report is one segment: type 0 throughout.
-        summed = jnp.take(words, token_ids, axis=0) + positions[:length] + types[0]
+        # A report is one segment: type 0 throughout. Looked up in a table that is whole along its width, like any weight in
+        # use: looking up pieces of rows would replicate the whole batch on the way.
+        summed = jnp.take(constrain(words, ("vocab", None)), token_ids, axis=0) + positions[:length] + types[0]
         embeddings = layer_norm(self.dtype, "embedding_norm", self.norm_epsilon)(summed.astype(self.dtype))
         embeddings = constrain(embeddings, ACTIVATION_AXES)
         if self.frozen_layers:
-            embeddings = jax.lax.stop_gradient(embeddings)
+            entering = embeddings = jax.lax.stop_gradient(embeddings)
+        else:
+            entering = nn.Dropout(self.dropout)(embeddings, deterministic=not train)
         tokens = Stack(
             self.depth,
             self.num_heads,
@@ -63,7 +66,7 @@ class ReportEncoder(nn.Module):
             remat=self.remat,
             frozen_layers=self.frozen_layers,
             name="stack",
-        )(nn.Dropout(self.dropout)(embeddings, deterministic=not train), token_mask, train)
+        )(entering, token_mask, train)
         return {"tokens": tokens, "embeddings": embeddings}
 
     def _table(self, name: str, rows: int, axis: str | None) -> jax.Array:

@@ -18,10 +18,11 @@ import numpy as np
 from mg3d_jax.errors import UserError
 from mg3d_jax.models.heads import AttentionPool, mean_pool
 from mg3d_jax.models.positions import Grid
-from mg3d_jax.models.transformer import TABLE_INIT, Mlp, dense, layer_norm, make_remat, part
+from mg3d_jax.models.transformer import TABLE_INIT, Mlp, constrain, dense, frozen_count, layer_norm, make_remat, part
 from mg3d_jax.models.volume_encoder import patchify, unpatchify
 
 NORM_EPSILON = 1e-5
+FEATURE_AXES = ("batch", None, None, None, "embed")
 SHIFT_MASK = -100.0  # added to the logits between regions that only the cyclic shift brought together
 # The order in which a 2x2x2 neighbourhood is concatenated.
 MERGE_ORDERS: dict[str, tuple[Grid, ...]] = {
@@ -104,7 +105,7 @@ class SwinBlock(nn.Module):
         mlp = Mlp(self.mlp_dim, self.dtype, exact_gelu=True, dropout=self.dropout, name="mlp")
         flat = layer_norm(self.dtype, "mlp_layer_norm", NORM_EPSILON)(features)
         flat = mlp(flat.reshape(flat.shape[0], -1, flat.shape[-1]), train)
-        return features + drop(flat).reshape(features.shape)
+        return constrain(features + drop(flat).reshape(features.shape), FEATURE_AXES)
 
     def _attend(self, features: jax.Array) -> jax.Array:
         batch, *size, width = features.shape
@@ -166,11 +167,19 @@ def _instance_norm(features: jax.Array) -> jax.Array:
 
 
 class SwinEncoder(nn.Module):
-    """`volume float [B, X, Y, Z, C]` -> `{"tokens": [B, N, 16 w], "pooled": [B, 16 w], "stages": tuple of 5 maps}`.
+    """`(volume float [B, X, Y, Z, C], visible int32 [B, Nv] or None) -> {"tokens", "pooled", "stages"}`.
 
-    "stages" are the patch embedding and the four stages' outputs, each [B, x, y, z, channels], normalised without
-    affine as MONAI does; they feed segmentation decoders. "tokens" are the last stage, flattened row-major: one per
-    32^3 voxels with patches of 2. `width` is MONAI's `feature_size` (48 is the paper's "B", 96 its "L").
+    "tokens" [B, N, 16 w] are the last stage, flattened row-major: one per 32^3 voxels with patches of 2; "pooled" is
+    [B, 16 w]. "stages" are the patch embedding and the four stages' outputs, each [B, x, y, z, channels], normalised
+    without affine as MONAI does; they feed segmentation decoders. `width` is MONAI's `feature_size` (48 is the paper's
+    "B", 96 its "L").
+
+    A Swin cannot skip tokens as a ViT does. With `visible`, the places of the last stage that may be seen, the embedded
+    patches of all others are replaced by a learned mask token (SimMIM, Xie et al. 2022), and "tokens" are still those
+    of all places.
+
+    `frozen_layers` = k > 0 freezes the patch embedding and the first k blocks, counted over all stages, with the merging
+    behind a stage's last block and the convolutions before its first; -1 freezes everything.
     """
 
     width: int = 48
@@ -186,32 +195,48 @@ class SwinEncoder(nn.Module):
     dropout: float = 0.0
     dtype: str = "float32"
     remat: str = "none"
+    frozen_layers: int = 0
 
     @nn.compact
-    def __call__(self, volume: jax.Array, train: bool = False) -> dict[str, jax.Array | tuple[jax.Array, ...]]:
+    def __call__(
+        self, volume: jax.Array, visible: jax.Array | None = None, train: bool = False
+    ) -> dict[str, jax.Array | tuple[jax.Array, ...]]:
         if volume.shape[-1] != self.channels:
             raise UserError(f"the Swin encoder was built for {self.channels} channels, not {volume.shape[-1]}.")
+        frozen = frozen_count(self.frozen_layers, sum(self.depths))
         features = self._embed(volume.astype(self.dtype))
-        stages = [self._normalised(features)]
-        for index, (depth, heads) in enumerate(zip(self.depths, self.num_heads, strict=True)):
+        if visible is not None:
+            features = self._hide(features, visible)
+        if frozen:
+            features = jax.lax.stop_gradient(features)
+        stages, behind = [self._normalised(features)], 0
+        for index, depth in enumerate(self.depths):
             if self.residual_convolutions:
                 features = ResidualConvolution(self.dtype, name=f"convolution_{index}")(features)
-            width = self.width * 2**index
             for block in range(depth):
-                shift = tuple(extent // 2 for extent in self.window) if block % 2 else (0, 0, 0)
-                features = make_remat(self.remat, train_argument=2, scanned=False)(SwinBlock)(
-                    heads,
-                    self.window,
-                    shift,
-                    round(width * self.mlp_ratio),
-                    self.dropout,
-                    self.dtype,
-                    name=f"stage_{index}_block_{block}",
-                )(features, train)
+                is_frozen, behind = behind < frozen, behind + 1
+                features = self._block(index, block)(features, train and not is_frozen)
+                if is_frozen:
+                    features = jax.lax.stop_gradient(features)
             features = PatchMerging(self.merging, self.dtype, name=f"merging_{index}")(features)
+            if is_frozen:  # the last block of the stage was
+                features = jax.lax.stop_gradient(features)
             stages.append(self._normalised(features))
         tokens = stages[-1].reshape(volume.shape[0], -1, stages[-1].shape[-1])
-        return {"tokens": tokens, "pooled": self._pool(tokens), "stages": tuple(stages)}
+        encoded = {"tokens": tokens, "pooled": self._pool(tokens), "stages": tuple(stages)}
+        return jax.lax.stop_gradient(encoded) if self.frozen_layers == -1 else encoded
+
+    def _block(self, stage: int, number: int) -> SwinBlock:
+        width = self.width * 2**stage
+        return make_remat(self.remat, train_argument=2, scanned=False)(SwinBlock)(
+            self.num_heads[stage],
+            self.window,
+            tuple(extent // 2 for extent in self.window) if number % 2 else (0, 0, 0),
+            round(width * self.mlp_ratio),
+            self.dropout,
+            self.dtype,
+            name=f"stage_{stage}_block_{number}",
+        )
 
     def _embed(self, volume: jax.Array) -> jax.Array:
         padding = [-side % patch for side, patch in zip(volume.shape[1:4], self.patch_size, strict=True)]
@@ -220,6 +245,18 @@ class SwinEncoder(nn.Module):
         patches = patchify(volume, self.patch_size)
         embedded = dense(self.width, ("patch", "embed"), self.dtype, "patch_embedding")(patches)
         return embedded.reshape(volume.shape[0], *grid, self.width)
+
+    def _hide(self, features: jax.Array, visible: jax.Array) -> jax.Array:
+        """The mask token in every patch whose place of the last stage is not among `visible`."""
+        batch, *size, _ = features.shape
+        step = 2 ** len(self.depths)  # patches per place, along each axis
+        grid = [-(-side // step) for side in size]
+        hidden = jnp.ones((batch, prod(grid)), bool).at[jnp.arange(batch)[:, None], visible].set(False)
+        hidden = hidden.reshape(batch, *grid)
+        for axis, side in enumerate(size, start=1):
+            hidden = jnp.take(hidden, np.arange(side) // step, axis=axis)
+        token = self.param("mask_token", part(TABLE_INIT, ("embed",)), (self.width,))
+        return jnp.where(hidden[..., None], token.astype(features.dtype), features)
 
     def _normalised(self, features: jax.Array) -> jax.Array:
         return jax.nn.standardize(features.astype(jnp.float32), epsilon=NORM_EPSILON).astype(features.dtype)

@@ -199,21 +199,22 @@ _BLOCK_FIELDS = (
 
 
 class _ScanBody(nn.Module):
-    """`Block` in the (carry, None) form that `nn.scan` wants."""
+    """One layer of the stack. The module that the scan repeats is a level above `Block`, for its name's sake."""
 
     block: dict
 
     @nn.compact
-    def __call__(self, inputs: jax.Array, mask: jax.Array | None, train: bool) -> tuple[jax.Array, None]:
-        return Block(**self.block, name="block")(inputs, mask, train), None
+    def __call__(self, inputs: jax.Array, mask: jax.Array | None, train: bool) -> jax.Array:
+        return Block(**self.block, name="block")(inputs, mask, train)
 
 
 class Stack(nn.Module):
     """`depth` equal blocks, scanned, so that tracing and compiling cost the same for 12 layers as for 48.
 
     `__call__(x [B, T, d], mask bool [B, T] or None, train) -> [B, T, d]`. Parameters lie under `blocks/block` with a
-    leading "layers" axis. `frozen_layers` = k puts the first k layers under `frozen_blocks` instead and cuts the
-    gradient above them, so they cost no backward pass.
+    leading "layers" axis. The first `frozen_layers` of them (-1: all) are run without dropout and behind
+    `stop_gradient`: no backward pass is spent on them, nothing is kept for one, and the gradient of their part of each
+    array is zero. Parameters are the same whatever is frozen. Intermediates can be read where nothing is.
     """
 
     depth: int
@@ -232,22 +233,52 @@ class Stack(nn.Module):
 
     @nn.compact
     def __call__(self, inputs: jax.Array, mask: jax.Array | None = None, train: bool = False) -> jax.Array:
-        if not 0 <= self.frozen_layers <= self.depth:
-            raise UserError(f"frozen_layers={self.frozen_layers} must lie between 0 and the depth, {self.depth}.")
-        if self.frozen_layers:
-            inputs = jax.lax.stop_gradient(self._scan("frozen_blocks", self.frozen_layers, inputs, mask, train))
-        if self.frozen_layers < self.depth:
-            inputs = self._scan("blocks", self.depth - self.frozen_layers, inputs, mask, train)
+        frozen = frozen_count(self.frozen_layers, self.depth)
+        body = _ScanBody({field: getattr(self, field) for field in _BLOCK_FIELDS}, name="blocks")
+        if self.is_initializing() or not frozen:
+            return self._scan(body, None, inputs, mask, train)
+
+        def part_of(params: dict, layers: slice) -> dict:
+            return jax.tree.map(lambda stacked: stacked[layers], params)
+
+        def cut(params: dict) -> dict:
+            return jax.lax.stop_gradient(part_of(params, slice(0, frozen)))
+
+        inputs = jax.lax.stop_gradient(self._scan(body, cut, jax.lax.stop_gradient(inputs), mask, False, frozen))
+        if frozen < self.depth:
+            rest = partial(part_of, layers=slice(frozen, self.depth))
+            inputs = self._scan(body, rest, inputs, mask, train, self.depth - frozen)
         return inputs
 
-    def _scan(self, name: str, length: int, inputs: jax.Array, mask: jax.Array | None, train: bool) -> jax.Array:
-        block = {field: getattr(self, field) for field in _BLOCK_FIELDS}
+    def _scan(
+        self,
+        body: _ScanBody,
+        choose: Callable[[dict], dict] | None,
+        inputs: jax.Array,
+        mask: jax.Array | None,
+        train: bool,
+        length: int | None = None,
+    ) -> jax.Array:
+        """All layers of `body`, whose parameters are stacked, or the `length` that `choose` takes of them."""
+
+        def one(body: _ScanBody, inputs: jax.Array, mask: jax.Array | None, train: bool) -> tuple[jax.Array, None]:
+            return body(inputs, mask, train), None
+
         scanned = nn.scan(
-            make_remat(self.remat)(_ScanBody),
-            variable_axes={"params": 0, "intermediates": 0},
+            make_remat(self.remat)(one),
+            variable_axes={"params": 0} if choose else {"params": 0, "intermediates": 0},
             split_rngs={"params": True, "dropout": True},
-            length=length,
+            length=length or self.depth,
             in_axes=(nn.broadcast, nn.broadcast),
             metadata_params={nn.PARTITION_NAME: "layers"},
         )
-        return scanned(block, name=name)(inputs, mask, train)[0]
+        if choose:
+            scanned = nn.map_variables(scanned, "params", choose)
+        return scanned(body, inputs, mask, train)[0]
+
+
+def frozen_count(frozen_layers: int, depth: int) -> int:
+    """How many layers `frozen_layers` freezes: itself, or all for -1. `UserError` outside -1..depth."""
+    if not -1 <= frozen_layers <= depth:
+        raise UserError(f"frozen_layers={frozen_layers} must lie between 0 and the depth, {depth}, or be -1 for all.")
+    return depth if frozen_layers == -1 else frozen_layers

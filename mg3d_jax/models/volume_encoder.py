@@ -92,8 +92,10 @@ class ConvStem(nn.Module):
 class VolumeEncoder(nn.Module):
     """3D ViT. `(volume float [B, X, Y, Z, C], visible int32 [B, Nv] or None) -> {"tokens", "pooled"}`.
 
-    "tokens" is [B, N, d], or [B, Nv, d] in the order of `visible`; "pooled" is [B, d]. Register tokens (Darcet et al.
-    2024) take part in attention and are dropped from the output. `mlp_ratio * width` is the hidden width of the MLP.
+    "tokens" is [B, N, d], or [B, Nv, d] in the order of `visible`, which then comes back as "places"; "pooled" is
+    [B, d]. Register tokens (Darcet et al. 2024) take part in attention and are dropped from the output.
+    `mlp_ratio * width` is the hidden width of the MLP. `frozen_layers` = k > 0 freezes what comes before the layers and
+    the first k of them, -1 everything.
 
     `pooling`: "attention" (one learned query), "mean", or "flatten": one linear layer over all tokens in their places,
     as CT-CLIP embeds a scan. It has N * d * d parameters and is tied to the grid, but a small model on registered
@@ -119,6 +121,7 @@ class VolumeEncoder(nn.Module):
     stem: str = "linear"
     norm_epsilon: float = 1e-6
     exact_gelu: bool = False
+    frozen_layers: int = 0
 
     @nn.compact
     def __call__(
@@ -131,7 +134,7 @@ class VolumeEncoder(nn.Module):
         if visible is not None:
             tokens = jnp.take_along_axis(tokens, visible[..., None], axis=1)
         tokens = constrain(tokens, ACTIVATION_AXES)
-        tokens = nn.Dropout(self.dropout)(tokens, deterministic=not train)
+        tokens = nn.Dropout(self.dropout)(tokens, deterministic=not train or self.frozen_layers != 0)
         if self.num_registers:
             shape = (self.num_registers, self.width)
             registers = self.param("registers", part(TABLE_INIT, ("register", "embed")), shape).astype(tokens.dtype)
@@ -148,12 +151,16 @@ class VolumeEncoder(nn.Module):
             dropout=self.dropout,
             attention_backend=self.attention_backend,
             remat=self.remat,
+            frozen_layers=self.frozen_layers,
             name="stack",
         )(tokens, None, train)
         tokens = layer_norm(self.dtype, "norm", self.norm_epsilon)(tokens[:, self.num_registers :])
-        if visible is not None and self.pooling == "flatten":
-            return {"tokens": tokens}  # its layer is made for all patches, each at its place
-        return {"tokens": tokens, "pooled": self._pool(tokens)}
+        encoded = {"tokens": tokens}
+        if visible is None or self.pooling != "flatten":  # whose layer is made for all patches, each at its place
+            encoded["pooled"] = self._pool(tokens)
+        if self.frozen_layers == -1:
+            encoded = jax.lax.stop_gradient(encoded)
+        return encoded | ({} if visible is None else {"places": visible})
 
     def _embed(self, volume: jax.Array) -> jax.Array:
         if self.stem == "linear":

@@ -17,7 +17,7 @@ from ml_collections import ConfigDict
 from mg3d_jax.objectives.contrastive import info_nce, sigmoid_contrastive
 from mg3d_jax.objectives.discrimination import patient_discrimination
 from mg3d_jax.objectives.matching import sentence_matching
-from mg3d_jax.objectives.pairwise import l2_normalize
+from mg3d_jax.objectives.pairwise import l2_normalize, masked_mean
 from mg3d_jax.objectives.reconstruction import mean_of_sums, normalize_patches, patch_sums, sentence_sums, token_sums
 
 Features = dict[str, Any]
@@ -34,6 +34,7 @@ def alignment(features: Features, batch: Batch, options: ConfigDict) -> tuple[ja
     """
     scale, report_ids = features["logit_scale"], batch["report_id"]
     valid, block_size = batch["valid"] & features["report_has_text"], options.block_size or None
+    spread = _spread(features, batch["valid"], valid)
     features, centers = _center(features, batch["valid"], valid) if options.center else (features, {})
     volume = features["volume_embedding"]
     if "view_embeddings" in features:
@@ -52,7 +53,7 @@ def alignment(features: Features, batch: Batch, options: ConfigDict) -> tuple[ja
     else:
         loss, metrics = pair(report, report_ids, valid)
     loss *= options.volume_report_weight
-    metrics |= {"temperature": 1.0 / scale} | centers
+    metrics |= {"temperature": 1.0 / scale} | spread | centers
     if options.fused_weight:
         single = jnp.concatenate([report, volume], axis=-1)
         fused, fused_metrics = info_nce(
@@ -68,6 +69,42 @@ def alignment(features: Features, batch: Batch, options: ConfigDict) -> tuple[ja
     return loss, metrics
 
 
+def embedding_statistics(embeddings: jax.Array, mask: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Mean norm, and mean cosine over all pairs, of the rows of [..., k] where `mask` [...]; 0 where there are too few.
+
+    A cosine near 1 means that the embeddings have collapsed. The sum of all pairs' cosines is the squared length of the
+    sum of the unit vectors, less one for each of them, so that no pair is ever formed.
+    """
+    embeddings = jax.lax.stop_gradient(embeddings.astype(jnp.float32))
+    axes, units = tuple(range(mask.ndim)), l2_normalize(embeddings) * mask[..., None]
+    count = jnp.sum(mask, dtype=jnp.float32)
+    pairs = jnp.sum(jnp.square(jnp.sum(units, axis=axes))) - jnp.sum(jnp.square(units))
+    norm = masked_mean(jnp.linalg.norm(embeddings, axis=-1), mask)
+    return norm, pairs / jnp.maximum(count * (count - 1.0), 1.0)
+
+
+def _spread(features: Features, has_volume: jax.Array, has_text: jax.Array) -> Metrics:
+    """`volume_norm`, `volume_cosine`, `report_norm`, `report_cosine` of the embeddings as they are, before centring.
+
+    With single-sentence views the report's are those of the sentences.
+    """
+    texts, present = _texts(features, has_text)
+    metrics: Metrics = {}
+    for name, embeddings, mask in (
+        ("volume", features["volume_embedding"], has_volume),
+        ("report", features[texts], present),
+    ):
+        metrics[f"{name}_norm"], metrics[f"{name}_cosine"] = embedding_statistics(embeddings, mask)
+    return metrics
+
+
+def _texts(features: Features, has_text: jax.Array) -> tuple[str, jax.Array]:
+    """Name of the text embeddings that the alignment reads, and which of them there are: [B], or [B, K] for views."""
+    if "view_embeddings" in features:
+        return "view_embeddings", has_text[:, None] & features["view_mask"]
+    return "report_embedding", has_text
+
+
 def _center(features: Features, has_volume: jax.Array, has_text: jax.Array) -> tuple[Features, Metrics]:
     """The embeddings minus their mean over the global batch, and those means [k] under `CENTERS`.
 
@@ -78,8 +115,7 @@ def _center(features: Features, has_volume: jax.Array, has_text: jax.Array) -> t
     embedding at test time needs no batch.
     """
     centered, centers = dict(features), {}
-    texts = "view_embeddings" if "view_embeddings" in features else "report_embedding"
-    present = has_text[:, None] & features["view_mask"] if texts == "view_embeddings" else has_text
+    texts, present = _texts(features, has_text)
     for name, mask, projection in (("volume_embedding", has_volume, "volume"), (texts, present, "report")):
         weights = mask[..., None].astype(jnp.float32)
         axes = tuple(range(mask.ndim))

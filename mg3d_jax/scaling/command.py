@@ -1,4 +1,4 @@
-"""`mg3d sweep plan | run | status | fit`: scaling-law sweeps, and laws of any table of runs."""
+"""`mg3d sweep plan | run | status | fit | compare`: sweeps over size, data or variants; laws and tables of their runs."""
 
 from __future__ import annotations
 
@@ -29,6 +29,7 @@ def parser() -> argparse.ArgumentParser:
     )
     status.add_argument("--workdir", type=Path, required=True, help="the sweep's folder")
     _add_fit(commands)
+    _add_compare(commands)
     return top
 
 
@@ -71,10 +72,27 @@ def _add_fit(commands: argparse._SubParsersAction) -> None:
     fit.add_argument("--seed", type=int, default=0, help="of the random starts and the bootstrap (default 0)")
 
 
+def _add_compare(commands: argparse._SubParsersAction) -> None:
+    command = commands.add_parser(
+        "compare",
+        help="table of variants with intervals over seeds (ablations)",
+        description="Final metrics of every variant: mean and 95 %% interval over seeds, and the paired difference to the "
+        "first variant. Writes compare.json, .csv, .md and .png.",
+    )
+    command.add_argument("--workdir", type=Path, required=True, help="the sweep's folder")
+    command.add_argument(
+        "--metric",
+        action="append",
+        default=[],
+        help="metric of summary.json; may be repeated (default: AUROC, recall@10, masked losses)",
+    )
+    command.add_argument("--out", type=Path, help="folder for the results (default: WORKDIR/compare)")
+
+
 def main(argv: list[str]) -> int:
     """Runs one subcommand; the exit code is 0 if it did what it was asked."""
     args = parser().parse_args(argv)
-    return {"plan": _plan, "run": _run, "status": _status, "fit": _fit}[args.command](args)
+    return {"plan": _plan, "run": _run, "status": _status, "fit": _fit, "compare": _compare}[args.command](args)
 
 
 def _plan(args: argparse.Namespace) -> int:
@@ -101,6 +119,21 @@ def _status(args: argparse.Namespace) -> int:
     from mg3d_jax.scaling import planning, sweep
 
     print(planning.status_table(args.workdir, sweep.read_declaration(args.workdir)))
+    return 0
+
+
+def _compare(args: argparse.Namespace) -> int:
+    from mg3d_jax.scaling import compare, sweep
+
+    metrics = tuple(args.metric) or compare.METRICS
+    found, missing = compare.finals(args.workdir, sweep.read_declaration(args.workdir))
+    rows = compare.compare(found, metrics)
+    out = args.out or args.workdir / "compare"
+    names = compare.write(out, rows, metrics)
+    print(compare.markdown(rows, metrics))
+    if missing:
+        print(f"not done, left out: {', '.join(missing)}", file=sys.stderr)
+    print(f"wrote {out}/" + ", ".join(names))
     return 0
 
 

@@ -24,10 +24,12 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
+from mg3d_jax import presets
 from mg3d_jax.models.mg3d import FIXED_WORD_DIM
-from mg3d_jax.models.volume_encoder import patch_grid
+from mg3d_jax.objectives.masking import masked_count
 from mg3d_jax.scaling import parts
-from mg3d_jax.scaling.parts import Part
+from mg3d_jax.scaling.layer_parts import Part
+from mg3d_jax.training.freezing import trained_rows
 
 
 @dataclass(frozen=True)
@@ -74,7 +76,8 @@ def count(config: ConfigDict, vocab_size: int | None = None) -> Cost:
     fusion = parameters("fusion/", "sentence_conditioned_volume/")
     decoder = parameters("voxel_decoder/", "token_head/")
     embedding = sum(part.parameters for part in inventory if part.lookup)
-    flops = [_flops(one, config.optimizer.freeze) for one in passes(config, vocab_size)]
+    whole = [pattern for pattern, share in trained_rows(config) if isinstance(share, float)]
+    flops = [_flops(one, (*config.optimizer.freeze, *whole)) for one in passes(config, vocab_size)]
     forward, training, matmul_forward, matmul_training = (sum(column) for column in zip(*flops, strict=True))
     return Cost(
         n_total=total,
@@ -99,7 +102,9 @@ def _flops(one: Pass, frozen: Sequence[str]) -> tuple[float, float, float, float
     forward = training = matmul_forward = matmul_training = 0.0
     upstream = one.after_trained  # is anything before this part trained, so that its input needs a gradient?
     for part in one.parts:
-        own = part.parameters > 0 and not any(re.fullmatch(pattern, part.name) for pattern in frozen)
+        own = (
+            part.parameters > 0 and not part.frozen and not any(re.fullmatch(pattern, part.name) for pattern in frozen)
+        )
         once = part.dense + part.mixing + part.constant
         both = part.dense * (1 + own + upstream) + part.mixing * (1 + 2 * upstream) + part.constant * (1 + upstream)
         both += part.again * upstream
@@ -112,15 +117,16 @@ def _flops(one: Pass, frozen: Sequence[str]) -> tuple[float, float, float, float
 
 
 def volume_tokens(config: ConfigDict) -> int:
-    """Patches of a volume."""
-    return prod(patch_grid(tuple(config.model.volume_size), tuple(config.model.volume_encoder.patch_size)))
+    """Tokens of a volume."""
+    return prod(presets.token_grid(config.model))
 
 
 def visible_tokens(config: ConfigDict) -> int:
-    """Patches that the masked pass of the volume encoder sees."""
+    """Tokens that the masked pass of the volume encoder gives: of the patches that a ViT sees, of all with a Swin."""
     tokens = volume_tokens(config)
-    hidden = round(tokens * config.objectives.volume_reconstruction.mask_ratio)
-    return tokens - min(max(hidden, 1), tokens - 1)
+    if config.model.volume_encoder.kind == "swin":
+        return tokens
+    return tokens - masked_count(tokens, config.objectives.volume_reconstruction.mask_ratio)
 
 
 def report_shape(config: ConfigDict) -> tuple[int, int, int]:
@@ -182,6 +188,8 @@ def parameter_parts(config: ConfigDict, vocab_size: int) -> list[Part]:
         found += parts.fused_pair_projections(config)
     if on.voxels:
         found += parts.voxel_decoder(config, visible_tokens(config), on.reads_text)
+        if config.model.volume_encoder.kind == "swin":
+            found.append(Part("volume_encoder/mask_token", parts.towers(config)[0].embed))
     if on.words:
         found += parts.token_head(config, vocab_size)
         found.append(parts.dense("sentence_projection/out", 1, widths.report, widths.matching, bias=False))

@@ -13,45 +13,26 @@ from ml_collections import ConfigDict
 
 from mg3d_jax import presets
 from mg3d_jax.models.volume_encoder import patch_grid, stem_strides
-from mg3d_jax.presets import TowerPreset
+from mg3d_jax.presets import ReportPreset, SwinPreset, TowerPreset
+from mg3d_jax.scaling.layer_parts import (
+    ADD,
+    GELU_ERF,
+    GELU_TANH,
+    SOFTMAX,
+    Part,
+    attention,
+    block,
+    dense,
+    each,
+    mlp,
+    norm,
+    pool,
+    residual,
+    stacked,
+)
+from mg3d_jax.scaling.swin_parts import swin_tower
 
-# Elementwise FLOPs per element: forward, and forward with backward. Measured on XLA:CPU.
-LAYER_NORM = (8, 21)
-GELU_TANH = (8, 20)
-GELU_ERF = (64, 71)
-SOFTMAX = (5, 12)
-ADD = (1, 2)  # bias, residual
-SCALE = (1, 3)
-TYPE_VOCAB = 2
 MLP_RATIO = 4  # of fusion and decoder layers
-
-
-@dataclass(frozen=True)
-class Part:
-    """One kind of layer, all its repeats. Costs are forward FLOPs of one sample."""
-
-    name: str  # of one of its parameters: what `optimizer.freeze` is matched against
-    parameters: int = 0
-    dense: float = 0.0  # products with weights
-    mixing: float = 0.0  # products of two activations
-    constant: float = 0.0  # products with a matrix that has no gradient
-    again: float = 0.0  # what the backward pass makes again
-    elementwise: tuple[float, float] = (0.0, 0.0)  # forward; forward with backward
-    lookup: bool = False  # a table of embeddings
-
-    def times(self, repeats: int) -> Part:
-        """So many layers of this kind, each with its own parameters."""
-        forward, both = self.elementwise
-        return Part(
-            self.name,
-            self.parameters * repeats,
-            self.dense * repeats,
-            self.mixing * repeats,
-            self.constant * repeats,
-            self.again * repeats,
-            (forward * repeats, both * repeats),
-            self.lookup,
-        )
 
 
 @dataclass(frozen=True)
@@ -69,82 +50,17 @@ class Widths:
         return cls(volume.width, report.width, config.model.projection_dim, config.model.matching_dim)
 
 
-def towers(config: ConfigDict) -> tuple[TowerPreset, TowerPreset]:
+def towers(config: ConfigDict) -> tuple[TowerPreset | SwinPreset, ReportPreset]:
     """The presets of the volume and of the report encoder."""
     model = config.model
     return presets.volume_preset(model.volume_encoder.preset), presets.report_preset(model.report_encoder.preset)
 
 
-def each(cost: tuple[int, int], elements: int) -> tuple[float, float]:
-    """An elementwise cost for so many elements."""
-    return float(cost[0] * elements), float(cost[1] * elements)
-
-
-def dense(name: str, tokens: int, inputs: int, outputs: int, *, bias: bool = True) -> Part:
-    added = each(ADD, tokens * outputs) if bias else (0.0, 0.0)
-    return Part(f"{name}/kernel", (inputs + bias) * outputs, 2.0 * tokens * inputs * outputs, elementwise=added)
-
-
-def norm(name: str, tokens: int, width: int) -> Part:
-    return Part(f"{name}/scale", 2 * width, elementwise=each(LAYER_NORM, tokens * width))
-
-
-def attention(name: str, queries: int, keys: int, width: int, heads: int, context: int | None = None) -> list[Part]:
-    """`queries` tokens of `width` read `keys` tokens of width `context` (default: the same)."""
-    context = context or width
-    return [
-        dense(f"{name}/query", queries, width, width),
-        dense(f"{name}/key", keys, context, width),
-        dense(f"{name}/value", keys, context, width),
-        Part(f"{name}/mix", mixing=4.0 * queries * keys * width, elementwise=each(SOFTMAX, heads * queries * keys)),
-        dense(f"{name}/out", queries, width, width),
-    ]
-
-
-def mlp(name: str, tokens: int, width: int, hidden: int, gelu: tuple[int, int] = GELU_TANH) -> list[Part]:
-    return [
-        dense(f"{name}/up", tokens, width, hidden),
-        Part(f"{name}/gelu", elementwise=each(gelu, tokens * hidden)),
-        dense(f"{name}/down", tokens, hidden, width),
-    ]
-
-
-def residual(name: str, tokens: int, width: int) -> Part:
-    return Part(f"{name}/residual", elementwise=each(ADD, tokens * width))
-
-
-def pool(name: str, tokens: int, width: int, heads: int) -> list[Part]:
-    """`models.heads.AttentionPool`."""
-    return [Part(f"{name}/query", width), *attention(f"{name}/attention", 1, tokens, width, heads)]
-
-
-def block(
-    name: str,
-    tokens: int,
-    width: int,
-    heads: int,
-    hidden: int,
-    gelu: tuple[int, int] = GELU_TANH,
-    *,
-    qk_norm: bool = False,
-    layer_scale: float = 0.0,
-) -> list[Part]:
-    """`models.transformer.Block`."""
-    found = [norm(f"{name}/attention_layer_norm", tokens, width)]
-    found += attention(f"{name}/attention", tokens, tokens, width, heads)
-    if qk_norm:
-        one = Part(f"{name}/attention/query_norm/scale", width // heads, elementwise=each(LAYER_NORM, tokens * width))
-        found += [one, one]
-    found += [norm(f"{name}/mlp_layer_norm", tokens, width), *mlp(f"{name}/mlp", tokens, width, hidden, gelu)]
-    found.append(residual(name, 2 * tokens, width))
-    if layer_scale:
-        found += [Part(f"{name}/attention_scale/scale", width, elementwise=each(SCALE, tokens * width))] * 2
-    return found
-
-
 def volume_tower(config: ConfigDict, tokens: int, visible: int | None = None) -> list[Part]:
-    """`models.volume_encoder.VolumeEncoder` up to its tokens; the blocks see `visible` of the `tokens` patches."""
+    """The volume encoder up to its tokens; the blocks of a ViT see `visible` of the `tokens` patches, a Swin all."""
     encoder, (preset, _) = config.model.volume_encoder, towers(config)
+    if isinstance(preset, SwinPreset):
+        return swin_tower(preset, tuple(config.model.volume_size), len(config.data.windows))
     seen, root, width = tokens if visible is None else visible, "volume_encoder", preset.width
     found = _stem(config, width, tokens)
     if encoder.positions == "learned":
@@ -152,16 +68,18 @@ def volume_tower(config: ConfigDict, tokens: int, visible: int | None = None) ->
         found.append(Part(f"{root}/positions", tokens * width, elementwise=added, lookup=True))
     if encoder.num_registers:
         found.append(Part(f"{root}/registers", encoder.num_registers * width))
-    options = {"qk_norm": encoder.qk_norm, "layer_scale": encoder.layer_scale}
+    gelu = GELU_ERF if encoder.exact_gelu else GELU_TANH
     layer = block(
         f"{root}/stack/blocks/block",
         seen + encoder.num_registers,
         width,
         preset.num_heads,
         preset.mlp_dim,
-        **options,
+        gelu,
+        qk_norm=encoder.qk_norm,
+        layer_scale=encoder.layer_scale,
     )
-    return [*found, *(part.times(preset.depth) for part in layer), norm(f"{root}/norm", seen, width)]
+    return [*found, *stacked(layer, preset.depth, encoder.frozen_layers), norm(f"{root}/norm", seen, width)]
 
 
 def _stem(config: ConfigDict, width: int, tokens: int) -> list[Part]:
@@ -184,7 +102,7 @@ def _stem(config: ConfigDict, width: int, tokens: int) -> list[Part]:
 def volume_embedding(config: ConfigDict) -> list[Part]:
     """Pooling of the volume tokens and the projection."""
     preset, _ = towers(config)
-    tokens = prod(patch_grid(tuple(config.model.volume_size), tuple(config.model.volume_encoder.patch_size)))
+    tokens = prod(presets.token_grid(config.model))
     found = []
     if config.model.volume_encoder.pooling == "attention":
         found = pool("volume_encoder/pool", tokens, preset.width, preset.num_heads)
@@ -197,11 +115,11 @@ def report_tower(config: ConfigDict, vocab_size: int, length: int) -> list[Part]
     """`models.report_encoder.ReportEncoder` on one text of `length` tokens."""
     _, preset = towers(config)
     root = "report_encoder"
-    rows = {"word": vocab_size, "position": config.model.report_encoder.max_positions, "type": TYPE_VOCAB}
+    rows = {"word": vocab_size, "position": config.model.report_encoder.max_positions, "type": preset.type_vocab}
     found = [Part(f"{root}/{name}_embedding", count * preset.width, lookup=True) for name, count in rows.items()]
     found.append(norm(f"{root}/embedding_norm", length, preset.width))
     layer = block(f"{root}/stack/blocks/block", length, preset.width, preset.num_heads, preset.mlp_dim, GELU_ERF)
-    return found + [part.times(preset.depth) for part in layer]
+    return found + stacked(layer, preset.depth, config.model.report_encoder.frozen_layers)
 
 
 def sentence_means(config: ConfigDict, length: int, sentences: int) -> Part:
@@ -230,7 +148,7 @@ def cross_attention(name: str, queries: int, keys: int, width: int, heads: int, 
 def fusion(config: ConfigDict, length: int, outputs: Sequence[str]) -> list[Part]:
     """`models.fusion.Fusion` of a volume and `length` tokens of report; the last layer updates `outputs` only."""
     (volume, report), depth = towers(config), config.model.fusion.depth
-    tokens = prod(patch_grid(tuple(config.model.volume_size), tuple(config.model.volume_encoder.patch_size)))
+    tokens = prod(presets.token_grid(config.model))
     sides = {"volume": (tokens, volume), "report": (length, report)}
     found = []
     for number in range(depth):
@@ -265,7 +183,7 @@ def fused_pair_projections(config: ConfigDict) -> list[Part]:
 def sentence_conditioned_volume(config: ConfigDict) -> list[Part]:
     """`models.fusion.SentenceConditionedVolume`."""
     (volume, report), sentences = towers(config), config.data.max_sentences
-    tokens = prod(patch_grid(tuple(config.model.volume_size), tuple(config.model.volume_encoder.patch_size)))
+    tokens = prod(presets.token_grid(config.model))
     name = "sentence_conditioned_volume"
     found = [norm(f"{name}/norm", sentences, report.width), norm(f"{name}/context_norm", tokens, volume.width)]
     found += attention(f"{name}/attention", sentences, tokens, report.width, report.num_heads, volume.width)
@@ -275,20 +193,18 @@ def sentence_conditioned_volume(config: ConfigDict) -> list[Part]:
 
 def voxel_decoder(config: ConfigDict, visible: int, reads_text: bool) -> list[Part]:
     """`models.decoders.VoxelDecoder`: all patches, of which `visible` come from the encoder."""
-    (volume, report), decoder, patch = (
-        towers(config),
-        config.model.voxel_decoder,
-        config.model.volume_encoder.patch_size,
-    )
-    tokens, name = prod(patch_grid(tuple(config.model.volume_size), tuple(patch))), "voxel_decoder"
-    found = [Part(f"{name}/mask_token", decoder.width), dense(f"{name}/embed", visible, volume.width, decoder.width)]
+    (volume, report), decoder = towers(config), config.model.voxel_decoder
+    tokens, name = prod(presets.token_grid(config.model)), "voxel_decoder"
+    found = [dense(f"{name}/embed", visible, volume.width, decoder.width)]
+    if visible < tokens:
+        found.append(Part(f"{name}/mask_token", decoder.width))
     for number in range(decoder.depth):
         layer = f"{name}/layer_{number}"
         if reads_text:
             sizes = (tokens, config.data.max_tokens, decoder.width, decoder.num_heads, report.width)
             found += cross_attention(f"{layer}/cross_attention", *sizes)
         found += block(f"{layer}/block", tokens, decoder.width, decoder.num_heads, MLP_RATIO * decoder.width)
-    values = prod(patch) * len(config.data.windows)
+    values = prod(presets.token_cell(config.model)) * len(config.data.windows)
     return [*found, norm(f"{name}/norm", tokens, decoder.width), dense(f"{name}/voxels", tokens, decoder.width, values)]
 
 

@@ -17,9 +17,16 @@ def main(argv: list[str]) -> int:
     )
     config_lib.add_arguments(parser)
     parser.add_argument("--workdir", required=True, type=Path, help="where checkpoints, metrics and the tokenizer go")
+    parser.add_argument(
+        "--profile",
+        type=int,
+        default=0,
+        metavar="N",
+        help="writes a trace of N steps, once the first are over, into WORKDIR/profile",
+    )
     distributed.add_arguments(parser)
     args, config = config_lib.parse(parser, argv)
     distributed.initialize(args)
     from mg3d_jax.training.loop import Trainer  # after the processes have joined
 
-    return Trainer(config, args.workdir).run()
+    return Trainer(config, args.workdir, profile_steps=args.profile).run()

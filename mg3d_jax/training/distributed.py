@@ -9,31 +9,43 @@ environment does not, e.g. on TPU VMs, which are recognised by asking their meta
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import re
+import socket
 import sys
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from itertools import takewhile
 from typing import Any
 
 import jax
+import numpy as np
 import orbax.checkpoint as ocp
+from jax.experimental import multihost_utils
 
 from mg3d_jax.errors import UserError
 
 CLUSTERS = ("slurm", "jobset", "tpu", "ompi")
 JOBSET_PORT = 8476
+ROW_BYTES = 1024  # of one process's row of the device table, as JSON
+NO_GPUS = ("-1", "NoDevFiles", "none", "void", "")  # entries of CUDA_VISIBLE_DEVICES that hide GPUs
 
 
 @dataclass(frozen=True)
 class Place:
-    """How this process joins: `cluster` names who said so; what is None is left to JAX's own detection."""
+    """How this process joins: `cluster` names who said so; what is None is left to JAX's own detection.
+
+    `alone`: no other process of the run is on this host, so all its GPUs are this one's.
+    """
 
     cluster: str
     coordinator: str | None = None  # host:port
     num_processes: int | None = None
     process_id: int | None = None
     local_device_ids: tuple[int, ...] | None = None  # GPUs of this process among the visible ones
+    alone: bool = False
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -62,6 +74,11 @@ def initialize(args: argparse.Namespace) -> None:
     """
     place = find_place(args, os.environ)
     if place is not None and place.num_processes != 1:
+        if place.cluster == "ompi" and "OMPI_MCA_orte_hnp_uri" not in os.environ:
+            raise UserError(
+                "this Open MPI (5 or newer) does not tell its processes where mpirun runs: add -x MG3D_COORDINATOR=HOST:PORT "
+                "to mpirun, HOST being that of rank 0; rank and size are Open MPI's"
+            )
         try:
             jax.distributed.initialize(**_arguments(place))
         except (RuntimeError, ValueError) as error:
@@ -69,7 +86,11 @@ def initialize(args: argparse.Namespace) -> None:
                 f"this process cannot join the run (as {place.cluster}): {error}. Is the coordinator's host reachable, "
                 "and do all processes run the same command?"
             ) from error
-    check_devices(args.expected_devices, os.environ)
+        if place.alone and place.local_device_ids is None:
+            # Where the scheduler does not say how many GPUs a task has, JAX has just decided on one.
+            for name in ("jax_cuda_visible_devices", "jax_rocm_visible_devices"):
+                jax.config.update(name, "all")
+    check_devices(args.expected_devices, os.environ, place and place.cluster)
 
 
 def _arguments(place: Place) -> dict[str, Any]:
@@ -79,25 +100,18 @@ def _arguments(place: Place) -> dict[str, Any]:
         "process_id": place.process_id,
         "local_device_ids": None if place.local_device_ids is None else list(place.local_device_ids),
     }
+    if None not in (place.coordinator, place.num_processes, place.process_id):
+        # Everything is said. Inside a SLURM or Open MPI job JAX would still take one GPU per process.
+        given["cluster_detection_method"] = "deactivate"
     return {name: value for name, value in given.items() if value is not None}
 
 
 def find_place(args: argparse.Namespace, environment: Mapping[str, str]) -> Place | None:
     """This process's place by options and environment; None for a run of one process."""
-    explicit = (args.coordinator, args.process_id, args.num_processes)
-    jobset = environment.get("JOB_COMPLETION_INDEX")
-    if any(value is not None for value in explicit):
-        process_id = args.process_id
-        if process_id is None and jobset is not None:
-            process_id = int(jobset)  # the manifest names the coordinator and the number of pods
-        if None in (args.coordinator, process_id, args.num_processes):
-            raise UserError("give all of --coordinator HOST:PORT, --process-id and --num-processes, or none")
-        if not 0 <= process_id < args.num_processes:
-            raise UserError(f"--process-id {process_id} is not in 0..{args.num_processes - 1}")
-        return Place("explicit", args.coordinator, args.num_processes, process_id)
-    several_tpu_hosts = "," in environment.get("TPU_WORKER_HOSTNAMES", "") or (
-        "MEGASCALE_COORDINATOR_ADDRESS" in environment
-    )
+    if any(value is not None for value in (args.coordinator, args.process_id, args.num_processes)):
+        return _explicit(args, environment)
+    hosts = environment.get("TPU_PROCESS_ADDRESSES") or environment.get("TPU_WORKER_HOSTNAMES", "")
+    several_tpu_hosts = "," in hosts or "MEGASCALE_COORDINATOR_ADDRESS" in environment
     several_slurm_tasks = "SLURM_PROCID" in environment and _count(environment, "SLURM_NTASKS") > 1
     if args.cluster == "slurm" or several_slurm_tasks:
         return _slurm(environment)
@@ -106,8 +120,34 @@ def find_place(args: argparse.Namespace, environment: Mapping[str, str]) -> Plac
     if args.cluster == "jobset" or {"JOBSET_NAME", "JOB_COMPLETION_INDEX"} <= environment.keys():
         return _jobset(environment)
     if args.cluster == "ompi" or _count(environment, "OMPI_COMM_WORLD_SIZE") > 1:
-        return Place("ompi")
+        return _open_mpi(environment)
     return None
+
+
+def _explicit(args: argparse.Namespace, environment: Mapping[str, str]) -> Place:
+    """By the options. With `--coordinator` alone, rank and number come from an indexed Kubernetes job or from Open MPI."""
+
+    def given(value: int | None, *names: str) -> int | None:
+        return next((int(environment[name]) for name in names if name in environment), None) if value is None else value
+
+    process_id = given(args.process_id, "JOB_COMPLETION_INDEX", "OMPI_COMM_WORLD_RANK")
+    num_processes = given(args.num_processes, "MG3D_NUM_PODS", "OMPI_COMM_WORLD_SIZE")
+    if None in (args.coordinator, process_id, num_processes):
+        raise UserError("give all of --coordinator HOST:PORT, --process-id and --num-processes, or none")
+    if not 0 <= process_id < num_processes:
+        raise UserError(f"--process-id {process_id} is not in 0..{num_processes - 1}")
+    return Place("explicit", args.coordinator, num_processes, process_id)
+
+
+def _open_mpi(environment: Mapping[str, str]) -> Place:
+    """JAX finds coordinator and rank by `mpirun`'s variables, and gives every process one GPU; the shares are ours."""
+    tasks, local = (
+        _count(environment, "OMPI_COMM_WORLD_LOCAL_SIZE"),
+        int(environment.get("OMPI_COMM_WORLD_LOCAL_RANK", "0")),
+    )
+    visible = visible_gpus(environment)
+    share = None if not visible else _even_share(visible, tasks, local)
+    return Place("ompi", local_device_ids=share, alone=tasks == 1)
 
 
 def _count(environment: Mapping[str, str], name: str) -> int:
@@ -121,7 +161,23 @@ def _slurm(environment: Mapping[str, str]) -> Place:
         raise UserError(
             f"SLURM's {', '.join(missing)} not set: start the processes with srun (see launch/slurm.sbatch)"
         )
-    return Place("slurm", num_processes=int(environment["SLURM_NTASKS"]), local_device_ids=slurm_gpus(environment))
+    gpus, tasks = slurm_gpus(environment), tasks_on_node(environment)
+    return Place("slurm", num_processes=int(environment["SLURM_NTASKS"]), local_device_ids=gpus, alone=tasks == 1)
+
+
+def visible_gpus(environment: Mapping[str, str]) -> int | None:
+    """How many GPUs `CUDA_VISIBLE_DEVICES` lists; None where it is not set."""
+    listed = environment.get("CUDA_VISIBLE_DEVICES")
+    if listed is None:
+        return None
+    return sum(1 for _ in takewhile(lambda entry: entry.strip() not in NO_GPUS, listed.split(",")))
+
+
+def _even_share(visible: int, tasks: int, local: int) -> tuple[int, ...]:
+    if visible % tasks:
+        raise UserError(f"{tasks} tasks on a node cannot share its {visible} GPUs evenly: change --ntasks-per-node")
+    share = visible // tasks
+    return tuple(range(local * share, (local + 1) * share))
 
 
 def slurm_gpus(environment: Mapping[str, str]) -> tuple[int, ...] | None:
@@ -130,17 +186,14 @@ def slurm_gpus(environment: Mapping[str, str]) -> tuple[int, ...] | None:
     A task that is bound to some of the node's GPUs (`--gpus-per-task`) takes all it sees; otherwise the tasks of a node
     share its GPUs evenly, and a node's only task takes all of them.
     """
-    on_node, listed = environment.get("SLURM_GPUS_ON_NODE"), environment.get("CUDA_VISIBLE_DEVICES")
-    visible = len(listed.split(",")) if listed else int(on_node or 0)
+    on_node, visible = environment.get("SLURM_GPUS_ON_NODE"), visible_gpus(environment)
+    if visible is None:
+        visible = int(on_node or 0)
     if visible == 0:
         return None
     if on_node and visible < int(on_node):
         return tuple(range(visible))
-    tasks, local = tasks_on_node(environment), int(environment["SLURM_LOCALID"])
-    if visible % tasks:
-        raise UserError(f"{tasks} tasks on a node cannot share its {visible} GPUs evenly: change --ntasks-per-node")
-    share = visible // tasks
-    return tuple(range(local * share, (local + 1) * share))
+    return _even_share(visible, tasks_on_node(environment), int(environment.get("SLURM_LOCALID", "0")))
 
 
 def tasks_on_node(environment: Mapping[str, str]) -> int:
@@ -177,30 +230,123 @@ def barrier(name: str, minutes: float = 60) -> None:
         ocp.multihost.get_barrier_sync_fn()(key=f"mg3d/{name}", timeout_ms=round(minutes * 60_000))
 
 
-def check_devices(expected: int | None, environment: Mapping[str, str]) -> None:
-    """Says which devices this process has; `UserError` where they are not those expected.
+@dataclass(frozen=True)
+class DeviceRow:
+    """What one process has. `memory`: bytes that JAX may use of each device, None where it does not say; `promised`: GPUs
+    that the scheduler gave it, by `source`, None where it says nothing."""
 
-    Without `--expected-devices` SLURM's allocation is what is expected: a task that was given GPUs and runs on the CPU,
-    or on one GPU of eight, is the classic silent waste of a cluster.
-    """
-    local, count = jax.local_device_count(), jax.process_count()
-    kind = jax.local_devices()[0].device_kind
-    who = f"process {jax.process_index()} of {count}"
-    source = "--expected-devices"
-    if expected is None and "SLURM_PROCID" in environment and environment.get("JAX_PLATFORMS") != "cpu":
+    process: int
+    host: str
+    platform: str
+    kinds: str
+    devices: int
+    memory: int | None
+    promised: int | None
+    source: str
+
+
+def own_row(environment: Mapping[str, str]) -> DeviceRow:
+    """The row of this process."""
+    local = jax.local_devices()
+    kinds = ", ".join(sorted({device.device_kind for device in local}))
+    memory = (local[0].memory_stats() or {}).get("bytes_limit")
+    host, promise = socket.gethostname()[:128], promised_gpus(environment)
+    return DeviceRow(jax.process_index(), host, local[0].platform, kinds[:128], len(local), memory, *promise)
+
+
+def promised_gpus(environment: Mapping[str, str]) -> tuple[int | None, str]:
+    """How many GPUs this process was given, and who says so; None where nobody does or the CPU is wanted."""
+    platforms = environment.get("JAX_PLATFORMS", "")
+    if platforms and not {"cuda", "gpu", "rocm"} & set(platforms.split(",")):
+        return None, ""
+    if "SLURM_PROCID" in environment:
         gpus = slurm_gpus(environment)
-        expected, source = None if gpus is None else len(gpus), "SLURM's allocation"
-    if expected is not None and local != expected:
+        return None if gpus is None else len(gpus), "SLURM's allocation"
+    visible, tasks = visible_gpus(environment), _count(environment, "OMPI_COMM_WORLD_LOCAL_SIZE")
+    return visible // tasks if visible else None, "CUDA_VISIBLE_DEVICES"
+
+
+def check_devices(expected: int | None, environment: Mapping[str, str], cluster: str | None = None) -> None:
+    """Shows which devices each process has; `UserError`, in all processes alike, where they are not those expected.
+
+    Args:
+        expected: devices of each process (`--expected-devices`). None: what the scheduler gave. A task that was given
+            GPUs and runs on the CPU, or on one GPU of eight, is the classic silent waste of a cluster.
+        environment: of this process.
+        cluster: who said that this process belongs to a run; "tpu" must have TPUs.
+    """
+    counts = _count_devices()
+    if expected is None and len(set(counts)) > 1:
+        listed = ", ".join(f"{count} in process {process}" for process, count in enumerate(counts[:64]))
+        raise UserError(f"every process must have the same number of devices, but there are {listed}. {CAUSES}")
+    if expected is not None and any(count != expected for count in counts):
+        wrong = {process: count for process, count in enumerate(counts) if count != expected}
+        first, count = next(iter(wrong.items()))
+        others = f" ({len(wrong)} such processes: {list(wrong)[:16]})" if len(wrong) > 1 else ""
+        kind = jax.devices()[0].device_kind
         raise UserError(
-            f"{who} sees {local} device(s) ({kind}), but {source} says {expected}. Usual causes: a JAX without GPU "
-            "support (pip install 'jax[cuda13]'), a task bound to one GPU of its node (--gpus-per-task, --gpu-bind), "
-            "or CUDA_VISIBLE_DEVICES. To use fewer on purpose set MG3D_EXPECTED_DEVICES"
+            f"process {first} of {len(counts)} sees {count} device(s) ({kind}), but --expected-devices says {expected}"
+            f"{others}. {CAUSES}"
         )
-    total = jax.device_count()
-    if total != local * count:
+    rows = gather_rows(own_row(environment))
+    if len(rows) > 1:
+        mine = rows[jax.process_index()]
+        print(
+            f"process {mine.process} of {len(rows)}: {mine.devices} x {mine.kinds}, {sum(counts)} in all",
+            file=sys.stderr, flush=True,
+        )  # fmt: skip
+        if jax.process_index() == 0:
+            print(device_table(rows), file=sys.stderr, flush=True)
+    wanted = cluster if "JAX_PLATFORMS" not in environment else None
+    if problems := [problem for row in rows if (problem := _row_problem(row, len(rows), expected, wanted))]:
+        raise UserError("; ".join(problems[:4]) + f". {CAUSES}")
+
+
+CAUSES = (
+    "Usual causes: a JAX without support for the accelerator (pip install 'jax[cuda13]' or 'jax[tpu]'), a task bound to one "
+    "GPU of its node (--gpus-per-task, --gpu-bind), or CUDA_VISIBLE_DEVICES. To use fewer on purpose set "
+    "MG3D_EXPECTED_DEVICES; to use the CPU set JAX_PLATFORMS=cpu"
+)
+
+
+def _row_problem(row: DeviceRow, processes: int, expected: int | None, cluster: str | None) -> str | None:
+    sees = f"process {row.process} of {processes} on {row.host} sees {row.devices} device(s) ({row.kinds})"
+    if cluster == "tpu" and row.platform != "tpu":
+        return f"{sees}, but it was started as part of a TPU slice"
+    if expected is None and row.promised is not None and (row.devices != row.promised or row.platform != "gpu"):
+        return f"{sees}, but {row.source} says {row.promised} GPU(s)"
+    return None
+
+
+def _count_devices() -> list[int]:
+    """Devices of every process, known to all of them."""
+    try:
+        found = Counter(device.process_index for device in jax.devices())
+    except RuntimeError as error:
         raise UserError(
-            f"{who} sees {local} device(s), all {count} processes together {total}: every process must have the same "
-            "number; set MG3D_EXPECTED_DEVICES to find the one that differs"
-        )
-    if count > 1:
-        print(f"{who}: {local} x {kind}, {total} in all", file=sys.stderr, flush=True)
+            f"JAX cannot list the devices: {error}. With several processes: does each of them have the accelerator? One "
+            "that falls back to the CPU lets the others wait in vain"
+        ) from error
+    return [found[process] for process in range(jax.process_count())]
+
+
+def gather_rows(row: DeviceRow) -> list[DeviceRow]:
+    """The rows of all processes, in all processes. They must have equally many devices."""
+    if jax.process_count() == 1:
+        return [row]
+    text = json.dumps(asdict(row)).encode()
+    padded = np.zeros(ROW_BYTES, np.uint8)
+    padded[: len(text)] = np.frombuffer(text, np.uint8)
+    barrier("devices", minutes=5)  # a first collective waits for half a minute only
+    return [DeviceRow(**json.loads(bytes(part).rstrip(b"\0"))) for part in multihost_utils.process_allgather(padded)]
+
+
+def device_table(rows: Sequence[DeviceRow]) -> str:
+    """One line per process: number, host, platform, devices, memory of each."""
+    heading = ("process", "host", "platform", "devices", "memory of each")
+    cells = [heading]
+    for row in rows:
+        memory = "not known" if row.memory is None else f"{row.memory / 2**30:.1f} GiB"
+        cells.append((str(row.process), row.host, row.platform, f"{row.devices} x {row.kinds}", memory))
+    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
+    return "\n".join("  ".join(c.ljust(w) for c, w in zip(line, widths, strict=True)).rstrip() for line in cells)

@@ -13,9 +13,9 @@ import jax
 import jax.numpy as jnp
 from ml_collections import ConfigDict
 
-from mg3d_jax.models.volume_encoder import patch_grid
 from mg3d_jax.objectives.masking import nested_patch_mask, random_patch_mask, whole_word_mask
 from mg3d_jax.objectives.multitask import enabled
+from mg3d_jax.presets import token_grid
 
 AIR_HU = -1024
 TEXT_FIELDS = ("token_ids", "token_mask", "sentence_index", "word_index")
@@ -111,7 +111,7 @@ def model_inputs(
     """Batch -> what the model takes: windowed (in training: augmented) volume, views of the report, masks.
 
     Args:
-        special: ids of the special tokens by name, "[PAD]" and "[MASK]" among them.
+        special: ids of the special tokens by role ("[PAD]", "[MASK]", ...), whatever the tokenizer calls them.
 
     Returns:
         `volume` [B, X, Y, Z, C]; `report`, the text fields that the report embedding reads, [B, T] for whole reports or
@@ -151,8 +151,7 @@ def model_inputs(
 
 def patch_mask(key: jax.Array, batch_size: int, config: ConfigDict) -> tuple[jax.Array, jax.Array]:
     """The visible patches and the mask of hidden ones, as `objectives.volume_reconstruction` says."""
-    grid = patch_grid(tuple(config.model.volume_size), tuple(config.model.volume_encoder.patch_size))
-    options = config.objectives.volume_reconstruction
+    grid, options = token_grid(config.model), config.objectives.volume_reconstruction
     if options.masking == "nested":
         return nested_patch_mask(key, batch_size, grid, options.mask_ratio)
     return random_patch_mask(key, batch_size, math.prod(grid), options.mask_ratio)

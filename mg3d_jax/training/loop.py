@@ -2,43 +2,36 @@
 
 from __future__ import annotations
 
-import itertools
-import json
-import math
-import os
-import shutil
-import signal
 import sys
 from collections import deque
 from collections.abc import Iterator
 from pathlib import Path
-from types import FrameType
-from typing import Any
 
 import jax
-import numpy as np
 from ml_collections import ConfigDict
-from tokenizers import Tokenizer
 
-from mg3d_jax import __version__, config_check, sharding
+from mg3d_jax import __version__, config_check, devices, sharding
 from mg3d_jax import config as config_lib
-from mg3d_jax.data.pipeline import PreparedData, evaluation_batches, train_batches
-from mg3d_jax.data.tokens import ReportTokenizer, load_tokenizer, save_tokenizer, train_wordpiece
-from mg3d_jax.errors import UserError
+from mg3d_jax.data.order import RecordOrder
+from mg3d_jax.data.pipeline import PreparedData, record_names, train_batches
+from mg3d_jax.environment import environment_facts
+from mg3d_jax.evaluation.online import OnlineEvaluation
 from mg3d_jax.progress import Progress
 from mg3d_jax.scaling import flops
-from mg3d_jax.training import distributed, tables
+from mg3d_jax.training import clock as clock_lib
+from mg3d_jax.training import distributed, run_folder, tables
 from mg3d_jax.training import state as state_lib
 from mg3d_jax.training import step as step_lib
-from mg3d_jax.training.checkpoints import Checkpoints, check_same_run
+from mg3d_jax.training.checkpoints import Checkpoints, check_same_run, check_writable
 from mg3d_jax.training.clock import Clock
+from mg3d_jax.training.held_out import HeldOut
+from mg3d_jax.training.images import Reconstructions
+from mg3d_jax.training.profiler import Profiler
 from mg3d_jax.training.schedule import total_steps
+from mg3d_jax.training.stopping import DONE, PREEMPTED, SkippedUpdates, StopRequest
 from mg3d_jax.training.warm_start import load_pretrained
-from mg3d_jax.training.writers import MetricWriter
-
-DONE, PREEMPTED = 0, 75  # 75 is EX_TEMPFAIL: launchers understand it as "run me again"
-SUMMARY_FILE, CONFIG_FILE, TOKENIZER_FOLDER = "summary.json", "config.json", "tokenizer"
-TOKENIZER_RECORDS = 2000
+from mg3d_jax.training.watchdog import Watchdog
+from mg3d_jax.training.writers import open_writers
 
 
 class Trainer:
@@ -47,43 +40,66 @@ class Trainer:
     Args:
         config: validated here.
         workdir: where checkpoints, metrics, tokenizer and summary go; an earlier run there is resumed.
+        profile_steps: traces so many steps (`Profiler`).
     """
 
-    def __init__(self, config: ConfigDict, workdir: Path):
+    def __init__(self, config: ConfigDict, workdir: Path, *, profile_steps: int = 0):
         config_check.validate(config)
+        check_writable(workdir)
         self.config, self.workdir, self.writes = config, workdir, jax.process_index() == 0
-        workdir.mkdir(parents=True, exist_ok=True)
         self.mesh = sharding.make_mesh(config.mesh)
-        self.data = PreparedData(
-            config.data.train, max_patients=config.data.max_patients, volume_size=config.model.volume_size
-        )
-        self.tokenizer = run_tokenizer(config, workdir)
+        size = tuple(config.model.volume_size)
+        self.data = PreparedData(config.data.train, max_patients=config.data.max_patients, volume_size=size)
+        self.tokenizer = run_folder.run_tokenizer(config, workdir)
         self.steps = total_steps(config.training, config.data.batch_size, len(self.data))
-        self.setup = state_lib.build(config, self.tokenizer.vocab_size, self.mesh, self.steps)
-        self.held_out = HeldOut(self.setup, self.tokenizer) if config.data.valid else None
+        self.setup = state_lib.build(config, self.tokenizer.vocab_size, self.mesh, self.steps, records=len(self.data))
+        sharding.check_replication(self.setup.abstract["params"], config.mesh.max_replicated)
+        self._plug_in_evaluations(PreparedData(config.data.valid, volume_size=size) if config.data.valid else None)
         self.checkpoints = Checkpoints(
-            workdir, every=config.training.checkpoint_every, keep=config.training.keep_checkpoints
+            workdir,
+            every=config.training.checkpoint_every,
+            keep=config.training.keep_checkpoints,
+            best_metric=config.training.best_metric,
+            best_mode=config.training.best_mode,
         )
         self.state, self.first, self.clock = self._start()
         # Counted from the config: XLA's own figure takes the body of a scan over layers once, whatever its length.
-        self.flops = flops.count(config, self.tokenizer.vocab_size).training_flops * config.data.batch_size
-        self.last_valid: dict[str, float] = {}
+        self.cost = flops.count(config, self.tokenizer.vocab_size)
+        self.flops = self.cost.training_flops * config.data.batch_size
+        self.peak_flops = devices.known_peak(jax.devices()[0].device_kind, config.model.dtype)
+        self.profiler = Profiler(workdir, profile_steps)
+        self.skipped = SkippedUpdates(workdir, config.training.max_skipped, self._records_of)
+        # Held-out loss and evaluation, "valid/loss", "evaluation/auroc_macro", ...: the latest, and those of this step.
+        self.latest: dict[str, float] = {}
+        self.measured: dict[str, float] = {}
         self.identity = {"config_hash": config_lib.config_hash(config), "code_version": __version__}
         self.facts = self.identity | {  # the part of a checkpoint's JSON that is the same at every step
             "config": config_lib.to_json(config),
             "vocab_size": self.tokenizer.vocab_size,
             "spacing": self.data.spacing,  # mm, None if it differs between volumes; exports say it to their users
-            "source": self.data.readers[0].manifest["source"],
+            "source": " + ".join(sorted({reader.manifest["source"] for reader in self.data.readers})),
         }
+
+    def _plug_in_evaluations(self, valid: PreparedData | None) -> None:
+        """What looks at the held-out data: its loss, pictures of reconstructions, zero-shot AUROC and recall."""
+        special, config = self.tokenizer.special, self.config
+        self.held_out = HeldOut(self.setup, self.tokenizer, valid, log_folder=self.workdir) if valid else None
+        draws = valid and config.objectives.volume_reconstruction.weight > 0
+        self.pictures = Reconstructions(self.setup, special, spacing=valid.spacing) if draws else None
+        evaluates = valid and config.training.evaluate_every
+        self.evaluation = (
+            OnlineEvaluation(self.setup, self.tokenizer, valid, log_folder=self.workdir) if evaluates else None
+        )
 
     def _start(self) -> tuple[state_lib.State, int, Clock]:
         """State, step and clock of the newest checkpoint, or of a new run."""
-        step = self.checkpoints.latest()
-        if step is None:
+        if (latest := self.checkpoints.latest()) is not None:
+            check_same_run(self.checkpoints.meta(latest), self.config)
+        found = self.checkpoints.newest(self.setup)
+        if found is None:
             fresh = load_pretrained(self.setup, state_lib.initialize(self.setup), self.tokenizer)
             return fresh, 0, Clock()
-        check_same_run(self.checkpoints.meta(step), self.config)
-        state, meta = self.checkpoints.restore(self.setup, step)
+        state, meta, step = found
         print(f"{self.workdir}: resuming after step {step} of {self.steps}", file=sys.stderr)
         return state, step, Clock(meta["trained_seconds"])
 
@@ -92,17 +108,26 @@ class Trainer:
         if self.first >= self.steps:
             return self._finish_again()
         if self.writes:
-            (self.workdir / CONFIG_FILE).write_text(config_lib.to_json(self.config))
-        self.writer = MetricWriter(self.workdir, resume_step=self.first) if self.writes else None
-        batches = train_batches(self.data, self.tokenizer, self.config, self.mesh, start=self.first, stop=self.steps)
+            (self.workdir / run_folder.CONFIG_FILE).write_text(config_lib.to_json(self.config))
+            run_folder.write_whole(self.workdir / run_folder.ENVIRONMENT_FILE, environment_facts())
+        self.writers = open_writers(self.workdir, self.config, resume_step=self.first)
+        batches = train_batches(
+            self.data,
+            self.tokenizer,
+            self.config,
+            self.mesh,
+            start=self.first,
+            stop=self.steps,
+            log_folder=self.workdir,
+        )
         stop = StopRequest(self.checkpoints)
         try:
             finished = self._train(batches, stop)
         finally:
             batches.close()
+            self.profiler.close()
             self.checkpoints.close()
-            if self.writer:
-                self.writer.close()
+            self.writers.close()
             stop.restore_handler()
         # Process 0 finishes a checkpoint last, and launchers may stop the others once one has left.
         distributed.barrier("saved")
@@ -116,38 +141,41 @@ class Trainer:
         """The run has all its steps: only what a kill after the last checkpoint may have left out is made up for."""
         print(f"{self.workdir}: already done, {self.first} of {self.steps} steps", file=sys.stderr)
         self.checkpoints.close()
-        if not (self.workdir / SUMMARY_FILE).exists():
-            self.writer = MetricWriter(self.workdir, resume_step=self.first - 1) if self.writes else None
-            if self.held_out:
-                self._validate(self.steps)  # all processes take part
-            if self.writer:
-                self.writer.close()
+        if not (self.workdir / run_folder.SUMMARY_FILE).exists():
+            self.writers = open_writers(self.workdir, self.config, resume_step=self.first - 1)
+            self._look(self.steps)  # all processes take part
+            self.writers.close()
+            if self.writes:
                 self._write_summary()
         return DONE
 
     def _train(self, batches: Iterator[dict], stop: StopRequest) -> bool:
         """Steps until the end (True) or until asked to stop (False)."""
         compiled, in_flight, note = None, deque(), ""
-        limit = max_in_flight()
-        with Progress("train", self.steps, unit="steps", initial=self.first) as progress:
+        limit, tokens = max_in_flight(), self.cost.volume_tokens + self.cost.report_tokens
+        with (
+            Progress("train", self.steps, unit="steps", initial=self.first) as progress,
+            Watchdog(self.workdir, self.config.training.watchdog_minutes) as watchdog,
+        ):
             for step in range(self.first + 1, self.steps + 1):
                 with self.clock.waiting():
                     batch = next(batches)
                 if compiled is None:
                     compiled = self._compile(batch)
+                self.profiler.step(step)
                 self.state, metrics = compiled(self.state, batch)
-                self.clock.count(self.config.data.batch_size)
-                in_flight.append(metrics["loss"])
-                if len(in_flight) > limit:
-                    jax.block_until_ready(in_flight.popleft())
+                self.clock.count(self.config.data.batch_size, self.config.data.batch_size * tokens)
+                in_flight.append((step, {name: metrics[name] for name in ("finite", "loss")}))
+                while len(in_flight) > (0 if step == self.steps else limit):
+                    self._await(*in_flight.popleft())
                 if self._due(step, self.config.training.log_every):
                     note = self._log(step, metrics)
-                if self.held_out and self._due(step, self.config.training.validate_every):
-                    self._validate(step)
-                self.checkpoints.save(self.state, self._meta(step), step, force=step == self.steps)
+                looked = self._look(step)
+                self._save(step, force=looked or step == self.steps)
                 progress.advance(note=note)
+                watchdog.beat(step)
                 if step < self.steps and stop.asked(step):
-                    self.checkpoints.save(self.state, self._meta(step), step, force=True)
+                    self._save(step, force=True)
                     print(
                         f"asked to stop: saved step {step} of {self.steps}; the same command goes on", file=sys.stderr
                     )
@@ -158,122 +186,80 @@ class Trainer:
         return step == self.steps or (every > 0 and step % every == 0)
 
     def _compile(self, batch: dict) -> jax.stages.Compiled:
-        compiled = step_lib.train_step(self.setup, self.tokenizer.special).compile(self.setup.abstract, batch)
-        if self.writes:
-            records = f"{len(self.data):,} of {self.data.patients:,} patients"
-            tables.start_table(self.setup, compiled, data={"records": records}, flops=self.flops)
-        distributed.barrier("compiled")
+        with self.clock.paused():
+            compiled = step_lib.train_step(self.setup, self.tokenizer.special).compile(self.setup.abstract, batch)
+            if self.writes:
+                records = f"{len(self.data):,} of {self.data.patients:,} patients"
+                tables.start_table(self.setup, compiled, data={"records": records}, flops=self.flops)
+            distributed.barrier("compiled")
         return compiled
+
+    def _await(self, step: int, metrics: dict) -> None:
+        """Waits for a step and takes note of its update if it was skipped."""
+        finite, loss = jax.device_get((metrics["finite"], metrics["loss"]))
+        self.skipped.check(step, finite=bool(finite), loss=float(loss))
+
+    def _records_of(self, step: int) -> list[str]:
+        """Names of the records in the batch of a step."""
+        size = self.config.data.batch_size
+        order = RecordOrder(self.data.lengths, self.config.data.weights, seed=self.config.seed)
+        return record_names(self.data, [order[position] for position in range((step - 1) * size, step * size)])
 
     def _log(self, step: int, metrics: dict) -> str:
         """Writes the metrics of this step; returns the note beside the progress bar."""
         values = {name: float(value) for name, value in jax.device_get(metrics).items()}
-        if not math.isfinite(values["loss"]):
-            raise UserError(
-                f"the loss is {values['loss']} at step {step}: lower optimizer.learning_rate, or look for a bad volume; "
-                f"checkpoints up to the last finite one are in {self.workdir}"
-            )
-        values |= self.clock.rates() | {"samples_seen": step * self.config.data.batch_size}
-        if self.writer:
-            self.writer.write(step, "train", values)
-        return f"loss {values['loss']:.4f}, {values['samples_per_second']:.1f} samples/s"
+        rates = self.clock.rates(self.cost.matmul_training_flops, self.peak_flops, self.mesh.size)
+        values |= rates | clock_lib.device_memory()
+        values |= {"samples_seen": step * self.config.data.batch_size, "skipped_updates": self.skipped.total}
+        self.writers.scalars(step, "train", values)
+        skipped = f", {self.skipped.total} skipped" if self.skipped.total else ""
+        return f"loss {values['loss']:.4f}, {values['samples_per_second']:.1f} samples/s{skipped}"
 
-    def _validate(self, step: int) -> None:
-        self.last_valid = self.held_out.loss(self.state["params"])
-        if self.writer:
-            self.writer.write(step, "valid", self.last_valid)
+    def _look(self, step: int) -> bool:
+        """Held-out loss, pictures and evaluation where they are due. True if the metric of the best checkpoint is new."""
+        training, params = self.config.training, state_lib.evaluated_parameters(self.state)
+        new: dict[str, float] = {}
+        with self.clock.paused():
+            if self.held_out and self._due(step, training.validate_every):
+                new |= self._write(step, "valid", self.held_out.loss(params))
+                if self.pictures:
+                    for name, pixels in self.pictures(params, self.held_out.first_batch()).items():
+                        self.writers.image(step, "valid", name, pixels)
+            if self.evaluation and self._due(step, training.evaluate_every):
+                new |= self._write(step, "evaluation", self.evaluation.metrics(params))
+        self.latest |= new
+        self.measured = new
+        return bool(training.best_metric) and training.best_metric in new
 
-    def _meta(self, step: int) -> dict[str, Any]:
-        """What a checkpoint holds beside the arrays. The data position is the step itself."""
-        return {
+    def _write(self, step: int, split: str, values: dict[str, float]) -> dict[str, float]:
+        self.writers.scalars(step, split, values)
+        return {f"{split}/{name}": value for name, value in values.items()}
+
+    def _save(self, step: int, *, force: bool) -> None:
+        """Saves when due. The data position is the step itself."""
+        meta = {
             "step": step,
             "samples_seen": step * self.config.data.batch_size,
             "trained_seconds": self.clock.trained,
         } | self.facts
+        self.checkpoints.save(self.state, meta, step, force=force, metrics=self.measured)
 
     def _write_summary(self) -> None:
-        """`summary.json`: what sweeps and reports read when the run is done. Written whole or not at all."""
+        """`summary.json`: what sweeps and reports read when the run is done."""
         summary = {
             "state": "done",
             "step": self.steps,
             "samples_seen": self.steps * self.config.data.batch_size,
             "unique_patients": self.data.patients,
             "unique_records": len(self.data),
-            "final": {f"valid/{name}": value for name, value in self.last_valid.items()},
+            "final": self.latest,
             "parameters": tables.tower_parameters(self.setup.abstract["params"]),
             "flops_per_step": self.flops,
             "trained_seconds": self.clock.trained,
         } | self.identity
-        temporary = self.workdir / f"{SUMMARY_FILE}.partial"
-        temporary.write_text(json.dumps(summary, indent=1))
-        os.replace(temporary, self.workdir / SUMMARY_FILE)
-
-
-class HeldOut:
-    """The loss on `data.valid`: every record once, the same views of the reports every time, no augmentation."""
-
-    def __init__(self, setup: state_lib.Setup, tokenizer: ReportTokenizer):
-        config = setup.config
-        self.setup, self.tokenizer = setup, tokenizer
-        self.data = PreparedData(config.data.valid, volume_size=config.model.volume_size)
-        self.step = step_lib.evaluation_step(setup, tokenizer.special)
-
-    def loss(self, params: Any) -> dict[str, float]:
-        """Mean of every metric over the batches, weighted by their number of records."""
-        size, key = self.setup.config.data.batch_size, jax.random.key(0)
-        rows, weights = [], []
-        for number, batch in enumerate(evaluation_batches(self.data, self.tokenizer, self.setup.mesh, size)):
-            rows.append(jax.device_get(self.step(params, batch, jax.random.fold_in(key, number))))
-            weights.append(min(size, len(self.data) - number * size))
-        return {name: float(np.average([row[name] for row in rows], weights=weights)) for name in rows[0]}
-
-
-class StopRequest:
-    """SIGTERM -> finish the step, save, exit with `PREEMPTED`.
-
-    With several processes JAX's preemption service makes them agree on the step, whichever of them got the signal.
-    """
-
-    def __init__(self, checkpoints: Checkpoints):
-        self._checkpoints, self._requested, self._old = checkpoints, False, None
-        if jax.process_count() == 1:
-            self._old = signal.signal(signal.SIGTERM, self._on_signal)
-
-    def _on_signal(self, number: int, frame: FrameType | None) -> None:
-        self._requested = True
-
-    def asked(self, step: int) -> bool:
-        return self._requested or (jax.process_count() > 1 and self._checkpoints.reached_preemption(step))
-
-    def restore_handler(self) -> None:
-        if self._old is not None:
-            signal.signal(signal.SIGTERM, self._old)
+        run_folder.write_whole(self.workdir / run_folder.SUMMARY_FILE, summary)
 
 
 def max_in_flight() -> int:
     """Steps dispatched but not awaited. CPU devices deadlock in collectives when steps pile up; accelerators overlap."""
     return 0 if jax.default_backend() == "cpu" else 2
-
-
-def run_tokenizer(config: ConfigDict, workdir: Path) -> ReportTokenizer:
-    """The tokenizer that the run keeps, made on its first start.
-
-    A trained one reads the first 2,000 records of the whole training set, not of the `max_patients` subset: the runs of a
-    sweep over data size share their vocabulary.
-    """
-    folder = workdir / TOKENIZER_FOLDER
-    if jax.process_index() == 0 and not (folder / "tokenizer.json").exists():
-        # Made elsewhere and renamed: a kill in the middle leaves no half a tokenizer.
-        partial = workdir / f"{TOKENIZER_FOLDER}.partial"
-        save_tokenizer(_make_tokenizer(config), partial)
-        shutil.rmtree(folder, ignore_errors=True)
-        os.replace(partial, folder)
-    distributed.barrier("tokenizer")  # the others read what process 0 wrote
-    return ReportTokenizer(load_tokenizer(str(folder)), config.data.max_tokens, config.data.max_sentences)
-
-
-def _make_tokenizer(config: ConfigDict) -> Tokenizer:
-    if config.data.tokenizer != "train":
-        return load_tokenizer(config.data.tokenizer)
-    records = itertools.islice(PreparedData(config.data.train).records(), TOKENIZER_RECORDS)
-    return train_wordpiece({s for record in records for s in record.sentences}, config.data.vocab_size)

@@ -15,30 +15,42 @@ from mg3d_jax.data.tokens import load_tokenizer
 from mg3d_jax.errors import UserError
 from mg3d_jax.training import state as state_lib
 from mg3d_jax.training.checkpoints import Checkpoints
-from mg3d_jax.training.loop import CONFIG_FILE, TOKENIZER_FOLDER
+from mg3d_jax.training.run_folder import CONFIG_FILE, TOKENIZER_FOLDER
 
 
 @dataclass(frozen=True)
 class RestoredRun:
-    """`params` lie on a data-parallel mesh over the devices that are here; `meta` is what the checkpoint says of itself."""
+    """`params` lie on a data-parallel mesh over the devices that are here; `meta` is what the checkpoint says of itself.
+
+    `ema` says whether they are the moving average of the parameters or the raw ones.
+    """
 
     config: ConfigDict
     setup: state_lib.Setup
     params: Any
     meta: dict[str, Any]
     tokenizer: Tokenizer
+    ema: bool
 
 
-def restore_run(workdir: Path, step: int | None = None) -> RestoredRun:
-    """The newest checkpoint of a run, or that of `step`. `UserError` where there is none."""
+def restore_run(workdir: Path, step: int | None = None, *, ema: bool | None = None) -> RestoredRun:
+    """The newest checkpoint of a run, or that of `step`.
+
+    `ema`: the averaged parameters (True), the raw ones (False), or the averaged ones where the run keeps them (None).
+    `UserError` where there is no checkpoint, or no average and `ema` asks for it.
+    """
     for needed in (CONFIG_FILE, f"{TOKENIZER_FOLDER}/tokenizer.json"):
         if not (workdir / needed).exists():
             raise UserError(f"{workdir} is not a training run: it has no {needed}")
     config = config_lib.from_json((workdir / CONFIG_FILE).read_text())
     tokenizer = load_tokenizer(str(workdir / TOKENIZER_FOLDER))
     mesh = sharding.make_mesh(config_lib.default().mesh)
-    setup = state_lib.build(config, tokenizer.get_vocab_size(), mesh, steps=1)
+    setup = state_lib.build(config, tokenizer.get_vocab_size(), mesh, steps=0)
+    averaged = "ema" in setup.abstract
+    if ema and not averaged:
+        raise UserError(f"{workdir} keeps no average of its parameters (optimizer.ema = 0): leave ema out")
     checkpoints = Checkpoints(workdir)
     state, meta = checkpoints.restore(setup, step)
     checkpoints.close()
-    return RestoredRun(config, setup, state["params"], meta, tokenizer)
+    ema = averaged if ema is None else ema
+    return RestoredRun(config, setup, state["ema" if ema else "params"], meta, tokenizer, ema)

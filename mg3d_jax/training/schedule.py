@@ -1,4 +1,7 @@
-"""Learning-rate schedules, and how long a run is."""
+"""Learning-rate schedules, and how long a run and its parts are.
+
+Lengths can be given in steps, epochs, samples or per cent of the run: one recipe fits other batch sizes and data sets.
+"""
 
 from __future__ import annotations
 
@@ -18,24 +21,56 @@ def total_steps(training: ConfigDict, batch_size: int, records: int) -> int:
     return max(1, math.ceil(samples / batch_size))
 
 
-def learning_rate(schedule: ConfigDict, peak: float, steps: int) -> optax.Schedule:
+def part_steps(
+    schedule: ConfigDict, part: str, steps: int, *, batch_size: int = 0, records: int = 0
+) -> tuple[int, str]:
+    """Length of the `part` "warmup" or "cooldown", rounded to whole steps, and the config key that set it.
+
+    The first of `_steps`, `_epochs`, `_samples` that is set counts, else `_percent` of the run's `steps`. `ValueError`
+    where the caller left out the `batch_size` or number of `records` that the unit needs.
+    """
+    unit = next((u for u in ("steps", "epochs", "samples") if schedule[f"{part}_{u}"]), "percent")
+    key, value = f"schedule.{part}_{unit}", schedule[f"{part}_{unit}"]
+    if unit in ("epochs", "samples") and (batch_size < 1 or (unit == "epochs" and records < 1)):
+        raise ValueError(f"{key} needs the batch size and the number of records, not {batch_size} and {records}")
+    if unit == "steps":
+        return value, key
+    if unit == "percent":
+        return round(steps * value / 100), key
+    return round(value * (records if unit == "epochs" else 1) / batch_size), key
+
+
+def learning_rate(
+    schedule: ConfigDict, peak: float, steps: int, *, batch_size: int = 0, records: int = 0
+) -> optax.Schedule:
     """Warm-up from 0 to `peak`, then `linear` or `cosine` decay to `final_fraction * peak`, or `constant` with a cooldown.
 
-    The warm-up is `warmup_steps`, or `warmup_percent` of the run where that is 0; the constant form cools down linearly
-    over the last `cooldown_percent` of the run.
+    The cooldown is linear and the last part of the run. `batch_size` and `records` (of an epoch) are read for lengths in
+    samples and epochs. `UserError` naming the key for a warm-up or cooldown that does not fit into the run.
     """
-    warmup = schedule.warmup_steps or round(steps * schedule.warmup_percent / 100)
-    if warmup >= steps and steps > 1:
-        raise UserError(f"schedule.warmup_steps = {warmup} does not end before the run's {steps} steps: shorten it")
-    rest, end = max(steps - warmup, 1), schedule.final_fraction * peak
+    known = {"batch_size": batch_size, "records": records}
+    warmup, key = part_steps(schedule, "warmup", steps, **known)
+    if warmup >= steps:
+        raise UserError(f"{key}: a warm-up of {warmup} steps does not end before the run's {steps} steps: shorten it")
+    rest, end = steps - warmup, schedule.final_fraction * peak
     if schedule.kind == "linear":
         decay = optax.linear_schedule(peak, end, rest)
     elif schedule.kind == "cosine":
         decay = optax.cosine_decay_schedule(peak, rest, schedule.final_fraction)
     else:
-        cooldown = round(steps * schedule.cooldown_percent / 100)
+        cooldown = _cooldown(schedule, warmup, steps, known)
         decay = optax.join_schedules(
-            [optax.constant_schedule(peak), optax.linear_schedule(peak, end, max(cooldown, 1))],
-            [max(rest - cooldown, 0)],
+            [optax.constant_schedule(peak), optax.linear_schedule(peak, end, max(cooldown, 1))], [rest - cooldown]
         )
     return optax.join_schedules([optax.linear_schedule(0.0, peak, max(warmup, 1)), decay], [warmup])
+
+
+def _cooldown(schedule: ConfigDict, warmup: int, steps: int, known: dict[str, int]) -> int:
+    cooldown, key = part_steps(schedule, "cooldown", steps, **known)
+    # Two lengths that fill the run exactly may both have been rounded up.
+    if cooldown > steps - warmup + (not key.endswith("_steps")):
+        raise UserError(
+            f"{key}: a cooldown of {cooldown} steps is longer than the {steps - warmup} steps that the warm-up leaves of "
+            f"the run's {steps}: shorten one of them"
+        )
+    return min(cooldown, steps - warmup)

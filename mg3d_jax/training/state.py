@@ -19,9 +19,10 @@ from mg3d_jax.models.attention import choose_backend
 from mg3d_jax.models.mg3d import MG3D
 from mg3d_jax.presets import report_preset, volume_preset
 from mg3d_jax.training import optimizer, schedule
+from mg3d_jax.training.freezing import trained_rows
 from mg3d_jax.training.inputs import model_inputs
 
-State = dict[str, Any]  # {"params", "opt_state", "step"}
+State = dict[str, Any]  # {"params", "opt_state", "step"}, and "ema" (like "params") with `optimizer.ema`
 
 
 @dataclass(frozen=True)
@@ -31,9 +32,10 @@ class Setup:
     config: ConfigDict
     model: MG3D
     mesh: Mesh
-    tx: optax.GradientTransformation
+    tx: optax.GradientTransformationExtraArgs
     learning_rate: optax.Schedule
-    factors: Any  # learning-rate multiplier of every parameter, 0 where frozen
+    factors: Any  # learning-rate multiplier of every parameter, see `optimizer.multipliers`
+    groups: dict[str, optimizer.Group]  # the same by group
     abstract: State  # shapes, dtypes and shardings
     attention: tuple[str, str]  # backend and why
     steps: int
@@ -69,13 +71,20 @@ def abstract_parameters(model: MG3D, config: ConfigDict) -> Any:
     return jax.eval_shape(lambda key: model.init(key, dummy_inputs(config))["params"], jax.random.key(0))
 
 
-def build(config: ConfigDict, vocab_size: int, mesh: Mesh, steps: int) -> Setup:
-    """Model, optimizer and the sharded shape of the state. Nothing is allocated."""
+def build(config: ConfigDict, vocab_size: int, mesh: Mesh, steps: int, records: int = 0) -> Setup:
+    """Model, optimizer and the sharded shape of the state. Nothing is allocated.
+
+    Args:
+        steps: length of the run; 0 where a finished state is only opened (the learning rate is then 0).
+        records: of one epoch; needed where the schedule counts in epochs.
+    """
     model, attention = build_model(config, vocab_size)
     boxed = abstract_parameters(model, config)
     shapes, shardings = nn.unbox(boxed), sharding.parameter_shardings(boxed, mesh)
-    rate = schedule.learning_rate(config.schedule, config.optimizer.learning_rate, steps)
-    tx = optimizer.make_optimizer(config.optimizer, rate, shapes)
+    rate = _learning_rate(config, steps, records)
+    factors = optimizer.multipliers(shapes, config.optimizer, trained_rows(config))
+    groups = optimizer.groups(shapes, config.optimizer, factors)
+    tx = optimizer.make_optimizer(config.optimizer, rate, shapes, factors)
     whole = sharding.replicated(mesh)
     opt_shapes = jax.eval_shape(tx.init, shapes)
     opt_shardings = optax.tree_utils.tree_map_params(
@@ -95,8 +104,16 @@ def build(config: ConfigDict, vocab_size: int, mesh: Mesh, steps: int) -> Setup:
         "opt_state": jax.tree.map(placed, opt_shapes, opt_shardings),
         "step": jax.ShapeDtypeStruct((), jnp.int32, sharding=whole),
     }
-    factors = optimizer.multipliers(shapes, config.optimizer)
-    return Setup(config, model, mesh, tx, rate, factors, abstract, attention, steps)
+    if config.optimizer.ema:
+        abstract["ema"] = abstract["params"]
+    return Setup(config, model, mesh, tx, rate, factors, groups, abstract, attention, steps)
+
+
+def _learning_rate(config: ConfigDict, steps: int, records: int) -> optax.Schedule:
+    if not steps:
+        return optax.constant_schedule(0.0)
+    known = {"batch_size": config.data.batch_size, "records": records}
+    return schedule.learning_rate(config.schedule, config.optimizer.learning_rate, steps, **known)
 
 
 def _is_masked(x: Any) -> bool:
@@ -109,10 +126,17 @@ def initialize(setup: Setup) -> State:
 
     def init(key: jax.Array) -> State:
         params = nn.unbox(setup.model.init(key, dummy_inputs(setup.config))["params"])
-        return {"params": params, "opt_state": setup.tx.init(params), "step": jnp.int32(0)}
+        state = {"params": params, "opt_state": setup.tx.init(params), "step": jnp.int32(0)}
+        # Step 0 starts the average; until then it must not share its memory with the parameters, which are donated.
+        return state | ({"ema": jax.tree.map(jnp.copy, params)} if "ema" in setup.abstract else {})
 
     with sharding.in_mesh(setup.mesh):
         return jax.jit(init, out_shardings=setup.shardings)(jax.random.key(setup.config.seed))
+
+
+def evaluated_parameters(state: State) -> Any:
+    """What evaluations read: the averaged parameters where the run keeps an average, else the raw ones."""
+    return state.get("ema", state["params"])
 
 
 def count(tree: Any) -> int:

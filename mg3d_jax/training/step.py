@@ -1,4 +1,11 @@
-"""The one compiled program: window, masks, towers, objectives, gradient, optimizer. And its evaluation twin."""
+"""The one compiled program: window, masks, towers, objectives, gradient, optimizer. And its evaluation twin.
+
+In bfloat16 only activations are bfloat16; parameters, moments and the reductions of losses are float32. Losses are not
+scaled: bfloat16 has the exponent range of float32, so gradients do not underflow as they do in float16.
+
+A step whose loss or gradient is not finite changes nothing but `state["step"]`: the next one reads other data with other
+random numbers, as it would have.
+"""
 
 from __future__ import annotations
 
@@ -7,18 +14,20 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
 from mg3d_jax import sharding
 from mg3d_jax.objectives.gradient_cache import cached_value_and_grad
 from mg3d_jax.objectives.multitask import CENTERS, multitask_loss, per_patient
 from mg3d_jax.training import inputs as step_inputs
-from mg3d_jax.training.optimizer import freeze
+from mg3d_jax.training import optimizer
 from mg3d_jax.training.state import Setup, State
 
 Batch = dict[str, jax.Array]
 
 CENTER_RATE = 0.1  # share of the distance to the batch mean that a projection's bias goes per step
+TOWERS = ("volume_encoder", "report_encoder", "fusion", "voxel_decoder")  # whose gradients are reported one by one
 
 
 class Losses:
@@ -56,44 +65,16 @@ def train_step(setup: Setup, special: dict[str, int]) -> Callable[[State, Batch]
 
     With `optimizer.accumulation` = A the batch is walked in A micro-batches. Their gradients are averaged, and in-batch
     negatives come from the micro-batch; or, with `optimizer.gradient_cache`, the gradient is that of the whole batch.
+    Either way the average is clipped once. The metrics are float32 scalars: the objectives' own, `valid_share` (of the
+    rows of the batch), and those of `_update`.
     """
-    config, pieces = setup.config, setup.config.optimizer.accumulation
-    loss_fn, whole = Losses(setup, special, train=True), sharding.replicated(setup.mesh)
-
-    def gradients(params: Any, batch: Batch, key: jax.Array) -> tuple[Any, dict]:
-        def loss_of(p: Any, b: Batch, k: jax.Array) -> tuple[jax.Array, dict]:
-            return loss_fn(freeze(p, setup.factors), b, k)
-
-        if pieces == 1:
-            return jax.grad(loss_of, has_aux=True)(params, batch, key)
-        if config.optimizer.gradient_cache:
-            (_, metrics), grads = cached_value_and_grad(
-                lambda p, b, k: loss_fn.features(freeze(p, setup.factors), b, k),
-                lambda p, features: loss_fn.objectives(freeze(p, setup.factors), features, batch),
-                *(params, batch, key),
-                microbatch_size=batch["valid"].shape[0] // pieces,
-            )
-            return grads, metrics
-
-        def split(x: jax.Array) -> jax.Array:  # interleaved, so that every device keeps its own rows
-            return jnp.moveaxis(x.reshape(x.shape[0] // pieces, pieces, *x.shape[1:]), 1, 0)
-
-        def micro(total: tuple, piece: tuple) -> tuple:
-            return jax.tree.map(jnp.add, total, jax.grad(loss_of, has_aux=True)(params, *piece)), None
-
-        pieces_of = (jax.tree.map(split, batch), jax.random.split(key, pieces))
-        shapes = jax.eval_shape(jax.grad(loss_of, has_aux=True), params, *jax.tree.map(lambda x: x[0], pieces_of))
-        zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
-        total, _ = jax.lax.scan(micro, zeros, pieces_of)
-        return jax.tree.map(lambda x: x / pieces, total)
+    gradients, whole = _gradients(setup, Losses(setup, special, train=True)), sharding.replicated(setup.mesh)
 
     def step(state: State, batch: Batch) -> tuple[State, dict]:
-        key = jax.random.fold_in(jax.random.key(config.seed), state["step"])
+        key = jax.random.fold_in(jax.random.key(setup.config.seed), state["step"])
         grads, metrics = gradients(state["params"], batch, key)
-        updates, opt_state = setup.tx.update(grads, state["opt_state"], state["params"])
-        params, metrics = follow_centers(optax.apply_updates(state["params"], updates), metrics, setup.factors)
-        metrics |= {"gradient_norm": optax.tree.norm(grads), "learning_rate": setup.learning_rate(state["step"])}
-        return {"params": params, "opt_state": opt_state, "step": state["step"] + 1}, metrics
+        state, metrics = _update(setup, state, optimizer.trained_gradient(grads, setup.factors), metrics)
+        return state, metrics | {"valid_share": jnp.mean(batch["valid"], dtype=jnp.float32)}
 
     return _in_mesh(setup, jax.jit(
         step,
@@ -103,6 +84,89 @@ def train_step(setup: Setup, special: dict[str, int]) -> Callable[[State, Batch]
     ))  # fmt: skip
 
 
+def _gradients(setup: Setup, loss_fn: Losses) -> Callable[[Any, Batch, jax.Array], tuple[Any, dict]]:
+    """`(params, batch, key) -> (gradient of the mean loss, metrics)`, by micro-batches where the config says so."""
+    options, pieces = setup.config.optimizer, setup.config.optimizer.accumulation
+
+    def loss_of(p: Any, b: Batch, k: jax.Array) -> tuple[jax.Array, dict]:
+        return loss_fn(optimizer.freeze(p, setup.factors), b, k)
+
+    def whole(params: Any, batch: Batch, key: jax.Array) -> tuple[Any, dict]:
+        return jax.grad(loss_of, has_aux=True)(params, batch, key)
+
+    def cached(params: Any, batch: Batch, key: jax.Array) -> tuple[Any, dict]:
+        (_, metrics), grads = cached_value_and_grad(
+            lambda p, b, k: loss_fn.features(optimizer.freeze(p, setup.factors), b, k),
+            lambda p, features: loss_fn.objectives(optimizer.freeze(p, setup.factors), features, batch),
+            *(params, batch, key),
+            microbatch_size=batch["valid"].shape[0] // pieces,
+        )
+        return grads, metrics
+
+    def accumulated(params: Any, batch: Batch, key: jax.Array) -> tuple[Any, dict]:
+        def split(x: jax.Array) -> jax.Array:  # interleaved, so that every device keeps its own rows
+            return jnp.moveaxis(x.reshape(x.shape[0] // pieces, pieces, *x.shape[1:]), 1, 0)
+
+        def micro(total: tuple, piece: tuple) -> tuple:
+            return jax.tree.map(jnp.add, total, whole(params, *piece)), None
+
+        pieces_of = (jax.tree.map(split, batch), jax.random.split(key, pieces))
+        shapes = jax.eval_shape(whole, params, *jax.tree.map(lambda x: x[0], pieces_of))
+        zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
+        total, _ = jax.lax.scan(micro, zeros, pieces_of)
+        return jax.tree.map(lambda x: x / pieces, total)
+
+    if pieces == 1:
+        return whole
+    return cached if options.gradient_cache else accumulated
+
+
+def _update(setup: Setup, state: State, grads: Any, metrics: dict) -> tuple[State, dict]:
+    """The next state; the old one but for its step where the loss or the gradient is not finite.
+
+    The metrics get `finite` (1 or 0), `learning_rate` and, with several groups, one per group, the norm of the gradient
+    before clipping, in total and per tower, and `update_ratio`, the norm of the update over that of the parameters.
+    """
+    step, norms = state["step"], gradient_norms(grads, setup.factors)
+    finite = jnp.isfinite(metrics["loss"]) & jnp.isfinite(norms["gradient_norm"])
+    updates, opt_state = setup.tx.update(grads, state["opt_state"], state["params"], step=step)
+    params, metrics = follow_centers(optax.apply_updates(state["params"], updates), metrics, setup.factors)
+    changed = {"params": params, "opt_state": opt_state}
+    if "ema" in state:
+        decay = setup.config.optimizer.ema
+        changed["ema"] = optimizer.update_average(state["ema"], state["params"], params, step, decay)
+    # Not `lax.cond`: for its branch the host of a GPU waits until the gradient is there, and dispatches nothing ahead.
+    kept = {name: state[name] for name in changed}
+    changed = jax.tree.map(lambda new, old: jnp.where(finite, new, old), changed, kept)
+    ratio = optax.tree.norm(updates) / optax.tree.norm(_trained(state["params"], setup.factors))
+    metrics |= norms | learning_rates(setup, step) | {"finite": finite.astype(jnp.float32), "update_ratio": ratio}
+    return changed | {"step": step + 1}, metrics
+
+
+def gradient_norms(grads: Any, factors: Any) -> dict[str, jax.Array]:
+    """`gradient_norm` over everything, and `gradient_norm/TOWER` for each of `TOWERS` and the "heads", if it is trained."""
+    squares: dict[str, list[jax.Array]] = {}
+    for name, part in _trained(grads, factors).items():
+        tower = name if name in TOWERS else "heads"
+        squares.setdefault(tower, []).extend(jnp.sum(jnp.square(g)) for g in jax.tree.leaves(part))
+    sums = {tower: sum(parts) for tower, parts in squares.items() if parts}
+    norms = {f"gradient_norm/{tower}": jnp.sqrt(total) for tower, total in sums.items()}
+    return {"gradient_norm": jnp.sqrt(sum(sums.values()))} | norms
+
+
+def learning_rates(setup: Setup, step: jax.Array) -> dict[str, jax.Array]:
+    """`learning_rate` of a multiplier of 1, and `learning_rate/GROUP` where several groups are trained."""
+    rate = setup.learning_rate(step)
+    factors = {name: group.factor for name, group in setup.groups.items() if group.factor}
+    several = {f"learning_rate/{name}": factor * rate for name, factor in factors.items()} if len(factors) > 1 else {}
+    return {"learning_rate": rate} | several
+
+
+def _trained(tree: dict, factors: Any) -> dict:
+    """The tree with None in place of what is wholly frozen."""
+    return jax.tree.map(lambda x, factor: x if np.any(factor) else None, tree, factors)
+
+
 def follow_centers(params: Any, metrics: dict, factors: Any) -> tuple[Any, dict]:
     """Moves the biases of the projections against the batch means that the alignment subtracted; see `multitask.CENTERS`.
 
@@ -110,7 +174,7 @@ def follow_centers(params: Any, metrics: dict, factors: Any) -> tuple[Any, dict]
     """
     params, (scalars, centers) = dict(params), _split_centers(metrics)
     for projection, mean in centers.items():
-        if factors[projection]["out"]["bias"]:
+        if np.any(factors[projection]["out"]["bias"]):
             out = params[projection]["out"]
             params[projection] = params[projection] | {"out": out | {"bias": out["bias"] - CENTER_RATE * mean}}
     return params, scalars
@@ -123,10 +187,15 @@ def _split_centers(metrics: dict) -> tuple[dict, dict]:
 
 
 def evaluation_step(setup: Setup, special: dict[str, int]) -> Callable[[Any, Batch, jax.Array], dict]:
-    """The jitted held-out loss `(params, batch, key) -> metrics`: no augmentation, no dropout."""
+    """The jitted held-out loss `(params, batch, key) -> metrics`: no augmentation, no dropout. `valid_share` as in training."""
     loss_fn, whole = Losses(setup, special, train=False), sharding.replicated(setup.mesh)
+
+    def evaluate(params: Any, batch: Batch, key: jax.Array) -> dict:
+        metrics, _ = _split_centers(loss_fn(params, batch, key)[1])
+        return metrics | {"valid_share": jnp.mean(batch["valid"], dtype=jnp.float32)}
+
     return _in_mesh(setup, jax.jit(
-        lambda params, batch, key: _split_centers(loss_fn(params, batch, key)[1])[0],
+        evaluate,
         in_shardings=(setup.shardings["params"], sharding.batch_sharding(setup.mesh), whole),
         out_shardings=whole,
     ))  # fmt: skip

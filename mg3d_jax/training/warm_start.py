@@ -12,23 +12,28 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from mg3d_jax.data.tokens import ReportTokenizer
 from mg3d_jax.errors import UserError
 from mg3d_jax.interop.bert import load_bert
-from mg3d_jax.interop.tower import Tower, at_volume_size, load_tower, merge
+from mg3d_jax.interop.tower import Tower, at_volume_size, check_fields, load_tower, merge
+from mg3d_jax.models.towers import report_encoder, volume_encoder
 from mg3d_jax.training.state import Setup, State
-
-KINDS = {"volume_encoder": "vit", "report_encoder": "bert"}
 
 
 def load_pretrained(setup: Setup, state: State, tokenizer: ReportTokenizer) -> State:
     """`state` with the weights that the config names in place of the fresh ones.
 
     A ViT made for another volume size has its learned positions interpolated. Raises `UserError` naming every parameter
-    that is missing, unknown or of another shape, and when the report encoder's vocabulary is not the tokenizer's.
+    that is missing, unknown or of another shape, every setting that is not the checkpoint's, and when the report
+    encoder's vocabulary is not the tokenizer's.
     """
-    params = dict(state["params"])
-    for encoder, kind in KINDS.items():
-        source = setup.config.model[encoder].pretrained
+    params, config = dict(state["params"]), setup.config
+    modules = {
+        "volume_encoder": (config.model.volume_encoder.kind, volume_encoder(config)),
+        "report_encoder": ("bert", report_encoder(config, tokenizer.vocab_size)),
+    }
+    for encoder, (kind, module) in modules.items():
+        source = config.model[encoder].pretrained
         if source:
             tower = _tower(source, encoder, kind, setup, tokenizer)
+            check_fields(tower, module)
             params[encoder] = _placed(merge(params[encoder], tower), setup.shardings["params"][encoder])
     return state | {"params": params}
 
@@ -39,15 +44,13 @@ def _tower(source: str, encoder: str, kind: str, setup: Setup, tokenizer: Report
         tower = load_tower(Path(source))
         if tower.kind != kind:
             raise UserError(f"model.{encoder}.pretrained = {source!r} holds a {tower.kind}, a {kind} is needed")
-        if kind == "vit":
-            return at_volume_size(tower, tuple(setup.config.model.volume_size))
-        if tower.encoder["vocab_size"] != len(vocabulary):
+        if kind == "bert" and tower.encoder["vocab_size"] != len(vocabulary):
             raise UserError(
                 f"model.report_encoder.pretrained = {source!r} has {tower.encoder['vocab_size']} tokens, the tokenizer of "
                 f"data.tokenizer = {setup.config.data.tokenizer!r} has {len(vocabulary)}: use the checkpoint's own tokenizer"
             )
-        return tower
-    if kind == "vit":
+        return at_volume_size(tower, tuple(setup.config.model.volume_size))
+    if kind != "bert":
         raise UserError(f"model.volume_encoder.pretrained = {source!r} is no folder written by `mg3d import`")
     loaded = load_bert(source, vocabulary=vocabulary)
     return Tower("bert", loaded.config.encoder_fields(), loaded.params, source, loaded.unused)

@@ -1,47 +1,176 @@
-"""Where metrics go: one JSON line per record in `metrics.jsonl`, and TensorBoard."""
+"""Where a run writes what it sees: `metrics.jsonl` with PNG images, TensorBoard, Weights & Biases. One interface for all.
+
+`training.writers` names the sinks. `metrics.jsonl` is what `mg3d report` and sweeps read; the others are for looking on.
+"""
 
 from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping
+import secrets
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import Protocol
 
-METRICS_FILE = "metrics.jsonl"
+import jax
+import numpy as np
+from ml_collections import ConfigDict
+
+from mg3d_jax.errors import UserError
+
+METRICS_FILE, IMAGES_FOLDER, WANDB_ID_FILE = "metrics.jsonl", "images", "wandb_id"
 
 
-class MetricWriter:
-    """Writes scalars to every sink. Only process 0 of a run makes one.
+class Writer(Protocol):
+    """One sink. `split` says what was measured: "train", "valid" (the held-out loss) or "evaluation"."""
+
+    def scalars(self, step: int, split: str, values: Mapping[str, float]) -> None: ...
+
+    def image(self, step: int, split: str, name: str, pixels: np.ndarray) -> None:
+        """`pixels` is uint8 [H, W] (grey) or [H, W, 3]."""
+
+    def close(self) -> None: ...
+
+
+class Writers:
+    """Hands everything to every sink. A process that has none (all but process 0) may call it all the same."""
+
+    def __init__(self, sinks: Sequence[Writer]):
+        self.sinks = tuple(sinks)
+
+    def scalars(self, step: int, split: str, values: Mapping[str, float]) -> None:
+        numbers = {name: float(value) for name, value in values.items()}
+        for sink in self.sinks:
+            sink.scalars(step, split, numbers)
+
+    def image(self, step: int, split: str, name: str, pixels: np.ndarray) -> None:
+        if pixels.dtype != np.uint8 or not (pixels.ndim == 2 or (pixels.ndim == 3 and pixels.shape[2] == 3)):
+            raise ValueError(f"image {name!r} is {pixels.dtype}{list(pixels.shape)}, not uint8 [H, W] or [H, W, 3]")
+        for sink in self.sinks:
+            sink.image(step, split, name, pixels)
+
+    def close(self) -> None:
+        for sink in self.sinks:
+            sink.close()
+
+
+def open_writers(workdir: Path, config: ConfigDict, *, resume_step: int) -> Writers:
+    """The sinks of `config.training.writers` on process 0, none on the others.
 
     Args:
         workdir: the run.
-        resume_step: lines of later steps, written by an interrupted run after its last checkpoint, are dropped: the run
-            will write them again.
+        resume_step: what an interrupted run wrote after this step, its last checkpoint, is dropped: the run will write
+            it again. 0 for a new run.
+
+    Raises `UserError` for "wandb" where it is not installed or not logged in.
     """
+    if jax.process_index() != 0:
+        return Writers(())
+    return Writers([SINKS[name](workdir, config, resume_step) for name in dict.fromkeys(config.training.writers)])
 
-    def __init__(self, workdir: Path, *, resume_step: int = 0):
-        from tensorboardX import SummaryWriter  # slow import
 
+class JsonlWriter:
+    """A line per record in `metrics.jsonl`, `{"step": ..., "split": ..., NAME: value, ...}`; PNG files in `images/`."""
+
+    def __init__(self, workdir: Path, config: ConfigDict, resume_step: int):
+        self._images = workdir / IMAGES_FOLDER
         path = workdir / METRICS_FILE
         if path.exists():
             kept = [line for line in path.read_text().splitlines() if _step_of(line) <= resume_step]
             temporary = path.with_suffix(".partial")
             temporary.write_text("".join(line + "\n" for line in kept))
             os.replace(temporary, path)
+        for image in self._images.glob("*.png"):
+            step = image.stem.rpartition("-")[2]
+            if step.isdecimal() and int(step) > resume_step:
+                image.unlink()
         self._file = path.open("a")
-        self._board = SummaryWriter(str(workdir / "tensorboard"), purge_step=resume_step + 1 if resume_step else None)
 
-    def write(self, step: int, split: str, values: Mapping[str, float]) -> None:
-        """`split` is "train" or "valid"; a line is `{"step": ..., "split": ..., NAME: value, ...}`."""
-        numbers = {name: float(value) for name, value in values.items()}
-        self._file.write(json.dumps({"step": step, "split": split} | numbers) + "\n")
+    def scalars(self, step: int, split: str, values: Mapping[str, float]) -> None:
+        self._file.write(json.dumps({"step": step, "split": split} | dict(values)) + "\n")
         self._file.flush()
-        for name, value in numbers.items():
-            self._board.add_scalar(f"{split}/{name}", value, step)
+
+    def image(self, step: int, split: str, name: str, pixels: np.ndarray) -> None:
+        """`images/NAME-STEP.png`."""
+        from PIL import Image
+
+        self._images.mkdir(exist_ok=True)
+        temporary = self._images / f"{name}-{step}.partial"
+        Image.fromarray(pixels).save(temporary, format="png")
+        os.replace(temporary, self._images / f"{name}-{step}.png")
 
     def close(self) -> None:
         self._file.close()
+
+
+class TensorBoardWriter:
+    """Event files in `tensorboard/`; TensorBoard hides what a resumed run writes again."""
+
+    def __init__(self, workdir: Path, config: ConfigDict, resume_step: int):
+        from tensorboardX import SummaryWriter  # slow import
+
+        self._board = SummaryWriter(str(workdir / "tensorboard"), purge_step=resume_step + 1 if resume_step else None)
+
+    def scalars(self, step: int, split: str, values: Mapping[str, float]) -> None:
+        for name, value in values.items():
+            self._board.add_scalar(f"{split}/{name}", value, step)
+
+    def image(self, step: int, split: str, name: str, pixels: np.ndarray) -> None:
+        self._board.add_image(f"{split}/{name}", pixels, step, dataformats="HWC"[: pixels.ndim])
+
+    def close(self) -> None:
         self._board.close()
+
+
+class WandbWriter:
+    """Weights & Biases. The project is `config.name` or `WANDB_PROJECT`; `WANDB_MODE=offline` writes to disk only.
+
+    The run's id is kept in the file `wandb_id`, so that a resumed run goes on there (offline: two parts of one run, for
+    `wandb sync`). "step" is logged as a value of its own: W&B throws away what comes with a lower step than it has seen,
+    which is what a run resumed from its last checkpoint does.
+    """
+
+    def __init__(self, workdir: Path, config: ConfigDict, resume_step: int):
+        try:
+            import wandb
+        except ImportError as error:
+            raise UserError(
+                f'training.writers names "wandb", which cannot be imported ({error}): pip install wandb, or take it out, e.g. '
+                "--config.training.writers=\"('jsonl', 'tensorboard')\""
+            ) from error
+        self._wandb = wandb
+        file = workdir / WANDB_ID_FILE
+        if not file.exists():
+            file.write_text(secrets.token_hex(4))
+        try:
+            self._run = wandb.init(
+                project=os.environ.get("WANDB_PROJECT", config.name),
+                name=workdir.name,
+                id=file.read_text().strip(),
+                resume="allow",
+                dir=str(workdir),
+                config=config.to_dict(),
+            )
+        except wandb.Error as error:
+            raise UserError(f"Weights & Biases: {error}. Run `wandb login`, or set WANDB_MODE=offline") from error
+        self._run.define_metric("step")
+        self._run.define_metric("*", step_metric="step")
+
+    def scalars(self, step: int, split: str, values: Mapping[str, float]) -> None:
+        self._run.log({"step": step} | {f"{split}/{name}": value for name, value in values.items()})
+
+    def image(self, step: int, split: str, name: str, pixels: np.ndarray) -> None:
+        self._run.log({"step": step, f"{split}/{name}": self._wandb.Image(pixels)})
+
+    def close(self) -> None:
+        self._run.finish()
+
+
+SINKS: dict[str, Callable[[Path, ConfigDict, int], Writer]] = {
+    "jsonl": JsonlWriter,
+    "tensorboard": TensorBoardWriter,
+    "wandb": WandbWriter,
+}
 
 
 def _step_of(line: str) -> float:
@@ -52,6 +181,13 @@ def _step_of(line: str) -> float:
 
 
 def read_metrics(workdir: Path, split: str | None = None) -> list[dict]:
-    """The lines of `metrics.jsonl`, of one split or of all."""
-    lines = map(json.loads, (workdir / METRICS_FILE).read_text().splitlines())
+    """The lines of `metrics.jsonl`, of one split or of all. A last line that a kill cut short is not one.
+
+    Raises `UserError` where the run has no such file.
+    """
+    path = workdir / METRICS_FILE
+    if not path.exists():
+        raise UserError(f'{path} does not exist: is this a run, and does its training.writers contain "jsonl"?')
+    text = path.read_text()
+    lines = map(json.loads, text[: text.rfind("\n") + 1].splitlines())
     return [line for line in lines if split is None or line["split"] == split]

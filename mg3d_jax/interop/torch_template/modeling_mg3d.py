@@ -66,6 +66,8 @@ class MG3DConfig(PretrainedConfig):
         report_heads: int = 12,
         report_mlp_dim: int = 3072,
         max_positions: int = 512,
+        type_vocab: int = 2,
+        report_norm_eps: float = 1e-12,
         max_tokens: int = 250,
         max_sentences: int = 32,
         report_sentences: int = 0,
@@ -86,6 +88,7 @@ class MG3DConfig(PretrainedConfig):
         self.vocab_size, self.max_positions = vocab_size, max_positions
         self.report_width, self.report_depth = report_width, report_depth
         self.report_heads, self.report_mlp_dim = report_heads, report_mlp_dim
+        self.type_vocab, self.report_norm_eps = type_vocab, report_norm_eps
         self.max_tokens, self.max_sentences = max_tokens, max_sentences
         self.report_sentences, self.report_tokens = report_sentences, report_tokens
         self.projection_dim, self.logit_bias = projection_dim, logit_bias
@@ -242,12 +245,13 @@ class ReportEncoder(nn.Module):
         width = config.report_width
         self.word_embedding = nn.Embedding(config.vocab_size, width)
         self.position_embedding = nn.Embedding(config.max_positions, width)
-        self.type_embedding = nn.Embedding(2, width)
-        self.embedding_norm = nn.LayerNorm(width, eps=1e-12)
+        self.type_embedding = nn.Embedding(config.type_vocab, width)
+        self.embedding_norm = nn.LayerNorm(width, eps=config.report_norm_eps)
         self.blocks = nn.ModuleList(
-            Block(width, config.report_heads, config.report_mlp_dim, pre_norm=False, eps=1e-12, exact_gelu=True)
+            Block(width, config.report_heads, config.report_mlp_dim, pre_norm=False, eps=config.report_norm_eps,
+                  exact_gelu=True)
             for _ in range(config.report_depth)
-        )
+        )  # fmt: skip
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
         length = input_ids.shape[1]
@@ -279,7 +283,8 @@ def tokenize(tokenizer, sentences: Sequence[str], max_tokens: int, max_sentences
         raise TypeError("tokenize takes a list of sentences, not one string: [text], or the text split into sentences")
     ids, index = [tokenizer.cls_token_id], [0]
     for number, sentence in enumerate(sentences[:max_sentences], start=1):
-        of_sentence = tokenizer(sentence, add_special_tokens=False)["input_ids"]
+        # The space is how byte-level tokenizers know the beginning of a word.
+        of_sentence = tokenizer(f" {sentence.strip()}", add_special_tokens=False)["input_ids"]
         ids, index = ids + of_sentence, index + [number] * len(of_sentence)
     ids, index = [*ids[: max_tokens - 1], tokenizer.sep_token_id], [*index[: max_tokens - 1], 0]
     padding = max_tokens - len(ids)

@@ -1,0 +1,78 @@
+"""Records that turn out damaged while training: skipped, counted, named; too many of them end the run."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import threading
+from pathlib import Path
+from typing import Any
+
+from mg3d_jax.errors import UserError
+
+BAD_RECORDS_NAME = "bad_records.jsonl"
+
+
+class BadRecords:
+    """Names each bad record once, on stderr and as a line of `folder / "bad_records.jsonl"`.
+
+    Threads, data workers and the processes of a run share the file (a line is one appending write) and count by it, also
+    over a resume. Without a folder every process counts for itself.
+
+    Args:
+        limit: `data.max_bad_records`: with one more distinct record, `add` raises `UserError`.
+    """
+
+    def __init__(self, folder: Path | None, limit: int):
+        self._path, self._limit = folder and Path(folder) / BAD_RECORDS_NAME, limit
+        self._seen: set[tuple[str, int]] = set()
+        self._lock = threading.Lock()
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: value for name, value in self.__dict__.items() if name != "_lock"}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__ |= state | {"_lock": threading.Lock()}
+
+    def add(self, folder: Path, record: int, name: str, reason: str) -> None:
+        """Record `record` of the prepared `folder` is damaged. Raises `UserError` above the limit."""
+        with self._lock:
+            key = (str(folder), record)
+            if key not in self._seen:
+                self._seen |= read_bad_records(self._path)
+                if key not in self._seen:
+                    self._seen.add(key)
+                    self._write({"folder": str(folder), "record": record, "name": name, "reason": reason})
+            if len(self._seen) > self._limit:
+                where = f", listed in {self._path}" if self._path else ""
+                raise UserError(
+                    f"{len(self._seen)} damaged records{where}, more than data.max_bad_records = {self._limit}; the last: "
+                    f"{reason}"
+                )
+
+    def _write(self, line: dict[str, Any]) -> None:
+        print(f"skipped in training: {line['reason']}", file=sys.stderr, flush=True)
+        if self._path is None:
+            return
+        self._path.parent.mkdir(parents=True, exist_ok=True)
+        file = os.open(self._path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
+        try:
+            os.write(file, (json.dumps(line, ensure_ascii=False) + "\n").encode())
+        finally:
+            os.close(file)
+
+
+def read_bad_records(path: Path | None) -> set[tuple[str, int]]:
+    """{(prepared folder, record)} of a `bad_records.jsonl`; none where it does not exist. A line that was cut off by a
+    kill is not one."""
+    if path is None or not path.is_file():
+        return set()
+    found = set()
+    for line in path.read_text().splitlines():
+        try:
+            entry = json.loads(line)
+            found.add((entry["folder"], entry["record"]))
+        except (ValueError, KeyError, TypeError):
+            continue
+    return found

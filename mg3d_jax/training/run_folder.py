@@ -1,0 +1,56 @@
+"""What lies in the folder of a run beside checkpoints and metrics: config, tokenizer, summary, and the notes on faults."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import os
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+from ml_collections import ConfigDict
+from tokenizers import Tokenizer
+
+from mg3d_jax.data.bad_records import BadRecords
+from mg3d_jax.data.pipeline import PreparedData
+from mg3d_jax.data.tokens import ReportTokenizer, load_tokenizer, save_tokenizer, train_wordpiece
+from mg3d_jax.training import distributed
+
+CONFIG_FILE, TOKENIZER_FOLDER = "config.json", "tokenizer"
+SUMMARY_FILE, ENVIRONMENT_FILE = "summary.json", "environment.json"
+TOKENIZER_RECORDS = 2000
+
+
+def write_whole(path: Path, document: Mapping[str, Any]) -> None:
+    """JSON, written whole or not at all."""
+    temporary = path.with_name(f"{path.name}.partial")
+    temporary.write_text(json.dumps(document, indent=1))
+    os.replace(temporary, path)
+
+
+def run_tokenizer(config: ConfigDict, workdir: Path) -> ReportTokenizer:
+    """The tokenizer that the run keeps, made on its first start.
+
+    A trained one reads the first 2,000 records of the whole training set, not of the `max_patients` subset: the runs of a
+    sweep over data size share their vocabulary.
+    """
+    folder = workdir / TOKENIZER_FOLDER
+    if jax.process_index() == 0 and not (folder / "tokenizer.json").exists():
+        # Made elsewhere and renamed: a kill in the middle leaves no half a tokenizer.
+        partial = workdir / f"{TOKENIZER_FOLDER}.partial"
+        save_tokenizer(_make_tokenizer(config, workdir), partial)
+        shutil.rmtree(folder, ignore_errors=True)
+        os.replace(partial, folder)
+    distributed.barrier("tokenizer")  # the others read what process 0 wrote
+    return ReportTokenizer(load_tokenizer(str(folder)), config.data.max_tokens, config.data.max_sentences)
+
+
+def _make_tokenizer(config: ConfigDict, workdir: Path) -> Tokenizer:
+    if config.data.tokenizer != "train":
+        return load_tokenizer(config.data.tokenizer)
+    bad = BadRecords(workdir, config.data.max_bad_records)
+    records = itertools.islice(PreparedData(config.data.train).records(bad), TOKENIZER_RECORDS)
+    return train_wordpiece({s for record in records for s in record.sentences}, config.data.vocab_size)

@@ -1,0 +1,77 @@
+"""When a run ends before its last step: told to by a signal, or by too many updates that are not finite."""
+
+from __future__ import annotations
+
+import json
+import signal
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from types import FrameType
+
+import jax
+
+from mg3d_jax.errors import UserError
+from mg3d_jax.training.checkpoints import Checkpoints
+
+DONE, PREEMPTED = 0, 75  # 75 is EX_TEMPFAIL: launchers understand it as "run me again"
+SKIPPED_FILE = "skipped.jsonl"
+
+
+class StopRequest:
+    """SIGTERM -> finish the step, save, exit with `PREEMPTED`.
+
+    With several processes JAX's preemption service makes them agree on the step, whichever of them got the signal.
+    """
+
+    def __init__(self, checkpoints: Checkpoints):
+        self._checkpoints, self._requested, self._old = checkpoints, False, None
+        if jax.process_count() == 1:
+            self._old = signal.signal(signal.SIGTERM, self._on_signal)
+
+    def _on_signal(self, number: int, frame: FrameType | None) -> None:
+        self._requested = True
+
+    def asked(self, step: int) -> bool:
+        return self._requested or (jax.process_count() > 1 and self._checkpoints.reached_preemption(step))
+
+    def restore_handler(self) -> None:
+        if self._old is not None:
+            signal.signal(signal.SIGTERM, self._old)
+
+
+class SkippedUpdates:
+    """Counts the updates that the compiled step skipped because loss or gradient was not finite.
+
+    Each is written to `skipped.jsonl` with the records of its batch. All processes see the same flags and so come to the
+    same end; process 0 writes.
+
+    Args:
+        limit: so many in a row end the run.
+        records: names of the records in the batch of a step, e.g. "FOLDER: SCAN".
+    """
+
+    def __init__(self, workdir: Path, limit: int, records: Callable[[int], list[str]]):
+        self._path, self._limit, self._records = workdir / SKIPPED_FILE, limit, records
+        self.total = self.in_a_row = 0
+
+    def check(self, step: int, *, finite: bool, loss: float) -> None:
+        """Takes note of one step. `UserError` when the limit is reached: nothing is saved after it."""
+        if finite:
+            self.in_a_row = 0
+            return
+        self.total, self.in_a_row = self.total + 1, self.in_a_row + 1
+        records = self._records(step)
+        if jax.process_index() == 0:
+            print(
+                f"step {step}: loss {loss} or its gradient is not finite, the update is skipped ({self.in_a_row} in a row, "
+                f"{self.total} since the start); its {len(records)} records are in {self._path}",
+                file=sys.stderr,
+            )
+            with self._path.open("a") as file:
+                file.write(json.dumps({"step": step, "loss": repr(loss), "records": records}) + "\n")
+        if self.in_a_row >= self._limit:
+            raise UserError(
+                f"{self.in_a_row} updates in a row were not finite (training.max_skipped), the last at step {step}: lower "
+                f"optimizer.learning_rate, or look at the records in {self._path}. The checkpoints before are intact"
+            )

@@ -1,0 +1,114 @@
+"""Says where every thread hangs when a training step does not end.
+
+Every process of a run has its own watchdog: a hang in a collective is seen by all of them, and the one that hangs elsewhere
+(reading data, compiling, waiting for a disk) is the culprit. Nothing is killed: that is the launcher's or the user's decision.
+"""
+
+from __future__ import annotations
+
+import faulthandler
+import sys
+import threading
+import time
+import traceback
+from pathlib import Path
+from types import TracebackType
+
+import jax
+
+from mg3d_jax.progress import format_seconds
+
+FOLDER = "stacks"
+FIRST_STEP = 4.0  # the first step compiles and waits for all processes: it may take so many times longer
+
+
+class Watchdog:
+    """`with Watchdog(workdir, minutes) as watchdog: ...; watchdog.beat(step)` after every step.
+
+    When no beat came for `minutes`, the stacks of all threads go to stderr and to `workdir/stacks/process-N.txt`, once per
+    hang; when the step ends after all, that is said too. What lies between two beats (evaluation, a checkpoint) counts.
+
+    Args:
+        workdir: the run.
+        minutes: 0 watches nothing.
+    """
+
+    def __init__(self, workdir: Path, minutes: float):
+        self._limit = minutes * 60.0
+        self._file = workdir / FOLDER / f"process-{jax.process_index()}.txt"
+        self._changed = threading.Condition()
+        self._step: int | None = None  # the last one that ended
+        self._beat, self._reported, self._stopped = time.monotonic(), False, False
+        self._thread: threading.Thread | None = None
+
+    def __enter__(self) -> Watchdog:
+        if self._limit > 0:
+            self._beat = time.monotonic()
+            self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
+            self._thread.start()
+        return self
+
+    def beat(self, step: int) -> None:
+        """`step` has ended."""
+        with self._changed:
+            now = time.monotonic()
+            late = now - self._beat if self._reported else None
+            self._step, self._beat, self._reported = step, now, False
+        if late is not None:
+            _say(f"watchdog: step {step} has ended after all, after {format_seconds(late)}")
+
+    def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        if self._thread is not None:
+            with self._changed:
+                self._stopped = True
+                self._changed.notify()
+            self._thread.join()
+            self._thread = None
+
+    def _watch(self) -> None:
+        with self._changed:
+            while not self._stopped:
+                limit = self._limit * (FIRST_STEP if self._step is None else 1.0)
+                waited = time.monotonic() - self._beat
+                if waited >= limit and not self._reported:
+                    self._reported = True
+                    self._report(waited)
+                # Code that never gives up Python's lock stops this thread too. Then the alarm that it sets here, anew each
+                # time it wakes, goes off: it needs no lock, but can write bare stacks to stderr only.
+                self._set_alarm(2 * limit)
+                self._changed.wait(limit / 4 if self._reported else min(limit / 4, max(limit - waited, 0.01)))
+        faulthandler.cancel_dump_traceback_later()
+
+    def _set_alarm(self, seconds: float) -> None:
+        if sys.__stderr__ is not None:
+            faulthandler.dump_traceback_later(seconds, file=sys.__stderr__)
+
+    def _report(self, waited: float) -> None:
+        """Writes the stacks; a disk that hangs or is full is a likely culprit, so stderr comes first."""
+        after = "the first step of this process" if self._step is None else f"the step after step {self._step}"
+        head = (
+            f"watchdog: process {jax.process_index()} of {jax.process_count()}: {after} has not ended for "
+            f"{format_seconds(waited)}. Where its threads are:"
+        )
+        text = f"{head}\n{stacks()}"
+        _say(text)
+        try:
+            self._file.parent.mkdir(parents=True, exist_ok=True)
+            with self._file.open("a") as file:
+                file.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')} {text}\n")
+        except OSError as error:
+            _say(f"watchdog: {self._file} cannot be written: {error}")
+
+
+def stacks() -> str:
+    """The stack of every Python thread of this process but the caller's, innermost call last."""
+    names = {thread.ident: thread.name for thread in threading.enumerate()}
+    parts = []
+    for ident, frame in sys._current_frames().items():
+        if ident != threading.get_ident():
+            parts.append(f"thread {names.get(ident, ident)}:\n" + "".join(traceback.format_stack(frame)))
+    return "\n".join(parts)
+
+
+def _say(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)

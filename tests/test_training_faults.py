@@ -1,0 +1,308 @@
+"""Real runs with real faults: kills at random moments, a full and a read-only disk, processes told to stop or stopped dead.
+
+`zygote` imports everything once and forks a process per run before JAX has touched a device, so that a run starts at once.
+"""
+
+import json
+import os
+import random
+import re
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import orbax.checkpoint as ocp
+import pytest
+from support import ROOT, environment, mg3d
+
+from mg3d_jax.data.shards import open_shard
+from mg3d_jax.training.checkpoints import ARRAY_CHECKSUMS, Checkpoints
+from mg3d_jax.training.writers import read_metrics
+
+pytestmark = [
+    pytest.mark.processes,
+    pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="needs Linux: fork, /proc, mounts"),
+]
+
+TESTS = {"PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}"}
+
+CONFIG = """
+from support import tiny_config
+
+def get_config(arg=""):
+    config = tiny_config({train!r}).unlock()
+    config.training.writers = ("jsonl",)
+    return config
+"""
+
+ZYGOTE = """
+import json, os, sys, warnings
+import mg3d_jax.training.loop, mg3d_jax.training.command
+from mg3d_jax.cli import main
+
+warnings.filterwarnings("ignore", message=".*os.fork")  # no device has been touched yet
+for line in sys.stdin:
+    arguments, log = json.loads(line)
+    process = os.fork()
+    if process == 0:
+        log = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+        os.dup2(log, 1)
+        os.dup2(log, 2)
+        code = 1
+        try:
+            code = main(arguments)
+        finally:
+            sys.stderr.flush()
+            os._exit(code)
+    print(process, flush=True)
+    print(os.waitstatus_to_exitcode(os.waitpid(process, 0)[1]), flush=True)
+"""
+
+
+class Zygote:
+    """Starts one run at a time. `start` -> process id; `wait` -> exit code, negative for a signal."""
+
+    def __init__(self):
+        env = environment(1, **TESTS, JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS="0")
+        pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
+        self.process = subprocess.Popen([sys.executable, "-c", ZYGOTE], env=env, text=True, **pipes)
+
+    def start(self, arguments, log):
+        self.process.stdin.write(json.dumps([arguments, str(log)]) + "\n")
+        self.process.stdin.flush()
+        return int(self.process.stdout.readline())
+
+    def wait(self):
+        return int(self.process.stdout.readline())
+
+    def run(self, arguments, log):
+        self.start(arguments, log)
+        return self.wait()
+
+
+@pytest.fixture(scope="module")
+def zygote():
+    started = Zygote()
+    yield started
+    started.process.stdin.close()
+    started.process.wait(60)
+
+
+@pytest.fixture(scope="module")
+def config_file(tiny_data, tmp_path_factory):
+    path = tmp_path_factory.mktemp("faults") / "tiny.py"
+    path.write_text(CONFIG.format(train=tiny_data["train"]))
+    return path
+
+
+def command(config_file, workdir, **settings):
+    words = [f"--config.{key.replace('__', '.')}={value}" for key, value in settings.items()]
+    return ["train", "--config", str(config_file), "--workdir", str(workdir), *words]
+
+
+def lines(workdir):
+    path = workdir / "metrics.jsonl"
+    return path.read_bytes().count(b"\n") if path.exists() else 0
+
+
+def wait_until(condition, seconds=300):
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end, "waited in vain"
+        time.sleep(0.003)
+
+
+def losses(workdir):
+    return {line["step"]: line["loss"] for line in read_metrics(workdir, "train")}
+
+
+def arrays(workdir):
+    """The newest checkpoint as orbax alone reads it, one line per array."""
+    step = Checkpoints(workdir).latest()
+    tree = ocp.PyTreeCheckpointer().restore(workdir / "checkpoints" / str(step) / "state")
+    flat = ocp.tree.to_flat_dict(tree)
+    return step, {name: np.asarray(value).tobytes() for name, value in flat.items()}
+
+
+KILLS, STEPS = 20, 60
+
+
+def test_twenty_kills_at_random_moments_change_nothing(zygote, config_file, tmp_path):
+    """Half of them any time while the run starts, half around a step or a save. Every attempt resumes what was saved."""
+    rng, settings = random.Random(0), {"training__steps": STEPS, "training__checkpoint_every": 3}
+    whole, run, log = tmp_path / "whole", tmp_path / "run", tmp_path / "log"
+    assert zygote.run(command(config_file, whole, **settings), tmp_path / "whole.log") == 0  # compiles for the others
+    began = time.monotonic()
+    process, kills, starting = zygote.start(command(config_file, run, **settings), log), 0, None
+    while kills < KILLS:
+        before = lines(run)
+        if kills % 2 and starting is not None:
+            time.sleep(rng.uniform(0, starting))
+        else:
+            wait_until(lambda: lines(run) != before and lines(run) > 0)  # noqa: B023
+            starting = starting or time.monotonic() - began
+            time.sleep(rng.uniform(0, 0.15))
+        os.kill(process, signal.SIGKILL)
+        assert zygote.wait() == -signal.SIGKILL, "the run ended before it was killed: give it more steps"
+        kills += 1
+        process = zygote.start(command(config_file, run, **settings), log)
+    assert zygote.wait() == 0, log.read_text()
+    text = log.read_text()
+    resumed = [int(step) for step in re.findall(r"resuming after step (\d+) of", text)]
+    assert len(resumed) >= 5 and resumed == sorted(resumed) and "is damaged" not in text  # nothing saved is lost
+    assert losses(run) == losses(whole)
+    assert arrays(run) == arrays(whole)
+    sums = [Checkpoints(workdir)._read_meta(STEPS)[ARRAY_CHECKSUMS] for workdir in (run, whole)]
+    assert sums[0] == sums[1]
+    assert not list((run / "checkpoints").glob("*tmp*"))
+
+
+def memory_and_files(process):
+    """Resident MiB and open files of a process."""
+    status = Path(f"/proc/{process}/status").read_text()
+    kib = int(re.search(r"VmRSS:\s+(\d+) kB", status)[1])
+    return kib / 1024, len(os.listdir(f"/proc/{process}/fd"))
+
+
+def test_two_thousand_steps_do_not_grow(zygote, config_file, tmp_path):
+    run, log = tmp_path / "run", tmp_path / "log"
+    settings = {"training__steps": 2000, "training__log_every": 50, "training__checkpoint_every": 200}
+    settings |= {"data__batch_size": 2, "data__max_tokens": 16, "objectives__alignment__report_sentences": 1}
+    settings |= {"objectives__alignment__sentence_tokens": 8}
+    process = zygote.start(command(config_file, run, **settings), log)
+    wait_until(lambda: lines(run) >= 250 // 50)  # the first checkpoint is over
+    early = memory_and_files(process)
+    wait_until(lambda: lines(run) >= 1950 // 50)
+    late = memory_and_files(process)
+    assert zygote.wait() == 0, log.read_text()
+    assert late[0] - early[0] < 40, f"{early[0]:.0f} -> {late[0]:.0f} MiB"  # 23 KiB per step
+    assert late[1] - early[1] <= 3, f"{early[1]} -> {late[1]} open files"
+
+
+def test_updates_that_are_not_finite_are_skipped_named_and_end_the_run(zygote, config_file, tmp_path):
+    """Intensities become NaN on the way to the volume encoder; on disk they are integers and cannot be."""
+    run, log = tmp_path / "run", tmp_path / "log"
+    settings = {"training__steps": 10, "training__checkpoint_every": 1, "training__max_skipped": 3}
+    assert zygote.run(command(config_file, run, data__augment__noise="nan", **settings), log) == 2
+    text = log.read_text()
+    assert "3 updates in a row were not finite" in text and "Traceback" not in text
+    skipped = [json.loads(line) for line in (run / "skipped.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in skipped] == [1, 2, 3] and all(len(line["records"]) == 8 for line in skipped)
+    step, values = arrays(run)
+    parameters = [np.frombuffer(v, np.float32) for name, v in values.items() if name[0] == "params"]
+    assert step == 2 and parameters and all(np.isfinite(v).all() for v in parameters)
+
+
+def test_a_flipped_byte_in_a_shard_costs_one_record(zygote, config_file, tiny_data, tmp_path):
+    train, run, log = tmp_path / "train", tmp_path / "run", tmp_path / "log"
+    shutil.copytree(tiny_data["train"], train)
+    entry = json.loads((train / "manifest.json").read_text())["shards"][0]
+    start, size = open_shard(train / entry["file"], entry["records"]).places[5]
+    content = bytearray((train / entry["file"]).read_bytes())
+    content[start + size // 2] ^= 1
+    (train / entry["file"]).write_bytes(content)
+    assert zygote.run(command(config_file, run, training__steps=8, data__train=train), log) == 0, log.read_text()
+    assert sorted(losses(run)) == list(range(1, 9)) and all(map(np.isfinite, losses(run).values()))
+    bad = {line["record"] for line in map(json.loads, (run / "bad_records.jsonl").read_text().splitlines())}
+    assert len(bad) == 1 and "checksum" in log.read_text(), log.read_text()
+
+
+IN_A_SMALL_DISK = """
+set -u
+mount -t tmpfs -o size={small} none "$RUN" || exit 99
+train() {{ "$PYTHON" -m mg3d_jax train "$@" >>"$LOG" 2>&1; echo "exit code $?" >>"$LOG"; }}
+mount -o remount,ro "$RUN"; train "$@"
+mount -o remount,rw,size={small} "$RUN"; train "$@"
+ls "$RUN/checkpoints" >>"$LOG"
+mount -o remount,size=400M "$RUN"; train "$@"
+cp -r "$RUN" "$SAVED"
+"""
+
+
+def test_a_read_only_and_a_full_disk_are_said_and_the_run_goes_on_when_mended(zygote, config_file, tmp_path):
+    run, saved, log = tmp_path / "run", tmp_path / "saved", tmp_path / "log"
+    run.mkdir()
+    if subprocess.run(["unshare", "-Urm", "mount", "-t", "tmpfs", "none", str(run)], capture_output=True).returncode:
+        pytest.skip("this machine lets nobody mount a small disk of his own")
+    settings = {"training__steps": 10, "training__checkpoint_every": 2, "training__keep_checkpoints": 3}
+    assert zygote.run(command(config_file, tmp_path / "whole", **settings), log) == 0
+    size = sum(path.stat().st_size for path in (tmp_path / "whole" / "checkpoints" / "10").rglob("*"))
+    log.write_text("")
+    env = environment(1, **TESTS, RUN=str(run), LOG=str(log), PYTHON=sys.executable)
+    words = ["unshare", "-Urm", "bash", "-c", IN_A_SMALL_DISK.format(small=int(2.7 * size)), "bash"]
+    done = subprocess.run(
+        [*words, *command(config_file, run, **settings)[1:]], env=env | {"SAVED": str(saved)}, timeout=500
+    )
+    refused, full, mended = log.read_text().split("exit code ")[:3]
+    assert done.returncode == 0 and "Traceback" not in log.read_text(), log.read_text()
+    assert f"run directory {run} cannot be written to: Read-only file system" in refused and full.startswith("2\n")
+    assert f"cannot be written to {run / 'checkpoints'}: No space left on device" in full and mended.startswith("2\n")
+    assert "then the same command goes on after step 4" in full
+    assert mended.split()[1:3] == ["2", "4"] and "resuming after step 4 of 10" in mended
+    assert losses(saved) == losses(tmp_path / "whole") and arrays(saved) == arrays(tmp_path / "whole")
+
+
+def alone(devices, *words):
+    """`mg3d ...` as one process."""
+    done = mg3d(*words, devices=devices, **TESTS)
+    assert done.returncode == 0, done.stderr
+    return done.stderr
+
+
+def together(devices, logs, *words):
+    """`mg3d ...` as two processes with so many devices each."""
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        place = ["--num-processes", "2", "--coordinator", f"localhost:{free.getsockname()[1]}", "--process-id"]
+    started = []
+    for number, log in enumerate(logs):
+        with log.open("a") as stream:
+            line = [sys.executable, "-m", "mg3d_jax", *words, *place, str(number)]
+            started.append(subprocess.Popen(line, env=environment(devices, **TESTS), stdout=stream, stderr=stream))
+    return started
+
+
+def test_two_processes_of_four_devices_train_as_one_of_eight(config_file, tmp_path):
+    whole, run, logs = tmp_path / "whole", tmp_path / "run", [tmp_path / f"log{n}" for n in range(2)]
+    processes = together(4, logs, *command(config_file, run, training__steps=5))
+    try:
+        assert [process.wait(300) for process in processes] == [0, 0], [log.read_text() for log in logs]
+    finally:
+        for process in processes:
+            process.kill()
+    alone(8, *command(config_file, whole, training__steps=5))
+    np.testing.assert_allclose(list(losses(run).values()), list(losses(whole).values()), rtol=1e-5)
+    assert Checkpoints(run).steps() == Checkpoints(whole).steps() == [4, 5]
+
+
+def test_sigterm_to_one_of_two_saves_both_and_one_process_goes_on_bit_for_bit(config_file, tmp_path):
+    """With two devices sums over devices have one order only, so what two processes and one compute is the same.
+
+    Before that the process is frozen for a while, which the watchdogs of both report.
+    """
+    whole, run, logs = tmp_path / "whole", tmp_path / "run", [tmp_path / f"log{n}" for n in range(2)]
+    settings = {"training__steps": 30, "training__checkpoint_every": 100, "training__watchdog_minutes": 3 / 60}
+    processes = together(1, logs, *command(config_file, run, **settings))
+    try:
+        wait_until(lambda: lines(run) >= 3 or any(process.poll() is not None for process in processes))
+        processes[1].send_signal(signal.SIGSTOP)
+        wait_until(lambda: (run / "stacks" / "process-0.txt").exists(), 60)
+        processes[1].send_signal(signal.SIGCONT)
+        wait_until(lambda: (run / "stacks" / "process-1.txt").exists(), 60)
+        processes[1].send_signal(signal.SIGTERM)
+        assert [process.wait(120) for process in processes] == [75, 75], [log.read_text() for log in logs]
+    finally:
+        for process in processes:
+            process.kill()
+    (step,), (other,) = (re.findall(r"asked to stop: saved step (\d+)", log.read_text()) for log in logs)
+    assert step == other and Checkpoints(run).steps() == [int(step)] and int(step) < 30
+    assert "has not ended for" in logs[0].read_text() and "has ended after all" in logs[0].read_text()
+    assert f"resuming after step {step} of 30" in alone(2, *command(config_file, run, **settings))
+    alone(2, *command(config_file, whole, **settings))
+    assert losses(run) == losses(whole)
+    assert arrays(run) == arrays(whole)
