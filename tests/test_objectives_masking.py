@@ -6,7 +6,13 @@ import pytest
 from reference.tools import fake_mesh
 
 from mg3d_jax.errors import UserError
-from mg3d_jax.objectives.masking import masked_count, nested_patch_mask, random_patch_mask, whole_word_mask
+from mg3d_jax.objectives.masking import (
+    masked_count,
+    nested_patch_mask,
+    random_patch_mask,
+    selected_positions,
+    whole_word_mask,
+)
 
 MASK_ID, VOCABULARY, SPECIAL = 4, 50, (0, 1, 2, 3, 4)
 
@@ -90,6 +96,25 @@ def test_whole_words_are_selected_and_nothing_else_changes():
             chosen += pieces.all()
         count = words[b].max()
         assert chosen == (max(1, np.round(0.15 * count)) if count else 0)
+
+
+def test_no_more_than_most_tokens_are_selected_in_whole_words():
+    _, _, words = reports = make_reports(batch=40)
+    options = {"ratio": 0.4, "mask_id": MASK_ID, "vocab_size": VOCABULARY, "special_ids": SPECIAL}
+    free = np.asarray(whole_word_mask(jax.random.key(0), *reports, **options)[1])
+    corrupted, selected = map(np.asarray, whole_word_mask(jax.random.key(0), *reports, **options, most=9))
+    assert free.sum(axis=1).max() > 9 and selected.sum(axis=1).max() <= 9
+    for b in range(len(words)):
+        kept = 0
+        for word in np.unique(words[b][free[b]]):  # in order: the first words that fit, and the last may fit no more
+            place = words[b] == word
+            assert selected[b, place].all() == (free[b, : np.flatnonzero(place)[-1] + 1].sum() <= 9)
+            kept += place.sum() * selected[b, place].all()
+        assert selected[b].sum() == kept
+    np.testing.assert_array_equal(corrupted[~selected], reports[0][~selected])
+    positions, counts = map(np.asarray, selected_positions(selected, 9))
+    for b in range(len(words)):
+        np.testing.assert_array_equal(positions[b][counts[b]], np.flatnonzero(selected[b]))
 
 
 def test_shares_are_80_10_10_per_word():

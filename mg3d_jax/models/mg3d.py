@@ -133,7 +133,8 @@ class MG3D(nn.Module):
 
         Args:
             inputs: what `training.inputs.model_inputs` makes of a batch: `volume` windowed; `report`, the text fields that
-                the report embedding reads; where needed `full_report`, `visible`, `patch_mask`, `corrupted_ids`, `selected`.
+                the report embedding reads; where needed `full_report`, `visible`, `patch_mask`, `corrupted_ids`,
+                `predicted`, `selected`.
         """
         features: dict[str, jax.Array] = {}
         # The towers and their embeddings always have parameters, so that every run can be evaluated.
@@ -213,9 +214,11 @@ class MG3D(nn.Module):
         tokens = self.report_encoder(inputs["corrupted_ids"], mask, train=train)["tokens"]
         tokens = self.fusion(volume_tokens, tokens, mask, train)["report"]
         sentences, _ = sentence_means(tokens, full["sentence_index"], self.config.data.max_sentences)
+        # Logits over the vocabulary are large: only of the tokens that are predicted.
+        predicted = jnp.take_along_axis(tokens, inputs["predicted"][..., None], axis=1)
         return {
-            "token_logits": self.token_head(tokens),
-            "token_labels": full["token_ids"],
+            "token_logits": self.token_head(predicted),
+            "token_labels": jnp.take_along_axis(full["token_ids"], inputs["predicted"], axis=1),
             "token_selected": inputs["selected"],
             "reconstructed_sentences": self.sentence_projection(sentences),
             "original_sentences": self.sentence_projection(text["sentences"]),

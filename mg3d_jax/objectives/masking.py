@@ -101,6 +101,21 @@ def _random_ids(rng: jax.Array, shape: tuple[int, ...], vocab_size: int, special
     return ids
 
 
+def most_selected(tokens: int, ratio: float) -> int:
+    """Tokens of a report that are predicted at most. Words have different numbers of pieces: twice the expected share of
+    tokens leaves room for them, and keeps the prediction over the vocabulary from running over all tokens."""
+    return min(tokens, math.ceil(2 * ratio * tokens))
+
+
+def selected_positions(selected: jax.Array, most: int) -> tuple[jax.Array, jax.Array]:
+    """Bool [B, T] with at most `most` True per row -> their positions int32 [B, most], in order, and which of them count.
+
+    The positions that do not count are of tokens that are not selected.
+    """
+    positions = jnp.argsort(~selected, axis=1, stable=True)[:, :most].astype(jnp.int32)
+    return positions, jnp.take_along_axis(selected, positions, axis=1)
+
+
 def whole_word_mask(
     rng: jax.Array,
     token_ids: jax.Array,
@@ -111,6 +126,7 @@ def whole_word_mask(
     mask_id: int,
     vocab_size: int,
     special_ids: tuple[int, ...] = (),
+    most: int | None = None,
 ) -> tuple[jax.Array, jax.Array]:
     """Selects words and corrupts them: 80 % become the mask token, 10 % random tokens, 10 % stay as they are.
 
@@ -124,6 +140,8 @@ def whole_word_mask(
         mask_id: id of the mask token.
         vocab_size: random ids are drawn below it.
         special_ids: ids that are never selected nor drawn ([PAD], [UNK], [CLS], [SEP], [MASK]).
+        most: selected words that do not fit into so many tokens of a report, the last ones of it, stay as they are; see
+            `most_selected`.
 
     Returns:
         `corrupted_ids` int32 [B, T] and `selected` bool [B, T], the tokens that are to be predicted.
@@ -142,6 +160,10 @@ def whole_word_mask(
         return jnp.take_along_axis(per_word, word_index, axis=1)
 
     selected = of_word(picked)
+    if most is not None:
+        beyond = selected & (jnp.cumsum(selected, axis=1) > most)
+        cut = jax.vmap(lambda word, late: jnp.zeros(word.size + 1, bool).at[word].max(late))(word_index, beyond)
+        selected &= ~of_word(cut)
     action = of_word(action)
     replacements = _random_ids(id_key, token_ids.shape, vocab_size, (*special_ids, mask_id))
     corrupted = jnp.where(

@@ -13,6 +13,7 @@ from ml_collections import ConfigDict
 
 from mg3d_jax import presets
 from mg3d_jax.models.volume_encoder import patch_grid, stem_strides
+from mg3d_jax.objectives.masking import most_selected
 from mg3d_jax.presets import ReportPreset, SwinPreset, TowerPreset
 from mg3d_jax.scaling.layer_parts import (
     ADD,
@@ -209,8 +210,9 @@ def voxel_decoder(config: ConfigDict, visible: int, reads_text: bool) -> list[Pa
 
 
 def token_head(config: ConfigDict, vocab_size: int) -> list[Part]:
-    """`models.decoders.TokenHead` and the log-softmax of its logits."""
-    (_, preset), length, name = towers(config), config.data.max_tokens, "token_head"
+    """`models.decoders.TokenHead` on the tokens that are predicted, and the log-softmax of its logits."""
+    (_, preset), name = towers(config), "token_head"
+    length = most_selected(config.data.max_tokens, config.objectives.report_reconstruction.mask_ratio)
     return [
         dense(f"{name}/transform", length, preset.width, preset.width),
         Part(f"{name}/gelu", elementwise=each(GELU_ERF, length * preset.width)),

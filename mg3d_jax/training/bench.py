@@ -12,14 +12,13 @@ import dataclasses
 import json
 import time
 from collections import defaultdict
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
-from absl import flags
-from ml_collections import ConfigDict, config_flags
+from ml_collections import ConfigDict
 from rich.console import Console
 from rich.table import Table
 
@@ -29,31 +28,13 @@ from mg3d_jax import config_check, devices, sharding
 from mg3d_jax.data.tokens import SPECIAL_TOKENS
 from mg3d_jax.errors import UserError
 from mg3d_jax.scaling import flops
-from mg3d_jax.training import op_times, optimizer
+from mg3d_jax.training import bench_cases, op_times, optimizer
 from mg3d_jax.training import state as state_lib
 from mg3d_jax.training import step as step_lib
 from mg3d_jax.training.hlo import Program
 from mg3d_jax.training.tables import LOG_WIDTH, human, mesh_text, tower_parameters
 
 SENTENCE_TOKENS = 20  # of the random reports
-FROZEN_REPORT = "report_encoder/.*"
-BERT_VOCABULARY = 30522
-
-
-def mg3d_b() -> ConfigDict:
-    """All objectives, ViT-B/16 on 128 x 128 x 96, a frozen report encoder of BERT-base's size, 384 tokens, 2 patients."""
-    config = config_lib.default().unlock()
-    config.name = "mg3d-b"
-    config_lib.use_objectives(config, "mg3d")
-    config.data.batch_size, config.data.max_tokens, config.data.vocab_size = 2, 384, BERT_VOCABULARY
-    config.optimizer.freeze = (FROZEN_REPORT,)
-    # Two patients fit without recomputation, and CPUs multiply float32 faster than bfloat16.
-    config.model.remat = "none"
-    config.model.dtype = "float32" if jax.default_backend() == "cpu" else "bfloat16"
-    return config.lock()
-
-
-CASES: dict[str, Callable[[], ConfigDict]] = {"mg3d-b": mg3d_b}
 
 
 def random_batch(config: ConfigDict, vocab_size: int, seed: int = 0) -> dict[str, np.ndarray]:
@@ -263,7 +244,9 @@ def parse(argv: list[str]) -> tuple[argparse.Namespace, ConfigDict]:
     """Options and the validated config: a file or a named case, with overrides."""
     parser = argparse.ArgumentParser(prog="mg3d bench step", description=__doc__)
     config_lib.add_arguments(parser, required=False)
-    parser.add_argument("--case", choices=sorted(CASES), help="a named configuration instead of --config FILE (mg3d-b)")
+    parser.add_argument(
+        "--case", choices=sorted(bench_cases.CASES), help="a named configuration instead of --config FILE (mg3d-b)"
+    )
     parser.add_argument("--batch", type=int, metavar="B", help="patients per step, of all devices together")
     parser.add_argument("--steps", type=int, default=3, help="timed steps after the first; the median counts (3)")
     parser.add_argument("--report-frozen", action="store_true", help="do not train the report encoder")
@@ -274,29 +257,15 @@ def parse(argv: list[str]) -> tuple[argparse.Namespace, ConfigDict]:
         raise UserError(f"give --config {args.config} or --case {args.case}, not both")
     if args.steps < 1:
         raise UserError(f"--steps {args.steps} must be at least 1")
-    if args.config:
-        config = config_lib.load(args.config, overrides)
-    else:
-        config = _override(CASES[args.case or "mg3d-b"](), overrides)
+    config = config_lib.load(args.config or f"{bench_cases.__file__}:{args.case or 'mg3d-b'}", overrides)
     config = config.copy_and_resolve_references().unlock()
     config.data.batch_size = args.batch or config.data.batch_size
     if args.report_frozen:
-        config.optimizer.freeze = (*config.optimizer.freeze, FROZEN_REPORT)
+        config.optimizer.freeze = tuple(dict.fromkeys((*config.optimizer.freeze, bench_cases.FROZEN_REPORT)))
     config.data.train, config.training.steps = config.data.train or ("random patients",), 1000
     config.training.epochs, config.training.samples = 0.0, 0
     config_check.validate(config.lock())
     return args, config
-
-
-def _override(config: ConfigDict, overrides: list[str]) -> ConfigDict:
-    """Applies `["--config.a.b=value", ...]`; `UserError` for an unknown key or a wrong type."""
-    values = flags.FlagValues()
-    config_flags.DEFINE_config_dict("config", config, flag_values=values)
-    try:
-        values(["mg3d", *overrides])
-    except (flags.Error, AttributeError, KeyError, TypeError, ValueError) as error:
-        raise UserError(f"{' '.join(overrides)}: {error}") from error
-    return values.config
 
 
 def main(argv: list[str]) -> int:

@@ -30,7 +30,8 @@ class HeldOut:
         key = jax.random.key(0)
         rows, weights = [], []
         for number, batch in enumerate(self._batches()):
-            rows.append(jax.device_get(self.step(params, batch, jax.random.fold_in(key, number))))
+            metrics = self.step(params, batch, jax.random.fold_in(key, number))
+            rows.append(jax.device_get(jax.block_until_ready(metrics)))
             weights.append(rows[-1].pop("valid_share"))
         return {name: float(np.average([row[name] for row in rows], weights=weights)) for name in rows[0]}
 

@@ -13,7 +13,13 @@ import jax
 import jax.numpy as jnp
 from ml_collections import ConfigDict
 
-from mg3d_jax.objectives.masking import nested_patch_mask, random_patch_mask, whole_word_mask
+from mg3d_jax.objectives.masking import (
+    most_selected,
+    nested_patch_mask,
+    random_patch_mask,
+    selected_positions,
+    whole_word_mask,
+)
 from mg3d_jax.objectives.multitask import enabled
 from mg3d_jax.presets import token_grid
 
@@ -116,7 +122,8 @@ def model_inputs(
     Returns:
         `volume` [B, X, Y, Z, C]; `report`, the text fields that the report embedding reads, [B, T] for whole reports or
         [B, K, L] for single sentences (with `full_report` [B, T] beside them); and for the objectives that
-        need them `full_report`, `visible`, `patch_mask` (`objectives.masking`), `corrupted_ids`, `selected`.
+        need them `full_report`, `visible`, `patch_mask` (`objectives.masking`), `corrupted_ids`, and of the tokens that are
+        to be predicted the positions `predicted` and which of those count, `selected`, both [B, N].
     """
     augment_key, view_key, patch_key, word_key = jax.random.split(key, 4)
     volume, names = batch["volume"], enabled(config.objectives)
@@ -138,14 +145,18 @@ def model_inputs(
     if "volume_reconstruction" in names:
         inputs["visible"], inputs["patch_mask"] = patch_mask(patch_key, volume.shape[0], config)
     if "report_reconstruction" in names:
-        inputs["corrupted_ids"], inputs["selected"] = whole_word_mask(
+        ratio = config.objectives.report_reconstruction.mask_ratio
+        most = most_selected(config.data.max_tokens, ratio)
+        inputs["corrupted_ids"], selected = whole_word_mask(
             word_key,
             *(text[name] for name in ("token_ids", "token_mask", "word_index")),
-            ratio=config.objectives.report_reconstruction.mask_ratio,
+            ratio=ratio,
+            most=most,
             mask_id=special["[MASK]"],
             vocab_size=vocab_size,
             special_ids=tuple(special.values()),
         )
+        inputs["predicted"], inputs["selected"] = selected_positions(selected, most)
     return inputs
 
 

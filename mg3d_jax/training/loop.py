@@ -162,7 +162,8 @@ class Trainer:
                     batch = next(batches)
                 if compiled is None:
                     compiled = self._compile(batch)
-                self.profiler.step(step)
+                with self.clock.paused():
+                    self.profiler.step(step)
                 self.state, metrics = compiled(self.state, batch)
                 self.clock.count(self.config.data.batch_size, self.config.data.batch_size * tokens)
                 in_flight.append((step, {name: metrics[name] for name in ("finite", "loss")}))

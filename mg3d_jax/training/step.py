@@ -181,9 +181,9 @@ def follow_centers(params: Any, metrics: dict, factors: Any) -> tuple[Any, dict]
 
 
 def _split_centers(metrics: dict) -> tuple[dict, dict]:
-    """The scalar metrics, and the means of embeddings by the name of their projection."""
+    """The scalar metrics, and the means of embeddings by projection, in an order that all processes share."""
     scalars = {name: value for name, value in metrics.items() if not name.startswith(CENTERS)}
-    return scalars, {name.removeprefix(CENTERS): metrics[name] for name in metrics.keys() - scalars.keys()}
+    return scalars, {name.removeprefix(CENTERS): metrics[name] for name in sorted(metrics.keys() - scalars.keys())}
 
 
 def evaluation_step(setup: Setup, special: dict[str, int]) -> Callable[[Any, Batch, jax.Array], dict]:

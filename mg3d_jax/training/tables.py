@@ -13,7 +13,7 @@ from ml_collections import ConfigDict
 from rich.console import Console
 from rich.table import Table
 
-from mg3d_jax import sharding
+from mg3d_jax import presets, sharding
 from mg3d_jax.training.state import Setup, count
 
 LARGEST = 12  # arrays listed at the start
@@ -44,8 +44,7 @@ def start_table(setup: Setup, compiled: jax.stages.Compiled, *, data: Mapping[st
         table.add_row(name, value)
     for name, number in tower_parameters(setup.abstract["params"]).items():
         table.add_row(f"parameters, {name.replace('_', ' ')}", f"{number:,}")
-    patch = config.model.volume_encoder.patch_size
-    grid = [s // p for s, p in zip(config.model.volume_size, patch, strict=True)]
+    patch, grid = presets.token_cell(config.model), presets.token_grid(config.model)
     table.add_row(
         "tokens per volume",
         f"{math.prod(grid)} ({' x '.join(map(str, grid))} patches of {' x '.join(map(str, patch))})",
