@@ -2,10 +2,16 @@
 
     mg3d train --config configs/pretrain.py --workdir RUN --config.data.train=DATA/train --config.data.valid=DATA/valid
 
-Argument: a preset of the volume encoder (`ti s b l h g`; default `b`), and after a comma the objectives
+Argument: a preset of the volume encoder (`ti s b l h g`, `swin-b swin-l`; default `b`), and after a comma the objectives
 (`clip siglip mae mg3d`; default `mg3d`), e.g. `configs/pretrain.py:l,clip`. Learning rate, schedule, weight decay,
-multipliers and weights are the paper's (batch 4 per GPU there; `data.batch_size` is global here). The paper freezes
-RadBERT; until a pre-trained report encoder is loaded, ours is trained. Not run at this size yet.
+multipliers and weights are the paper's (batch 4 per GPU there; `data.batch_size` is global here). Not run at this size yet.
+
+The report encoder is trained from scratch unless a pre-trained one is named; the paper freezes RadBERT:
+
+    --config.model.report_encoder.pretrained=NAME --config.data.tokenizer=NAME \
+    --config.model.report_encoder.frozen_layers=-1 --config.objectives.matching.sentence_source=encoder
+
+The paper's own backbone is `configs/pretrain.py:swin-b`.
 """
 
 from ml_collections import ConfigDict
@@ -18,7 +24,11 @@ def get_config(arg: str = "") -> ConfigDict:
     config = config_lib.default().unlock()
     config.name = f"pretrain-{preset}"
     config.model.volume_encoder.preset = preset
+    if preset.startswith("swin"):
+        config.model.volume_encoder.kind = "swin"
     config_lib.use_objectives(config, objectives or "mg3d")
+    # Means of an encoder that is being trained drift together; fixed word vectors do not.
+    config.objectives.matching.sentence_source = "words"
     config.data.batch_size = 64
     config.optimizer.learning_rate = 1e-5
     config.optimizer.weight_decay = 1e-8

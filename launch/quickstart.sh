@@ -29,7 +29,8 @@ for split in train valid; do
   mg3d prepare --source ctrate --root "$OUT/phantoms" --split "$split" --out "$OUT/$split" "${SIZE[@]}"
 done
 
-train=(mg3d train --config "$CONFIG" --config.data.train="$OUT/train" --config.data.valid="$OUT/valid")
+train=(mg3d train --config "$CONFIG" --config.data.train="$OUT/train" --config.data.valid="$OUT/valid"
+  --config.training.evaluate_every=175)
 
 step "3/5 train, stopped on purpose by SIGTERM after some steps"
 if [ ! -e "$RUN/checkpoints" ]; then
@@ -49,6 +50,7 @@ step "4/5 train again: the same command resumes"
 
 step "5/5 evaluate on unseen patients"
 mg3d evaluate --workdir "$RUN" --data "$OUT/valid"
+mg3d report "$RUN"
 
 if [ "${MG3D_CONTROL:-0}" = 1 ]; then
   step "control: the same training with shuffled reports must stay at chance"
@@ -62,6 +64,7 @@ volumes and reports   $OUT/phantoms/dataset
 records               $OUT/train, $OUT/valid
 run                   $RUN   (checkpoints, metrics.jsonl, tensorboard, tokenizer, config.json, summary.json)
 evaluation            $RUN/evaluation/evaluation.json, $RUN/evaluation/evaluation.png
+report                $RUN/report.html   (one page, opens offline)
 EOF
 python - "$RUN/evaluation/evaluation.json" <<'EOF'
 import json, sys
