@@ -8,7 +8,7 @@ from __future__ import annotations
 import importlib
 import sys
 
-from mg3d_jax.errors import UserError
+from mg3d_jax.errors import UserError, storage_problem
 
 COMMANDS: dict[str, tuple[str, str]] = {
     "phantom": ("mg3d_jax.data.phantom_command", "make procedural chest CT with reports, in CT-RATE's layout"),
@@ -49,4 +49,13 @@ def main(argv: list[str] | None = None) -> int:
         return importlib.import_module(COMMANDS[name][0]).main(rest) or 0
     except UserError as error:
         print(f"mg3d {name}: {error}", file=sys.stderr)
+        return 2
+    except OSError as error:
+        if (problem := storage_problem(error)) is None:
+            raise
+        where = f"{error.filename}: " if error.filename else ""
+        print(
+            f"mg3d {name}: {where}{problem}. Make room or change the permissions; the same command goes on",
+            file=sys.stderr,
+        )
         return 2

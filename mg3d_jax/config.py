@@ -124,7 +124,7 @@ def default() -> ConfigDict:
         accumulation=1,  # micro-batches per step
         gradient_cache=False,  # with accumulation > 1: the exact gradient of the whole batch, for one more forward pass
         learning_rate_multipliers=((".*", 1.0),),  # (regex, factor): the first match counts, every parameter must match
-        no_weight_decay=(".*(bias|scale|position|embedding|pooling_query|logit_scale|logit_bias).*",),
+        no_weight_decay=(".*(bias|scale|position|embedding|pool/query|logit_scale|logit_bias).*",),
         freeze=(),  # regexes of parameters that are not trained
         ema=0.0,  # decay of the exponential moving average of the parameters, e.g. 0.999; 0 keeps none
     )

@@ -208,6 +208,15 @@ def _training_problems(config: ConfigDict) -> list[str]:
     for key in ("validate_every", "evaluate_every", "watchdog_minutes"):
         if training[key] < 0:
             problems.append(f"training.{key} = {training[key]}: must not be negative; 0 switches it off")
+    split = training.best_metric.partition("/")[0]
+    if training.best_metric and split not in ("valid", "evaluation"):
+        problems.append(
+            f"training.best_metric = {training.best_metric!r}: a name like valid/loss or evaluation/auroc_macro"
+        )
+    if split == "evaluation" and not training.evaluate_every:
+        problems.append(
+            f"training.best_metric = {training.best_metric!r} is never measured: set training.evaluate_every"
+        )
     if (training.evaluate_every or training.best_metric) and not config.data.valid:
         problems.append(
             "training.evaluate_every and training.best_metric need held-out data: set data.valid to a prepared folder"

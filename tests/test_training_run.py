@@ -1,6 +1,7 @@
 """`mg3d train` and `mg3d evaluate` as a user runs them: repeat, interrupt, resume, evaluate."""
 
 import json
+import shutil
 import signal
 import subprocess
 import sys
@@ -10,6 +11,9 @@ from pathlib import Path
 import pytest
 from support import ROOT, environment, mg3d
 
+from mg3d_jax import config as config_lib
+from mg3d_jax.errors import UserError
+from mg3d_jax.training.loop import Trainer
 from mg3d_jax.training.writers import read_metrics
 
 TINY = """
@@ -93,6 +97,21 @@ def test_a_finished_run_says_so_and_another_config_is_refused(finished, config_f
     other = mg3d(*arguments(config_file, finished, tiny_data, "--config.optimizer.learning_rate=0.5"), **PATH)
     assert other.returncode == 2 and "optimizer.learning_rate: 0.0001 -> 0.5" in other.stderr
     assert "Traceback" not in other.stderr
+
+
+def test_a_damaged_newest_checkpoint_and_other_data_at_the_start_of_the_loop(finished, tiny_data, tmp_path, capsys):
+    workdir = tmp_path / "copy"
+    shutil.copytree(finished, workdir)
+    config = config_lib.from_json((workdir / "config.json").read_text())
+    text = next(path for path in (workdir / "checkpoints" / "6" / "meta").rglob("*") if path.is_file())
+    text.write_text(text.read_text().replace('"step"', '"stop"', 1))
+    trainer = Trainer(config, workdir)
+    trainer.checkpoints.close()
+    assert trainer.first == 4 and "6 is damaged and not used" in capsys.readouterr().err
+    config = config.copy_and_resolve_references().unlock()
+    config.data.train = (tiny_data["valid"],)
+    with pytest.raises(UserError, match=r"started on folders of \[29\] records"):
+        Trainer(config.lock(), workdir)
 
 
 def test_evaluate_writes_numbers_and_picture(finished, tiny_data):

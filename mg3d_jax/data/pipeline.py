@@ -9,6 +9,7 @@ replayed. A record that turns out damaged keeps its row, with `valid = False` (s
 from __future__ import annotations
 
 import hashlib
+import signal
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
@@ -200,6 +201,11 @@ class LocalBatches:
         return self.reader(indices, None if self.report_of is None else [int(self.report_of[j]) for j in indices])
 
 
+def _leave_sigterm_to_the_trainer(worker: int, workers: int) -> None:
+    """SLURM signals every process of a step. The trainer saves and leaves; until then it needs its workers."""
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+
+
 def host_batches(source: LocalBatches, *, threads: int, workers: int) -> Iterator[dict[str, np.ndarray]]:
     """The batches of `source` in order, read ahead in `threads` threads, in each of `workers` processes if there are any.
     Close the iterator where it is left early."""
@@ -213,7 +219,7 @@ def host_batches(source: LocalBatches, *, threads: int, workers: int) -> Iterato
 
         if not flags.FLAGS.is_parsed():  # grain's workers read absl flags
             flags.FLAGS.mark_as_parsed()
-        dataset = dataset.mp_prefetch(grain.MultiprocessingOptions(num_workers=workers))
+        dataset = dataset.mp_prefetch(grain.MultiprocessingOptions(num_workers=workers), _leave_sigterm_to_the_trainer)
     iterator = iter(dataset)
     try:
         yield from iterator

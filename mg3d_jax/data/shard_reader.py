@@ -162,19 +162,24 @@ _skipped = bytearray(_BLOCK_HEADER)  # block headers are read to here; nobody lo
 
 
 def _read(file: io.FileIO, position: int, out: np.ndarray | bytearray) -> None:
-    """Fills `out` (bytes) with the logical bytes from file position `position` on, in one system call."""
+    """Fills `out` (bytes) with the logical bytes from file position `position` on, as a rule in one system call."""
     position += _BLOCK_HEADER * (position % _BLOCK == 0)
     room, view, vectors = _BLOCK - position % _BLOCK, memoryview(out), []
     while len(view):
         vectors += [_skipped, view[:room]] if vectors else [view[:room]]
         view, room = view[room:], _BLOCK - _BLOCK_HEADER
-    wanted = sum(map(len, vectors))
-    try:
-        got = os.preadv(file.fileno(), vectors, position)
-    except OSError as error:
-        raise DamagedRecordError(f"byte {position} of its file cannot be read ({error})") from error
-    if got != wanted:
-        raise DamagedRecordError(f"its file ends at byte {position + got}, {wanted - got} too early")
+    while vectors:
+        try:
+            got = os.preadv(file.fileno(), vectors, position)
+        except OSError as error:
+            raise DamagedRecordError(f"byte {position} of its file cannot be read ({error})") from error
+        if not got:
+            raise DamagedRecordError(f"its file ends at byte {position}, {sum(map(len, vectors))} too early")
+        position += got
+        while vectors and got >= len(vectors[0]):  # network disks may give less than was asked for
+            got -= len(vectors.pop(0))
+        if vectors:
+            vectors[0] = memoryview(vectors[0])[got:]
 
 
 def _bytes(file: io.FileIO, position: int, size: int) -> bytes:

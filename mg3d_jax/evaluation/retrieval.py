@@ -21,7 +21,7 @@ def ranks(similarity: np.ndarray, correct: np.ndarray) -> np.ndarray:
         similarity: `[queries, candidates]`. correct: bool of the same shape, at least one True per row.
     """
     best = np.where(correct, similarity, -np.inf).max(axis=1, keepdims=True)
-    return 1 + np.sum((similarity >= best) & ~correct, axis=1)
+    return 1 + np.sum(~(similarity < best) & ~correct, axis=1)  # so that NaN counts against
 
 
 def recall(

@@ -15,6 +15,7 @@ from __future__ import annotations
 import functools
 import itertools
 import json
+import logging
 import math
 import os
 import secrets
@@ -65,7 +66,7 @@ class Checkpoints:
         self._manager: ocp.CheckpointManager | None = None
         self._damaged: dict[int, str] = {}  # step -> reason, of those that `newest` passed over
         self._failed = False
-        _silence_late_callbacks()
+        _silence_repetitions()
 
     def steps(self) -> list[int]:
         """Steps of the complete checkpoints, in order."""
@@ -117,10 +118,7 @@ class Checkpoints:
         """
         if half := self._half_written():
             _say(f"{self.folder}: {', '.join(p.name for p in half)} was not written to its end and is not used")
-        found = self._newest(setup, same_run=True)
-        for step, reason in self._damaged.items():
-            _say(f"{self.folder / str(step)} is damaged and not used: {reason}")
-        return found
+        return self._newest(setup, same_run=True)
 
     def restore(self, setup: Setup, step: int | None = None) -> tuple[State, dict[str, Any]]:
         """State and meta of `step` (newest readable by default). `UserError` where there is none or it is damaged."""
@@ -162,7 +160,7 @@ class Checkpoints:
                 manager.close()
 
     def _newest(self, setup: Setup, *, same_run: bool) -> tuple[State, dict[str, Any], int] | None:
-        """The newest readable one; fills `_damaged`."""
+        """The newest readable one; fills `_damaged` and names those."""
         self._damaged = {}
         while True:
             left = [step for step in self.steps() if step not in self._damaged]
@@ -180,6 +178,7 @@ class Checkpoints:
                 return *self._read(setup, step, same_run=same_run), step
             except DamagedCheckpointError as error:
                 self._damaged[step] = str(error)
+                _say(f"{self.folder / str(step)} is damaged and not used: {error}")
 
     def _read(self, setup: Setup, step: int, *, same_run: bool) -> tuple[State, dict[str, Any]]:
         """One checkpoint with all checksums verified. `DamagedCheckpointError` in all processes if in one."""
@@ -352,8 +351,12 @@ def _guarded(read: Callable, *args: Any) -> Any:
 
 
 @functools.cache
-def _silence_late_callbacks() -> None:
-    """When one array fails, tensorstore's news of the others come after orbax has left: a hundred tracebacks of no use."""
+def _silence_repetitions() -> None:
+    """One error of the disk is enough: without this hundreds of tracebacks bury the `UserError` that explains it.
+
+    orbax logs the error in each of its threads, and tensorstore's news of the other arrays come after orbax has left.
+    """
+    logging.getLogger("absl").addFilter(lambda record: not (record.exc_info and storage_problem(record.exc_info[1])))
     show = sys.unraisablehook
 
     def hook(unraisable: Any) -> None:

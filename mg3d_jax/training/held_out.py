@@ -11,6 +11,7 @@ import numpy as np
 
 from mg3d_jax.data.pipeline import PreparedData, evaluation_batches
 from mg3d_jax.data.tokens import ReportTokenizer
+from mg3d_jax.errors import UserError
 from mg3d_jax.training import step as step_lib
 from mg3d_jax.training.state import Setup
 
@@ -33,6 +34,8 @@ class HeldOut:
             metrics = self.step(params, batch, jax.random.fold_in(key, number))
             rows.append(jax.device_get(jax.block_until_ready(metrics)))
             weights.append(rows[-1].pop("valid_share"))
+        if not any(weights):
+            raise UserError(f"every record of data.valid = {self.setup.config.data.valid} is damaged: prepare it again")
         return {name: float(np.average([row[name] for row in rows], weights=weights)) for name in rows[0]}
 
     def first_batch(self) -> dict[str, jax.Array]:

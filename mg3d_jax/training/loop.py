@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 from collections import deque
 from collections.abc import Iterator
+from contextlib import ExitStack
 from pathlib import Path
 
 import jax
@@ -15,6 +16,7 @@ from mg3d_jax import config as config_lib
 from mg3d_jax.data.order import RecordOrder
 from mg3d_jax.data.pipeline import PreparedData, record_names, train_batches
 from mg3d_jax.environment import environment_facts
+from mg3d_jax.errors import UserError
 from mg3d_jax.evaluation.online import OnlineEvaluation
 from mg3d_jax.progress import Progress
 from mg3d_jax.scaling import flops
@@ -22,7 +24,7 @@ from mg3d_jax.training import clock as clock_lib
 from mg3d_jax.training import distributed, run_folder, tables
 from mg3d_jax.training import state as state_lib
 from mg3d_jax.training import step as step_lib
-from mg3d_jax.training.checkpoints import Checkpoints, check_same_run, check_writable
+from mg3d_jax.training.checkpoints import Checkpoints, check_writable
 from mg3d_jax.training.clock import Clock
 from mg3d_jax.training.held_out import HeldOut
 from mg3d_jax.training.images import Reconstructions
@@ -31,7 +33,7 @@ from mg3d_jax.training.schedule import total_steps
 from mg3d_jax.training.stopping import DONE, PREEMPTED, SkippedUpdates, StopRequest
 from mg3d_jax.training.warm_start import load_pretrained
 from mg3d_jax.training.watchdog import Watchdog
-from mg3d_jax.training.writers import open_writers
+from mg3d_jax.training.writers import Writers, open_writers
 
 
 class Trainer:
@@ -68,7 +70,7 @@ class Trainer:
         self.flops = self.cost.training_flops * config.data.batch_size
         self.peak_flops = devices.known_peak(jax.devices()[0].device_kind, config.model.dtype)
         self.profiler = Profiler(workdir, profile_steps)
-        self.skipped = SkippedUpdates(workdir, config.training.max_skipped, self._records_of)
+        self.skipped = SkippedUpdates(workdir, config.training.max_skipped, self._records_of, resume_step=self.first)
         # Held-out loss and evaluation, "valid/loss", "evaluation/auroc_macro", ...: the latest, and those of this step.
         self.latest: dict[str, float] = {}
         self.measured: dict[str, float] = {}
@@ -76,6 +78,7 @@ class Trainer:
         self.facts = self.identity | {  # the part of a checkpoint's JSON that is the same at every step
             "config": config_lib.to_json(config),
             "vocab_size": self.tokenizer.vocab_size,
+            "records": self.data.lengths,  # of each folder: they make the order of the samples
             "spacing": self.data.spacing,  # mm, None if it differs between volumes; exports say it to their users
             "source": " + ".join(sorted({reader.manifest["source"] for reader in self.data.readers})),
         }
@@ -92,14 +95,17 @@ class Trainer:
         )
 
     def _start(self) -> tuple[state_lib.State, int, Clock]:
-        """State, step and clock of the newest checkpoint, or of a new run."""
-        if (latest := self.checkpoints.latest()) is not None:
-            check_same_run(self.checkpoints.meta(latest), self.config)
+        """State, step and clock of the newest readable checkpoint, or of a new run."""
         found = self.checkpoints.newest(self.setup)
         if found is None:
             fresh = load_pretrained(self.setup, state_lib.initialize(self.setup), self.tokenizer)
             return fresh, 0, Clock()
         state, meta, step = found
+        if (lengths := meta.get("records", self.data.lengths)) != self.data.lengths:
+            raise UserError(
+                f"this run was started on folders of {lengths} records, those of data.train have {self.data.lengths}: their "
+                "order would be another one. Use the same data, or another --workdir."
+            )
         print(f"{self.workdir}: resuming after step {step} of {self.steps}", file=sys.stderr)
         return state, step, Clock(meta["trained_seconds"])
 
@@ -108,7 +114,7 @@ class Trainer:
         if self.first >= self.steps:
             return self._finish_again()
         if self.writes:
-            (self.workdir / run_folder.CONFIG_FILE).write_text(config_lib.to_json(self.config))
+            run_folder.write_whole(self.workdir / run_folder.CONFIG_FILE, self.config.to_dict())
             run_folder.write_whole(self.workdir / run_folder.ENVIRONMENT_FILE, environment_facts())
         self.writers = open_writers(self.workdir, self.config, resume_step=self.first)
         batches = train_batches(
@@ -121,14 +127,16 @@ class Trainer:
             log_folder=self.workdir,
         )
         stop = StopRequest(self.checkpoints)
-        try:
+        with ExitStack() as stack:  # all of them are called, whatever one of them raises
+            for close in (
+                stop.restore_handler,
+                self.writers.close,
+                self.checkpoints.close,
+                self.profiler.close,
+                batches.close,
+            ):
+                stack.callback(close)
             finished = self._train(batches, stop)
-        finally:
-            batches.close()
-            self.profiler.close()
-            self.checkpoints.close()
-            self.writers.close()
-            stop.restore_handler()
         # Process 0 finishes a checkpoint last, and launchers may stop the others once one has left.
         distributed.barrier("saved")
         if not finished:
@@ -142,9 +150,8 @@ class Trainer:
         print(f"{self.workdir}: already done, {self.first} of {self.steps} steps", file=sys.stderr)
         self.checkpoints.close()
         if not (self.workdir / run_folder.SUMMARY_FILE).exists():
-            self.writers = open_writers(self.workdir, self.config, resume_step=self.first - 1)
+            self.writers = Writers(())  # what was measured at the last step was written before its checkpoint
             self._look(self.steps)  # all processes take part
-            self.writers.close()
             if self.writes:
                 self._write_summary()
         return DONE
@@ -167,8 +174,7 @@ class Trainer:
                 self.state, metrics = compiled(self.state, batch)
                 self.clock.count(self.config.data.batch_size, self.config.data.batch_size * tokens)
                 in_flight.append((step, {name: metrics[name] for name in ("finite", "loss")}))
-                while len(in_flight) > (0 if step == self.steps else limit):
-                    self._await(*in_flight.popleft())
+                self._await(in_flight, 0 if self._halts(step) else limit)
                 if self._due(step, self.config.training.log_every):
                     note = self._log(step, metrics)
                 looked = self._look(step)
@@ -176,6 +182,7 @@ class Trainer:
                 progress.advance(note=note)
                 watchdog.beat(step)
                 if step < self.steps and stop.asked(step):
+                    self._await(in_flight, 0)
                     self._save(step, force=True)
                     print(
                         f"asked to stop: saved step {step} of {self.steps}; the same command goes on", file=sys.stderr
@@ -186,6 +193,12 @@ class Trainer:
     def _due(self, step: int, every: int) -> bool:
         return step == self.steps or (every > 0 and step % every == 0)
 
+    def _halts(self, step: int) -> bool:
+        """Is something measured or saved after this step? The host waits there anyway; rates and skips are exact then."""
+        training = self.config.training
+        intervals = training.log_every, training.validate_every, training.evaluate_every, training.checkpoint_every
+        return any(self._due(step, every) for every in intervals)
+
     def _compile(self, batch: dict) -> jax.stages.Compiled:
         with self.clock.paused():
             compiled = step_lib.train_step(self.setup, self.tokenizer.special).compile(self.setup.abstract, batch)
@@ -195,10 +208,12 @@ class Trainer:
             distributed.barrier("compiled")
         return compiled
 
-    def _await(self, step: int, metrics: dict) -> None:
-        """Waits for a step and takes note of its update if it was skipped."""
-        finite, loss = jax.device_get((metrics["finite"], metrics["loss"]))
-        self.skipped.check(step, finite=bool(finite), loss=float(loss))
+    def _await(self, in_flight: deque[tuple[int, dict]], most: int) -> None:
+        """Waits until at most so many steps are in flight, and takes note of updates that were skipped."""
+        while len(in_flight) > most:
+            step, metrics = in_flight.popleft()
+            finite, loss = jax.device_get((metrics["finite"], metrics["loss"]))
+            self.skipped.check(step, finite=bool(finite), loss=float(loss))
 
     def _records_of(self, step: int) -> list[str]:
         """Names of the records in the batch of a step."""
@@ -230,7 +245,10 @@ class Trainer:
                 new |= self._write(step, "evaluation", self.evaluation.metrics(params))
         self.latest |= new
         self.measured = new
-        return bool(training.best_metric) and training.best_metric in new
+        measured = any(name.startswith(training.best_metric.partition("/")[0] + "/") for name in new)
+        if training.best_metric and measured and training.best_metric not in new:
+            raise UserError(f"training.best_metric = {training.best_metric!r} is none of {', '.join(new)}")
+        return training.best_metric in new
 
     def _write(self, step: int, split: str, values: dict[str, float]) -> dict[str, float]:
         self.writers.scalars(step, split, values)

@@ -18,6 +18,7 @@ from mg3d_jax.data.bad_records import BadRecords
 from mg3d_jax.data.pipeline import PreparedData
 from mg3d_jax.data.tokens import ReportTokenizer, load_tokenizer, save_tokenizer, train_wordpiece
 from mg3d_jax.training import distributed
+from mg3d_jax.training.checkpoints import Checkpoints
 
 CONFIG_FILE, TOKENIZER_FOLDER = "config.json", "tokenizer"
 SUMMARY_FILE, ENVIRONMENT_FILE = "summary.json", "environment.json"
@@ -32,13 +33,15 @@ def write_whole(path: Path, document: Mapping[str, Any]) -> None:
 
 
 def run_tokenizer(config: ConfigDict, workdir: Path) -> ReportTokenizer:
-    """The tokenizer that the run keeps, made on its first start.
+    """The tokenizer that the run keeps: made before it has a checkpoint, and only read afterwards.
 
+    A start that came to no checkpoint may have been one with another `data.tokenizer` or `data.vocab_size`.
     A trained one reads the first 2,000 records of the whole training set, not of the `max_patients` subset: the runs of a
     sweep over data size share their vocabulary.
     """
     folder = workdir / TOKENIZER_FOLDER
-    if jax.process_index() == 0 and not (folder / "tokenizer.json").exists():
+    kept = (folder / "tokenizer.json").exists() and Checkpoints(workdir).latest() is not None
+    if jax.process_index() == 0 and not kept:
         # Made elsewhere and renamed: a kill in the middle leaves no half a tokenizer.
         partial = workdir / f"{TOKENIZER_FOLDER}.partial"
         save_tokenizer(_make_tokenizer(config, workdir), partial)
@@ -51,6 +54,7 @@ def run_tokenizer(config: ConfigDict, workdir: Path) -> ReportTokenizer:
 def _make_tokenizer(config: ConfigDict, workdir: Path) -> Tokenizer:
     if config.data.tokenizer != "train":
         return load_tokenizer(config.data.tokenizer)
-    bad = BadRecords(workdir, config.data.max_bad_records)
-    records = itertools.islice(PreparedData(config.data.train).records(bad), TOKENIZER_RECORDS)
+    data = PreparedData(config.data.train)
+    bad = BadRecords(workdir, min(config.data.max_bad_records, len(data) // 2))  # as in training
+    records = itertools.islice(data.records(bad), TOKENIZER_RECORDS)
     return train_wordpiece({s for record in records for s in record.sentences}, config.data.vocab_size)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 import json
+import os
 import signal
 import sys
 from collections.abc import Callable
@@ -44,16 +46,24 @@ class SkippedUpdates:
     """Counts the updates that the compiled step skipped because loss or gradient was not finite.
 
     Each is written to `skipped.jsonl` with the records of its batch. All processes see the same flags and so come to the
-    same end; process 0 writes.
+    same end; process 0 writes. A resumed run counts on; what was noted after its checkpoint happens again and is dropped.
 
     Args:
         limit: so many in a row end the run.
         records: names of the records in the batch of a step, e.g. "FOLDER: SCAN".
+        resume_step: of the checkpoint, 0 for a new run.
     """
 
-    def __init__(self, workdir: Path, limit: int, records: Callable[[int], list[str]]):
+    def __init__(self, workdir: Path, limit: int, records: Callable[[int], list[str]], *, resume_step: int = 0):
         self._path, self._limit, self._records = workdir / SKIPPED_FILE, limit, records
-        self.total = self.in_a_row = 0
+        before = _noted(self._path, resume_step)
+        if self._path.exists() and jax.process_index() == 0:
+            temporary = self._path.with_suffix(".partial")
+            temporary.write_text("".join(json.dumps(entry) + "\n" for entry in before))
+            os.replace(temporary, self._path)
+        steps = {entry["step"] for entry in before}
+        self.total = len(steps)
+        self.in_a_row = next(n for n in itertools.count() if resume_step - n not in steps)
 
     def check(self, step: int, *, finite: bool, loss: float) -> None:
         """Takes note of one step. `UserError` when the limit is reached: nothing is saved after it."""
@@ -75,3 +85,16 @@ class SkippedUpdates:
                 f"{self.in_a_row} updates in a row were not finite (training.max_skipped), the last at step {step}: lower "
                 f"optimizer.learning_rate, or look at the records in {self._path}. The checkpoints before are intact"
             )
+
+
+def _noted(path: Path, last: int) -> list[dict]:
+    """The entries of `skipped.jsonl` up to step `last`; a line that was cut off by a kill is of a later one."""
+    found = []
+    for line in path.read_text().splitlines() if path.exists() else ():
+        try:
+            entry = json.loads(line)
+        except ValueError:
+            continue
+        if entry["step"] <= last:
+            found.append(entry)
+    return found

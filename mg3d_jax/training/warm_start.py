@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 
@@ -35,7 +36,8 @@ def load_pretrained(setup: Setup, state: State, tokenizer: ReportTokenizer) -> S
             tower = _tower(source, encoder, kind, setup, tokenizer)
             check_fields(tower, module)
             params[encoder] = _placed(merge(params[encoder], tower), setup.shardings["params"][encoder])
-    return state | {"params": params}
+    average = {"ema": jax.tree.map(jnp.copy, params)} if "ema" in state else {}
+    return state | {"params": params} | average
 
 
 def _tower(source: str, encoder: str, kind: str, setup: Setup, tokenizer: ReportTokenizer) -> Tower:

@@ -109,7 +109,7 @@ class TensorBoardWriter:
     def __init__(self, workdir: Path, config: ConfigDict, resume_step: int):
         from tensorboardX import SummaryWriter  # slow import
 
-        self._board = SummaryWriter(str(workdir / "tensorboard"), purge_step=resume_step + 1 if resume_step else None)
+        self._board = SummaryWriter(str(workdir / "tensorboard"), purge_step=resume_step + 1)
 
     def scalars(self, step: int, split: str, values: Mapping[str, float]) -> None:
         for name, value in values.items():
