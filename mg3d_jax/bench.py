@@ -58,11 +58,10 @@ def training_matmul_flops(case: Case) -> float:
 
 
 def parser() -> argparse.ArgumentParser:
-    """Options of `mg3d bench`."""
-    root = argparse.ArgumentParser(prog="mg3d bench", description="Measures speed and memory on this machine.")
-    model = root.add_subparsers(dest="what", required=True).add_parser(
-        "model",
-        help="forward and backward pass of the volume encoder, next to MONAI's ViT",
+    """Options of `mg3d bench model`."""
+    model = argparse.ArgumentParser(
+        prog="mg3d bench model",
+        description="Forward and backward pass of the volume encoder, next to MONAI's ViT.",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     model.add_argument("--preset", nargs="+", default=["b", "l"], choices=list(VOLUME_PRESETS), help="encoder sizes")
@@ -75,7 +74,7 @@ def parser() -> argparse.ArgumentParser:
     model.add_argument("--attention", default="auto", help="our attention backend: auto, xla, cudnn or splash")
     model.add_argument("--no-monai", action="store_true", help="time our encoder only")
     model.add_argument("--json", type=Path, metavar="FILE", help="also write the numbers there")
-    return root
+    return model
 
 
 def main(argv: list[str]) -> int:

@@ -25,6 +25,8 @@ def tiny_config(train: str = "", valid: str = "", **overrides: object) -> Config
     config.model.volume_encoder.preset = "nano"
     config.model.report_encoder.preset = "nano"
     config.model.projection_dim = 32
+    config.model.fusion.depth = 1
+    config.model.voxel_decoder.update({"width": 128, "depth": 1, "num_heads": 4})
     config.model.dtype = "float32"
     config.model.remat = "none"
     config.data.train = (train,) if train else ()

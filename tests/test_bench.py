@@ -14,7 +14,7 @@ from mg3d_jax.errors import UserError
 from mg3d_jax.models.volume_encoder import VolumeEncoder
 from mg3d_jax.presets import volume_preset
 
-SMALL = ["model", "--preset", "nano", "--volume-size", "16", "16", "16", "--patch-size", "8", "8", "8", "--steps", "1"]
+SMALL = ["--preset", "nano", "--volume-size", "16", "16", "16", "--patch-size", "8", "8", "8", "--steps", "1"]
 
 
 def test_flops_equal_what_xla_compiled():

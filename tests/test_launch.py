@@ -19,7 +19,7 @@ from mg3d_jax.training.loop import Trainer
 from mg3d_jax.training.writers import read_metrics
 
 LAUNCH = ROOT / "launch"
-STEPS = 40
+STEPS, EVERY = 24, 6  # of training, and from checkpoint to checkpoint
 
 
 def run(script, *words, cwd=None, timeout=300, **variables):
@@ -139,7 +139,7 @@ sys.path.insert(0, {tests!r})
 from support import tiny_config
 
 def get_config(arg=""):
-    config = tiny_config({train!r}, {valid!r}, training__steps={steps}, training__checkpoint_every=10)
+    config = tiny_config({train!r}, {valid!r}, training__steps={steps}, training__checkpoint_every={every})
     return config.unlock()
 """
 
@@ -154,7 +154,13 @@ def training_environment(**variables):
 @pytest.fixture(scope="module")
 def config_file(tiny_data, tmp_path_factory):
     path = tmp_path_factory.mktemp("launch") / "tiny.py"
-    values = {"tests": str(ROOT / "tests"), "train": tiny_data["train"], "valid": tiny_data["valid"], "steps": STEPS}
+    values = {
+        "tests": str(ROOT / "tests"),
+        "train": tiny_data["train"],
+        "valid": tiny_data["valid"],
+        "steps": STEPS,
+        "every": EVERY,
+    }
     path.write_text(CONFIG_FILE.format(**values))
     return path
 
@@ -163,7 +169,9 @@ def config_file(tiny_data, tmp_path_factory):
 def expected_losses(tiny_data, tmp_path_factory):
     """Of an uninterrupted run, in this process, on eight devices."""
     workdir = tmp_path_factory.mktemp("uninterrupted")
-    config = tiny_config(tiny_data["train"], tiny_data["valid"], training__steps=STEPS, training__checkpoint_every=10)
+    config = tiny_config(
+        tiny_data["train"], tiny_data["valid"], training__steps=STEPS, training__checkpoint_every=EVERY
+    )
     assert Trainer(config, workdir).run() == 0
     return losses(workdir)
 
@@ -203,7 +211,7 @@ def test_two_local_processes_survive_sigkill_and_sigterm_to_one(config_file, exp
     with log.open("w") as stream:
         process = subprocess.Popen(["bash", str(LAUNCH / "local.sh")], env=env, stdout=stream, stderr=stream)
         try:
-            wait_for((workdir / "checkpoints" / "10").exists, process)
+            wait_for((workdir / "checkpoints" / str(EVERY)).exists, process)
             os.kill(processes_of(workdir)[1], signal.SIGKILL)
             wait_for(lambda: "resuming after step" in log.read_text(), process)
             resumed = logged_steps(workdir)

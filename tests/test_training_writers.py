@@ -135,8 +135,8 @@ def test_rates_in_closed_form(monkeypatch):
 
 def test_memory_of_a_platform_whose_devices_do_not_say_is_that_of_the_process():
     before = clock_lib.device_memory()["host_memory_gib"]
-    held = np.ones(2**25)  # a quarter of a GiB
-    assert clock_lib.device_memory()["host_memory_gib"] - before == pytest.approx(0.25, abs=0.05)
+    held = np.ones(2**27)  # a GiB, far more than what may be reused of memory that was given back
+    assert clock_lib.device_memory()["host_memory_gib"] - before == pytest.approx(1.0, abs=0.25)
     assert held[-1] == 1
 
 
