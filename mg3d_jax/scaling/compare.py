@@ -155,5 +155,5 @@ def _plot(path: Path, rows: Sequence[dict], metrics: Sequence[str]) -> None:
         panel.tick_params(labelsize=8)
         panel.grid(axis="x", linewidth=0.3)
     panels[0].set_yticks(range(len(rows)), [row["variant"] for row in rows])
-    panels[0].invert_yaxis()
+    panels[0].set_ylim(len(rows) - 0.5, -0.5)
     figure.savefig(path, dpi=130)
