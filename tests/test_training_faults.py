@@ -13,6 +13,7 @@ import socket
 import subprocess
 import sys
 import time
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
@@ -73,14 +74,21 @@ class Zygote:
         env["MALLOC_ARENA_MAX"] = "2"  # else malloc's own pools for the threads that come and go hide what grows
         pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
         self.process = subprocess.Popen([sys.executable, "-c", ZYGOTE], env=env, text=True, **pipes)
+        self.running = None
 
     def start(self, arguments, log):
+        if self.running is not None:  # left by a test that failed
+            with suppress(ProcessLookupError):
+                os.kill(self.running, signal.SIGKILL)
+            self.wait()
         self.process.stdin.write(json.dumps([arguments, str(log)]) + "\n")
         self.process.stdin.flush()
-        return int(self.process.stdout.readline())
+        self.running = int(self.process.stdout.readline())
+        return self.running
 
     def wait(self):
-        return int(self.process.stdout.readline())
+        code, self.running = int(self.process.stdout.readline()), None
+        return code
 
     def run(self, arguments, log):
         self.start(arguments, log)
@@ -144,7 +152,8 @@ def wait_for_moment(moment, rng, run, starting):
         return {"after a step": lines(run), "while it saves": saving, "after a save": set(folders) - set(saving)}
 
     if moment == "while it starts":
-        time.sleep(rng.uniform(0, starting))
+        end, logged = time.monotonic() + rng.uniform(0, starting), lines(run)
+        wait_until(lambda: time.monotonic() > end or lines(run) > logged)  # it may start faster than the first one
         return
     before = seen()[moment]
     wait_until(lambda: seen()[moment] not in (before, 0, [], set()))
