@@ -111,6 +111,12 @@ def record_names(data: PreparedData, indices: Iterable[int]) -> list[str]:
     return [f"{reader.folder}: {reader.name(number)}" for reader, number in places]
 
 
+def skipped_records(data: PreparedData, log_folder: Path | None, limit: int) -> BadRecords:
+    """Where training notes the damaged records that it skips: at most `limit`, `data.max_bad_records`, and at most half of
+    all. A set that is bad for the larger part is another fault than a flipped byte."""
+    return BadRecords(log_folder, min(limit, len(data) // 2))
+
+
 def short_id(text: str) -> np.int32:
     """A stable non-negative 31-bit id. Two different texts collide with probability 2^-31, and then are only not negatives."""
     return np.int32(int.from_bytes(hashlib.sha256(text.encode()).digest()[:4], "big") >> 1)
@@ -244,10 +250,8 @@ def train_batches(
             f"data.batch_size = {size} is not divisible by the mesh's data * fsdp * accumulation = {parts}: "
             f"use a multiple of {parts}"
         )
-    # However many are allowed: a set that is bad for the larger part is another fault than a flipped byte.
-    allowed = min(config.data.max_bad_records, len(data) // 2)
     source = LocalBatches(
-        BatchReader(data, tokenizer, BadRecords(log_folder, allowed)),
+        BatchReader(data, tokenizer, skipped_records(data, log_folder, config.data.max_bad_records)),
         RecordOrder(data.lengths, config.data.weights, seed=config.seed),
         sharding.local_rows(mesh, size), size, start=start, stop=stop,
         report_of=reports_of_others(data.records_of_patients, seed=config.seed) if config.data.shuffle_reports else None,

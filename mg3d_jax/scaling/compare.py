@@ -16,8 +16,8 @@ import numpy as np
 from scipy import stats
 
 from mg3d_jax.errors import UserError
+from mg3d_jax.files import write_json
 from mg3d_jax.scaling import records, states
-from mg3d_jax.scaling.files import write_json
 from mg3d_jax.scaling.sweep import Sweep
 
 METRICS = (

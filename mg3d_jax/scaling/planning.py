@@ -10,9 +10,9 @@ from ml_collections import ConfigDict
 
 from mg3d_jax.data.records import MANIFEST_NAME, read_manifest
 from mg3d_jax.errors import UserError
+from mg3d_jax.files import read_json
 from mg3d_jax.progress import format_seconds
 from mg3d_jax.scaling import flops, records, states
-from mg3d_jax.scaling.files import read_json
 from mg3d_jax.scaling.plots import format_size
 from mg3d_jax.scaling.states import Status
 from mg3d_jax.scaling.sweep import Run, Sweep

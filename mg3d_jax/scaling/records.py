@@ -11,8 +11,8 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from mg3d_jax import config as config_lib
+from mg3d_jax.files import read_json, write_json
 from mg3d_jax.scaling import flops, states, table
-from mg3d_jax.scaling.files import read_json, write_json
 from mg3d_jax.scaling.sweep import Run, Sweep
 from mg3d_jax.scaling.table import Row
 

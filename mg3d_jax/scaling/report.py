@@ -10,9 +10,9 @@ from typing import Any
 
 import numpy as np
 
+from mg3d_jax.files import write_json
 from mg3d_jax.scaling import plots, table
 from mg3d_jax.scaling.bootstrap import LEVELS, Bootstrap, bootstrap
-from mg3d_jax.scaling.files import write_json
 from mg3d_jax.scaling.fit import TERM_PARAMETERS, Fit, fit_law, refuse
 from mg3d_jax.scaling.laws import FORMULA, HUBER_DELTA, PARAMETERS, log_residuals
 from mg3d_jax.scaling.table import Row

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from mg3d_jax.errors import UserError
-from mg3d_jax.scaling.files import read_json, write_json
+from mg3d_jax.files import read_json, write_json
 from mg3d_jax.scaling.sweep import Run
 
 STATE_FILE, LEASE_FILE, SUMMARY_FILE, METRICS_FILE = (

@@ -18,7 +18,7 @@ from ml_collections import ConfigDict
 from mg3d_jax import config as config_lib
 from mg3d_jax import config_check
 from mg3d_jax.errors import UserError
-from mg3d_jax.scaling.files import read_json, write_json
+from mg3d_jax.files import read_json, write_json
 
 KEYS = {
     "name": "of the sweep",

@@ -18,6 +18,7 @@ from mg3d_jax.data.pipeline import PreparedData, record_names, train_batches
 from mg3d_jax.environment import environment_facts
 from mg3d_jax.errors import UserError
 from mg3d_jax.evaluation.online import OnlineEvaluation
+from mg3d_jax.files import write_json
 from mg3d_jax.progress import Progress
 from mg3d_jax.scaling import flops
 from mg3d_jax.training import clock as clock_lib
@@ -114,8 +115,8 @@ class Trainer:
         if self.first >= self.steps:
             return self._finish_again()
         if self.writes:
-            run_folder.write_whole(self.workdir / run_folder.CONFIG_FILE, self.config.to_dict())
-            run_folder.write_whole(self.workdir / run_folder.ENVIRONMENT_FILE, environment_facts())
+            write_json(self.workdir / run_folder.CONFIG_FILE, self.config.to_dict(), allow_nan=True)
+            write_json(self.workdir / run_folder.ENVIRONMENT_FILE, environment_facts())
         self.writers = open_writers(self.workdir, self.config, resume_step=self.first)
         batches = train_batches(
             self.data,
@@ -276,7 +277,7 @@ class Trainer:
             "flops_per_step": self.flops,
             "trained_seconds": self.clock.trained,
         } | self.identity
-        run_folder.write_whole(self.workdir / run_folder.SUMMARY_FILE, summary)
+        write_json(self.workdir / run_folder.SUMMARY_FILE, summary, allow_nan=True)
 
 
 def max_in_flight() -> int:

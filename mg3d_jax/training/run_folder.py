@@ -3,19 +3,15 @@
 from __future__ import annotations
 
 import itertools
-import json
 import os
 import shutil
-from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 import jax
 from ml_collections import ConfigDict
 from tokenizers import Tokenizer
 
-from mg3d_jax.data.bad_records import BadRecords
-from mg3d_jax.data.pipeline import PreparedData
+from mg3d_jax.data.pipeline import PreparedData, skipped_records
 from mg3d_jax.data.tokens import ReportTokenizer, load_tokenizer, save_tokenizer, train_wordpiece
 from mg3d_jax.training import distributed
 from mg3d_jax.training.checkpoints import Checkpoints
@@ -23,13 +19,6 @@ from mg3d_jax.training.checkpoints import Checkpoints
 CONFIG_FILE, TOKENIZER_FOLDER = "config.json", "tokenizer"
 SUMMARY_FILE, ENVIRONMENT_FILE = "summary.json", "environment.json"
 TOKENIZER_RECORDS = 2000
-
-
-def write_whole(path: Path, document: Mapping[str, Any]) -> None:
-    """JSON, written whole or not at all."""
-    temporary = path.with_name(f"{path.name}.partial")
-    temporary.write_text(json.dumps(document, indent=1))
-    os.replace(temporary, path)
 
 
 def run_tokenizer(config: ConfigDict, workdir: Path) -> ReportTokenizer:
@@ -55,6 +44,6 @@ def _make_tokenizer(config: ConfigDict, workdir: Path) -> Tokenizer:
     if config.data.tokenizer != "train":
         return load_tokenizer(config.data.tokenizer)
     data = PreparedData(config.data.train)
-    bad = BadRecords(workdir, min(config.data.max_bad_records, len(data) // 2))  # as in training
+    bad = skipped_records(data, workdir, config.data.max_bad_records)
     records = itertools.islice(data.records(bad), TOKENIZER_RECORDS)
     return train_wordpiece({s for record in records for s in record.sentences}, config.data.vocab_size)

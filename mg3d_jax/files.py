@@ -11,10 +11,10 @@ from typing import Any
 from mg3d_jax.errors import UserError
 
 
-def write_json(path: Path, document: Mapping[str, Any]) -> None:
-    """Writes strict JSON (no NaN) so that a reader never sees half a file."""
+def write_json(path: Path, document: Mapping[str, Any], *, allow_nan: bool = False) -> None:
+    """Writes JSON so that a reader never sees half a file; strict, or with NaN as Python's own reader knows it."""
     partial = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    partial.write_text(json.dumps(document, indent=2, allow_nan=False) + "\n", encoding="utf-8")
+    partial.write_text(json.dumps(document, indent=2, allow_nan=allow_nan) + "\n", encoding="utf-8")
     os.replace(partial, path)
 
 
