@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from mg3d_jax.errors import UserError
+from mg3d_jax.files import write_json
 from mg3d_jax.presets import VOLUME_PRESETS, volume_preset
 
 DTYPES = ("float32", "bfloat16")
@@ -106,7 +107,7 @@ def main(argv: list[str]) -> int:
             print(_line(results[-1]), flush=True)
     print(*_remarks(results), sep="\n")
     if args.json:
-        args.json.write_text(json.dumps(results, indent=1))
+        write_json(args.json, results)
     return 0
 
 

@@ -1,21 +1,38 @@
-"""JSON files that are written whole or not at all."""
+"""Small files that are written whole or not at all, and JSON with one object per line."""
 
 from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 from mg3d_jax.errors import UserError
 
 
-def write_json(path: Path, document: Mapping[str, Any], *, allow_nan: bool = False) -> None:
-    """Writes JSON so that a reader never sees half a file; strict, or with NaN as Python's own reader knows it."""
-    partial = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    partial.write_text(json.dumps(document, indent=2, allow_nan=allow_nan) + "\n", encoding="utf-8")
-    os.replace(partial, path)
+def write_bytes(path: Path, content: bytes) -> None:
+    """Writes through a temporary name: the file is either complete or as it was, after a crash of the machine too."""
+    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    try:
+        with partial.open("wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(partial, path)
+    except BaseException:
+        partial.unlink(missing_ok=True)
+        raise
+
+
+def write_text(path: Path, text: str) -> None:
+    """`write_bytes` in UTF-8."""
+    write_bytes(path, text.encode())
+
+
+def write_json(path: Path, document: Any, *, allow_nan: bool = False) -> None:
+    """Writes JSON whole or not at all; strict, or with NaN as Python's own reader knows it."""
+    write_text(path, json.dumps(document, indent=1, ensure_ascii=False, allow_nan=allow_nan) + "\n")
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -27,3 +44,29 @@ def read_json(path: Path) -> dict[str, Any]:
     if not isinstance(document, dict):
         raise UserError(f"{path}: holds a {type(document).__name__}, not a JSON object")
     return document
+
+
+def write_lines(path: Path, entries: Iterable[Mapping[str, Any]]) -> None:
+    """Writes a file of JSON objects, one per line, whole or not at all."""
+    write_text(path, "".join(json.dumps(entry, ensure_ascii=False) + "\n" for entry in entries))
+
+
+def read_lines(path: Path) -> tuple[list[dict[str, Any]], int]:
+    """The JSON objects of a file with one per line, and the number of damaged lines; `([], 0)` without the file.
+
+    A program may be writing the last line, or a kill may have cut it short: a last line without its end is no damage.
+    """
+    if not path.exists():
+        return [], 0
+    found, damaged = [], 0
+    whole, newline, _ = path.read_text(encoding="utf-8", errors="replace").rpartition("\n")
+    for line in (whole + newline).split("\n")[:-1]:
+        try:
+            value = json.loads(line)
+        except ValueError:
+            value = None
+        if isinstance(value, dict):
+            found.append(value)
+        else:
+            damaged += 1
+    return found, damaged

@@ -7,11 +7,12 @@ import shutil
 import tempfile
 from pathlib import Path
 
+from support import FLAGS
+
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ.setdefault("TRANSFORMERS_OFFLINE", "1")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
-# With this scheduler fake CPU devices may enter independent collectives in different orders and wait for ever.
-os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_cpu_enable_concurrency_optimized_scheduler=false"
+os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {FLAGS}"
 # Programs that take long to compile are compiled once per session: xdist's workers and the tests' own processes share them.
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", f"{tempfile.gettempdir()}/mg3d-tests-compiled-{os.getpid()}")
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.3")
@@ -29,6 +30,18 @@ def pytest_unconfigure() -> None:
     folder = os.environ["JAX_COMPILATION_CACHE_DIR"]
     if folder.endswith(f"-{os.getpid()}"):  # not in a worker, and not one that the user keeps
         shutil.rmtree(folder, ignore_errors=True)
+
+
+LONGEST = (  # files that take minutes: begun first, so that no process is left with one at the end
+    "test_training_faults.py", "test_objectives_multitask.py", "test_launch.py", "test_training_run.py",
+    "test_training_step.py", "test_scaling_flops.py", "test_models_mg3d.py", "test_training_bench.py",
+    "test_scaling_sweep_real.py",
+)  # fmt: skip
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    rank = {name: number for number, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: rank.get(item.path.name, len(LONGEST)))
 
 
 @pytest.fixture(scope="session")

@@ -13,7 +13,14 @@ from ml_collections import ConfigDict
 from mg3d_jax import config as config_lib
 
 ROOT = Path(__file__).resolve().parents[1]
-FLAGS = "--xla_cpu_enable_concurrency_optimized_scheduler=false"  # see conftest.py
+# XLA flags of every test and its processes. With the first one's scheduler fake CPU devices may enter independent
+# collectives in different orders and wait for ever. The others: a test's programs run for seconds, and to compile them
+# well takes longer than that; it halves the time of the suite.
+FLAGS = " ".join((
+    "--xla_cpu_enable_concurrency_optimized_scheduler=false",
+    "--xla_backend_optimization_level=0",
+    "--xla_llvm_disable_expensive_passes=true",
+))  # fmt: skip
 SPECIAL = {"[PAD]": 0, "[UNK]": 1, "[CLS]": 2, "[SEP]": 3, "[MASK]": 4}  # as `random_batch` has them
 
 

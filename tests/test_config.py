@@ -1,12 +1,14 @@
 """Loading, overrides and validation of configs: every mistake is one readable error before anything is built."""
 
 import argparse
+import errno
+import os
 
 import pytest
 from support import ROOT, tiny_config
 
+from mg3d_jax import cli, config_check
 from mg3d_jax import config as config_lib
-from mg3d_jax import config_check
 from mg3d_jax.errors import UserError
 
 QUICKSTART = str(ROOT / "configs" / "quickstart.py")
@@ -41,6 +43,21 @@ def test_overrides_keep_the_type_of_the_default():
 def test_a_wrong_override_names_the_key(override, says):
     with pytest.raises(UserError, match=says):
         config_lib.load(QUICKSTART, [override])
+
+
+def test_a_full_disk_is_one_line_and_other_failures_of_the_system_are_not_hidden(monkeypatch, capsys):
+    def fail(number: int) -> None:
+        def command(argv: list[str]) -> int:
+            raise OSError(number, os.strerror(number), "RUN/metrics.jsonl")
+
+        monkeypatch.setattr("mg3d_jax.training.command.main", command)
+
+    fail(errno.ENOSPC)
+    assert cli.main(["train"]) == 2
+    assert capsys.readouterr().err.startswith("mg3d train: RUN/metrics.jsonl: No space left on device. Make room")
+    fail(errno.ESRCH)
+    with pytest.raises(ProcessLookupError):
+        cli.main(["train"])
 
 
 def test_a_missing_file_says_what_to_write():

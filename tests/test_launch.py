@@ -144,13 +144,6 @@ def get_config(arg=""):
 """
 
 
-def training_environment(**variables):
-    """Two devices per process, and programs that compile fast rather than run fast."""
-    env = environment(2, PYTHON=sys.executable, **variables)
-    env["XLA_FLAGS"] += " --xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
-    return env
-
-
 @pytest.fixture(scope="module")
 def config_file(tiny_data, tmp_path_factory):
     path = tmp_path_factory.mktemp("launch") / "tiny.py"
@@ -207,7 +200,7 @@ def processes_of(workdir):
 @pytest.mark.skipif(not Path("/proc/self/environ").exists(), reason="finds processes through /proc")
 def test_two_local_processes_survive_sigkill_and_sigterm_to_one(config_file, expected_losses, tmp_path):
     workdir, log = tmp_path / "run", tmp_path / "log"
-    env = training_environment(CONFIG=str(config_file), WORKDIR=str(workdir), EXPECTED_DEVICES="2")
+    env = environment(2, PYTHON=sys.executable, CONFIG=str(config_file), WORKDIR=str(workdir), EXPECTED_DEVICES="2")
     with log.open("w") as stream:
         process = subprocess.Popen(["bash", str(LAUNCH / "local.sh")], env=env, stdout=stream, stderr=stream)
         try:
@@ -253,7 +246,7 @@ def test_slurm_joins_two_tasks_saves_on_sigterm_and_requeues(config_file, expect
     for tool in tools.iterdir():
         tool.chmod(0o755)
     job = str(20_000 + os.getpid() % 10_000)  # JAX takes the coordinator's port from it
-    env = training_environment(CONFIG=str(config_file), WORKDIR=str(workdir), FAKE=str(tmp_path))
+    env = environment(2, PYTHON=sys.executable, CONFIG=str(config_file), WORKDIR=str(workdir), FAKE=str(tmp_path))
     env |= {"SLURM_JOB_ID": job, "SLURM_SUBMIT_DIR": str(ROOT), "PATH": f"{tools}:{os.environ['PATH']}"}
     spool = shutil.copy(LAUNCH / "slurm.sbatch", tmp_path / "slurm_script")  # SLURM runs a copy
     process = subprocess.Popen(["bash", spool], env=env, cwd=tmp_path)

@@ -2,7 +2,10 @@
 
 import itertools
 import json
+import multiprocessing
+import os
 import shutil
+import signal
 
 import jax
 import numpy as np
@@ -63,6 +66,19 @@ def test_seeking_gives_the_same_batches_as_reading_on(data, tokenizer, mesh, wor
     config = tiny_config(data__workers=workers)
     whole = indices(train_batches(data, tokenizer, tiny_config(), mesh, start=0, stop=9))
     assert indices(train_batches(data, tokenizer, config, mesh, start=4, stop=9)) == whole[4:]
+
+
+def test_workers_outlive_a_sigterm_to_the_whole_group(data, tokenizer, mesh):
+    """SLURM signals every process of a step; the trainer still needs its workers to finish and to save."""
+    before = multiprocessing.active_children()
+    batches = train_batches(data, tokenizer, tiny_config(data__workers=2), mesh, start=0, stop=30)
+    next(batches)
+    workers = [child for child in multiprocessing.active_children() if child not in before]
+    assert workers
+    for worker in workers:
+        os.kill(worker.pid, signal.SIGTERM)
+    assert len(list(batches)) == 29
+    assert all(worker.exitcode in (None, 0) for worker in workers)
 
 
 def test_rows_do_not_depend_on_how_processes_share_them(data, tokenizer):

@@ -56,6 +56,6 @@ def test_an_unknown_metric_is_an_error():
 def test_the_ablation_is_a_possible_sweep():
     folders = [f"data.{split}=FOLDER" for split in ("train", "valid")]
     declared = sweep.load("configs/sweeps/ablation.py", folders)
-    assert len(declared.runs) == 21
+    assert len(declared.runs) == 24
     for run in declared.runs:
         config_check.validate(run.config())

@@ -9,10 +9,12 @@ import time
 from pathlib import Path
 
 import pytest
-from support import ROOT, environment, mg3d
+from support import ROOT, environment, mg3d, tiny_config
 
 from mg3d_jax import config as config_lib
 from mg3d_jax.errors import UserError
+from mg3d_jax.files import read_lines
+from mg3d_jax.training import run_folder, stopping
 from mg3d_jax.training.loop import Trainer
 from mg3d_jax.training.writers import read_metrics
 
@@ -112,6 +114,50 @@ def test_a_damaged_newest_checkpoint_and_other_data_at_the_start_of_the_loop(fin
     config.data.train = (tiny_data["valid"],)
     with pytest.raises(UserError, match=r"started on folders of \[29\] records"):
         Trainer(config.lock(), workdir)
+
+
+def test_a_kill_between_the_last_checkpoint_and_the_summary_loses_nothing(finished, tmp_path):
+    workdir = tmp_path / "copy"
+    shutil.copytree(finished, workdir)
+    expected = json.loads((workdir / "summary.json").read_text())
+    (workdir / "summary.json").unlink()
+    config = config_lib.from_json((workdir / "config.json").read_text()).unlock()
+    config.training.best_metric = "valid/los"
+    with pytest.raises(UserError, match="'valid/los' is none of valid/loss, valid/alignment"):
+        Trainer(config.lock(), workdir).run()
+    config.unlock().training.best_metric = ""
+    lines = (workdir / "metrics.jsonl").read_text()
+    assert Trainer(config.lock(), workdir).run() == 0
+    found = json.loads((workdir / "summary.json").read_text())
+    assert found == expected and (workdir / "metrics.jsonl").read_text() == lines
+
+
+def test_the_tokenizer_follows_the_config_until_there_is_a_checkpoint(finished, tiny_data, tmp_path):
+    def size(workdir: Path, vocab_size: int) -> int:
+        return run_folder.run_tokenizer(
+            tiny_config(tiny_data["train"], data__vocab_size=vocab_size), workdir
+        ).vocab_size
+
+    assert size(tmp_path, 300) == 300 and size(tmp_path, 350) == 350  # a start that came to no checkpoint
+    assert size(finished, 300) == size(finished, 400) == 400
+
+
+def test_skipped_updates_after_the_checkpoint_are_counted_again(tmp_path):
+    def skips(resume_step: int) -> stopping.SkippedUpdates:
+        return stopping.SkippedUpdates(tmp_path, 3, lambda step: [f"scan {step}"], resume_step=resume_step)
+
+    first = skips(0)
+    for step, finite in enumerate((True, False, True, False, False), start=1):
+        first.check(step, finite=finite, loss=1.0 if finite else float("nan"))
+    assert (first.total, first.in_a_row) == (3, 2)
+    with (tmp_path / stopping.SKIPPED_FILE).open("a") as file:
+        file.write('{"step": 6, "lo')  # cut off by a kill
+    again = skips(4)
+    assert (again.total, again.in_a_row) == (2, 1)
+    entries, damaged = read_lines(tmp_path / stopping.SKIPPED_FILE)
+    assert entries == [{"step": step, "loss": "nan", "records": [f"scan {step}"]} for step in (2, 4)]
+    assert damaged == 0
+    assert skips(0).total == 0
 
 
 def test_evaluate_writes_numbers_and_picture(finished, tiny_data):

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from mg3d_jax.errors import UserError
+from mg3d_jax.files import read_lines
 
 BAD_RECORDS_NAME = "bad_records.jsonl"
 
@@ -66,13 +67,5 @@ class BadRecords:
 def read_bad_records(path: Path | None) -> set[tuple[str, int]]:
     """{(prepared folder, record)} of a `bad_records.jsonl`; none where it does not exist. A line that was cut off by a
     kill is not one."""
-    if path is None or not path.is_file():
-        return set()
-    found = set()
-    for line in path.read_text().splitlines():
-        try:
-            entry = json.loads(line)
-            found.add((entry["folder"], entry["record"]))
-        except (ValueError, KeyError, TypeError):
-            continue
-    return found
+    entries = read_lines(path)[0] if path else []
+    return {(entry["folder"], entry["record"]) for entry in entries if "folder" in entry and "record" in entry}

@@ -10,7 +10,6 @@
 from __future__ import annotations
 
 import argparse
-import json
 import multiprocessing
 import os
 import tempfile
@@ -31,6 +30,7 @@ from mg3d_jax.data.bench_loading import (
     report_waiting,
 )
 from mg3d_jax.errors import UserError
+from mg3d_jax.files import write_json
 
 _SPACING = (0.7, 0.7, 1.0)  # mm of the volume that is prepared
 _TARGET = (0.75, 0.75, 1.5)
@@ -171,7 +171,7 @@ def main(argv: list[str]) -> int:
             found["waiting"] = bench_waiting(Path(folder), args.volumes, args.step_ms)
     print(report(found))
     if args.json:
-        args.json.write_text(json.dumps(found, indent=1))
+        write_json(args.json, found)
     return 0
 
 

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import hashlib
-import json
-import os
 from pathlib import Path
 from typing import Any
 
 import mg3d_jax
 from mg3d_jax.data.records import FORMAT_VERSION, MANIFEST_NAME
+from mg3d_jax.files import write_json
 
 # The modules that decide which bytes a record holds.
 _CODE = (
@@ -24,21 +23,6 @@ _CODE = (
     "sources",
     "volumes",
 )
-
-
-def write_json(path: Path, value: Any, *, indent: int | None = 1) -> None:
-    """Writes JSON through a temporary name: the file is either complete or as it was."""
-    write_text(path, json.dumps(value, indent=indent, ensure_ascii=False))
-
-
-def write_text(path: Path, text: str) -> None:
-    """Writes a file through a temporary name: it is either complete or as it was."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    with open(temporary, "w") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
 
 
 def code_version() -> str:

@@ -8,7 +8,6 @@ Started again it continues; `--shard i/n` splits it over machines, and whichever
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import sys
 from collections import Counter
@@ -21,7 +20,7 @@ from mg3d_jax.data.estimate import check_disk, estimate
 from mg3d_jax.data.fetch import check_command
 from mg3d_jax.data.geometry import PAPER_FRACTION, POLICIES, Grid
 from mg3d_jax.data.listing import Example, Listing, SourceOptions
-from mg3d_jax.data.manifest import build_manifest, code_version, write_json, write_manifest, write_text
+from mg3d_jax.data.manifest import build_manifest, code_version, write_manifest
 from mg3d_jax.data.qa_page import write_page
 from mg3d_jax.data.records import INDEX_NAME
 from mg3d_jax.data.shards import (
@@ -38,6 +37,7 @@ from mg3d_jax.data.shards import (
 from mg3d_jax.data.sources import RECONSTRUCTIONS, SOURCES, list_source
 from mg3d_jax.data.verify import verify
 from mg3d_jax.errors import UserError
+from mg3d_jax.files import write_json, write_lines
 from mg3d_jax.progress import Progress
 
 QUALITY_NAME = "qa.jsonl"
@@ -192,8 +192,8 @@ def _finish(
     found = allowed + leaks.content_leaks(entries, list(settings.against))
     manifest["allowed_leaks"] = leaks.check(found, settings.allow_leak)
     quality = [line for shard in shards for line in shard["quality"]]
-    write_text(settings.out / INDEX_NAME, "".join(json.dumps(entry) + "\n" for entry in entries))
-    write_text(settings.out / QUALITY_NAME, "".join(json.dumps(line) + "\n" for line in quality))
+    write_lines(settings.out / INDEX_NAME, entries)
+    write_lines(settings.out / QUALITY_NAME, quality)
     (settings.out / "bad.json").unlink(missing_ok=True)
     write_manifest(settings.out, manifest)
     write_page(settings.out, manifest, quality, settings.qa_samples)

@@ -12,8 +12,8 @@ from typing import Any
 
 import numpy as np
 
-from mg3d_jax.data.manifest import write_text
 from mg3d_jax.data.records import Record, RecordReader
+from mg3d_jax.files import write_text
 
 _WINDOW = (-1000, 600)  # HU shown: lung and soft tissue at once
 _DPI = 80

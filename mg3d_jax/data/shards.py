@@ -24,12 +24,12 @@ import numpy as np
 from mg3d_jax.data.fetch import FETCH_FAILED, fetched
 from mg3d_jax.data.geometry import Grid
 from mg3d_jax.data.listing import Example
-from mg3d_jax.data.manifest import write_json
 from mg3d_jax.data.nifti import VolumeError
 from mg3d_jax.data.records import Record, ShardWriter, encode, file_digest
 from mg3d_jax.data.reports import report_id, report_sentences
 from mg3d_jax.data.volumes import prepare_volume
 from mg3d_jax.errors import UserError
+from mg3d_jax.files import write_json
 
 WORK_FOLDER = "work"
 

@@ -6,7 +6,6 @@ reports or came from the hub, so that training, evaluation and the exported PyTo
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
@@ -14,6 +13,7 @@ import numpy as np
 from tokenizers import Encoding, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 
 from mg3d_jax.errors import UserError
+from mg3d_jax.files import write_json
 
 # Roles of special tokens. They bear BERT's names here, whatever the tokenizer calls them ("<s>", "<pad>", ...).
 SPECIAL_TOKENS = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
@@ -73,7 +73,7 @@ def save_tokenizer(tokenizer: Tokenizer, folder: Path) -> None:
     tokenizer.save(str(folder / "tokenizer.json"))
     names = {f"{role.strip('[]').lower()}_token": token for role, token in special_tokens(tokenizer).items()}
     config = {"tokenizer_class": "PreTrainedTokenizerFast", "model_max_length": MAX_LENGTH} | names
-    (folder / "tokenizer_config.json").write_text(json.dumps(config, indent=1))
+    write_json(folder / "tokenizer_config.json", config)
 
 
 def special_tokens(tokenizer: Tokenizer) -> dict[str, str]:

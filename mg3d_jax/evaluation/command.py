@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import json
 from pathlib import Path
 
 import numpy as np
@@ -13,6 +12,7 @@ from rich.table import Table
 from mg3d_jax.data.pipeline import PreparedData
 from mg3d_jax.data.tokens import ReportTokenizer
 from mg3d_jax.evaluation import retrieval, zero_shot
+from mg3d_jax.files import write_json
 from mg3d_jax.progress import Progress
 
 
@@ -37,7 +37,7 @@ def main(argv: list[str]) -> int:
     result = evaluate(args.workdir, tuple(args.data), **options)
     out = args.out or args.workdir / "evaluation"
     out.mkdir(parents=True, exist_ok=True)
-    (out / "evaluation.json").write_text(json.dumps(result, indent=1))
+    write_json(out / "evaluation.json", result, allow_nan=True)
     from mg3d_jax.evaluation.plots import plot_evaluation  # slow import
 
     plot_evaluation(result, out / "evaluation.png")

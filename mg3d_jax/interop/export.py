@@ -19,6 +19,7 @@ import numpy as np
 
 from mg3d_jax import config as config_lib
 from mg3d_jax.errors import UserError
+from mg3d_jax.files import write_json
 from mg3d_jax.interop import export_card, export_format, export_monai
 from mg3d_jax.interop.export_run import Inputs, Run, load_run, phantom_inputs, reference_features
 
@@ -36,8 +37,8 @@ def write_hugging_face(run: Run, folder: Path) -> list[str]:
     content = export_format.hugging_face_config(
         arguments, step=run.step, config_hash=config_lib.config_hash(run.config)
     )
-    _write_json(folder / "config.json", content)
-    _write_json(folder / "preprocessor_config.json", export_format.preprocessor_config(run.config, run.spacing))
+    write_json(folder / "config.json", content)
+    write_json(folder / "preprocessor_config.json", export_format.preprocessor_config(run.config, run.spacing))
     save_file(export_format.torch_state(params, run.config), folder / "model.safetensors", metadata={"format": "pt"})
     shutil.copyfile(TEMPLATE, folder / TEMPLATE.name)
     for file in sorted(run.tokenizer_folder.iterdir()):
@@ -101,7 +102,7 @@ def write_monai(run: Run, folder: Path) -> list[str]:
     tokens = reference_features(run, inputs.volumes, inputs.reports)["volume_tokens"]
     found = export_monai.write(run, folder, inputs.volumes)
     difference = check_close({"volume_tokens": tokens}, {"volume_tokens": found})["volume_tokens"]
-    _write_json(folder / "preprocessor_config.json", export_format.preprocessor_config(run.config, run.spacing))
+    write_json(folder / "preprocessor_config.json", export_format.preprocessor_config(run.config, run.spacing))
     exact = export_monai.exact_gelu(run.config)
     (folder / "README.md").write_text(export_card.monai_card(run, difference, exact))
     lines = [f"volume_tokens: JAX and MONAI differ by at most {difference:.1e}"]
@@ -148,10 +149,6 @@ def _torch() -> ModuleType:
     except ImportError as error:
         raise UserError("an export is checked with PyTorch, which is not installed here: pip install torch") from error
     return torch
-
-
-def _write_json(path: Path, value: dict) -> None:
-    path.write_text(json.dumps(value, indent=1) + "\n")
 
 
 def _parser() -> argparse.ArgumentParser:

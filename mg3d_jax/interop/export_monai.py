@@ -8,7 +8,6 @@ one line that the user adds after loading (`README.md` of the export has it).
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +16,7 @@ from ml_collections import ConfigDict
 
 from mg3d_jax import __version__
 from mg3d_jax.errors import UserError
+from mg3d_jax.files import write_json
 from mg3d_jax.interop import export_format
 from mg3d_jax.interop.export_run import Run
 from mg3d_jax.presets import volume_preset
@@ -117,7 +117,7 @@ def write(run: Run, folder: Path, volumes: np.ndarray) -> np.ndarray:
     save_file(state | unused, folder / "model.safetensors", metadata={"format": "pt"})
     content = {"monai_class": "monai.networks.nets.ViT", "monai_version": monai.__version__}
     content |= {"arguments": vit_arguments(run.config), "mg3d_jax": {"version": __version__, "step": run.step}}
-    (folder / "config.json").write_text(json.dumps(content, indent=1) + "\n")
+    write_json(folder / "config.json", content)
     vit.load_state_dict(load_file(folder / "model.safetensors"), strict=True)
     if not exact_gelu(run.config):
         for block in vit.blocks:

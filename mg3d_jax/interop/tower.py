@@ -18,6 +18,7 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from safetensors.numpy import load_file, save_file
 
 from mg3d_jax.errors import UserError
+from mg3d_jax.files import write_json
 from mg3d_jax.models.positions import Grid, interpolate
 from mg3d_jax.models.report_encoder import ReportEncoder
 from mg3d_jax.models.swin import SwinEncoder
@@ -55,7 +56,7 @@ def save_tower(tower: Tower, folder: Path) -> None:
     arrays = {name: np.ascontiguousarray(array) for name, array in flatten_dict(tower.params, sep="/").items()}
     save_file(arrays, folder / "tower.safetensors")
     content = {"kind": tower.kind, "encoder": tower.encoder, "source": tower.source, "unused": tower.unused}
-    (folder / "tower.json").write_text(json.dumps(content, indent=1))
+    write_json(folder / "tower.json", content)
 
 
 def load_tower(folder: Path) -> Tower:

@@ -14,6 +14,7 @@ from ml_collections import ConfigDict
 from mg3d_jax import config as config_lib
 from mg3d_jax.data.bad_records import BAD_RECORDS_NAME
 from mg3d_jax.errors import UserError
+from mg3d_jax.files import read_lines
 from mg3d_jax.training.run_folder import CONFIG_FILE, ENVIRONMENT_FILE, SUMMARY_FILE
 from mg3d_jax.training.stopping import SKIPPED_FILE
 from mg3d_jax.training.writers import IMAGES_FOLDER, METRICS_FILE
@@ -54,7 +55,7 @@ def read_run(folder: Path) -> RunFiles:
         raise UserError(f"{folder} is not a folder: give the --workdir of an `mg3d train`")
     if not (folder / CONFIG_FILE).exists() and not (folder / METRICS_FILE).exists():
         raise UserError(f"{folder} is not a run: it has neither {CONFIG_FILE} nor {METRICS_FILE}")
-    metrics, damaged = _lines(folder / METRICS_FILE)
+    metrics, damaged = read_lines(folder / METRICS_FILE)
     return RunFiles(
         folder=folder,
         config=_config(folder / CONFIG_FILE),
@@ -64,33 +65,14 @@ def read_run(folder: Path) -> RunFiles:
         checkpoint=_newest_checkpoint(folder / "checkpoints"),
         environment=_document(folder / ENVIRONMENT_FILE),
         evaluation=_document(folder / EVALUATION_FILE),
-        skipped=_lines(folder / SKIPPED_FILE)[0],
-        bad_records=_lines(folder / BAD_RECORDS_NAME)[0],
+        skipped=read_lines(folder / SKIPPED_FILE)[0],
+        bad_records=read_lines(folder / BAD_RECORDS_NAME)[0],
         images=_images(folder / IMAGES_FOLDER),
         attention={
             str(path.relative_to(folder / ATTENTION_FOLDER).with_suffix("")): path
             for path in sorted((folder / ATTENTION_FOLDER).rglob("*.png"))
         },
     )
-
-
-def _lines(path: Path) -> tuple[list[dict[str, Any]], int]:
-    """The JSON objects of a file with one per line, and the number of other lines. A run may be writing the last line, or
-    a kill may have cut it short: a last line without its end does not count as damaged."""
-    if not path.exists():
-        return [], 0
-    found, damaged = [], 0
-    whole, newline, _ = path.read_text(errors="replace").rpartition("\n")
-    for line in (whole + newline).splitlines():
-        try:
-            value = json.loads(line)
-        except ValueError:
-            value = None
-        if isinstance(value, dict):
-            found.append(value)
-        else:
-            damaged += 1
-    return found, damaged
 
 
 def _document(path: Path) -> dict[str, Any]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Sequence
 from pathlib import Path
@@ -11,7 +10,7 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from mg3d_jax import config as config_lib
-from mg3d_jax.files import read_json, write_json
+from mg3d_jax.files import read_json, read_lines, write_json
 from mg3d_jax.scaling import flops, states, table
 from mg3d_jax.scaling.sweep import Run, Sweep
 from mg3d_jax.scaling.table import Row
@@ -98,10 +97,7 @@ def _vocabulary(config: ConfigDict, summary: dict[str, Any]) -> tuple[int, int]:
 
 def _evaluations(folder: Path) -> list[dict[str, Any]]:
     """Every held-out evaluation of the run: lines of `metrics.jsonl` with split "valid"."""
-    path = folder / states.METRICS_FILE
-    if not path.is_file():
-        return []
-    lines = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+    lines, _ = read_lines(folder / states.METRICS_FILE)
     finite = (
         {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in one.items()} for one in lines
     )

@@ -80,9 +80,9 @@ def load(path: str, settings: Sequence[str] = ()) -> Sweep:
     last = dict(setting.split("=", 1) for setting in settings)  # of one key given twice, the later counts
     runs = [
         _run(base, declared, model, dict(changes), int(patients), int(seed), last)
+        for seed in declared.seeds  # outermost: a sweep that is cut short has the whole grid for its first seeds
         for patients in declared.patients
         for model, changes in declared.models
-        for seed in declared.seeds
     ]
     ids = [run.id for run in runs]
     if repeated := sorted({one for one in ids if ids.count(one) > 1}):

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import json
 import time
 from collections import defaultdict
 from collections.abc import Mapping
@@ -27,6 +26,7 @@ from mg3d_jax import config as config_lib
 from mg3d_jax import config_check, devices, sharding
 from mg3d_jax.data.tokens import SPECIAL_TOKENS
 from mg3d_jax.errors import UserError
+from mg3d_jax.files import write_json
 from mg3d_jax.scaling import flops
 from mg3d_jax.training import bench_cases, op_times, optimizer
 from mg3d_jax.training import state as state_lib
@@ -273,5 +273,5 @@ def main(argv: list[str]) -> int:
     result = measure(config, steps=args.steps)
     print_report(result)
     if args.json:
-        args.json.write_text(json.dumps(result, indent=1))
+        write_json(args.json, result)
     return 0

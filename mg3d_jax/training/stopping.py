@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import itertools
 import json
-import os
 import signal
 import sys
 from collections.abc import Callable
@@ -14,6 +13,7 @@ from types import FrameType
 import jax
 
 from mg3d_jax.errors import UserError
+from mg3d_jax.files import read_lines, write_lines
 from mg3d_jax.training.checkpoints import Checkpoints
 
 DONE, PREEMPTED = 0, 75  # 75 is EX_TEMPFAIL: launchers understand it as "run me again"
@@ -56,11 +56,9 @@ class SkippedUpdates:
 
     def __init__(self, workdir: Path, limit: int, records: Callable[[int], list[str]], *, resume_step: int = 0):
         self._path, self._limit, self._records = workdir / SKIPPED_FILE, limit, records
-        before = _noted(self._path, resume_step)
+        before = [entry for entry in read_lines(self._path)[0] if entry["step"] <= resume_step]
         if self._path.exists() and jax.process_index() == 0:
-            temporary = self._path.with_suffix(".partial")
-            temporary.write_text("".join(json.dumps(entry) + "\n" for entry in before))
-            os.replace(temporary, self._path)
+            write_lines(self._path, before)
         steps = {entry["step"] for entry in before}
         self.total = len(steps)
         self.in_a_row = next(n for n in itertools.count() if resume_step - n not in steps)
@@ -85,16 +83,3 @@ class SkippedUpdates:
                 f"{self.in_a_row} updates in a row were not finite (training.max_skipped), the last at step {step}: lower "
                 f"optimizer.learning_rate, or look at the records in {self._path}. The checkpoints before are intact"
             )
-
-
-def _noted(path: Path, last: int) -> list[dict]:
-    """The entries of `skipped.jsonl` up to step `last`; a line that was cut off by a kill is of a later one."""
-    found = []
-    for line in path.read_text().splitlines() if path.exists() else ():
-        try:
-            entry = json.loads(line)
-        except ValueError:
-            continue
-        if entry["step"] <= last:
-            found.append(entry)
-    return found

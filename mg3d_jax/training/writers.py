@@ -17,6 +17,7 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from mg3d_jax.errors import UserError
+from mg3d_jax.files import read_lines, write_lines
 
 METRICS_FILE, IMAGES_FOLDER, WANDB_ID_FILE = "metrics.jsonl", "images", "wandb_id"
 
@@ -76,10 +77,7 @@ class JsonlWriter:
         self._images = workdir / IMAGES_FOLDER
         path = workdir / METRICS_FILE
         if path.exists():
-            kept = [line for line in path.read_text().splitlines() if _step_of(line) <= resume_step]
-            temporary = path.with_suffix(".partial")
-            temporary.write_text("".join(line + "\n" for line in kept))
-            os.replace(temporary, path)
+            write_lines(path, [line for line in read_lines(path)[0] if line["step"] <= resume_step])
         for image in self._images.glob("*.png"):
             step = image.stem.rpartition("-")[2]
             if step.isdecimal() and int(step) > resume_step:
@@ -173,21 +171,17 @@ SINKS: dict[str, Callable[[Path, ConfigDict, int], Writer]] = {
 }
 
 
-def _step_of(line: str) -> float:
-    try:
-        return json.loads(line)["step"]
-    except (ValueError, KeyError):  # a line cut short by a kill
-        return float("inf")
-
-
 def read_metrics(workdir: Path, split: str | None = None) -> list[dict]:
     """The lines of `metrics.jsonl`, of one split or of all. A last line that a kill cut short is not one.
 
-    Raises `UserError` where the run has no such file.
+    Raises `UserError` where the run has no such file, or another line of it is damaged.
     """
     path = workdir / METRICS_FILE
     if not path.exists():
         raise UserError(f'{path} does not exist: is this a run, and does its training.writers contain "jsonl"?')
-    text = path.read_text()
-    lines = map(json.loads, text[: text.rfind("\n") + 1].splitlines())
-    return [line for line in lines if split is None or line["split"] == split]
+    lines, damaged = read_lines(path)
+    if damaged:
+        raise UserError(
+            f"{path}: {damaged} of {damaged + len(lines)} lines are not JSON objects: restore it, or delete them"
+        )
+    return [line for line in lines if split is None or line.get("split") == split]
