@@ -82,6 +82,7 @@ def test_a_run_in_progress(run):
     page = report(run)
     assert NAME in page.text  # as text: its tags are escaped
     assert "in progress" in page.text and "100 of 6" in page.text
+    assert "training loss2code" in page.text  # not the held-out 2.5
     assert all(address.startswith(("data:image/", "#")) for address in page.loaded)  # nothing comes from elsewhere
     assert sum(address.startswith("data:image/png") for address in page.loaded) == 1  # the newest slices
     assert sum(address.startswith("data:image/jpeg") for address in page.loaded) == 2  # and a small one per step

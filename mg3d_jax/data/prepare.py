@@ -21,7 +21,7 @@ from mg3d_jax.data.fetch import check_command
 from mg3d_jax.data.geometry import PAPER_FRACTION, POLICIES, Grid
 from mg3d_jax.data.listing import Example, Listing, SourceOptions
 from mg3d_jax.data.manifest import build_manifest, code_version, write_manifest
-from mg3d_jax.data.qa_page import write_page
+from mg3d_jax.data.qa_page import QUALITY_NAME, write_page
 from mg3d_jax.data.records import INDEX_NAME
 from mg3d_jax.data.shards import (
     Outcome,
@@ -40,7 +40,6 @@ from mg3d_jax.errors import UserError
 from mg3d_jax.files import write_json, write_lines
 from mg3d_jax.progress import Progress
 
-QUALITY_NAME = "qa.jsonl"
 _SHOWN_BAD = 10
 
 

@@ -3,23 +3,22 @@ table, so that a person sees in seconds whether a preparation is right."""
 
 from __future__ import annotations
 
-import base64
-import html
 import io
 from collections import Counter
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from mg3d_jax import html
 from mg3d_jax.data.records import Record, RecordReader
 from mg3d_jax.files import write_text
 
+QUALITY_NAME = "qa.jsonl"  # a line per record: what was found in its file
 _WINDOW = (-1000, 600)  # HU shown: lung and soft tissue at once
 _DPI = 80
 _LISTED = 200
-_STYLE = """body{font:14px sans-serif;margin:2em;max-width:1200px}table{border-collapse:collapse;margin:1em 0}
-td,th{border:1px solid #ccc;padding:2px 8px;text-align:left;vertical-align:top}img{max-width:100%}"""
 
 
 def sample_indices(count: int, quality: list[dict[str, Any]], wanted: int) -> list[int]:
@@ -58,7 +57,7 @@ def draw(records: list[Record], quality: list[dict[str, Any]]) -> bytes:
         counts, edges = np.histogram(volume, bins=np.arange(-1050, 1551, 25))
         row[3].fill_between(edges[:-1], counts, step="post")
         row[3].set(
-            yscale="log", xlabel="HU", title=f"grid {'x'.join(map(str, volume.shape))}, {np.round(spacing, 2)} mm"
+            yscale="log", xlabel="HU", title=f"{_times(volume.shape)} voxels of {_times(np.round(spacing, 2))} mm"
         )
         row[0].set_ylabel(record.name, fontsize=8)
         if line["warnings"]:
@@ -70,38 +69,52 @@ def draw(records: list[Record], quality: list[dict[str, Any]]) -> bytes:
     return buffer.getvalue()
 
 
-def _table(rows: list[tuple[str, ...]], head: tuple[str, ...]) -> str:
-    def line(cells: tuple[str, ...], tag: str) -> str:
-        return "<tr>" + "".join(f"<{tag}>{html.escape(str(cell))}</{tag}>" for cell in cells) + "</tr>"
-
-    return "<table>" + line(head, "th") + "".join(line(row, "td") for row in rows) + "</table>"
-
-
 def page(manifest: dict[str, Any], quality: list[dict[str, Any]], png: bytes) -> str:
     """The page as HTML, with its picture inside."""
     reasons = Counter(warning.split(":")[0] for line in quality for warning in line["warnings"])
     decisions = Counter(line["decision"] for line in quality)
     warned = [(line["name"], "; ".join(line["warnings"])) for line in quality if line["warnings"]]
     bad = [(item["path"], item["reason"]) for item in manifest["bad"]]
-    spacings = Counter(tuple(line["spacing"]) for line in quality)
+    spacings = Counter(tuple(line["spacing"]) for line in quality).most_common()
     title = f"{manifest['source']} {manifest['split']}: {manifest['records']} records"
-    parts = [
-        f"<!doctype html><meta charset='utf-8'><title>{html.escape(title)}</title><style>{_STYLE}</style>",
-        f"<h1>{html.escape(title)}</h1>",
-        f"<p>{len(manifest['patients'])} patients, {manifest['unique_reports']} distinct reports, grid "
-        f"{manifest['grid']} at {manifest['spacing'] or 'varying'} mm, {len(bad)} bad, {len(warned)} with warnings</p>",
-        f"<img alt='slices and histograms of a sample' src='data:image/png;base64,{base64.b64encode(png).decode()}'>",
-        "<h2>What the stored numbers were taken for</h2>",
-        _table(list(decisions.most_common()), ("decision", "volumes")),
-        "<h2>Warnings</h2>",
-        _table(list(reasons.most_common()), ("warning", "volumes")),
-        _table(warned[:_LISTED], ("volume", "warnings")),
-        f"<h2>Bad ({len(bad)})</h2>",
-        _table(bad[:_LISTED], ("path", "reason")),
-        "<h2>Commonest spacings of the files</h2>",
-        _table([(" x ".join(map(str, s)), n) for s, n in spacings.most_common(20)], ("mm", "volumes")),
+    facts = {
+        "records": manifest["records"],
+        "patients": len(manifest["patients"]),
+        "distinct reports": manifest["unique_reports"],
+        "grid": _times(manifest["grid"]),
+        "spacing, mm": _times(manifest["spacing"]) if manifest["spacing"] else "varies",
+        "with warnings": len(warned),
+        "bad": len(bad),
+    }
+    body = [
+        html.Markup(f"<h1>{html.text(title)}</h1>"),
+        html.facts(facts.items()),
+        html.section(
+            "A sample", html.picture(png, f"Slices and histograms; HU {_WINDOW[0]} to {_WINDOW[1]} are shown.")
+        ),
+        html.section("What the stored numbers were taken for", _counts("decision", decisions.most_common())),
+        html.section("Warnings", _counts("warning", reasons.most_common()), _list(("volume", "warnings"), warned)),
+        html.section("Bad files", _list(("path", "reason"), bad)),
+        html.section("Spacings of the files", _counts("mm", [(_times(mm), n) for mm, n in spacings])),
     ]
-    return "\n".join(parts)
+    return html.page(title, body)
+
+
+def _times(numbers: Iterable[float]) -> str:
+    """`48 x 48 x 32`."""
+    return " x ".join(f"{number:g}" for number in numbers)
+
+
+def _counts(name: str, counted: list[tuple[str, int]]) -> html.Markup:
+    return _list((name, "volumes"), counted, numbers=(1,))
+
+
+def _list(head: tuple[str, ...], rows: list[tuple], *, numbers: tuple[int, ...] = ()) -> html.Markup:
+    """A table of the first rows, which says how many more there are."""
+    if not rows:
+        return html.paragraph("None.")
+    more = [html.paragraph(f"and {len(rows) - _LISTED:,} more, in {QUALITY_NAME} and manifest.json")]
+    return html.join([html.table(head, rows[:_LISTED], numbers=numbers), *(more if len(rows) > _LISTED else ())])
 
 
 def write_page(folder: Path, manifest: dict[str, Any], quality: list[dict[str, Any]], samples: int) -> None:

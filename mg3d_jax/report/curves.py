@@ -14,6 +14,7 @@ import numpy as np
 
 LOG_RANGE = 30.0  # positive series that span more than this factor get a logarithmic axis
 MOST_POINTS, SMOOTHED_FROM, WINDOW_SHARE = 400, 60, 0.03
+LEGEND_LETTERS = 64  # of one line of a legend
 MOST_NAMED = 8  # series of one chart that the legend names
 COLOURS = ("#3b78c2", "#d9772b", "#3a9d6e", "#b0508f", "#8a72d6", "#c9a227", "#4aa3a8", "#8b8f94")
 # Stand-ins that are replaced by what the page says, see `draw`.
@@ -46,8 +47,8 @@ PANELS: dict[str, tuple[Panel, ...]] = {
         Panel("finite updates, real rows", (r"finite", r"valid_share"), "unit", smooth=False),
     ),
     "Speed": (
-        Panel("throughput", (r"samples_per_second",), "linear", "samples/s"),
-        Panel("throughput", (r"tokens_per_second",), "linear", "tokens/s"),
+        Panel("throughput, samples", (r"samples_per_second",), "linear", "samples/s"),
+        Panel("throughput, tokens", (r"tokens_per_second",), "linear", "tokens/s"),
         Panel("waiting for data", (r"data_wait_share",), "share"),
         Panel("model-FLOPs utilisation", (r"mfu",), "share"),
         Panel("memory", (r"(device|host)_memory.*_gib",), "linear", "GiB"),
@@ -159,9 +160,12 @@ def _fill(axes: Any, panel: Panel, series: Sequence[Series]) -> None:
             look = {"color": COLOURS[-1], "linewidth": 0.7, "alpha": 0.5, "marker": ""}
         _line(axes, one, look, smooth=panel.smooth)
     _axes(axes, panel, series)
-    if axes.get_legend_handles_labels()[0] and (several_splits or len(names) > 1):
-        columns = 2 if len(axes.get_lines()) > 3 else 1
-        axes.legend(frameon=False, fontsize=8, ncols=columns, handlelength=1.4, labelspacing=0.25)
+    labels = axes.get_legend_handles_labels()[1]
+    if labels and (several_splits or len(names) > 1):
+        # Above the axes, where it covers no curve: as many columns as fit.
+        columns = max(1, LEGEND_LETTERS // (max(map(len, labels)) + 4))
+        spaces = {"handlelength": 1.2, "labelspacing": 0.25, "columnspacing": 1.0, "borderaxespad": 0.1}
+        axes.figure.legend(loc="outside upper left", frameon=False, fontsize=8, ncols=columns, **spaces)
 
 
 def _label(one: Series, names: Sequence[str], several_splits: bool) -> str:
@@ -228,7 +232,7 @@ def _axes(axes: Any, panel: Panel, series: Sequence[Series]) -> None:
         axes.set_ylim(0, max(1.1 * float(values.max(initial=0.0)), 1e-3))
     elif panel.scale == "unit":
         axes.set_ylim(-0.02, 1.02)
-    elif panel.title == "throughput" or panel.unit == "GiB":
+    elif panel.unit in ("samples/s", "tokens/s", "GiB"):
         axes.set_ylim(bottom=0)
         axes.yaxis.set_major_formatter(EngFormatter(sep=""))
 

@@ -91,7 +91,7 @@ def _curves(run: RunFiles) -> dict[str, html.Markup]:
     for title, charts in curves.sections(run.metrics, objectives).items():
         figures = html.grid(html.chart(curves.draw(panel, series), panel.title) for panel, series in charts)
         folded = title in ("Inside the objectives", "Other")
-        found[title] = html.details(f"{len(charts)} charts", figures) if folded else figures
+        found[title] = html.details(f"{len(charts)} chart{'s' * (len(charts) != 1)}", figures) if folded else figures
     return found or {"Losses": html.paragraph("No metrics yet.")}
 
 

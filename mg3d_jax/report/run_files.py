@@ -44,8 +44,9 @@ class RunFiles:
     attention: dict[str, Path]
 
     def last(self, name: str, default: Any = None) -> Any:
-        """The newest value of a metric or, where a run has none, of the newest checkpoint's JSON."""
-        found = next((line[name] for line in reversed(self.metrics) if name in line), None)
+        """The newest value of a training metric or, where a run has none, of the newest checkpoint's JSON."""
+        trained = (line for line in reversed(self.metrics) if line.get("split", "train") == "train")
+        found = next((line[name] for line in trained if name in line), None)
         return self.checkpoint.get(name, default) if found is None else found
 
 
