@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import glob
 import json
 import os
 from collections.abc import Iterable, Mapping
@@ -11,9 +12,20 @@ from typing import Any
 from mg3d_jax.errors import UserError
 
 
+def partial_path(path: Path) -> Path:
+    """Where this process writes a file until it is whole."""
+    return path.with_name(f".{path.name}.{os.getpid()}.partial")
+
+
+def remove_partials(path: Path) -> None:
+    """Deletes what killed processes left of writing `path`. Only for files that one process at a time writes."""
+    for leftover in path.parent.glob(f".{glob.escape(path.name)}.*.partial"):
+        leftover.unlink(missing_ok=True)
+
+
 def write_bytes(path: Path, content: bytes) -> None:
     """Writes through a temporary name: the file is either complete or as it was, after a crash of the machine too."""
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    partial = partial_path(path)
     try:
         with partial.open("wb") as file:
             file.write(content)

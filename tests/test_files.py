@@ -46,3 +46,12 @@ def test_lines_survive_a_kill_in_the_middle_of_one(tmp_path):
     assert files.read_lines(path) == (entries, 0)
     path.write_bytes(b"\xff\x00\n[1]\n" + whole)
     assert files.read_lines(path) == (entries, 2)
+
+
+def test_what_killed_processes_left_is_removed(tmp_path):
+    path = tmp_path / "a[1].json"
+    for pid in (1, 2):
+        (tmp_path / f".{path.name}.{pid}.partial").write_text("{")
+    (tmp_path / ".other.json.1.partial").write_text("{")
+    files.remove_partials(path)
+    assert os.listdir(tmp_path) == [".other.json.1.partial"]

@@ -37,6 +37,7 @@ from mg3d_jax.data.shard_reader import (
     open_shard,
 )
 from mg3d_jax.errors import UserError
+from mg3d_jax.files import partial_path
 
 FORMAT_VERSION = 1  # of a prepared folder
 _RECORD_VERSION = "2"
@@ -236,7 +237,7 @@ class ShardWriter:
     """Writes records to `path` through a temporary name: the shard is either complete or not there."""
 
     def __init__(self, path: Path):
-        self._path, self._temporary = path, path.with_name(f".{path.name}.{os.getpid()}.partial")
+        self._path, self._temporary = path, partial_path(path)
         # Not compressed again: what is worth it is packed in the record, by the process that made it.
         self._writer = ArrayRecordWriter(str(self._temporary), "group_size:1,uncompressed")
 

@@ -29,7 +29,7 @@ from mg3d_jax.data.records import Record, ShardWriter, encode, file_digest
 from mg3d_jax.data.reports import report_id, report_sentences
 from mg3d_jax.data.volumes import prepare_volume
 from mg3d_jax.errors import UserError
-from mg3d_jax.files import write_json
+from mg3d_jax.files import remove_partials, write_json
 
 WORK_FOLDER = "work"
 
@@ -183,9 +183,9 @@ def write_shard(
     each: Callable[[Outcome], None],
 ) -> dict[str, Any]:
     """Writes the next `count` results as one shard with its sidecar, which it returns. `each` is told every outcome."""
-    path = out / f"{name}.array_record"
-    for leftover in out.glob(f".{path.name}.*.partial"):
-        leftover.unlink(missing_ok=True)
+    path, sidecar_path = out / f"{name}.array_record", out / WORK_FOLDER / f"{name}.json"
+    for ours in (path, sidecar_path):
+        remove_partials(ours)
     sidecar: dict[str, Any] = {"file": path.name, "records": 0, "entries": [], "bad": [], "quality": []}
     writer = ShardWriter(path)
     try:
@@ -207,5 +207,5 @@ def write_shard(
         sidecar |= {"bytes": path.stat().st_size, "sha256": file_digest(path)}
     else:
         writer.abandon()
-    write_json(out / WORK_FOLDER / f"{name}.json", sidecar)
+    write_json(sidecar_path, sidecar)
     return sidecar
