@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Creates the environment once and puts it on PATH. Source it: . launch/setup.sh [test]
-# MG3D_VENV chooses the folder (default: .venv in the checkout); PYTHON chooses the interpreter (default: the newest of
-# python3.13, 3.12, 3.11, python3 that is at least 3.11).
+# MG3D_VENV chooses the folder (default: .venv in the checkout); PYTHON chooses the interpreter (default: the first of
+# python3.11, 3.12, 3.13, python3 that is at least 3.11).
 
 mg3d_setup() {
   local root kind venv python stamp wanted

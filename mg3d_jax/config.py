@@ -18,6 +18,7 @@ from absl import flags
 from ml_collections import ConfigDict, config_flags
 
 from mg3d_jax.errors import UserError
+from mg3d_jax.files import read_json
 
 
 def _group(**values: Any) -> ConfigDict:
@@ -224,7 +225,10 @@ def load(path: str, overrides: list[str] | None = None) -> ConfigDict:
         values(argv)
         return values.config
     except (AttributeError, KeyError) as error:
-        raise UserError(_unknown_key(path, overrides or [], error)) from error
+        # Of the file itself (a wrong ARG, a mistyped group), or of an override.
+        if not overrides:
+            raise UserError(f"config {path}: {type(error).__name__}: {error}") from error
+        raise UserError(_unknown_key(path, overrides, error)) from error
     except (flags.Error, TypeError, ValueError) as error:
         raise UserError(f"config {path}: {error}") from error
 
@@ -250,6 +254,16 @@ def flatten(config: ConfigDict, prefix: str = "") -> dict[str, Any]:
     return dict(sorted(flat.items()))
 
 
+def wrong_keys(config: ConfigDict) -> list[str]:
+    """Keys that `default()` does not have, with the nearest that it has, and those that are missing."""
+    given, known = flatten(config), flatten(default())
+    wrong = []
+    for key in sorted(given.keys() - known.keys()):
+        close = difflib.get_close_matches(key, known, 1, 0.4)
+        wrong.append(f"there is no key {key}" + (f": did you mean {close[0]}?" if close else ""))
+    return wrong + [f"{key} is missing" for key in sorted(known.keys() - given.keys())]
+
+
 def to_json(config: ConfigDict) -> str:
     return json.dumps(config.to_dict(), indent=1, sort_keys=True)
 
@@ -263,6 +277,16 @@ def from_json(text: str) -> ConfigDict:
         return tuple(map(tuples, value)) if isinstance(value, list) else value
 
     return ConfigDict(tuples(json.loads(text))).lock()
+
+
+def read(path: Path) -> ConfigDict:
+    """The config of a run, from its `config.json`. `UserError` where it cannot be read or is of another version."""
+    config = from_json(json.dumps(read_json(path)))
+    if wrong := wrong_keys(config):
+        raise UserError(
+            f"{path}: " + "; ".join(wrong) + ". The run was trained by another version of this code: use that one"
+        )
+    return config
 
 
 def text_tokens(config: ConfigDict) -> int:

@@ -21,6 +21,8 @@ WRITERS = ("jsonl", "tensorboard", "wandb")
 
 def validate(config: ConfigDict) -> None:
     """Raises one `UserError` that lists every impossible setting and what to write instead."""
+    if wrong := config_lib.wrong_keys(config):  # what is checked below reads all of them
+        raise UserError("the configuration is impossible:\n  - " + "\n  - ".join(wrong))
     parts = (_data_problems, _model_problems, _objective_problems, _training_problems)
     problems = [problem for part in parts for problem in part(config)]
     if problems:

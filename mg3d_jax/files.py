@@ -5,6 +5,7 @@ from __future__ import annotations
 import glob
 import json
 import os
+import sys
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -38,8 +39,8 @@ def write_bytes(path: Path, content: bytes) -> None:
 
 
 def write_text(path: Path, text: str) -> None:
-    """`write_bytes` in UTF-8."""
-    write_bytes(path, text.encode())
+    """`write_bytes` in UTF-8. What is no text, of a file name that is not UTF-8, becomes `\\udcXX`, as JSON has it too."""
+    write_bytes(path, text.encode(errors="backslashreplace"))
 
 
 def write_json(path: Path, document: Any, *, allow_nan: bool = False) -> None:
@@ -82,3 +83,11 @@ def read_lines(path: Path) -> tuple[list[dict[str, Any]], int]:
         else:
             damaged += 1
     return found, damaged
+
+
+def whole_lines(path: Path) -> list[dict[str, Any]]:
+    """The objects of `read_lines`; how many damaged lines were left out is said on stderr."""
+    found, damaged = read_lines(path)
+    if damaged:
+        print(f"{path}: {damaged} damaged of {damaged + len(found)} lines are left out", file=sys.stderr)
+    return found

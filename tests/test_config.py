@@ -3,6 +3,7 @@
 import argparse
 import errno
 import os
+import re
 
 import pytest
 from support import ROOT, tiny_config
@@ -63,6 +64,38 @@ def test_a_full_disk_is_one_line_and_other_failures_of_the_system_are_not_hidden
 def test_a_missing_file_says_what_to_write():
     with pytest.raises(UserError, match="does not exist"):
         config_lib.load("configs/nothing.py")
+
+
+@pytest.mark.parametrize(
+    ("path", "overrides", "says"),
+    [
+        (f"{QUICKSTART}:lnog", [], "KeyError: 'lnog'"),
+        (f"{QUICKSTART}:lnog", ["--config.seed=1"], "KeyError: 'lnog'"),
+        ("mistyped", [], "volume_encodr"),
+    ],
+)
+def test_a_mistake_in_a_file_is_one_line(tmp_path, path, overrides, says):
+    file = tmp_path / "mistyped"
+    file.write_text(
+        "from mg3d_jax import config\n\n\ndef get_config(arg=''):\n"
+        "    c = config.default().unlock()\n    c.model.volume_encodr.preset = 's'\n    return c\n"
+    )
+    with pytest.raises(UserError, match=says):
+        config_lib.load(str(file) if path == "mistyped" else path, overrides)
+
+
+def test_keys_that_a_file_or_an_older_run_has_and_this_code_has_not_are_named(tmp_path):
+    config = tiny_config().unlock()
+    config.optimizer.learning_rat = 1e-3
+    del config.data.windows
+    says = "no key optimizer.learning_rat: did you mean optimizer.learning_rate.*data.windows is missing"
+    with pytest.raises(UserError, match=re.compile(says, re.DOTALL)):
+        config_check.validate(config)
+    (tmp_path / "config.json").write_text(config_lib.to_json(config))
+    with pytest.raises(UserError, match=f"config.json: .*{says}.*another version of this code"):
+        config_lib.read(tmp_path / "config.json")
+    (tmp_path / "config.json").write_text(config_lib.to_json(tiny_config()))
+    assert config_lib.read(tmp_path / "config.json") == tiny_config()
 
 
 def test_parse_takes_overrides_in_both_spellings():

@@ -16,6 +16,12 @@ def test_json_comes_back(tmp_path):
     assert os.listdir(tmp_path) == ["a.json"]
 
 
+def test_a_file_name_that_is_no_text_comes_back(tmp_path):
+    name = os.fsdecode(b"scan-\xe4.nii.gz")
+    files.write_json(tmp_path / "a.json", {"bad": name})
+    assert files.read_json(tmp_path / "a.json") == {"bad": name}
+
+
 def test_a_failed_write_leaves_the_file_as_it_was(tmp_path, monkeypatch):
     path = tmp_path / "a.json"
     files.write_json(path, {"a": 1})
@@ -36,7 +42,7 @@ def test_what_is_no_object_is_named(tmp_path, text):
         files.read_json(tmp_path / "absent.json")
 
 
-def test_lines_survive_a_kill_in_the_middle_of_one(tmp_path):
+def test_lines_survive_a_kill_in_the_middle_of_one(tmp_path, capsys):
     path, entries = tmp_path / "a.jsonl", [{"step": 1, "text": "line separator \u2028 within"}, {"step": 2}]
     assert files.read_lines(path) == ([], 0)
     files.write_lines(path, entries)
@@ -46,6 +52,8 @@ def test_lines_survive_a_kill_in_the_middle_of_one(tmp_path):
     assert files.read_lines(path) == (entries, 0)
     path.write_bytes(b"\xff\x00\n[1]\n" + whole)
     assert files.read_lines(path) == (entries, 2)
+    assert files.whole_lines(path) == entries
+    assert capsys.readouterr().err == f"{path}: 2 damaged of 4 lines are left out\n"
 
 
 def test_what_killed_processes_left_is_removed(tmp_path):

@@ -22,6 +22,7 @@ from mg3d_jax.data.pipeline import (
     BatchReader,
     LocalBatches,
     PreparedData,
+    cut_shares,
     evaluation_batches,
     record_names,
     short_id,
@@ -102,6 +103,19 @@ def test_batch_holds_what_the_record_says(data, tokenizer, mesh):
         np.testing.assert_array_equal(host["labels"][row], record.labels)
         assert host["report_id"][row] == short_id(record.report_id)
         np.testing.assert_array_equal(host["token_ids"][row], tokenizer(record.sentences)["token_ids"])
+
+
+def test_what_limits_cut_is_counted(data, tokenizer):
+    reports = {record.report_id: record.sentences for record in data.records()}
+    lengths = [[len(ids) + 2 for ids in map(text_ids(tokenizer), sentences)] for sentences in reports.values()]
+    cut = [sum(length - 2 for length in row) + 2 > 64 or len(row) > 16 for row in lengths]
+    long = [length > 12 for row in lengths for length in row]
+    assert 0 < np.mean(long) < 1 and np.mean(cut) > 0
+    assert cut_shares(data, tokenizer, 12) == (np.mean(cut), np.mean(long))
+
+
+def text_ids(tokenizer):
+    return lambda text: tokenizer.tokenizer.encode(f" {text.strip()}", add_special_tokens=False).ids
 
 
 def test_evaluation_reads_every_record_once_and_pads(data, tokenizer, mesh):

@@ -11,6 +11,7 @@ from __future__ import annotations
 import hashlib
 import signal
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import suppress
 from pathlib import Path
 
 import grain
@@ -28,6 +29,7 @@ from mg3d_jax.data.tokens import ReportTokenizer
 from mg3d_jax.errors import UserError
 
 PREFETCHED_BATCHES = 2
+SAMPLED_REPORTS = 200
 
 
 class PreparedData:
@@ -115,6 +117,20 @@ def skipped_records(data: PreparedData, log_folder: Path | None, limit: int) -> 
     """Where training notes the damaged records that it skips: at most `limit`, `data.max_bad_records`, and at most half of
     all. A set that is bad for the larger part is another fault than a flipped byte."""
     return BadRecords(log_folder, min(limit, len(data) // 2))
+
+
+def cut_shares(data: PreparedData, tokenizer: ReportTokenizer, sentence_tokens: int) -> tuple[float, float]:
+    """What the limits cut, in a sample of reports spread over the data: the share of reports that are longer than
+    `tokenizer` keeps, and of sentences longer than `sentence_tokens` (special tokens included)."""
+    step = max(1, len(data) // SAMPLED_REPORTS)
+    reports: dict[str, tuple[str, ...]] = {}
+    for index in range(0, len(data), step):
+        with suppress(DamagedRecordError):  # named when it is trained on
+            record = data.read(index)
+            reports[record.report_id] = record.sentences
+    cut = [tokenizer.is_cut(sentences) for sentences in reports.values()]
+    long = [n + 2 > sentence_tokens for sentences in reports.values() for n in tokenizer.lengths(sentences)]
+    return sum(cut) / max(len(cut), 1), sum(long) / max(len(long), 1)
 
 
 def short_id(text: str) -> np.int32:

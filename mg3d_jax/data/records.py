@@ -267,7 +267,7 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     """`manifest.json` of a prepared folder. Raises `UserError` where there is none, or of a newer format."""
     path = Path(folder) / MANIFEST_NAME
     try:
-        manifest = json.loads(path.read_text())
+        manifest = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise UserError(f"{path} does not exist: run `mg3d prepare ... --out {folder}` to its end first") from None
     except ValueError as error:
@@ -379,7 +379,7 @@ class RecordReader:
         """Name of the volume of record `index`, also where the record itself cannot be read. Not for the hot path."""
         path = self.folder / INDEX_NAME
         if path.is_file():
-            with open(path) as file:
+            with open(path, encoding="utf-8") as file:
                 if line := next(itertools.islice(file, index, None), None):
                     return json.loads(line)["name"]
         try:

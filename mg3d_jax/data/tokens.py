@@ -140,7 +140,11 @@ class ReportTokenizer:
         array[: len(values)] = values
         return array
 
+    def lengths(self, sentences: Sequence[str]) -> list[int]:
+        """Tokens of each sentence, without special ones."""
+        return [len(encoding.ids) for encoding in self._encode(sentences)]
+
     def is_cut(self, sentences: Sequence[str]) -> bool:
         """Does this report lose tokens or sentences to the limits?"""
-        lengths = [len(encoding.ids) for encoding in self._encode(sentences)]
+        lengths = self.lengths(sentences)
         return len(lengths) > self.max_sentences or sum(lengths) + 2 > self.max_tokens

@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 
 from mg3d_jax.errors import UserError
+from mg3d_jax.files import read_json
 from mg3d_jax.interop.state_dict import StrictWeights, dense_params, norm_params, read_state_dict, stack_layers
 
 WEIGHT_FILES = (
@@ -85,7 +86,7 @@ def _parse_config(folder: Path) -> tuple[BertConfig, int]:
     path = folder / "config.json"
     if not path.is_file():
         raise UserError(f"{folder}: no config.json; give the folder that transformers' save_pretrained wrote.")
-    raw = json.loads(path.read_text())
+    raw = read_json(path)
     model_type = raw.get("model_type", "bert")
     if model_type not in POSITION_OFFSETS:
         raise UserError(f"{path}: model_type {model_type!r}; loadable are {', '.join(POSITION_OFFSETS)}.")

@@ -5,7 +5,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Iterable
 from pathlib import Path
@@ -14,6 +13,7 @@ import numpy as np
 from safetensors import safe_open
 
 from mg3d_jax.errors import UserError
+from mg3d_jax.files import read_json
 
 TORCH_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt", ".tar")
 CONTAINERS = ("state_dict", "model_state_dict", "model", "network_weights")
@@ -32,7 +32,10 @@ def read_state_dict(path: Path) -> dict[str, np.ndarray]:
     if not path.is_file():
         raise UserError(f"{path}: no such file.")
     if path.name.endswith(".index.json"):
-        shards = sorted(set(json.loads(path.read_text())["weight_map"].values()))
+        weight_map = read_json(path).get("weight_map")
+        if not isinstance(weight_map, dict):
+            raise UserError(f"{path}: has no weight_map, which says in which file each weight lies; download it again")
+        shards = sorted(set(weight_map.values()))
         return {key: array for shard in shards for key, array in read_state_dict(path.parent / shard).items()}
     try:
         raw = _read_safetensors(path) if path.suffix == ".safetensors" else _read_torch(path)
@@ -70,7 +73,9 @@ def _read_torch(path: Path) -> dict[str, np.ndarray]:
         raise UserError(f"{path}: holds a {type(loaded).__name__}, not a state dict.")
     tensors = {key: value for key, value in loaded.items() if isinstance(value, torch.Tensor)}
     if not tensors:
-        raise UserError(f"{path}: no tensors found; its top level has {sorted(map(str, loaded))[:MAX_LISTED]}.")
+        names = sorted(map(str, loaded))
+        more = f" and {len(names) - MAX_LISTED} more" if len(names) > MAX_LISTED else ""
+        raise UserError(f"{path}: no tensors found; its top level has {', '.join(names[:MAX_LISTED])}{more}.")
     return {
         key: _as_numpy(value.float().numpy() if value.is_floating_point() else value.numpy())
         for key, value in tensors.items()

@@ -118,9 +118,8 @@ def _slices(run: RunFiles) -> html.Markup | None:
         if len(steps) > 1:
             chosen = np.unique(np.linspace(0, len(steps) - 1, STEPS_SHOWN).round().astype(int))
             small = [html.picture(_thumbnail(by_step[steps[i]]), f"step {steps[i]:,}", "jpeg") for i in chosen]
-            rows.append(
-                html.details(f"{name.replace('-', ' ')} over time", html.grid(small, small=True), shown=not rows)
-            )
+            title = f"{name.replace('-', ' ')} over time, {len(small)} of {len(steps)} pictures"
+            rows.append(html.details(title, html.grid(small, small=True), shown=not rows))
     return html.join([html.grid(newest), *rows])
 
 

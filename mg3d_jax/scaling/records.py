@@ -10,7 +10,7 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from mg3d_jax import config as config_lib
-from mg3d_jax.files import read_json, read_lines, write_json
+from mg3d_jax.files import read_json, whole_lines, write_json
 from mg3d_jax.scaling import flops, states, table
 from mg3d_jax.scaling.sweep import Run, Sweep
 from mg3d_jax.scaling.table import Row
@@ -97,9 +97,9 @@ def _vocabulary(config: ConfigDict, summary: dict[str, Any]) -> tuple[int, int]:
 
 def _evaluations(folder: Path) -> list[dict[str, Any]]:
     """Every held-out evaluation of the run: lines of `metrics.jsonl` with split "valid"."""
-    lines, _ = read_lines(folder / states.METRICS_FILE)
     finite = (
-        {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in one.items()} for one in lines
+        {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in one.items()}
+        for one in whole_lines(folder / states.METRICS_FILE)
     )
     return [line for line in finite if line.get("split") == "valid"]
 

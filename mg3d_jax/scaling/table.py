@@ -90,7 +90,8 @@ def read_table(path: Path, n: str, d: str, loss: str, group: Sequence[str] = ())
     exclude_unusable(rows, (n, d, loss))
     if not used(rows):
         why = "; ".join(f"{row.label}: {row.reason}" for row in rows[:5]) or "it has a header only"
-        raise UserError(f"{path}: no usable row. {why}")
+        more = f"; and {len(rows) - 5} more" if len(rows) > 5 else ""
+        raise UserError(f"{path}: no usable row. {why}{more}")
     return rows
 
 

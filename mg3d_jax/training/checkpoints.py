@@ -231,8 +231,10 @@ class Checkpoints:
                     self._move_aside(step)
             distributed.barrier(_new_barrier())
             for step in self.steps():
-                with suppress(DamagedCheckpointError):
+                try:
                     self._policy.add(step, self._read_meta(step).get(METRICS))
+                except DamagedCheckpointError as error:
+                    _say(f"{error}; it cannot count as the best one")
             self._manager = ocp.CheckpointManager(
                 self.folder,
                 item_handlers={"state": _state_handler(), "meta": ocp.JsonCheckpointHandler()},

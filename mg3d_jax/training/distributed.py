@@ -299,7 +299,8 @@ def check_devices(expected: int | None, environment: Mapping[str, str], cluster:
             print(device_table(rows), file=sys.stderr, flush=True)
     wanted = cluster if "JAX_PLATFORMS" not in environment else None
     if problems := [problem for row in rows if (problem := _row_problem(row, len(rows), expected, wanted))]:
-        raise UserError("; ".join(problems[:4]) + f". {CAUSES}")
+        more = f"; and {len(problems) - 4} more processes" if len(problems) > 4 else ""
+        raise UserError("; ".join(problems[:4]) + f"{more}. {CAUSES}")
 
 
 CAUSES = (

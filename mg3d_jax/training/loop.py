@@ -14,7 +14,7 @@ from ml_collections import ConfigDict
 from mg3d_jax import __version__, config_check, devices, sharding
 from mg3d_jax import config as config_lib
 from mg3d_jax.data.order import RecordOrder
-from mg3d_jax.data.pipeline import PreparedData, record_names, train_batches
+from mg3d_jax.data.pipeline import PreparedData, cut_shares, record_names, train_batches
 from mg3d_jax.environment import environment_facts
 from mg3d_jax.errors import UserError
 from mg3d_jax.evaluation.online import OnlineEvaluation
@@ -204,8 +204,12 @@ class Trainer:
         with self.clock.paused():
             compiled = step_lib.train_step(self.setup, self.tokenizer.special).compile(self.setup.abstract, batch)
             if self.writes:
-                records = f"{len(self.data):,} of {self.data.patients:,} patients"
-                tables.start_table(self.setup, compiled, data={"records": records}, flops=self.flops)
+                shares = cut_shares(self.data, self.tokenizer, self.config.objectives.alignment.sentence_tokens)
+                data = {
+                    "records": f"{len(self.data):,} of {self.data.patients:,} patients",
+                    "text that is cut": tables.cut_text(self.config, *shares),
+                }
+                tables.start_table(self.setup, compiled, data=data, flops=self.flops)
             distributed.barrier("compiled")
         return compiled
 

@@ -42,7 +42,7 @@ def restore_run(workdir: Path, step: int | None = None, *, ema: bool | None = No
     for needed in (CONFIG_FILE, f"{TOKENIZER_FOLDER}/tokenizer.json"):
         if not (workdir / needed).exists():
             raise UserError(f"{workdir} is not a training run: it has no {needed}")
-    config = config_lib.from_json((workdir / CONFIG_FILE).read_text())
+    config = config_lib.read(workdir / CONFIG_FILE)
     tokenizer = load_tokenizer(str(workdir / TOKENIZER_FOLDER))
     mesh = sharding.make_mesh(config_lib.default().mesh)
     setup = state_lib.build(config, tokenizer.get_vocab_size(), mesh, steps=0)

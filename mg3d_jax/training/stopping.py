@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import math
 import signal
 import sys
 from collections.abc import Callable
@@ -13,7 +14,7 @@ from types import FrameType
 import jax
 
 from mg3d_jax.errors import UserError
-from mg3d_jax.files import read_lines, write_lines
+from mg3d_jax.files import whole_lines, write_lines
 from mg3d_jax.training.checkpoints import Checkpoints
 
 DONE, PREEMPTED = 0, 75  # 75 is EX_TEMPFAIL: launchers understand it as "run me again"
@@ -56,7 +57,7 @@ class SkippedUpdates:
 
     def __init__(self, workdir: Path, limit: int, records: Callable[[int], list[str]], *, resume_step: int = 0):
         self._path, self._limit, self._records = workdir / SKIPPED_FILE, limit, records
-        before = [entry for entry in read_lines(self._path)[0] if entry["step"] <= resume_step]
+        before = [entry for entry in whole_lines(self._path) if entry.get("step", math.inf) <= resume_step]
         if self._path.exists() and jax.process_index() == 0:
             write_lines(self._path, before)
         steps = {entry["step"] for entry in before}

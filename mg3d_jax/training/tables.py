@@ -63,6 +63,15 @@ def start_table(setup: Setup, compiled: jax.stages.Compiled, *, data: Mapping[st
     console.print(array_table(setup.abstract, setup.mesh))
 
 
+def cut_text(config: ConfigDict, reports: float, sentences: float) -> str:
+    """What the shares of `pipeline.cut_shares` mean for the keys that set the limits."""
+    data, alignment = config.data, config.objectives.alignment
+    text = f"{reports:.1%} of reports are longer than {data.max_tokens} tokens or {data.max_sentences} sentences"
+    if alignment.weight > 0 and alignment.report_view == "sentences":
+        text += f", {sentences:.1%} of single sentences than {alignment.sentence_tokens} tokens"
+    return text
+
+
 def memory_text(compiled: jax.stages.Compiled) -> str:
     """Arguments (state and batch) plus temporaries of the compiled step, per device."""
     analysis = compiled.memory_analysis()

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import secrets
 from collections.abc import Callable, Mapping, Sequence
@@ -17,7 +18,7 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from mg3d_jax.errors import UserError
-from mg3d_jax.files import read_lines, write_lines
+from mg3d_jax.files import read_lines, whole_lines, write_lines
 
 METRICS_FILE, IMAGES_FOLDER, WANDB_ID_FILE = "metrics.jsonl", "images", "wandb_id"
 
@@ -77,7 +78,7 @@ class JsonlWriter:
         self._images = workdir / IMAGES_FOLDER
         path = workdir / METRICS_FILE
         if path.exists():
-            write_lines(path, [line for line in read_lines(path)[0] if line["step"] <= resume_step])
+            write_lines(path, [line for line in whole_lines(path) if line.get("step", math.inf) <= resume_step])
         for image in self._images.glob("*.png"):
             step = image.stem.rpartition("-")[2]
             if step.isdecimal() and int(step) > resume_step:
