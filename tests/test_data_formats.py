@@ -5,8 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 
 import numpy as np
+import pydicom
 import pytest
 from PIL import Image
+from pydicom import dcmread
 from pydicom.dataset import FileDataset, FileMetaDataset
 from pydicom.uid import CTImageStorage, ExplicitVRLittleEndian, generate_uid
 from reference.synthetic_ct import affine, body
@@ -119,6 +121,26 @@ def test_a_dicom_series_with_a_missing_slice_is_filled_with_a_warning(tmp_path):
     expected[:, :, 17] = (expected[:, :, 16] + expected[:, :, 18]) / 2
     np.testing.assert_allclose(got.volume, expected, atol=1.01)
     assert "missing slices: 1 of 36" in got.quality["warnings"][0]
+
+
+@pytest.mark.parametrize("kept", [0, 5, 140, 600, 2000, "refused"])
+def test_a_dicom_slice_that_cannot_be_read_is_no_missing_slice(tmp_path, kept, monkeypatch):
+    write_dicom(tmp_path / "series")
+    top = max((tmp_path / "series").iterdir(), key=lambda p: dcmread(p).ImagePositionPatient[2])
+    if kept == "refused":
+        opening = pydicom.dcmread
+
+        def refused(file):
+            if file == top:
+                raise OSError(5, "Input/output error")
+            return opening(file)
+
+        monkeypatch.setattr(pydicom, "dcmread", refused)
+    else:
+        top.write_bytes(top.read_bytes()[:kept])
+    # A slice that ends within its pixels is found when they are decoded, all slices in one go.
+    with pytest.raises(VolumeError, match="cannot be decoded" if kept == 2000 else f"slice {top.name} is"):
+        prepare_volume(tmp_path / "series", GRID)
 
 
 @pytest.mark.parametrize("fault", ["many missing", "uneven", "text only", "empty"])

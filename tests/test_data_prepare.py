@@ -162,6 +162,16 @@ def test_nothing_left_is_an_error(tmp_path):
         prepare(settings(tmp_path, tmp_path / "out", max_bad_share=1.0))
 
 
+def test_a_split_without_volumes_names_the_splits_there_are(tmp_path):
+    write_ctrate(tmp_path / "root", 2)
+    write_ctrate(tmp_path / "root", 2, split="valid")
+    (tmp_path / "all.txt").write_text("train_1\ntrain_2\n")
+    with pytest.raises(UserError) as error:
+        prepare(settings(tmp_path / "root", tmp_path / "out", exclude=tmp_path / "all.txt"))
+    message = str(error.value)
+    assert "split 'train'; the other splits are ['valid']; 3 left out: named in all.txt" in message
+
+
 def test_other_settings_in_the_same_folder_are_refused(tmp_path):
     write_ctrate(tmp_path / "root", 2)
     prepare(settings(tmp_path / "root", tmp_path / "out"))

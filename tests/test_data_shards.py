@@ -19,6 +19,7 @@ from test_data_prepare import settings
 from mg3d_jax.cli import main
 from mg3d_jax.data.estimate import Estimate, check_disk, estimate
 from mg3d_jax.data.geometry import Grid
+from mg3d_jax.data.leaks import read_index
 from mg3d_jax.data.prepare import prepare, summary
 from mg3d_jax.data.records import RecordReader
 from mg3d_jax.data.shards import Recipe
@@ -126,6 +127,123 @@ def test_a_fetch_that_fails_is_listed_and_tried_again_next_time(tmp_path, monkey
     assert manifest["records"] == 5 and manifest["bad"] == []
 
 
+@pytest.mark.parametrize("how", ["written", "moved", "with the root moved"])
+def test_a_mended_volume_is_read_again_and_nothing_else(tmp_path, how):
+    root, out = tmp_path / "root", tmp_path / "out"
+    names = write_ctrate(root, 4)
+    prepare(settings(root, tmp_path / "whole", shard_records=1))
+    path = volume_path(root, names[0])
+    good = path.read_bytes()
+    path.write_bytes(good[:2000])
+    with pytest.raises(UserError, match="mend them and run the same command again"):
+        prepare(settings(root, out, shard_records=1))
+    before = {p.name: p.stat().st_mtime_ns for p in out.glob("*.array_record")}
+    assert len(before) == 4
+    with pytest.raises(UserError, match="are bad"):  # nothing was mended: nothing is read again
+        prepare(settings(root, out, shard_records=1))
+    assert {p.name: p.stat().st_mtime_ns for p in out.glob("*.array_record")} == before
+    if how == "moved":  # a copy of last year with its old time
+        (tmp_path / "copy").write_bytes(good)
+        os.utime(tmp_path / "copy", (1e9, 1e9))
+        (tmp_path / "copy").rename(path)
+    else:
+        path.write_bytes(good)
+    if how == "with the root moved":
+        root = root.rename(tmp_path / "moved")
+    manifest = prepare(settings(root, out, shard_records=1))
+    assert manifest["records"] == 5 and manifest["bad"] == []
+    after = {p.name: p.stat().st_mtime_ns for p in out.glob("*.array_record")}
+    assert len(after) == 5 and before.items() <= after.items()
+    if how != "with the root moved":
+        assert {**tree(out), "qa.jsonl": b"", "manifest.json": b""} == {
+            **tree(tmp_path / "whole"), "qa.jsonl": b"", "manifest.json": b""
+        }  # fmt: skip
+
+
+def test_a_volume_that_the_machine_failed_to_read_is_tried_again(tmp_path, monkeypatch):
+    import mg3d_jax.data.shards as shards
+
+    names = write_ctrate(tmp_path / "root", 4)
+    reading = shards.prepare_volume
+
+    def failing(path, *rest):
+        if path.name == names[0]:
+            raise MemoryError("no memory left")
+        if path.name == names[1]:
+            raise shards.VolumeError("unreadable: why") from OSError(5, "Input/output error")
+        return reading(path, *rest)
+
+    monkeypatch.setattr(shards, "prepare_volume", failing)
+    changes = {"shard_records": 2, "max_bad_share": 0.5}
+    manifest = prepare(settings(tmp_path / "root", tmp_path / "out", **changes))
+    assert sorted(item["reason"] for item in manifest["bad"]) == [
+        "system error: failed with MemoryError: no memory left",
+        "system error: unreadable: why",
+    ]
+    monkeypatch.undo()
+    manifest = prepare(settings(tmp_path / "root", tmp_path / "out", **changes))
+    assert manifest["records"] == 5 and manifest["bad"] == []
+
+
+def test_a_volume_that_became_whole_while_its_shard_was_made_is_read_again(tmp_path, monkeypatch):
+    """As when the data set is still being copied."""
+    import mg3d_jax.data.shards as shards
+
+    names = write_ctrate(tmp_path / "root", 4)
+    reading, path = shards.prepare_volume, volume_path(tmp_path / "root", names[0])
+    good = path.read_bytes()
+    path.write_bytes(good[:2000])
+
+    def copied_afterwards(volume, *rest):
+        try:
+            return reading(volume, *rest)
+        finally:
+            if volume == path:
+                time.sleep(0.1)  # the times of files are coarse
+                path.write_bytes(good)
+
+    monkeypatch.setattr(shards, "prepare_volume", copied_afterwards)
+    assert len(prepare(settings(tmp_path / "root", tmp_path / "out", max_bad_share=0.5))["bad"]) == 1
+    monkeypatch.undo()
+    assert prepare(settings(tmp_path / "root", tmp_path / "out"))["bad"] == []
+
+
+def test_no_manifest_outlives_the_shards_it_vouches_for(tmp_path, monkeypatch):
+    """A run that is to mend one shard and is killed."""
+    import mg3d_jax.data.prepare as module
+
+    names = write_ctrate(tmp_path / "root", 4)
+    path = volume_path(tmp_path / "root", names[0])
+    good = path.read_bytes()
+    path.write_bytes(good[:2000])
+    changes = {"shard_records": 2, "max_bad_share": 0.5}
+    prepare(settings(tmp_path / "root", tmp_path / "out", **changes))
+    path.write_bytes(good)
+
+    def killed(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(module, "write_shard", killed)
+    with pytest.raises(KeyboardInterrupt):
+        prepare(settings(tmp_path / "root", tmp_path / "out", **changes))
+    assert not (tmp_path / "out" / "manifest.json").exists()
+    monkeypatch.undo()
+    assert prepare(settings(tmp_path / "root", tmp_path / "out", **changes))["records"] == 5
+
+
+def test_a_damaged_sidecar_is_said_and_its_shard_done_again(tmp_path, capsys):
+    write_ctrate(tmp_path / "root", 4)
+    prepare(settings(tmp_path / "root", tmp_path / "out", shard_records=2))
+    before = tree(tmp_path / "out")
+    (tmp_path / "out" / "work" / "records-00001-of-00003.json").write_bytes(b'{"file": "rec')
+    prepare(settings(tmp_path / "root", tmp_path / "out", shard_records=2))
+    assert "records-00001-of-00003.json: cannot be read as JSON" in capsys.readouterr().err
+    assert tree(tmp_path / "out") == before
+    (tmp_path / "out" / "work" / "plan.json").write_bytes(b"")
+    with pytest.raises(UserError, match=r"plan\.json: cannot be read as JSON"):
+        prepare(settings(tmp_path / "root", tmp_path / "out", shard_records=2))
+
+
 def test_verify_finds_what_is_damaged(tmp_path, capsys):
     write_ctrate(tmp_path / "root", 4)
     out = tmp_path / "out"
@@ -145,6 +263,13 @@ def test_verify_finds_what_is_damaged(tmp_path, capsys):
     assert main(["prepare", "--verify", "--out", str(out)]) == 2
     error = capsys.readouterr().err
     assert "sha256" in error and "is missing" in error
+
+
+def test_verify_says_how_many_more_faults_there_are(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr("mg3d_jax.data.prepare.verify", lambda _: [f"fault {n}" for n in range(60)])
+    assert main(["prepare", "--verify", "--out", str(tmp_path)]) == 2
+    error = capsys.readouterr().err
+    assert "60 faults" in error and "fault 49\n" in error and "fault 50" not in error and "and 10 more" in error
 
 
 def test_uint8_window_halves_the_bytes_and_keeps_hu_to_half_a_step(tmp_path):
@@ -198,6 +323,32 @@ def test_quality_page_shows_slices_and_warnings(tmp_path):
     page = (tmp_path / "out" / "qa.html").read_text()
     assert "truncated: only 108 mm" in page and "data:image/png;base64," in page
     assert (tmp_path / "out" / "qa.png").read_bytes()[:4] == b"\x89PNG"
+
+
+def test_the_pictures_warnings_are_counted_where_they_are_cut():
+    from mg3d_jax.data.qa_page import _short
+
+    assert _short(["one", "two"]) == "one\ntwo"
+    assert _short(["x" * 58, "x" * 59, "3", "4", "5"]).split("\n") == ["x" * 58, "x" * 55 + "...", "3", "+ 2 more"]
+
+
+def test_an_index_is_read_whole_or_refused(tmp_path):
+    write_ctrate(tmp_path / "root", 2)
+    out = tmp_path / "out"
+    prepare(settings(tmp_path / "root", out))
+    path = out / "index.jsonl"
+    lines = [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n")[:-1]]
+    lines[0]["name"] = "a\u2028b.nii.gz"  # a line separator to Python's splitlines, not to JSON
+    whole = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
+    path.write_text(whole, encoding="utf-8")
+    assert read_index(out) == lines
+    for damaged in (whole[1:], whole[: whole.rindex("{") + 9]):  # a broken line; one that a kill cut short
+        path.write_text(damaged, encoding="utf-8")
+        with pytest.raises(UserError, match=r"index\.jsonl has 2 whole lines and [01] damaged ones for 3 records"):
+            read_index(out)
+    path.unlink()
+    with pytest.raises(UserError, match="0 whole lines"):
+        read_index(out)
 
 
 def test_leaks_between_splits_and_patients_are_errors_unless_meant(tmp_path):

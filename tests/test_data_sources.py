@@ -62,6 +62,19 @@ def test_fixed_files_are_preferred(tmp_path):
     paths = {e.name: e.path for e in list_ctrate(SourceOptions(tmp_path, "train")).examples}
     assert paths["train_1_a_1.nii.gz"] == fixed
     assert "train_fixed" not in str(paths["train_2_a_1.nii.gz"])
+    notes = list_ctrate(SourceOptions(tmp_path, "train")).notes
+    assert "1 volumes are in train/ and in train_fixed/: the latter were taken" in notes
+
+
+def test_a_second_file_of_a_volume_is_bad(tmp_path):
+    write_ctrate(tmp_path, 2)
+    first = volume_path(tmp_path, "train_1_a_1.nii.gz")
+    second = write_nifti(tmp_path / "dataset" / "train" / "zz" / "train_1_a_1.nii.gz", body((8, 8, 8)), affine())
+    listing = list_ctrate(SourceOptions(tmp_path, "train"))
+    assert first in [e.path for e in listing.examples] and len(listing.examples) == 3
+    (bad,) = listing.bad
+    assert bad["path"] == str(second)
+    assert bad["reason"].startswith(f"second file of train_1_a_1.nii.gz, the first is {first}")
 
 
 def test_what_does_not_fit_together_is_listed_with_path_and_reason(tmp_path):
@@ -120,6 +133,34 @@ def test_excluded_names_are_counted(tmp_path):
     listing = list_source("ctrate", SourceOptions(tmp_path, "train", exclude=tmp_path / "no_chest.txt"))
     assert sorted(e.patient for e in listing.examples) == ["train_3", "train_4"]
     assert listing.skipped == {"named in no_chest.txt": 3}
+    assert f"1 of 3 names in {tmp_path / 'no_chest.txt'} matched nothing" in listing.notes
+    (tmp_path / "no_chest.txt").write_text("train_1_a_1\n")
+    listing = list_source("ctrate", SourceOptions(tmp_path, "train", exclude=tmp_path / "no_chest.txt"))
+    assert len(listing.examples) == 4 and not any("matched nothing" in note for note in listing.notes)
+
+
+def test_tables_with_repeated_rows_wrong_labels_or_no_names(tmp_path):
+    names = write_ctrate(tmp_path, 2)
+    labels = tmp_path / "dataset" / "multi_abnormality_labels" / "train_predicted_labels.csv"
+    text = labels.read_text()
+    labels.write_text(text + f"{names[0]},0,0\n")
+    notes = list_ctrate(SourceOptions(tmp_path, "train")).notes
+    assert "train_predicted_labels.csv: 1 rows repeat a volume that has one already" in notes
+    labels.write_text(text + f"{names[0]},1,0\n")
+    with pytest.raises(UserError, match=r"two rows of train_1_a_1\.nii\.gz differ, \(0, 0\) and \(1, 0\)"):
+        list_ctrate(SourceOptions(tmp_path, "train"))
+    labels.write_text(text + "train_9_a_1.nii.gz,0,x\n")
+    with pytest.raises(UserError, match=r"column 'Lung nodule' is 'x', in row \['train_9_a_1\.nii\.gz'\]"):
+        list_ctrate(SourceOptions(tmp_path, "train"))
+    labels.write_text(text)
+    metadata = tmp_path / "dataset" / "metadata" / "train_metadata.csv"
+    metadata.parent.mkdir()
+    metadata.write_text("Name,ZSpacing\na,1\n")
+    with pytest.raises(UserError, match=r"train_metadata\.csv lacks the columns \['VolumeName'\]"):
+        list_ctrate(SourceOptions(tmp_path, "train"))
+    metadata.write_text(f"VolumeName,NumberofSlices\n{names[0]},36\n{names[0]},37\n")
+    with pytest.raises(UserError, match="two rows of"):
+        list_ctrate(SourceOptions(tmp_path, "train"))
 
 
 def test_xlsx_tables(tmp_path):
@@ -157,6 +198,43 @@ def test_ctrg_json_with_files_and_folders(tmp_path):
     assert (train.examples[0].findings, train.examples[0].impression) == ("A nodule.", "Nodule.")
     with pytest.raises(UserError, match="split"):
         list_ctrg(SourceOptions(tmp_path, "none"))
+
+
+def test_ctrg_volumes_of_one_id(tmp_path):
+    rows = {"train": [{"id": "1.nii.gz", "report": "Normal."}], "val": [{"id": "2.nii.gz", "report": "Normal."}]}
+    (tmp_path / "ctrg.json").write_text(json.dumps(rows))
+    for name in ("a/1", "b/1", "a/2", "b/2", "a/3", "b/3"):
+        write_nifti(tmp_path / f"{name}.nii.gz", body((8, 8, 8)), affine())
+    (tmp_path / "c" / "1").mkdir(parents=True)
+    (tmp_path / "c" / "1" / "1.png").write_bytes(b"")
+    listing = list_ctrg(SourceOptions(tmp_path, "train"))
+    assert [e.path for e in listing.examples] == [tmp_path / "a" / "1.nii.gz"]
+    # Those of the other split are that split's.
+    assert [(str(b["path"]).removeprefix(f"{tmp_path}/"), b["reason"].split(",")[0]) for b in listing.bad] == [
+        ("b/1.nii.gz", "second file of 1"),
+        ("c/1", "second file of 1"),
+        ("a/3.nii.gz", "a volume without a report"),
+        ("b/3.nii.gz", "second file of 3"),
+    ]
+
+
+def test_csv_spacings_that_are_none_and_splits_that_are_not_there(tmp_path):
+    for name in "abcde":
+        np.save(tmp_path / f"{name}.npy", body((8, 8, 8)))
+    path = tmp_path / "table.csv"
+    rows = ['a.npy,Normal.,train,"0,7 0,7 1,5"', "b.npy,Normal.,train,1.5", "c.npy,Normal.,train,0.7 0.7 0"]
+    rows += ["d.npy,Normal.,train,0.7x0.7x1.5", "e.npy,Normal.,test,?"]
+    path.write_text("\n".join(["volume,report,split,spacing", *rows]))
+    listing = list_csv(SourceOptions(path, "train", array_spacing=(1, 1, 1)))
+    assert [(e.name, e.metadata.spacing) for e in listing.examples] == [("d.npy", (0.7, 0.7, 1.5))]
+    reasons = [item["reason"] for item in listing.bad]
+    assert [reason.split(" is not")[0] for reason in reasons] == [
+        "row 1 of table.csv: spacing '0,7 0,7 1,5'",
+        "row 2 of table.csv: spacing '1.5'",
+        "row 3 of table.csv: spacing '0.7 0.7 0'",
+    ]
+    with pytest.raises(UserError, match=r"--split 'valid': the column 'split' of .* has \['test', 'train'\]"):
+        list_csv(SourceOptions(path, "valid"))
 
 
 def test_csv_of_any_shape(tmp_path):

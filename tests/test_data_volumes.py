@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 from pathlib import Path
 
 import nibabel as nib
@@ -155,3 +156,10 @@ def test_unusable_files_are_refused_with_a_reason(tmp_path, damage):
         nib.save(nib.Nifti1Image(np.full((20, 20, 20), np.nan, np.float32), affine()), path)
     with pytest.raises(VolumeError, match=reason or "."):
         prepare_volume(path, Grid((10, 10, 10), (20.0, 20.0, 20.0)))
+
+
+def test_a_read_that_the_system_refuses_is_not_taken_for_a_bad_file(tmp_path):
+    (tmp_path / "v.nii").symlink_to("/proc/self/mem")  # Linux refuses to read its first page with EIO
+    with pytest.raises(VolumeError, match="Input/output error") as caught:
+        prepare_volume(tmp_path / "v.nii", Grid((8, 8, 8), (8.0, 8.0, 9.0)))
+    assert caught.value.__cause__.errno == errno.EIO

@@ -129,7 +129,9 @@ def test_a_kill_between_the_last_checkpoint_and_the_summary_loses_nothing(finish
     lines = (workdir / "metrics.jsonl").read_text()
     assert Trainer(config.lock(), workdir).run() == 0
     found = json.loads((workdir / "summary.json").read_text())
-    assert found == expected and (workdir / "metrics.jsonl").read_text() == lines
+    assert (workdir / "metrics.jsonl").read_text() == lines
+    assert found.pop("final") == pytest.approx(expected.pop("final"), rel=1e-3, abs=1e-6)  # on other devices than before
+    assert found.pop("trained_seconds") >= expected.pop("trained_seconds") and found == expected
 
 
 def test_the_tokenizer_follows_the_config_until_there_is_a_checkpoint(finished, tiny_data, tmp_path):

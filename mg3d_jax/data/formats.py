@@ -113,18 +113,29 @@ def read_slices(files: list[Path], metadata: Metadata) -> StoredVolume:
 
 def read_dicom(files: list[Path]) -> StoredVolume:
     """A folder of DICOM files: its one series of slices, ordered and spaced by their positions. Slices that are missing
-    inside are filled in by interpolation, with a warning. Needs pydicom (`pip install pydicom`)."""
+    inside are filled in by interpolation, with a warning; files that are no DICOM, or no image, are passed over. Raises
+    `VolumeError` for a slice that cannot be read: a chest without its top is worse than none. Needs pydicom
+    (`pip install pydicom`)."""
     try:
         import pydicom
         from pydicom.errors import InvalidDicomError
+        from pydicom.uid import CTImageStorage
     except ImportError as error:
         raise VolumeError("DICOM needs pydicom: pip install pydicom") from error
     series: dict[str, list] = {}
     for file in files:
         try:
             dataset = pydicom.dcmread(file)
-        except (InvalidDicomError, OSError, EOFError):
+        except InvalidDicomError:
+            if file.suffix.lower() == ".dcm":
+                raise VolumeError(f"slice {file.name} is no DICOM, or only the start of one") from None
             continue
+        except Exception as error:  # pydicom raises whatever it likes
+            raise VolumeError(f"slice {file.name} is unreadable: {type(error).__name__}: {error}") from error
+        # pydicom reads a file that ends early without a word. One that does not even say what it is ended early.
+        kind = dataset.file_meta.get("MediaStorageSOPClassUID") or dataset.get("SOPClassUID", CTImageStorage)
+        if "PixelData" not in dataset and kind == CTImageStorage:
+            raise VolumeError(f"slice {file.name} is truncated: it ends before its pixels")
         if "PixelData" in dataset and "ImagePositionPatient" in dataset and "ImageOrientationPatient" in dataset:
             series.setdefault(str(dataset.get("SeriesInstanceUID", "")), []).append(dataset)
     if not series:

@@ -5,7 +5,6 @@ Each finding has a name; `--allow-leak NAME` lets it pass, on purpose and on the
 
 from __future__ import annotations
 
-import json
 from collections import defaultdict
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +13,7 @@ from typing import Any
 from mg3d_jax.data.listing import Example, Listing
 from mg3d_jax.data.records import INDEX_NAME, read_manifest
 from mg3d_jax.errors import UserError
+from mg3d_jax.files import read_lines
 
 LEAKS = {
     "identical-split": "two splits list the same patients",
@@ -50,12 +50,20 @@ def listed_leaks(listing: Listing) -> list[Leak]:
 
 
 def read_index(folder: Path) -> list[dict[str, str]]:
-    """Entries of a prepared folder: name, patient, report_id and content hash of every record."""
+    """Entries of a prepared folder: name, patient, report_id and content hash of every record. Raises `UserError` where
+    one is missing: a leak would not be found."""
     path = Path(folder) / INDEX_NAME
+    records = read_manifest(folder)["records"]
     try:
-        return [json.loads(line) for line in path.read_text().splitlines()]
-    except (OSError, ValueError) as error:
+        entries, damaged = read_lines(path)
+    except OSError as error:
         raise UserError(f"{path} cannot be read ({error}): prepare the folder again") from error
+    if damaged or len(entries) != records:
+        raise UserError(
+            f"{path} has {len(entries)} whole lines and {damaged} damaged ones for {records} records: prepare the folder "
+            "again"
+        )
+    return entries
 
 
 def patient_leaks(examples: list[Example], against: list[Path]) -> list[Leak]:

@@ -7,9 +7,10 @@ from __future__ import annotations
 
 import ast
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from mg3d_jax.batch import UNKNOWN_LABEL
 from mg3d_jax.data.abnormalities import ABNORMALITIES
@@ -18,6 +19,7 @@ from mg3d_jax.errors import UserError
 
 LABEL_VALUES = {"1": 1, "1.0": 1, "0": 0, "0.0": 0, "-1": -1, "-1.0": -1, "": UNKNOWN_LABEL}
 Row = dict[str, str]
+Value = TypeVar("Value")
 
 
 @dataclass(frozen=True)
@@ -133,6 +135,19 @@ def dicom_metadata(row: Row) -> Metadata:
     )
 
 
+def by_volume(path: Path, rows: list[Row], parse: Callable[[Row], Value], notes: list[str]) -> dict[str, Value]:
+    """VolumeName -> what `parse` makes of its row. Rows that say the same again are counted in a note; `UserError` for
+    those that say something else."""
+    found: dict[str, Value] = {}
+    for row in rows:
+        name, value = row["VolumeName"].strip(), parse(row)
+        if found.setdefault(name, value) != value:
+            raise UserError(f"{path}: two rows of {name} differ, {found[name]} and {value}: delete the wrong one")
+    if repeated := len(rows) - len(found):
+        notes.append(f"{path.name}: {repeated} rows repeat a volume that has one already")
+    return found
+
+
 def label_table(
     path: Path | None, missing: Path, notes: list[str]
 ) -> tuple[tuple[str, ...], dict[str, tuple[int, ...]]]:
@@ -143,17 +158,18 @@ def label_table(
     rows = read_table(path)
     require_columns(path, rows, ("VolumeName",))
     names = tuple(column for column in rows[0] if column != "VolumeName")
-    return names, {row["VolumeName"].strip(): row_labels(path, row, names) for row in rows}
+    return names, by_volume(path, rows, lambda row: row_labels(path, row, names), notes)
 
 
 def row_labels(path: Path, row: Row, names: tuple[str, ...]) -> tuple[int, ...]:
     """Labels of one row. Raises `UserError` for anything but 1, 0, -1 and nothing."""
-    try:
-        return tuple(LABEL_VALUES[row[name].strip()] for name in names)
-    except KeyError as error:
-        raise UserError(
-            f"{path}: a label is {error}; expected 1, 0, -1 or nothing, in row {list(row.values())[:1]}"
-        ) from None
+    for name in names:
+        if (text := row[name].strip()) not in LABEL_VALUES:
+            raise UserError(
+                f"{path}: the label in column {name!r} is {text!r}, in row {list(row.values())[:1]}: expected 1, 0, -1 "
+                "or nothing"
+            )
+    return tuple(LABEL_VALUES[row[name].strip()] for name in names)
 
 
 def excluded_names(path: Path | None) -> set[str]:
@@ -161,19 +177,25 @@ def excluded_names(path: Path | None) -> set[str]:
     if path is None:
         return set()
     try:
-        lines = [line.strip() for line in Path(path).read_text().splitlines()]
-    except OSError as error:
+        lines = [line.strip() for line in Path(path).read_text(encoding="utf-8-sig").splitlines()]
+    except (OSError, ValueError) as error:
         raise UserError(f"--exclude {path} cannot be read: {error}") from error
     return {line.removesuffix(".gz").removesuffix(".nii") for line in lines if line and not line.startswith("#")}
 
 
 def apply_exclusion(listing: Listing, exclude: Path | None) -> None:
-    """Leaves out what the --exclude file names (volume, scan or patient), and counts it."""
-    if not (names := excluded_names(exclude)):
+    """Leaves out what the --exclude file names (volume, scan or patient), and counts it, and the names that name
+    nothing here: they may be of another split, or misspelt."""
+    if exclude is None:
         return
-    kept = [
-        e for e in listing.examples if not {e.name.removesuffix(".gz").removesuffix(".nii"), e.scan, e.patient} & names
-    ]
+    names, matched, kept = excluded_names(exclude), set(), []
+    for e in listing.examples:
+        hits = {e.name.removesuffix(".gz").removesuffix(".nii"), e.scan, e.patient} & names
+        matched |= hits
+        if not hits:
+            kept.append(e)
     if left_out := len(listing.examples) - len(kept):
         listing.skipped[f"named in {Path(exclude).name}"] = left_out
+    if len(matched) < len(names) or not names:
+        listing.notes.append(f"{len(names) - len(matched)} of {len(names)} names in {exclude} matched nothing")
     listing.examples = kept

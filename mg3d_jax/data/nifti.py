@@ -70,6 +70,8 @@ def read_nifti(path: Path) -> StoredVolume:
     """Reads `.nii` or `.nii.gz`. Raises `VolumeError` for what is unreadable, truncated, or not one 3D volume."""
     path = Path(path)
     try:
+        with open(path, "rb") as file:
+            file.read(1)  # nibabel would call a file that the system fails to read one of unknown type
         image = nib.load(path)
         header = image.header
         affine = np.asarray(image.affine, np.float64)

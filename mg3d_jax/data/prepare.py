@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import os
 import sys
+import time
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,16 +23,18 @@ from mg3d_jax.data.geometry import PAPER_FRACTION, POLICIES, Grid
 from mg3d_jax.data.listing import Example, Listing, SourceOptions
 from mg3d_jax.data.manifest import build_manifest, code_version, write_manifest
 from mg3d_jax.data.qa_page import QUALITY_NAME, write_page
-from mg3d_jax.data.records import INDEX_NAME
+from mg3d_jax.data.records import INDEX_NAME, MANIFEST_NAME
 from mg3d_jax.data.shards import (
     Outcome,
     Recipe,
+    forget_shard,
     input_digest,
     open_folder,
     ordered,
     outcomes,
     read_sidecars,
     shard_names,
+    worth_redoing,
     write_shard,
 )
 from mg3d_jax.data.sources import RECONSTRUCTIONS, SOURCES, list_source
@@ -41,6 +44,7 @@ from mg3d_jax.files import write_json, write_lines
 from mg3d_jax.progress import Progress
 
 _SHOWN_BAD = 10
+_SHOWN_FAULTS = 50
 
 
 @dataclass(frozen=True)
@@ -144,7 +148,7 @@ def check_bad(settings: Settings, bad: list[dict[str, str]], total: int) -> None
         raise UserError(f"nothing is left to prepare: {len(bad)} of {total} are bad\n{shown}{more}")
     raise UserError(
         f"{len(bad)} of {total} ({share:.0%}) are bad, above --max-bad-share {settings.max_bad_share}\n{shown}{more}\n"
-        "mend them, or allow more with --max-bad-share"
+        "mend them and run the same command again, or allow more with --max-bad-share"
     )
 
 
@@ -153,14 +157,23 @@ def _process(settings: Settings, chunks: dict[str, list[Example]], bad: int) -> 
     sidecars = read_sidecars(settings.out, list(chunks))
     index, count = settings.shard
     mine = list(chunks)[index::count]
-    todo = {name: chunks[name] for name in mine if name not in sidecars}
+    again = [
+        name for name in mine if name in sidecars and worth_redoing(settings.out, name, sidecars[name], chunks[name])
+    ]
+    todo = {name: chunks[name] for name in mine if name not in sidecars or name in again}
     examples = [example for chunk in todo.values() for example in chunk]
     recipe = Recipe(settings.grid, settings.window, settings.zstd_level, settings.fetch)
     if expected := estimate(examples, recipe, settings.workers):
         print(f"prepare: {expected}", file=sys.stderr, flush=True)
         check_disk(expected, settings.out)
     total = sum(len(chunks[name]) for name in mine)
+    if todo:  # no manifest may vouch for shards that are about to change, should this run be killed
+        (settings.out / MANIFEST_NAME).unlink(missing_ok=True)
+    for name in again:
+        forget_shard(settings.out, name)
+        del sidecars[name]
     found = bad + sum(len(sidecar["bad"]) for sidecar in sidecars.values())
+    begun = time.time()
     results = outcomes(examples, recipe, settings.workers)
     with Progress("prepare", total=total, unit="volumes", initial=total - len(examples)) as progress:
 
@@ -170,7 +183,7 @@ def _process(settings: Settings, chunks: dict[str, list[Example]], bad: int) -> 
             progress.advance(1, note=f"{found} bad" if found else "")
 
         for name, chunk in todo.items():
-            sidecars[name] = write_shard(settings.out, name, results, len(chunk), each)
+            sidecars[name] = write_shard(settings.out, name, results, len(chunk), each, begun)
     # Others (--shard i/n) may have finished theirs meanwhile.
     return read_sidecars(settings.out, list(chunks)) | sidecars
 
@@ -199,6 +212,12 @@ def _finish(
     return manifest
 
 
+def _nothing_listed(settings: Settings, listing: Listing) -> str:
+    others = f"the other splits are {sorted(listing.other_splits)}" if listing.other_splits else "it has no other split"
+    left_out = [f"{count} left out: {rule}" for rule, count in listing.skipped.items()]
+    return "; ".join([f"{settings.root} lists nothing to prepare for split {settings.split!r}", others, *left_out])
+
+
 def prepare(settings: Settings) -> dict[str, Any] | None:
     """Prepares a whole data set and returns its manifest; `None` where `--shard i/n` left shards to other processes.
     Called again after an interruption it goes on where it was. Raises `UserError` for a missing table, other settings
@@ -207,7 +226,7 @@ def prepare(settings: Settings) -> dict[str, Any] | None:
     listing = list_examples(settings)
     total = len(listing.examples) + len(listing.bad)
     if not total:
-        raise UserError(f"{settings.root} lists nothing to prepare for split {settings.split!r}; {listing.skipped}")
+        raise UserError(_nothing_listed(settings, listing))
     check_bad(settings, listing.bad, total)
     found = leaks.listed_leaks(listing) + leaks.patient_leaks(listing.examples, list(settings.against))
     leaks.check(found, settings.allow_leak)
@@ -316,7 +335,10 @@ def main(argv: list[str]) -> int:
     if arguments.pop("verify"):
         faults = verify(arguments["out"])
         if faults:
-            raise UserError(f"{arguments['out']} has {len(faults)} faults:\n  " + "\n  ".join(faults[:50]))
+            shown = faults[:_SHOWN_FAULTS]
+            if len(faults) > len(shown):
+                shown.append(f"and {len(faults) - len(shown):,} more")
+            raise UserError(f"{arguments['out']} has {len(faults)} faults:\n  " + "\n  ".join(shown))
         print(f"{arguments['out']} is sound")
         return 0
     if missing := [f"--{name}" for name in ("source", "root", "split") if arguments[name] is None]:

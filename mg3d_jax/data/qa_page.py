@@ -19,6 +19,7 @@ QUALITY_NAME = "qa.jsonl"  # a line per record: what was found in its file
 _WINDOW = (-1000, 600)  # HU shown: lung and soft tissue at once
 _DPI = 80
 _LISTED = 200
+_WRITTEN, _LETTERS = 3, 58  # warnings in the picture, and their length
 
 
 def sample_indices(count: int, quality: list[dict[str, Any]], wanted: int) -> list[int]:
@@ -61,12 +62,18 @@ def draw(records: list[Record], quality: list[dict[str, Any]]) -> bytes:
         )
         row[0].set_ylabel(record.name, fontsize=8)
         if line["warnings"]:
-            row[3].text(0.5, 0.97, "\n".join(w[:58] for w in line["warnings"][:3]), fontsize=7, color="red", va="top",
+            row[3].text(0.5, 0.97, _short(line["warnings"]), fontsize=7, color="red", va="top",
                         ha="center", transform=row[3].transAxes,
                         bbox={"facecolor": "white", "alpha": 0.85, "linewidth": 0})  # fmt: skip
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", metadata={"Software": None})
     return buffer.getvalue()
+
+
+def _short(warnings: list[str]) -> str:
+    """The first warnings, cut to fit the picture, and how many more there are; the table below it has them whole."""
+    lines = [w if len(w) <= _LETTERS else w[: _LETTERS - 3] + "..." for w in warnings[:_WRITTEN]]
+    return "\n".join([*lines, *([f"+ {len(warnings) - _WRITTEN} more"] if len(warnings) > _WRITTEN else [])])
 
 
 def page(manifest: dict[str, Any], quality: list[dict[str, Any]], png: bytes) -> str:

@@ -1,15 +1,17 @@
 """The engine of `mg3d prepare`: examples in worker processes -> shards with sidecars, resumable at every shard.
 
 Which example goes into which shard follows from the input alone, so that a run that was killed and started again, or
-split over machines, gives the same bytes. A shard whose sidecar lies in `work/` is done; nothing else is state.
+split over machines, gives the same bytes. A shard whose sidecar lies in `work/` is done, unless a volume it lost may
+be whole by now (`worth_redoing`); nothing else is state.
 """
 
 from __future__ import annotations
 
 import hashlib
-import json
+import math
 import multiprocessing
 import os
+import sys
 import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
@@ -29,9 +31,11 @@ from mg3d_jax.data.records import Record, ShardWriter, encode, file_digest
 from mg3d_jax.data.reports import report_id, report_sentences
 from mg3d_jax.data.volumes import prepare_volume
 from mg3d_jax.errors import UserError
-from mg3d_jax.files import remove_partials, write_json
+from mg3d_jax.files import read_json, remove_partials, write_json
 
 WORK_FOLDER = "work"
+SYSTEM_FAILED = "system error"  # how the reason begins where the machine is to blame, not the file
+_PASSING = (FETCH_FAILED, SYSTEM_FAILED)
 
 
 @dataclass(frozen=True)
@@ -73,10 +77,9 @@ def prepare_example(example: Example, recipe: Recipe) -> Outcome:
     try:
         with fetched(example, recipe.fetch) as path:
             prepared = prepare_volume(path, recipe.grid, example.metadata)
-    except VolumeError as error:
-        return Outcome(None, entry, None, str(error))
     except Exception as error:  # one odd file must not end a run of days: it is listed, with its path
-        return Outcome(None, entry, None, f"failed with {type(error).__name__}: {error}")
+        reason = str(error) if isinstance(error, VolumeError) else f"failed with {type(error).__name__}: {error}"
+        return Outcome(None, entry, None, f"{SYSTEM_FAILED}: {reason}" if _may_pass(error) else reason)
     record = Record(
         volume=prepared.volume,
         sentences=sentences,
@@ -94,6 +97,12 @@ def prepare_example(example: Example, recipe: Recipe) -> Outcome:
     entry["content"] = hashlib.blake2b(prepared.volume.data, digest_size=16).hexdigest()
     quality = {"path": str(example.path), "name": example.name, **prepared.quality}
     return Outcome(encode(record, recipe.window, zstd_level=recipe.zstd_level), entry, quality, None)
+
+
+def _may_pass(error: Exception) -> bool:
+    """Memory that ran out, or a call that the system refused. Decoders raise `OSError` too, but without its number."""
+    causes = (error, error.__cause__)
+    return any(isinstance(e, MemoryError) or (isinstance(e, OSError) and e.errno is not None) for e in causes)
 
 
 def _exit_with_parent() -> None:
@@ -154,7 +163,7 @@ def open_folder(out: Path, plan: dict[str, Any]) -> None:
     path = work / "plan.json"
     if not path.is_file():
         write_json(path, plan)
-    previous = json.loads(path.read_text())
+    previous = read_json(path)
     keys = (plan.keys() | previous.keys()) - {"root"}
     if changed := sorted(key for key in keys if plan.get(key) != previous.get(key)):
         raise UserError(
@@ -162,17 +171,48 @@ def open_folder(out: Path, plan: dict[str, Any]) -> None:
         )
 
 
+def _sidecar_path(out: Path, name: str) -> Path:
+    return out / WORK_FOLDER / f"{name}.json"
+
+
 def read_sidecars(out: Path, names: list[str]) -> dict[str, dict[str, Any]]:
-    """Sidecars of the finished shards. One with volumes that could not be fetched counts as not done: the network may
-    be better now."""
+    """Sidecars of the finished shards. One that cannot be read is none, and that is said on stderr."""
     found = {}
     for name in names:
-        path = out / WORK_FOLDER / f"{name}.json"
+        path = _sidecar_path(out, name)
         if path.is_file():
-            sidecar = json.loads(path.read_text())
-            if not any(item["reason"].startswith(FETCH_FAILED) for item in sidecar["bad"]):
-                found[name] = sidecar
+            try:
+                found[name] = read_json(path)
+            except UserError as error:
+                print(f"prepare: {error}: its shard counts as not done", file=sys.stderr, flush=True)
     return found
+
+
+def _changed_at(path: Path) -> float:
+    """When a volume (file or folder of slices) last changed, seconds since 1970; -inf where there is none. The inode's
+    time counts too: a file that is moved or copied into place may keep an old time of its content."""
+    try:
+        parts = [path, *path.iterdir()] if path.is_dir() else [path]
+        return max(max(status.st_mtime, status.st_ctime) for status in map(os.stat, parts))
+    except OSError:
+        return -math.inf
+
+
+def worth_redoing(out: Path, name: str, sidecar: dict[str, Any], examples: list[Example]) -> bool:
+    """Whether a shard of `examples` that is done may come out with more records: a volume that was bad has changed or
+    appeared since the shard was begun, or the network or the machine was to blame, which may be better now."""
+    begun = _sidecar_path(out, name).stat().st_mtime
+    reasons = {Path(item["path"]).name: item["reason"] for item in sidecar["bad"]}
+    if any(reason.startswith(_PASSING) for reason in reasons.values()):
+        return True
+    # By name, because the data set may have moved.
+    lost = [example.path for example in examples if example.path.name in reasons]
+    return any(_changed_at(path) > begun or (reasons[path.name] == "no such file" and path.exists()) for path in lost)
+
+
+def forget_shard(out: Path, name: str) -> None:
+    """Makes a shard count as not done."""
+    _sidecar_path(out, name).unlink(missing_ok=True)
 
 
 def write_shard(
@@ -181,9 +221,13 @@ def write_shard(
     results: Iterator[tuple[Example, Outcome]],
     count: int,
     each: Callable[[Outcome], None],
+    begun: float,
 ) -> dict[str, Any]:
-    """Writes the next `count` results as one shard with its sidecar, which it returns. `each` is told every outcome."""
-    path, sidecar_path = out / f"{name}.array_record", out / WORK_FOLDER / f"{name}.json"
+    """Writes the next `count` results as one shard with its sidecar, which it returns. `each` is told every outcome.
+
+    begun: a time before the first volume was read, seconds since 1970. The sidecar's file bears it: a volume that
+    changed later may have been read before it changed."""
+    path, sidecar_path = out / f"{name}.array_record", _sidecar_path(out, name)
     for ours in (path, sidecar_path):
         remove_partials(ours)
     sidecar: dict[str, Any] = {"file": path.name, "records": 0, "entries": [], "bad": [], "quality": []}
@@ -208,4 +252,5 @@ def write_shard(
     else:
         writer.abandon()
     write_json(sidecar_path, sidecar)
+    os.utime(sidecar_path, (begun, begun))
     return sidecar

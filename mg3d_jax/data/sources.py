@@ -24,6 +24,7 @@ from mg3d_jax.data.listing import (
     Row,
     SourceOptions,
     apply_exclusion,
+    by_volume,
     dicom_metadata,
     find_table,
     label_table,
@@ -71,14 +72,27 @@ def _dataset_folder(root: Path) -> Path:
     raise UserError(f"{root} is not a CT-RATE folder: neither it nor its dataset/ has radiology_text_reports/")
 
 
-def _ctrate_volumes(dataset: Path, split: str) -> dict[str, Path]:
-    """File name -> path of every volume on disk; a `_fixed` copy is preferred to the original."""
+def _ctrate_volumes(listing: Listing, dataset: Path, split: str) -> dict[str, Path]:
+    """File name -> path of every volume on disk; a `_fixed` copy is preferred to the original, with a note. Within one
+    of the two folders a second file of a name is bad: nothing tells which is right."""
+    original, fixed = (_nifti_files(listing, dataset / name) for name in (split, f"{split}_fixed"))
+    if both := len(original.keys() & fixed.keys()):
+        listing.notes.append(f"{both} volumes are in {split}/ and in {split}_fixed/: the latter were taken")
+    return original | fixed
+
+
+def _nifti_files(listing: Listing, folder: Path) -> dict[str, Path]:
     found: dict[str, Path] = {}
-    for folder in (dataset / split, dataset / f"{split}_fixed"):
-        for parent, _, files in sorted(os.walk(folder)):
-            volumes = (name for name in files if name.endswith(NIFTI_SUFFIXES) and not name.startswith("."))
-            found.update({name: Path(parent) / name for name in volumes})
+    for parent, _, files in sorted(os.walk(folder)):
+        for name in files:
+            path = Path(parent) / name
+            if name.endswith(NIFTI_SUFFIXES) and not name.startswith(".") and found.setdefault(name, path) != path:
+                listing.add_bad(path, _second(name, found[name]))
     return found
+
+
+def _second(name: str, first: Path) -> str:
+    return f"second file of {name}, the first is {first}: keep one of them"
 
 
 def choose_reconstructions(listing: Listing, policy: str) -> None:
@@ -128,9 +142,11 @@ def list_ctrate(options: SourceOptions) -> Listing:
         missing = dataset / "metadata" / f"{table}_metadata.csv"
         notes.append(f"{missing} is missing: volumes with blank headers cannot be repaired")
     else:
-        metadata = {row["VolumeName"].strip(): dicom_metadata(row) for row in read_table(metadata_path)}
+        table_rows = read_table(metadata_path)
+        require_columns(metadata_path, table_rows, ("VolumeName",))
+        metadata = by_volume(metadata_path, table_rows, dicom_metadata, notes)
     listing = Listing([], names, notes=notes)
-    volumes = _ctrate_volumes(dataset, folder)
+    volumes = _ctrate_volumes(listing, dataset, folder)
     seen = _ctrate_rows(listing, options, report_path, rows, volumes, labels, metadata)
     for name in sorted(volumes.keys() - seen):
         listing.add_bad(volumes[name], "a volume without a report")
@@ -205,15 +221,16 @@ def _outside_metadata(path: Path, options: SourceOptions, about: Metadata | None
     )
 
 
-def _index_by_name(root: Path) -> dict[str, Path]:
-    """Stem -> path of every volume under `root`: NIfTI and array files, and folders that hold slices."""
-    found: dict[str, Path] = {}
+def _index_by_name(root: Path) -> dict[str, list[Path]]:
+    """Stem -> paths of every volume under `root`: NIfTI and array files, and folders that hold slices. More than one
+    path is a fault of the data set."""
+    found: dict[str, list[Path]] = {}
     for parent, _, files in sorted(os.walk(root)):
-        for file in files:
+        for file in sorted(files):
             if file.endswith((*NIFTI_SUFFIXES, *ARRAY_SUFFIXES)) and not file.startswith("."):
-                found[re.sub(r"\.(nii\.gz|nii|npy|npz)$", "", file)] = Path(parent) / file
+                found.setdefault(re.sub(r"\.(nii\.gz|nii|npy|npz)$", "", file), []).append(Path(parent) / file)
         if Path(parent) != root and any(file.lower().endswith((*IMAGE_SUFFIXES, ".dcm")) for file in files):
-            found.setdefault(Path(parent).name, Path(parent))
+            found.setdefault(Path(parent).name, []).append(Path(parent))
     return found
 
 
@@ -225,7 +242,7 @@ def list_ctrg(options: SourceOptions) -> Listing:
     tables = {}
     for file in files:
         try:
-            content = json.loads(file.read_text())
+            content = json.loads(file.read_text(encoding="utf-8"))
         except (OSError, ValueError) as error:
             raise UserError(f"{file} is not readable JSON: {error}") from error
         if isinstance(content, dict) and any(isinstance(rows, list) for rows in content.values()):
@@ -238,7 +255,8 @@ def list_ctrg(options: SourceOptions) -> Listing:
     split = {"valid": "val"}.get(options.split, options.split)
     if split not in content:
         raise UserError(f"--split {options.split!r}: {path} has {sorted(content)}")
-    volumes = _index_by_name(root)
+    paths = _index_by_name(root)
+    volumes = {stem: found[0] for stem, found in paths.items()}
     listing = Listing([], ABNORMALITIES, notes=["CTRG has no labels: every label is unknown"])
     seen: set[str] = set()
     for row in content[split]:
@@ -264,9 +282,12 @@ def list_ctrg(options: SourceOptions) -> Listing:
         for other, rows in content.items()
         if other != split and isinstance(rows, list)
     }
-    known = seen.union(*listing.other_splits.values())
-    for stem in sorted(volumes.keys() - known):
-        listing.add_bad(volumes[stem], "a volume without a report")
+    others = set().union(*listing.other_splits.values()) - seen
+    for stem in sorted(volumes.keys() - others):
+        if stem not in seen:
+            listing.add_bad(volumes[stem], "a volume without a report")
+        for path in paths[stem][1:]:
+            listing.add_bad(path, _second(stem, volumes[stem]))
     return listing
 
 
@@ -298,8 +319,11 @@ def list_csv(options: SourceOptions) -> Listing:
     listing = Listing([], names, notes=[f"labels: {', '.join(names) or 'none'}"])
     if ignored := [column for column in others if column not in names]:
         listing.notes.append(f"columns not used: {', '.join(ignored)}")
-    for row in rows:
+    if "split" in columns and options.split not in (splits := {row[columns["split"]].strip() for row in rows}):
+        raise UserError(f"--split {options.split!r}: the column {columns['split']!r} of {path} has {sorted(splits)}")
+    for number, row in enumerate(rows, 1):
         split = row[columns["split"]].strip() if "split" in columns else options.split
+        spacing = row[columns["spacing"]].strip() if "spacing" in columns else ""
         if not row[columns["volume"]].strip():
             listing.add_bad(path, "a row without a volume")
             continue
@@ -310,9 +334,17 @@ def list_csv(options: SourceOptions) -> Listing:
             listing.add_bad(example.path, "empty report")
         elif not options.streaming and not example.path.exists():
             listing.add_bad(example.path, "a report without a volume")
+        elif spacing and _csv_spacing(spacing) is None:
+            expected = "three numbers above 0 (mm), such as '0.7 0.7 1.5'"
+            listing.add_bad(example.path, f"row {number} of {path.name}: spacing {spacing!r} is not {expected}")
         else:
             listing.examples.append(example)
     return listing
+
+
+def _csv_spacing(text: str) -> tuple[float, float, float] | None:
+    found = numbers(text)
+    return found if found is not None and len(found) == 3 and min(found) > 0 else None
 
 
 def _csv_example(
@@ -325,8 +357,8 @@ def _csv_example(
     findings, impression = clean(value("findings")), clean(value("impression"))
     if not findings and not impression:
         findings, impression = split_sections(value("report"))
-    about, spacing = dicom_metadata(row), numbers(value("spacing"))
-    if spacing is not None and len(spacing) == 3:
+    about = dicom_metadata(row)
+    if spacing := _csv_spacing(value("spacing")):
         about = replace(about, spacing=spacing)
     about = _outside_metadata(volume, options, replace(about, axes=value("axes") or None))
     name = str(volume)
