@@ -123,7 +123,7 @@ def test_a_kill_between_the_last_checkpoint_and_the_summary_loses_nothing(finish
     (workdir / "summary.json").unlink()
     config = config_lib.from_json((workdir / "config.json").read_text()).unlock()
     config.training.best_metric = "valid/los"
-    with pytest.raises(UserError, match="'valid/los' is none of valid/alignment, .*valid/loss"):
+    with pytest.raises(UserError, match=r"'valid/los' is none of valid/alignment, .*valid/loss"):
         Trainer(config.lock(), workdir).run()
     config.unlock().training.best_metric = ""
     lines = (workdir / "metrics.jsonl").read_text()
