@@ -76,7 +76,7 @@ def _add_compare(commands: argparse._SubParsersAction) -> None:
     command = commands.add_parser(
         "compare",
         help="table of variants with intervals over seeds (ablations)",
-        description="Final metrics of every variant: mean and 95 %% interval over seeds, and the paired difference to the "
+        description="Final metrics of every variant: mean and 95 % interval over seeds, and the paired difference to the "
         "first variant. Writes compare.json, .csv, .md and .png.",
     )
     command.add_argument("--workdir", type=Path, required=True, help="the sweep's folder")

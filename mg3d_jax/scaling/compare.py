@@ -49,13 +49,13 @@ class Estimate:
         half = stats.t.ppf(0.5 + LEVEL / 2, finite.size - 1) * finite.std(ddof=1) / math.sqrt(finite.size)
         return cls(mean, mean - half, mean + half, int(finite.size))
 
-    def text(self, *, signed: bool = False) -> str:
+    def text(self, *, digits: int = 3, signed: bool = False) -> str:
         """`0.812 (0.790 to 0.834)`, or `-` where nothing was measured."""
         if self.n == 0:
             return "-"
-        sign = "+" if signed else ""
-        interval = "" if self.n == 1 else f" ({self.low:{sign}.3f} to {self.high:{sign}.3f})"
-        return f"{self.mean:{sign}.3f}{interval}"
+        form = f"{'+' if signed else ''}.{digits}f"
+        interval = "" if self.n == 1 else f" ({self.low:{form}} to {self.high:{form}})"
+        return f"{self.mean:{form}}{interval}"
 
 
 Finals = Mapping[str, Mapping[int, Mapping[str, float]]]  # variant -> seed -> metric -> value
@@ -105,8 +105,10 @@ def markdown(rows: Sequence[dict], metrics: Sequence[str] = METRICS) -> str:
     for row in rows:
         cells = []
         for metric in metrics:
-            difference = row[f"{metric} difference"]
-            cells.append(row[metric].text() + (f"; {difference.text(signed=True)}" if difference.n else ""))
+            digits, difference = 3 if abs(rows[0][metric].mean) >= 0.1 else 4, row[f"{metric} difference"]
+            cells.append(row[metric].text(digits=digits))
+            if difference.n:
+                cells[-1] += f"; {difference.text(digits=digits, signed=True)}"
         lines.append(f"| {row['variant']} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
