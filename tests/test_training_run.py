@@ -130,7 +130,8 @@ def test_a_kill_between_the_last_checkpoint_and_the_summary_loses_nothing(finish
     assert Trainer(config.lock(), workdir).run() == 0
     found = json.loads((workdir / "summary.json").read_text())
     assert (workdir / "metrics.jsonl").read_text() == lines
-    assert found.pop("final") == pytest.approx(expected.pop("final"), rel=1e-3, abs=1e-6)  # on other devices than before
+    # Evaluated on other devices than before.
+    assert found.pop("final") == pytest.approx(expected.pop("final"), rel=1e-3, abs=1e-6)
     assert found.pop("trained_seconds") >= expected.pop("trained_seconds") and found == expected
 
 

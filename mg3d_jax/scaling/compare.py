@@ -141,6 +141,7 @@ def _numbers(estimate: Estimate) -> dict[str, float | int | None]:
 def _plot(path: Path, rows: Sequence[dict], metrics: Sequence[str]) -> None:
     """One panel per metric, one line per variant: the mean with its interval, the reference as a dashed line."""
     from matplotlib.figure import Figure
+    from matplotlib.ticker import MaxNLocator
 
     figure = Figure(figsize=(1.6 + 2.8 * len(metrics), 1.2 + 0.36 * len(rows)), layout="constrained")
     panels = np.atleast_1d(figure.subplots(1, len(metrics), sharey=True))
@@ -155,6 +156,7 @@ def _plot(path: Path, rows: Sequence[dict], metrics: Sequence[str]) -> None:
             panel.axvline(rows[0][metric].mean, color="black", linewidth=0.8, linestyle="--")
         panel.set_title(metric, fontsize=8)
         panel.tick_params(labelsize=8)
+        panel.xaxis.set_major_locator(MaxNLocator(4))
         panel.grid(axis="x", linewidth=0.3)
     panels[0].set_yticks(range(len(rows)), [row["variant"] for row in rows])
     panels[0].set_ylim(len(rows) - 0.5, -0.5)
