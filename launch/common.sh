@@ -53,7 +53,7 @@ parse_arguments() {
   [ -n "${CONFIG:-}" ] || die "set CONFIG=FILE[:ARG], e.g. CONFIG=configs/quickstart.py"
   [ -n "${WORKDIR:-}" ] || die "set WORKDIR, the folder of the run, on a disk that all hosts share"
   local overrides=()
-  read -r -a overrides <<<"${OVERRIDES:-}"
+  read -r -d '' -a overrides <<<"${OVERRIDES:-}" || true # all lines; at the end of the text `read` returns 1
   TRAIN=("$PYTHON" -m mg3d_jax train --config "$CONFIG" --workdir "$WORKDIR" "${overrides[@]}" "${extra[@]}")
   if [ -n "${ENV_SETUP:-}" ]; then load_environment "$ENV_SETUP"; fi
   if [ -n "${EXPECTED_DEVICES:-}" ]; then export MG3D_EXPECTED_DEVICES=$EXPECTED_DEVICES; fi

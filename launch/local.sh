@@ -30,10 +30,11 @@ free_port() { "$PYTHON" -c 'import socket; s = socket.socket(); s.bind(("", 0));
 
 attempt() {
   local port i gpus pids=() variables
-  port=${COORDINATOR_PORT:-$(free_port)}
+  # with_restarts switches `set -e` off in here.
+  port=${COORDINATOR_PORT:-$(free_port)} || exit 2
   for ((i = 0; i < NUM_PROCESSES; i++)); do
     variables=("MG3D_COORDINATOR=localhost:$port" "MG3D_NUM_PROCESSES=$NUM_PROCESSES" "MG3D_PROCESS_ID=$i")
-    gpus=$(gpus_of "$i")
+    gpus=$(gpus_of "$i") || exit 2 # process 0 is the first: nothing runs yet
     if [ -n "$gpus" ]; then variables+=("$gpus"); fi
     if [ "$DRY_RUN" = 1 ]; then
       show "${variables[@]}" "${TRAIN[@]}"

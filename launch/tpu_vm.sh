@@ -19,7 +19,10 @@ MG3D_ROOT=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 . "$MG3D_ROOT/launch/common.sh"
 WORKER=0
 if [ "${1:-}" = --worker ]; then WORKER=1 && shift; fi
+HOSTS_SETUP=${ENV_SETUP:-}
+if [ "$WORKER" = 0 ]; then ENV_SETUP=; fi # a file on the hosts: they source it
 parse_arguments "${BASH_SOURCE[0]}" "$@"
+ENV_SETUP=$HOSTS_SETUP
 
 attempt() {
   # TPU hosts find each other by their metadata server, which only --cluster=tpu makes JAX ask.

@@ -231,6 +231,7 @@ def time_monai(case: Case) -> dict[str, Any]:
         raise UserError(f"the comparison needs torch, monai and einops ({error}); or say --no-monai.") from error
     preset = volume_preset(case.preset)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    torch.set_float32_matmul_precision("high")  # TF32 on a GPU, as XLA multiplies float32 there
     sizes = (preset.width, preset.mlp_dim, preset.depth, preset.num_heads)
     model = ViT(1, case.volume_size, case.patch_size, *sizes, qkv_bias=True).to(device)
     for block in model.blocks:

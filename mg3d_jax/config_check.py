@@ -215,6 +215,16 @@ def _training_problems(config: ConfigDict) -> list[str]:
         problems.append(
             f"training.best_metric = {training.best_metric!r}: a name like valid/loss or evaluation/auroc_macro"
         )
+    for best, words in (("max", ("auroc", "recall@", "accuracy")), ("min", ("loss", "median_rank"))):
+        if training.best_mode != best and any(word in training.best_metric for word in words):
+            problems.append(
+                f"training.best_metric = {training.best_metric!r} with training.best_mode = {training.best_mode!r} would keep "
+                f"the worst: set training.best_mode = {best!r}"
+            )
+    if split == "valid" and not training.validate_every:
+        problems.append(
+            f"training.best_metric = {training.best_metric!r} is measured only at the end: set training.validate_every"
+        )
     if split == "evaluation" and not training.evaluate_every:
         problems.append(
             f"training.best_metric = {training.best_metric!r} is never measured: set training.evaluate_every"

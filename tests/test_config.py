@@ -120,6 +120,12 @@ def test_parse_takes_overrides_in_both_spellings():
         ({"training__epochs": 2.0}, "exactly one"),
         ({"training__steps": 0}, "exactly one"),
         ({"mesh__fsdp": -1}, "at most one of them -1"),
+        ({"training__best_metric": "evaluation/auroc_macro", "training__evaluate_every": 2}, "best_mode = 'max'"),
+        (
+            {"training__best_metric": "valid/loss", "training__best_mode": "max", "training__validate_every": 2},
+            "best_mode = 'min'",
+        ),
+        ({"training__best_metric": "valid/loss"}, "measured only at the end"),
         ({"objectives__alignment__weight": 0.0}, "no objective"),
     ],
 )

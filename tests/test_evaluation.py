@@ -47,6 +47,12 @@ def test_auroc_skips_unknown_labels_and_missing_classes():
     assert result["classes_without_both_outcomes"] == ["c"]
 
 
+def test_one_score_that_is_no_number_counts_as_wrong():
+    labels, scores = np.array([0, 0, 1, 1]), np.array([0.1, 0.2, 0.8, np.nan])
+    assert zero_shot.auroc(labels, scores) == pytest.approx(0.5)
+    assert zero_shot.auroc(labels, np.array([np.nan, 0.2, 0.8, 0.9])) == pytest.approx(0.5)
+
+
 def test_interval_covers_the_truth_at_its_level_and_knows_about_patients():
     """Scores with a known AUROC; two identical scans per patient must not narrow the interval."""
     rng, truth, covered, trials = np.random.default_rng(2), 0.7602, 0, 40  # P(N(1,1) > N(0,1)) = Phi(1/sqrt 2)

@@ -37,7 +37,7 @@ def test_the_launchers_are_clean():
 
 
 def test_dry_run_prints_the_commands():
-    common = {"CONFIG": "configs/quickstart.py", "WORKDIR": "a run", "OVERRIDES": "--config.seed=1 --config.name=x"}
+    common = {"CONFIG": "configs/quickstart.py", "WORKDIR": "a run", "OVERRIDES": "--config.seed=1\n--config.name=x"}
     train = r"train --config configs/quickstart.py --workdir a\ run --config.seed=1 --config.name=x"
     words = ("--dry-run", "--", "--config.data.windows=((-1000, 1000),)")
     done = run("local.sh", *words, NUM_PROCESSES="4", CUDA_VISIBLE_DEVICES="0,1,2,3,4,5,6,7", **common)
@@ -52,6 +52,10 @@ def test_dry_run_prints_the_commands():
     assert done.stdout.startswith("srun --kill-on-bad-exit=1 --wait=120 --cpu-bind=none ") and train in done.stdout
     done = run("tpu_vm.sh", *words, TPU_NAME="pod", TPU_ZONE="us-east5-a", **common)
     assert done.stdout.startswith("gcloud compute tpus tpu-vm ssh pod --zone us-east5-a --worker=all --command ")
+    assert (
+        r"ENV_SETUP=/on/the/hosts.sh"
+        in run("tpu_vm.sh", "--dry-run", TPU_NAME="pod", TPU_ZONE="z", ENV_SETUP="/on/the/hosts.sh", **common).stdout
+    )
     remote = subprocess.run(
         ["bash", "-c", f"printf '%s' {done.stdout.split('--command ')[1]}"], capture_output=True, text=True
     )
@@ -65,6 +69,9 @@ def test_what_is_missing_is_said(script):
     assert "set CONFIG=FILE" in run(script).stderr
     assert "set WORKDIR" in run(script, CONFIG="x").stderr
     assert "go after --" in run(script, "--config.seed=1", CONFIG="x", WORKDIR="y").stderr
+    if script == "local.sh":
+        uneven = run(script, "--dry-run", CONFIG="x", WORKDIR="y", NUM_PROCESSES="2", CUDA_VISIBLE_DEVICES="0,1,2")
+        assert (uneven.returncode, uneven.stdout) == (2, "") and "cannot share 3 GPUs evenly" in uneven.stderr
     shown = run(script, "--help").stdout
     assert "MAX_RESTARTS" in shown and "shellcheck" not in shown
 

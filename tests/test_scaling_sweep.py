@@ -1,9 +1,12 @@
 """Sweeps: declared, planned, run, interrupted, resumed and collected, with a trainer that only pretends."""
 
 import csv
+import dataclasses
 import json
 import os
+import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -14,6 +17,7 @@ from support import environment
 
 from mg3d_jax import config as config_lib
 from mg3d_jax.cli import main
+from mg3d_jax.data.records import FORMAT_VERSION
 from mg3d_jax.errors import UserError
 from mg3d_jax.scaling import flops, planning, records, runs, states, sweep, table
 
@@ -49,9 +53,10 @@ def get_config(arg=""):
 
 
 def prepared(folder: Path, patients: list[str]) -> Path:
-    """A prepared folder as far as a plan looks: two records per patient."""
+    """A prepared folder as far as a sweep looks: two records per patient."""
     folder.mkdir()
-    manifest = {"format_version": 1, "patients": [[name, 2] for name in patients]}
+    patients_of = [[name, 2] for name in patients]
+    manifest = {"format_version": FORMAT_VERSION, "patients": patients_of, "shards": [{"sha256": repr(patients)}]}
     (folder / "manifest.json").write_text(json.dumps(manifest))
     return folder
 
@@ -270,6 +275,36 @@ def test_a_living_lease_is_respected_and_a_dead_one_taken_over(tmp_path):
     assert not list(folder.glob(".*"))
 
 
+def test_a_trainer_whose_sweep_is_only_stopped_is_left_alone(tmp_path):
+    """Ctrl-Z stops a sweep and its heartbeat, but not its trainer, which has a session of its own."""
+    folder = tmp_path / "run"
+    folder.mkdir()
+    program = [sys.executable, "-c", "import time; time.sleep(60)", "runs/run"]
+    with subprocess.Popen(program) as trainer:
+        lease = {"owner": "x", "run": "run", "host": socket.gethostname(), "pid": os.getpid(), "trainer": trainer.pid}
+        (folder / states.LEASE_FILE).write_text(json.dumps(lease))
+        old = time.time() - 2 * states.LEASE_SECONDS
+        os.utime(folder / states.LEASE_FILE, (old, old))
+        assert states.HeldLease.acquire(folder) is None
+        trainer.kill()
+        trainer.wait()
+        assert states.HeldLease.acquire(folder) is not None
+
+
+def test_a_sweep_goes_on_only_with_the_data_it_was_started_with(project):
+    def declare(train: str, valid: str) -> None:
+        one = declared(project, more=(f"data.train={project / train}", f"data.valid={project / valid}"))
+        sweep.write_declaration(project / "work", dataclasses.replace(one, data=sweep.data_fingerprint(one)))
+
+    declare("train", "valid")
+    shutil.copytree(project / "train", project / "moved")
+    declare("moved", "valid")
+    prepared(project / "other", [f"r{i}" for i in range(10)])
+    with pytest.raises(UserError, match=r"other data\.train or data\.valid"):
+        declare("train", "other")
+    assert sweep.read_declaration(project / "work").data
+
+
 def test_a_summary_of_another_configuration_does_not_count(project):
     one, workdir = declared(project), project / "work"
     folder = states.run_folder(workdir, one.runs[0])
@@ -310,9 +345,17 @@ def test_sixteen_runs_give_the_law_that_made_them(project):
     assert fit["params"] == pytest.approx({"E": 0.5, "A": 30, "B": 4, "alpha": 0.3, "beta": 0.5}, rel=1e-4)
 
 
-def test_runs_that_cannot_be_compared_share_no_law(project):
+@pytest.mark.parametrize(
+    ("setting", "says"),
+    [
+        ("data.batch_size=16", "data.batch_size (8, 16)"),
+        ("objectives.volume_reconstruction.mask_ratio=0.75", "objectives.volume_reconstruction.mask_ratio (0.5, 0.75)"),
+        ("optimizer.accumulation=2", "negatives of a pair (7, 3)"),
+    ],
+)
+def test_runs_that_cannot_be_compared_share_no_law(project, setting, says):
     one, workdir = declared(project, ":grid"), project / "work"
-    other = declared(project, ":grid", ("data.batch_size=16",))
+    other = declared(project, ":grid", (setting,))
     mixed = sweep.Sweep(one.name, one.loss, one.model_size, one.data_size, one.runs[:8] + other.runs[8:])
     for run in mixed.runs:
         folder = states.run_folder(workdir, run)
@@ -320,7 +363,7 @@ def test_runs_that_cannot_be_compared_share_no_law(project):
         (folder / "summary.json").write_text(json.dumps(outcome(run)["summary"]))
     sweep.write_declaration(workdir, mixed)
     _, fit = collected(workdir, workdir / "fit")
-    assert fit["status"] == "refused" and "data.batch_size (8, 16)" in fit["refusal"]
+    assert fit["status"] == "refused" and says in fit["refusal"]
 
 
 def test_a_missing_metric_or_a_wrong_parameter_count_excludes_a_run(project):

@@ -205,6 +205,8 @@ def test_no_checkpoint_and_another_configuration(setup, run, tmp_path):
     with pytest.raises(UserError, match="holds no checkpoint"):
         Checkpoints(tmp_path / "new").restore(setup)
     other = SimpleNamespace(abstract=setup.abstract, config=setup.config.copy_and_resolve_references().unlock())
+    other.config.data.windows = [list(window) for window in other.config.data.windows]  # as somebody may write them
+    Checkpoints(run).newest(other)
     other.config.optimizer.learning_rate = 0.5
     with pytest.raises(UserError, match=r"optimizer.learning_rate: 0.0001 -> 0.5"):
         Checkpoints(run).newest(other)

@@ -331,6 +331,17 @@ def test_sigterm_to_one_of_two_saves_both_and_one_process_goes_on_bit_for_bit(co
     (step,), (other,) = (re.findall(r"asked to stop: saved step (\d+)", log.read_text()) for log in logs)
     assert step == other and Checkpoints(run).steps() == [int(step)] and int(step) < 30
     assert "has not ended for" in logs[0].read_text() and "has ended after all" in logs[0].read_text()
+    # Again two processes, told to stop while they start: they stop after their first step.
+    processes = together(1, logs, *command(config_file, run, **settings))
+    try:
+        wait_until(lambda: "resuming after step" in logs[1].read_text(), 120)
+        processes[1].send_signal(signal.SIGTERM)
+        assert [process.wait(120) for process in processes] == [75, 75], [log.read_text() for log in logs]
+    finally:
+        for process in processes:
+            process.kill()
+    step = max(Checkpoints(run).steps())
+    assert f"asked to stop: saved step {step} of 30" in logs[0].read_text() and step < 30
     assert f"resuming after step {step} of 30" in alone(2, *command(config_file, run, **settings))
     alone(2, *command(config_file, whole, **settings))
     assert losses(run) == losses(whole)

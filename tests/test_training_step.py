@@ -73,6 +73,17 @@ def test_loss_falls_on_one_batch_and_repeats_exactly():
     assert losses[-1] < 0.8 * losses[0]
 
 
+def test_a_learned_temperature_stops_at_its_limit_and_comes_back():
+    model = build(tiny_config(objectives__alignment__learn_temperature=True))[0].model
+
+    def scale(parameter):
+        return model.apply({"params": {"logit_scale": parameter}}, method="logits")["logit_scale"]
+
+    limit = step_lib.clip_logit_scale({"logit_scale": jnp.float32(9.0), "other": 1})
+    assert limit["other"] == 1 and float(scale(limit["logit_scale"])) == pytest.approx(100.0)
+    assert float(jax.grad(scale)(limit["logit_scale"])) == pytest.approx(100.0)
+
+
 def test_accumulation_averages_the_gradients_of_its_micro_batches():
     """Two micro-batches with the same rows have the same loss; with report view "report" nothing random differs."""
     config = tiny_config(objectives__alignment__report_view="report", optimizer__accumulation=2)

@@ -2,6 +2,7 @@
 imported Swin."""
 
 import importlib.util
+import json
 from pathlib import Path
 
 import jax
@@ -13,9 +14,9 @@ import transformers
 from flax.linen import unbox
 from flax.traverse_util import flatten_dict
 from support import tiny_config
-from tokenizers import ByteLevelBPETokenizer
+from tokenizers import ByteLevelBPETokenizer, Tokenizer
 
-from mg3d_jax import presets, sharding
+from mg3d_jax import cli, presets, sharding
 from mg3d_jax.data.tokens import ReportTokenizer, load_tokenizer, train_wordpiece
 from mg3d_jax.errors import UserError
 from mg3d_jax.interop.bert import load_bert
@@ -63,6 +64,18 @@ def test_another_tokenizer_is_refused(minilm):
     config = tiny_config(model__report_encoder__preset="mini", model__report_encoder__pretrained=minilm)
     with pytest.raises(UserError):
         start(config, ReportTokenizer(train_wordpiece(["No nodule."] * 3, 60), 64, 16))
+
+
+def test_an_imported_tower_knows_its_tokenizer(minilm, tmp_path):
+    assert cli.main(["import", "bert", minilm, "--out", str(tmp_path / "tower")]) == 0
+    pretrained = str(tmp_path / "tower")
+    config = tiny_config(model__report_encoder__preset="mini", model__report_encoder__pretrained=pretrained)
+    own = json.loads(load_tokenizer(pretrained).to_str())  # the tower's folder serves as data.tokenizer too
+    ids = own["model"]["vocab"]
+    ids["lung"], ids["heart"] = ids["heart"], ids["lung"]
+    other = Tokenizer.from_str(json.dumps(own))
+    with pytest.raises(UserError, match="2 tokens have another id"):
+        start(config, ReportTokenizer(other, 64, 16))
 
 
 def test_a_vit_starts_from_an_imported_tower_of_another_size(tmp_path):

@@ -35,9 +35,10 @@ def probabilities(volumes: np.ndarray, prompt_embeddings: np.ndarray, logit_scal
 
 
 def auroc(labels: np.ndarray, scores: np.ndarray) -> float:
-    """AUROC over rows whose label is 0 or 1; NaN when one of the two is absent."""
+    """AUROC over rows whose label is 0 or 1; NaN when one of the two is absent. A score that is NaN counts as wrong."""
     known = labels >= 0
-    present, ranks = labels[known] == 1, rankdata(scores[known])
+    present, values = labels[known] == 1, scores[known]
+    ranks = rankdata(np.where(np.isnan(values), np.where(present, -np.inf, np.inf), values))
     positives, negatives = int(present.sum()), int((~present).sum())
     if not positives or not negatives:
         return float("nan")

@@ -8,6 +8,7 @@ fit is an error.
 from __future__ import annotations
 
 import json
+import shutil
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -54,6 +55,22 @@ class LoadedBert:
     config: BertConfig
     params: dict
     unused: list[str]
+
+
+# Where the vocabulary may lie in a checkpoint's folder, and what `AutoTokenizer` reads beside it.
+TOKENIZER_FILES = (
+    "tokenizer.json", "vocab.txt", "vocab.json", "merges.txt", "added_tokens.json", "tokenizer_config.json",
+    "special_tokens_map.json",
+)  # fmt: skip
+
+
+def copy_tokenizer(path_or_name: str, out: Path) -> list[str]:
+    """Copies the files of the checkpoint's own tokenizer; returns their names."""
+    folder = resolve(path_or_name)
+    found = [name for name in TOKENIZER_FILES if (folder / name).is_file()]
+    for name in found:
+        shutil.copyfile(folder / name, out / name)
+    return found
 
 
 def resolve(path_or_name: str) -> Path:

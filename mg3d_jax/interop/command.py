@@ -71,6 +71,12 @@ def main(argv: list[str]) -> int:
     args = parser().parse_args(argv)
     tower = read(args)
     save_tower(tower, args.out)
+    if args.kind == "bert":
+        from mg3d_jax.interop.bert import copy_tokenizer
+
+        own = copy_tokenizer(args.file, args.out)
+        use = f"use it: --config.data.tokenizer={args.out}" if own else "none in its folder; use the checkpoint's own"
+        print(f"tokenizer: {use}")
     print(f"{args.kind} from {args.file}: {tower.parameter_count:,} parameters")
     for name, value in tower.encoder.items():
         print(f"  {name:<22} {value}")

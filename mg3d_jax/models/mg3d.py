@@ -45,7 +45,8 @@ class MG3D(nn.Module):
         self.volume_projection = Projection(model.projection_dim, dtype=model.dtype, use_bias=True)
         self.report_pool = AttentionPool(report.num_heads, dtype=model.dtype)
         self.report_projection = Projection(model.projection_dim, dtype=model.dtype, use_bias=True)
-        self.logit_scale = self.param("logit_scale", lambda _: jnp.log(jnp.float32(1.0 / objective.temperature)))
+        largest = min(1.0 / objective.temperature, MAX_LOGIT_SCALE)
+        self.logit_scale = self.param("logit_scale", lambda _: jnp.log(jnp.float32(largest)))
         if objective.form == "sigmoid":
             self.logit_bias = self.param("logit_bias", lambda _: jnp.float32(INITIAL_LOGIT_BIAS))
         self._setup_objectives(volume.num_heads, report.num_heads, common)
@@ -121,8 +122,12 @@ class MG3D(nn.Module):
         return features | {"sentence_targets": targets}
 
     def logits(self) -> dict[str, jax.Array]:
-        """`logit_scale` (1 / temperature, clipped) and, for the sigmoid form, `logit_bias`: scalars, not per patient."""
-        scale = jnp.minimum(jnp.exp(self.logit_scale), MAX_LOGIT_SCALE)
+        """`logit_scale` (1 / temperature) and, for the sigmoid form, `logit_bias`: scalars, not per patient.
+
+        The training step keeps the scale at `MAX_LOGIT_SCALE` or below. Clipped here, it would get no gradient once it is
+        above, and stay there.
+        """
+        scale = jnp.exp(self.logit_scale)
         if not self.config.objectives.alignment.learn_temperature:
             scale = jax.lax.stop_gradient(scale)
         bias = {"logit_bias": self.logit_bias} if self.config.objectives.alignment.form == "sigmoid" else {}

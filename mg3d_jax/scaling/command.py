@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import sys
 from pathlib import Path
 
@@ -111,6 +112,7 @@ def _run(args: argparse.Namespace) -> int:
     print(planning.plan_table(declared, planned), flush=True)
     if any(one.records is None for one in planned):
         raise UserError("data.train or data.valid is not a prepared folder (no manifest.json): run mg3d prepare first")
+    declared = dataclasses.replace(declared, data=sweep.data_fingerprint(declared))
     sweep.write_declaration(args.workdir, declared)
     return runs.run_all(declared, args.workdir)
 

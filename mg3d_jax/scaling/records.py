@@ -17,7 +17,7 @@ from mg3d_jax.scaling.table import Row
 
 RECORD_FILE = "record.json"
 # What must be equal for losses to be comparable: the schedule (a run must end where its decay ends), the number of
-# negatives of the contrastive loss, and what the two towers are shown.
+# negatives of the contrastive loss, what the two towers are shown, and what the losses are of.
 COMPARABLE = (
     "schedule.kind",
     "schedule.cooldown_percent",
@@ -31,7 +31,25 @@ COMPARABLE = (
     "objectives.alignment.report_view",
     "objectives.alignment.report_sentences",
     "objectives.alignment.sentence_tokens",
+    "objectives.alignment.form",
+    "objectives.alignment.center",
+    "objectives.volume_reconstruction.mask_ratio",
+    "objectives.volume_reconstruction.masking",
+    "objectives.volume_reconstruction.normalize_target",
+    "objectives.volume_reconstruction.read_report",
+    "objectives.report_reconstruction.mask_ratio",
+    "objectives.report_reconstruction.sentence_weight",
+    "objectives.matching.high",
+    "objectives.matching.low",
+    "objectives.matching.average",
+    "objectives.matching.sentence_source",
+    "objectives.discrimination.temperature",
+    "data.max_tokens",
+    "data.max_sentences",
+    "data.tokenizer",
+    "data.vocab_size",
 )
+NEGATIVES = "negatives of a pair"  # one of them too, though no key of the config
 IN_TABLE = (
     "model", "patients", "seed", "n_total", "n_active", "n_vision", "n_text", "n_heads",
     "unique_patients", "unique_records", "samples_seen", "steps", "training_flops",
@@ -138,11 +156,13 @@ def _row(workdir: Path, run: Run, sweep: Sweep, loss: str) -> Row:
 def incomparable(sweep: Sweep, found: Sequence[Row]) -> str | None:
     """Why the losses of the used runs must not share a law, or None."""
     used = {row.label for row in table.used(found)}
-    settings: dict[str, dict[str, list[str]]] = {key: {} for key in COMPARABLE}
+    settings: dict[str, dict[str, list[str]]] = {key: {} for key in (*COMPARABLE, NEGATIVES)}
     for run in sweep.runs:
         if run.id in used:
             flat = config_lib.flatten(run.config())
-            for key in COMPARABLE:
+            pieces = 1 if flat["optimizer.gradient_cache"] else flat["optimizer.accumulation"]
+            flat[NEGATIVES] = flat["data.batch_size"] // pieces - 1
+            for key in settings:
                 settings[key].setdefault(repr(flat[key]), []).append(run.id)
     mixed = [f"{key} ({', '.join(values)})" for key, values in settings.items() if len(values) > 1]
     return f"the runs differ in {'; '.join(mixed)}: their losses are not comparable" if mixed else None

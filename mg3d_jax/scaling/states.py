@@ -130,8 +130,9 @@ class Lease:
     def alive(self) -> bool:
         """Is the owner or its trainer still there? On another host only the heartbeat can tell."""
         here = self.host == socket.gethostname()
-        beating = time.time() - self.heartbeat < LEASE_SECONDS
-        return (beating and (not here or process_exists(self.pid))) or self.orphan() is not None
+        if here and self.trainer is not None and process_exists(self.trainer, mentions=self.run):
+            return True  # it trains, whatever became of its sweep, which may be dead or only stopped (Ctrl-Z)
+        return time.time() - self.heartbeat < LEASE_SECONDS and (not here or process_exists(self.pid))
 
     def orphan(self) -> int | None:
         """The process that still trains though its sweep is dead, on this host."""

@@ -7,6 +7,7 @@ setting gets another. Data sets are nested: `data.max_patients` takes the first 
 
 from __future__ import annotations
 
+import hashlib
 import os
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -17,6 +18,7 @@ from ml_collections import ConfigDict
 
 from mg3d_jax import config as config_lib
 from mg3d_jax import config_check
+from mg3d_jax.data.records import read_manifest
 from mg3d_jax.errors import UserError
 from mg3d_jax.files import read_json, write_json
 
@@ -64,6 +66,7 @@ class Sweep:
     model_size: str
     data_size: str
     runs: tuple[Run, ...]
+    data: str = ""  # `data_fingerprint` when it was last run
 
 
 def load(path: str, settings: Sequence[str] = ()) -> Sweep:
@@ -150,10 +153,28 @@ def _text(value: Any) -> str:
     return value if isinstance(value, str) else repr(value)
 
 
+def data_fingerprint(sweep: Sweep) -> str:
+    """Digest of the prepared folders by what they hold: they may be moved, but not exchanged."""
+    configs = [run.config() for run in sweep.runs]
+    named = {(key, folder) for config in configs for key in ("train", "valid") for folder in config.data[key]}
+    contents = []
+    for key, folder in named:
+        manifest = read_manifest(Path(folder))
+        contents.append(repr((key, manifest["patients"], [shard.get("sha256") for shard in manifest["shards"]])))
+    return hashlib.sha256("\n".join(sorted(contents)).encode()).hexdigest()[:12]
+
+
 def write_declaration(workdir: Path, sweep: Sweep) -> None:
-    """Keeps what was declared, so that `status` and `fit` know every run, also those that never started."""
+    """Keeps what was declared, so that `status` and `fit` know every run, also those that never started.
+
+    `UserError` where the sweep was started on other data: runs that are done would count for these.
+    """
+    path = workdir / DECLARATION_FILE
+    before = read_json(path).get("data") if path.is_file() else ""
+    if before and sweep.data and before != sweep.data:
+        raise UserError(f"{workdir}: this sweep was started on other data.train or data.valid; use another --workdir")
     workdir.mkdir(parents=True, exist_ok=True)
-    write_json(workdir / DECLARATION_FILE, asdict(sweep))
+    write_json(path, asdict(sweep))
 
 
 def read_declaration(workdir: Path) -> Sweep:

@@ -34,7 +34,7 @@ from mg3d_jax.training.schedule import total_steps
 from mg3d_jax.training.stopping import DONE, PREEMPTED, SkippedUpdates, StopRequest
 from mg3d_jax.training.warm_start import load_pretrained
 from mg3d_jax.training.watchdog import Watchdog
-from mg3d_jax.training.writers import Writers, open_writers
+from mg3d_jax.training.writers import drop_evaluations, open_writers
 
 
 class Trainer:
@@ -115,6 +115,7 @@ class Trainer:
         if self.first >= self.steps:
             return self._finish_again()
         if self.writes:
+            (self.workdir / run_folder.SUMMARY_FILE).unlink(missing_ok=True)  # of an end whose checkpoint is gone
             write_json(self.workdir / run_folder.CONFIG_FILE, self.config.to_dict(), allow_nan=True)
             write_json(self.workdir / run_folder.ENVIRONMENT_FILE, environment_facts())
         self.writers = open_writers(self.workdir, self.config, resume_step=self.first)
@@ -127,7 +128,7 @@ class Trainer:
             stop=self.steps,
             log_folder=self.workdir,
         )
-        stop = StopRequest(self.checkpoints)
+        stop = StopRequest(self.checkpoints, self.first)
         with ExitStack() as stack:  # all of them are called, whatever one of them raises
             for close in (
                 stop.restore_handler,
@@ -151,8 +152,13 @@ class Trainer:
         print(f"{self.workdir}: already done, {self.first} of {self.steps} steps", file=sys.stderr)
         self.checkpoints.close()
         if not (self.workdir / run_folder.SUMMARY_FILE).exists():
-            self.writers = Writers(())  # what was measured at the last step was written before its checkpoint
-            self._look(self.steps)  # all processes take part
+            if self.writes:
+                drop_evaluations(self.workdir, self.steps)
+            self.writers = open_writers(self.workdir, self.config, resume_step=self.steps)
+            try:
+                self._look(self.steps)  # all processes take part
+            finally:
+                self.writers.close()
             if self.writes:
                 self._write_summary()
         return DONE
@@ -178,6 +184,8 @@ class Trainer:
                 self._await(in_flight, 0 if self._halts(step) else limit)
                 if self._due(step, self.config.training.log_every):
                     note = self._log(step, metrics)
+                if step == self.steps and not self.config.training.best_metric:
+                    self._save(step, force=True)  # whatever becomes of the evaluation, the weights are there
                 looked = self._look(step)
                 self._save(step, force=looked or step == self.steps)
                 progress.advance(note=note)

@@ -18,6 +18,7 @@ import numpy as np
 import optax
 
 from mg3d_jax import sharding
+from mg3d_jax.models.mg3d import MAX_LOGIT_SCALE
 from mg3d_jax.objectives.gradient_cache import cached_value_and_grad
 from mg3d_jax.objectives.multitask import CENTERS, multitask_loss, per_patient
 from mg3d_jax.training import inputs as step_inputs
@@ -130,7 +131,8 @@ def _update(setup: Setup, state: State, grads: Any, metrics: dict) -> tuple[Stat
     step, norms = state["step"], gradient_norms(grads, setup.factors)
     finite = jnp.isfinite(metrics["loss"]) & jnp.isfinite(norms["gradient_norm"])
     updates, opt_state = setup.tx.update(grads, state["opt_state"], state["params"], step=step)
-    params, metrics = follow_centers(optax.apply_updates(state["params"], updates), metrics, setup.factors)
+    params = clip_logit_scale(optax.apply_updates(state["params"], updates))
+    params, metrics = follow_centers(params, metrics, setup.factors)
     changed = {"params": params, "opt_state": opt_state}
     if "ema" in state:
         decay = setup.config.optimizer.ema
@@ -141,6 +143,11 @@ def _update(setup: Setup, state: State, grads: Any, metrics: dict) -> tuple[Stat
     ratio = optax.tree.norm(updates) / optax.tree.norm(_trained(state["params"], setup.factors))
     metrics |= norms | learning_rates(setup, step) | {"finite": finite.astype(jnp.float32), "update_ratio": ratio}
     return changed | {"step": step + 1}, metrics
+
+
+def clip_logit_scale(params: Any) -> Any:
+    """The parameters with a temperature of at least 0.01, as CLIP's (arXiv 2103.00020)."""
+    return dict(params) | {"logit_scale": jnp.minimum(params["logit_scale"], np.float32(np.log(MAX_LOGIT_SCALE)))}
 
 
 def gradient_norms(grads: Any, factors: Any) -> dict[str, jax.Array]:

@@ -12,6 +12,8 @@ from pathlib import Path
 from types import FrameType
 
 import jax
+import numpy as np
+from jax.experimental import multihost_utils
 
 from mg3d_jax.errors import UserError
 from mg3d_jax.files import whole_lines, write_lines
@@ -24,13 +26,19 @@ SKIPPED_FILE = "skipped.jsonl"
 class StopRequest:
     """SIGTERM -> finish the step, save, exit with `PREEMPTED`.
 
-    With several processes JAX's preemption service makes them agree on the step, whichever of them got the signal.
+    With several processes JAX's preemption service makes them agree on the step, whichever of them got the signal: the
+    one after the largest that any of them has asked about. `first`, the step that a run resumes after, is therefore asked
+    about at once: else a signal during a start would stop the run at step 1, which a resumed run never comes to.
     """
 
-    def __init__(self, checkpoints: Checkpoints):
+    def __init__(self, checkpoints: Checkpoints, first: int):
         self._checkpoints, self._requested, self._old = checkpoints, False, None
         if jax.process_count() == 1:
             self._old = signal.signal(signal.SIGTERM, self._on_signal)
+            return
+        early = checkpoints.reached_preemption(1) and first > 0  # the signal came before anyone had asked
+        self._requested = bool(np.any(multihost_utils.process_allgather(np.bool_(early))))
+        checkpoints.reached_preemption(first)
 
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
         self._requested = True

@@ -12,7 +12,7 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 
 from mg3d_jax.data.tokens import ReportTokenizer
 from mg3d_jax.errors import UserError
-from mg3d_jax.interop.bert import load_bert
+from mg3d_jax.interop.bert import check_vocabulary, load_bert
 from mg3d_jax.interop.tower import Tower, at_volume_size, check_fields, load_tower, merge
 from mg3d_jax.models.towers import report_encoder, volume_encoder
 from mg3d_jax.training.state import Setup, State
@@ -51,6 +51,8 @@ def _tower(source: str, encoder: str, kind: str, setup: Setup, tokenizer: Report
                 f"model.report_encoder.pretrained = {source!r} has {tower.encoder['vocab_size']} tokens, the tokenizer of "
                 f"data.tokenizer = {setup.config.data.tokenizer!r} has {len(vocabulary)}: use the checkpoint's own tokenizer"
             )
+        if kind == "bert":  # `mg3d import` has copied the checkpoint's own tokenizer
+            check_vocabulary(Path(source), tower.encoder["vocab_size"], vocabulary)
         return at_volume_size(tower, tuple(setup.config.model.volume_size))
     if kind != "bert":
         raise UserError(f"model.volume_encoder.pretrained = {source!r} is no folder written by `mg3d import`")

@@ -172,6 +172,15 @@ SINKS: dict[str, Callable[[Path, ConfigDict, int], Writer]] = {
 }
 
 
+def drop_evaluations(workdir: Path, step: int) -> None:
+    """Takes what was evaluated at `step` out of `metrics.jsonl`: it is evaluated again, and may lack a part."""
+    path = workdir / METRICS_FILE
+    if path.exists():
+        write_lines(
+            path, [line for line in whole_lines(path) if line.get("step") != step or line.get("split") == "train"]
+        )
+
+
 def read_metrics(workdir: Path, split: str | None = None) -> list[dict]:
     """The lines of `metrics.jsonl`, of one split or of all. A last line that a kill cut short is not one.
 
