@@ -14,9 +14,11 @@ from mg3d_jax import sharding
 from mg3d_jax.data.tokens import save_tokenizer, train_wordpiece
 from mg3d_jax.errors import UserError
 from mg3d_jax.objectives.multitask import multitask_loss
+from mg3d_jax.training import checkpoints as checkpoints_module
 from mg3d_jax.training import state as state_lib
 from mg3d_jax.training import step as step_lib
 from mg3d_jax.training.checkpoints import Checkpoints
+from mg3d_jax.training.checksums import checksums
 from mg3d_jax.training.optimizer import parameter_names as names_of
 from mg3d_jax.training.restore import restore_run
 
@@ -258,7 +260,7 @@ def test_frozen_layers_of_the_config_reach_the_optimizer():
     assert not jax.tree.leaves(setup.abstract["opt_state"][1].inner_states["adam"].inner_state.mu["report_encoder"])
 
 
-def test_a_restored_run_gives_the_average_unless_told_otherwise(poisonable, trajectory, tmp_path):
+def test_a_restored_run_gives_the_average_unless_told_otherwise(poisonable, trajectory, tmp_path, monkeypatch):
     (setup, _, _), (states, _) = poisonable, trajectory
     tokenizer = train_wordpiece([f"word{number} finding{number}" for number in range(200)] * 2, VOCAB)
     assert tokenizer.get_vocab_size() == VOCAB
@@ -267,8 +269,11 @@ def test_a_restored_run_gives_the_average_unless_told_otherwise(poisonable, traj
     checkpoints = Checkpoints(tmp_path)
     checkpoints.save(jax.device_put(states[-1], setup.shardings), {"step": 4}, 4)
     checkpoints.close()
+    read = []
+    monkeypatch.setattr(checkpoints_module, "checksums", lambda state: read.append(set(state)) or checksums(state))
     for ema, name in ((None, "ema"), (False, "params")):
         run = restore_run(tmp_path, ema=ema)
+        assert read.pop() == {name}  # and not the moments, which take twice as much
         assert run.ema == (name == "ema") and run.meta["step"] == 4
         jax.tree.map(np.testing.assert_array_equal, jax.device_get(run.params), states[-1][name])
     (tmp_path / "config.json").write_text(config_lib.to_json(tiny_config()))

@@ -12,6 +12,7 @@ saved, is named and passed over for the one before.
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import itertools
 import json
@@ -120,8 +121,13 @@ class Checkpoints:
             _say(f"{self.folder}: {', '.join(p.name for p in half)} was not written to its end and is not used")
         return self._newest(setup, same_run=True)
 
-    def restore(self, setup: Setup, step: int | None = None) -> tuple[State, dict[str, Any]]:
-        """State and meta of `step` (newest readable by default). `UserError` where there is none or it is damaged."""
+    def restore(self, setup: Setup, step: int | None = None, *, only: str = "") -> tuple[State, dict[str, Any]]:
+        """State and meta of `step` (newest readable by default). `UserError` where there is none or it is damaged.
+
+        `only`: read and check nothing of the state but this entry, "params" or "ema": moments take twice their memory.
+        """
+        if only:
+            setup = dataclasses.replace(setup, abstract={only: setup.abstract[only]})
         if step is None:
             if (found := self._newest(setup, same_run=False)) is None:
                 raise UserError(f"{self.folder} holds no checkpoint: train the run first")
@@ -203,7 +209,8 @@ class Checkpoints:
         """Without the barriers of orbax's manager: a process that fails must not leave the others waiting there."""
         placed = ocp.checkpoint_utils.construct_restore_args(setup.abstract)
         with closing(_state_handler()) as handler:
-            args = ocp.args.PyTreeRestore(setup.abstract, restore_args=placed)
+            part = "step" not in setup.abstract  # see `restore`
+            args = ocp.args.PyTreeRestore(setup.abstract, restore_args=placed, partial_restore=part)
             return handler.restore(self.folder / str(step) / "state", args=args)
 
     def _read_meta(self, step: int) -> dict[str, Any]:

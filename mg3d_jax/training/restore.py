@@ -49,8 +49,9 @@ def restore_run(workdir: Path, step: int | None = None, *, ema: bool | None = No
     averaged = "ema" in setup.abstract
     if ema and not averaged:
         raise UserError(f"{workdir} keeps no average of its parameters (optimizer.ema = 0): leave ema out")
-    checkpoints = Checkpoints(workdir)
-    state, meta = checkpoints.restore(setup, step)
-    checkpoints.close()
     ema = averaged if ema is None else ema
-    return RestoredRun(config, setup, state["ema" if ema else "params"], meta, tokenizer, ema)
+    wanted = "ema" if ema else "params"
+    checkpoints = Checkpoints(workdir)
+    state, meta = checkpoints.restore(setup, step, only=wanted)
+    checkpoints.close()
+    return RestoredRun(config, setup, state[wanted], meta, tokenizer, ema)
