@@ -33,6 +33,8 @@ def main(argv: list[str]) -> int:
         help="of a run with optimizer.ema: the weights themselves, not their average",
     )
     args = parser.parse_args(argv)
+    if args.batch_size < 1:
+        parser.error(f"--batch-size {args.batch_size}: must be at least 1")
     options = {"step": args.step, "batch_size": args.batch_size, "raw_weights": args.raw_weights}
     result = evaluate(args.workdir, tuple(args.data), **options)
     out = args.out or args.workdir / "evaluation"
