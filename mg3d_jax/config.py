@@ -314,6 +314,6 @@ def config_hash(config: ConfigDict) -> str:
 
 def resume_differences(old: ConfigDict, new: ConfigDict) -> list[str]:
     """`["optimizer.learning_rate: 0.001 -> 0.0001", ...]` for the keys that must not change within a run."""
-    a, b = flatten(old), flatten(new)
+    a, b = (flatten(from_json(to_json(config))) for config in (old, new))  # a list is as good as a tuple
     keys = sorted((a.keys() | b.keys()) - set(RESUME_FREE))
     return [f"{k}: {a.get(k, 'absent')} -> {b.get(k, 'absent')}" for k in keys if a.get(k) != b.get(k)]

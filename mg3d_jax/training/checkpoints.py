@@ -324,8 +324,7 @@ def _state_handler() -> ocp.PyTreeCheckpointHandler:
 def check_same_run(meta: dict[str, Any], config: ConfigDict) -> None:
     """`UserError` with the list of differences when a resumed run's config changed in a way that matters."""
     old = config_lib.from_json(meta["config"])
-    new = config_lib.from_json(config_lib.to_json(config))  # lists have become tuples, as in the checkpoint
-    if differences := config_lib.resume_differences(old, new):
+    if differences := config_lib.resume_differences(old, config):
         raise UserError(
             "this run directory was started with another configuration:\n  - "
             + "\n  - ".join(differences)
