@@ -2,10 +2,10 @@
 
 import itertools
 import json
-import multiprocessing
 import os
 import shutil
 import signal
+from multiprocessing.context import SpawnProcess
 
 import jax
 import numpy as np
@@ -69,13 +69,20 @@ def test_seeking_gives_the_same_batches_as_reading_on(data, tokenizer, mesh, wor
     assert indices(train_batches(data, tokenizer, config, mesh, start=4, stop=9)) == whole[4:]
 
 
-def test_workers_outlive_a_sigterm_to_the_whole_group(data, tokenizer, mesh):
+def test_workers_outlive_a_sigterm_to_the_whole_group(data, tokenizer, mesh, monkeypatch):
     """SLURM signals every process of a step; the trainer still needs its workers to finish and to save."""
-    before = multiprocessing.active_children()
+    workers, start = [], SpawnProcess.start
+
+    def start_and_signal(process):
+        start(process)
+        workers.append(process)
+        os.kill(process.pid, signal.SIGTERM)  # before it has imported anything
+
+    monkeypatch.setattr(SpawnProcess, "start", start_and_signal)
     batches = train_batches(data, tokenizer, tiny_config(data__workers=2), mesh, start=0, stop=30)
     next(batches)
-    workers = [child for child in multiprocessing.active_children() if child not in before]
-    assert workers
+    assert len(workers) == 2
+    assert signal.SIGTERM not in signal.pthread_sigmask(signal.SIG_BLOCK, ())  # the trainer itself gets it
     for worker in workers:
         os.kill(worker.pid, signal.SIGTERM)
     assert len(list(batches)) == 29

@@ -9,9 +9,11 @@ replayed. A record that turns out damaged keeps its row, with `valid = False` (s
 from __future__ import annotations
 
 import hashlib
+import itertools
 import signal
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import suppress
+from contextlib import contextmanager, nullcontext, suppress
+from multiprocessing import resource_tracker
 from pathlib import Path
 
 import grain
@@ -223,9 +225,19 @@ class LocalBatches:
         return self.reader(indices, None if self.report_of is None else [int(self.report_of[j]) for j in indices])
 
 
-def _leave_sigterm_to_the_trainer(worker: int, workers: int) -> None:
-    """SLURM signals every process of a step. The trainer saves and leaves; until then it needs its workers."""
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+@contextmanager
+def _sigterm_blocked() -> Iterator[None]:
+    """Threads and processes started in here never get SIGTERM (they inherit the mask); the caller gets it afterwards.
+
+    SLURM signals every process of a step. The trainer saves and leaves; until then it needs its workers, which for their
+    first seconds import and could not ignore a signal yet.
+    """
+    resource_tracker.ensure_running()  # now: starting it in here would unblock the signal
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def host_batches(source: LocalBatches, *, threads: int, workers: int) -> Iterator[dict[str, np.ndarray]]:
@@ -241,10 +253,14 @@ def host_batches(source: LocalBatches, *, threads: int, workers: int) -> Iterato
 
         if not flags.FLAGS.is_parsed():  # grain's workers read absl flags
             flags.FLAGS.mark_as_parsed()
-        dataset = dataset.mp_prefetch(grain.MultiprocessingOptions(num_workers=workers), _leave_sigterm_to_the_trainer)
+        dataset = dataset.mp_prefetch(grain.MultiprocessingOptions(num_workers=workers))
     iterator = iter(dataset)
     try:
-        yield from iterator
+        with _sigterm_blocked() if workers else nullcontext():
+            first = list(itertools.islice(iterator, 1))  # starts the workers
+            batches = itertools.chain(first, iterator)
+            del first  # a batch is not kept until the end
+        yield from batches
     finally:
         if hasattr(iterator, "close"):
             iterator.close()
