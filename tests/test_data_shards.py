@@ -20,9 +20,10 @@ from mg3d_jax.cli import main
 from mg3d_jax.data.estimate import Estimate, check_disk, estimate
 from mg3d_jax.data.geometry import Grid
 from mg3d_jax.data.leaks import read_index
+from mg3d_jax.data.listing import Example, Metadata
 from mg3d_jax.data.prepare import prepare, summary
 from mg3d_jax.data.records import RecordReader
-from mg3d_jax.data.shards import Recipe
+from mg3d_jax.data.shards import WORK_FOLDER, Outcome, Recipe, write_shard
 from mg3d_jax.data.sources import SourceOptions, list_source
 from mg3d_jax.errors import UserError
 
@@ -208,6 +209,16 @@ def test_a_volume_that_became_whole_while_its_shard_was_made_is_read_again(tmp_p
     assert len(prepare(settings(tmp_path / "root", tmp_path / "out", max_bad_share=0.5))["bad"]) == 1
     monkeypatch.undo()
     assert prepare(settings(tmp_path / "root", tmp_path / "out"))["bad"] == []
+
+
+def test_a_shard_done_again_without_any_record_leaves_no_file(tmp_path):
+    data = np.zeros(8, np.uint8).tobytes()
+    for outcome, there in ((Outcome(data, {}, {}, None), True), (Outcome(None, {}, None, "no such file"), False)):
+        (tmp_path / WORK_FOLDER).mkdir(exist_ok=True)
+        example = Example(tmp_path / "a.nii.gz", "a", "p", "s", "", "", (), Metadata(), "csv")
+        found = write_shard(tmp_path, "records-00000-of-00001", iter([(example, outcome)]), 1, lambda _: None, 0.0)
+        assert (found["records"] == 1) is there
+        assert (tmp_path / found["file"]).exists() is there
 
 
 def test_no_manifest_outlives_the_shards_it_vouches_for(tmp_path, monkeypatch):

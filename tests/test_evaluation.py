@@ -168,7 +168,7 @@ def test_evaluation_in_the_loop_is_a_slow_evaluation_on_one_device(tiny_data, mo
     decoded, read = [], data.read
     monkeypatch.setattr(data, "read", lambda index, out=None: decoded.append(index) or read(index, out))
     found = evaluation.metrics(params)
-    assert decoded == [*range(13), *[12] * 5]  # the last batch is filled up with the last record
+    assert sorted(decoded) == [*range(13), *[12] * 5]  # the last batch is filled up with the last record
     assert evaluation.metrics(params) == found and len(decoded) == 36
 
     volumes, reports, prompts = plain_embeddings(setup, params, tokenizer, records, names)

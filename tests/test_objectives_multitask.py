@@ -211,7 +211,7 @@ def phantom_batch(tiny_data):
     sentences = [s for record in data.records() for s in record.sentences]
     tokenizer = ReportTokenizer(train_wordpiece(sentences, VOCAB), config.data.max_tokens, config.data.max_sentences)
     mesh = sharding.make_mesh(ConfigDict({"data": 1, "fsdp": 1, "tensor": 1}), jax.devices()[:1])
-    return next(iter(evaluation_batches(data, tokenizer, mesh, 8))), tokenizer, mesh
+    return next(iter(evaluation_batches(data, tokenizer, mesh, 8, threads=0))), tokenizer, mesh
 
 
 def test_every_loss_goes_near_its_floor_on_one_batch(phantom_batch):

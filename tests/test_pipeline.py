@@ -126,7 +126,7 @@ def text_ids(tokenizer):
 
 
 def test_evaluation_reads_every_record_once_and_pads(data, tokenizer, mesh):
-    batches = [jax.device_get(b) for b in evaluation_batches(data, tokenizer, mesh, 16)]
+    batches = [jax.device_get(b) for b in evaluation_batches(data, tokenizer, mesh, 16, threads=2)]
     valid = np.concatenate([b["valid"] for b in batches])
     index = np.concatenate([b["record_index"] for b in batches])
     assert index[valid].tolist() == list(range(len(data))) and len(valid) % 16 == 0
@@ -224,8 +224,8 @@ def test_verify_and_evaluation_name_the_same_record(damaged, tokenizer, mesh, ca
     folder, name = damaged
     broken = PreparedData((folder,))
     with pytest.raises(UserError, match=f"record 5 .{name}. in .* is damaged"):
-        list(evaluation_batches(broken, tokenizer, mesh, 8))
-    batches = [jax.device_get(b) for b in evaluation_batches(broken, tokenizer, mesh, 8, max_bad_records=1)]
+        list(evaluation_batches(broken, tokenizer, mesh, 8, threads=2))
+    batches = [jax.device_get(b) for b in evaluation_batches(broken, tokenizer, mesh, 8, threads=2, max_bad_records=1)]
     index, valid = (np.concatenate([b[key] for b in batches]) for key in ("record_index", "valid"))
     assert set(index[~valid][:1]) == {5} and valid.sum() == len(broken) - 1
     assert len(list(broken.records(BadRecords(None, 1)))) == len(broken) - 1

@@ -125,7 +125,9 @@ def test_what_is_no_run_is_an_error(run, capsys):
         assert message in capsys.readouterr().err
     (run / "summary.json").write_text("{")
     assert cli.main(["report", str(run)]) == 2
-    assert "summary.json is not JSON" in capsys.readouterr().err
+    error = capsys.readouterr().err
+    assert "summary.json: cannot be read as JSON" in error
+    assert "remove it to do without" in error
 
 
 def test_every_metric_is_in_one_chart():

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import itertools
+import math
 import signal
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext, suppress
@@ -225,6 +226,23 @@ class LocalBatches:
         return self.reader(indices, None if self.report_of is None else [int(self.report_of[j]) for j in indices])
 
 
+class EvaluationBatches:
+    """Random access to this process's `rows` of the batches of all records in order; rows beyond the end are not valid."""
+
+    def __init__(self, reader: BatchReader, rows: Sequence[int], batch_size: int):
+        self.reader, self.rows, self.batch_size = reader, rows, batch_size
+
+    def __len__(self) -> int:
+        return math.ceil(len(self.reader.data) / self.batch_size)
+
+    def __getitem__(self, i: int) -> dict[str, np.ndarray]:
+        records = len(self.reader.data)
+        positions = np.array([i * self.batch_size + row for row in self.rows])
+        local = self.reader([min(int(position), records - 1) for position in positions])
+        local["valid"] &= positions < records
+        return local
+
+
 @contextmanager
 def _sigterm_blocked() -> Iterator[None]:
     """Threads and processes started in here never get SIGTERM (they inherit the mask); the caller gets it afterwards.
@@ -240,7 +258,9 @@ def _sigterm_blocked() -> Iterator[None]:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
-def host_batches(source: LocalBatches, *, threads: int, workers: int) -> Iterator[dict[str, np.ndarray]]:
+def host_batches(
+    source: LocalBatches | EvaluationBatches, *, threads: int, workers: int
+) -> Iterator[dict[str, np.ndarray]]:
     """The batches of `source` in order, read ahead in `threads` threads, in each of `workers` processes if there are any.
     Close the iterator where it is left early."""
     # The elements are whole batches: threads and workers take turns by them, so the order stays.
@@ -297,18 +317,19 @@ def train_batches(
 
 
 def evaluation_batches(
-    data: PreparedData, tokenizer: ReportTokenizer, mesh: Mesh, batch_size: int, *, log_folder: Path | None = None,
-    max_bad_records: int = 0,
+    data: PreparedData, tokenizer: ReportTokenizer, mesh: Mesh, batch_size: int, *, threads: int,
+    log_folder: Path | None = None, max_bad_records: int = 0,
 ) -> Iterator[dict]:  # fmt: skip
-    """Every record once, in order; the last batch is padded with `valid = False` rows.
+    """Every record once, in order; the last batch is padded with `valid = False` rows. Read ahead in `threads` threads.
 
     A damaged record is a `UserError`: results are of all records. With `max_bad_records` as many are skipped as in
     `train_batches`, for the held-out loss during training.
     """
     bad = BadRecords(log_folder, max_bad_records) if max_bad_records else None
-    rows, reader = sharding.local_rows(mesh, batch_size), BatchReader(data, tokenizer, bad)
-    for first in range(0, len(data), batch_size):
-        positions = np.array([first + row for row in rows])
-        local = reader([min(int(p), len(data) - 1) for p in positions])
-        local["valid"] &= positions < len(data)
-        yield sharding.to_global(local, mesh, batch_size)
+    source = EvaluationBatches(BatchReader(data, tokenizer, bad), sharding.local_rows(mesh, batch_size), batch_size)
+    batches = host_batches(source, threads=threads, workers=0)
+    try:
+        for local in batches:
+            yield sharding.to_global(local, mesh, batch_size)
+    finally:
+        batches.close()

@@ -37,7 +37,7 @@ from mg3d_jax.data.shard_reader import (
     open_shard,
 )
 from mg3d_jax.errors import UserError
-from mg3d_jax.files import partial_path
+from mg3d_jax.files import partial_path, read_json
 
 FORMAT_VERSION = 1  # of a prepared folder
 _RECORD_VERSION = "2"
@@ -266,12 +266,9 @@ def file_digest(path: Path) -> str:
 def read_manifest(folder: Path) -> dict[str, Any]:
     """`manifest.json` of a prepared folder. Raises `UserError` where there is none, or of a newer format."""
     path = Path(folder) / MANIFEST_NAME
-    try:
-        manifest = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise UserError(f"{path} does not exist: run `mg3d prepare ... --out {folder}` to its end first") from None
-    except ValueError as error:
-        raise UserError(f"{path} is not JSON ({error}): prepare the folder again") from error
+    if not path.exists():
+        raise UserError(f"{path} does not exist: run `mg3d prepare ... --out {folder}` to its end first")
+    manifest = read_json(path, mend="prepare the folder again")
     version = manifest.get("format_version")
     if version != FORMAT_VERSION:
         raise UserError(

@@ -251,6 +251,7 @@ def write_shard(
         sidecar |= {"bytes": path.stat().st_size, "sha256": file_digest(path)}
     else:
         writer.abandon()
+        path.unlink(missing_ok=True)  # of an earlier attempt, some of whose volumes are gone now
     write_json(sidecar_path, sidecar)
     os.utime(sidecar_path, (begun, begun))
     return sidecar

@@ -94,7 +94,11 @@ class Embedder:
         A damaged record is a `UserError`, or skipped and named as `bad_records`, the options of `evaluation_batches`, say.
         """
         names, found = ("embedding", "labels", "report_id", "patient_id"), []
-        for batch in evaluation_batches(data, self.tokenizer, self.setup.mesh, self.batch_size, **bad_records):
+        threads = self.config.data.read_threads
+        batches = evaluation_batches(
+            data, self.tokenizer, self.setup.mesh, self.batch_size, threads=threads, **bad_records
+        )
+        for batch in batches:
             with sharding.in_mesh(self.setup.mesh):
                 rows = _fetch(self._embed_volumes(params, {name: batch[name] for name in ("volume", *FACTS)}))
             found.append({name: rows[name][rows["valid"]] for name in names})

@@ -14,7 +14,7 @@ from ml_collections import ConfigDict
 from mg3d_jax import config as config_lib
 from mg3d_jax.data.bad_records import BAD_RECORDS_NAME
 from mg3d_jax.errors import UserError
-from mg3d_jax.files import read_lines
+from mg3d_jax.files import read_json, read_lines
 from mg3d_jax.training.run_folder import CONFIG_FILE, ENVIRONMENT_FILE, SUMMARY_FILE
 from mg3d_jax.training.stopping import SKIPPED_FILE
 from mg3d_jax.training.writers import IMAGES_FOLDER, METRICS_FILE
@@ -77,15 +77,7 @@ def read_run(folder: Path) -> RunFiles:
 
 
 def _document(path: Path) -> dict[str, Any]:
-    if not path.exists():
-        return {}
-    try:
-        value = json.loads(path.read_text())
-    except ValueError as error:
-        raise UserError(f"{path} is not JSON ({error}): restore it, or remove it to do without") from error
-    if not isinstance(value, dict):
-        raise UserError(f"{path} holds {type(value).__name__}, not an object: restore it, or remove it to do without")
-    return value
+    return read_json(path, mend="restore it, or remove it to do without") if path.exists() else {}
 
 
 def _config(path: Path) -> ConfigDict | None:

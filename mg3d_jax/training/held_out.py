@@ -44,5 +44,7 @@ class HeldOut:
 
     def _batches(self) -> Iterator[dict[str, jax.Array]]:
         options = self.setup.config.data
-        bad = {"log_folder": self._log_folder, "max_bad_records": options.max_bad_records}
-        return evaluation_batches(self.data, self.tokenizer, self.setup.mesh, options.batch_size, **bad)
+        return evaluation_batches(
+            self.data, self.tokenizer, self.setup.mesh, options.batch_size, threads=options.read_threads,
+            log_folder=self._log_folder, max_bad_records=options.max_bad_records,
+        )  # fmt: skip
