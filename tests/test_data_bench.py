@@ -69,7 +69,7 @@ def test_a_step_waits_for_slow_data_only():
         bench_loading.waited(lambda: (time.sleep(seconds) for _ in itertools.count()), (), 5, 0.001, pipe)
         return answers[0]
 
-    assert waits(0.0) < 0.05 < 5 * 0.02 <= waits(0.02)
+    assert min(waits(0.0) for _ in range(3)) < 0.05 < 5 * 0.02 <= waits(0.02)
     rates = {"limit: memory copy": 8000.0, "limit: bare zstd of int16": 300.0, "limit: bare zstd of our records": 700.0}
     rates |= {"raw: whole pipeline": 2000.0, "zstd: whole pipeline": 500.0}
     rates |= {"MONAI: items": 1000.0, "MONAI: whole batches": 200.0}

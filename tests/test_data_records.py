@@ -138,6 +138,7 @@ def test_reader_gives_any_record_of_any_shard(tmp_path, zstd_level):
     assert len(reader) == 9
     for index in (8, 0, 3, 2, 5, 4):
         assert_same(reader[index], make(index))
+        assert reader.text(index) == (make(index).report_id, make(index).sentences)
     assert_same(pickle.loads(pickle.dumps(reader))[7], make(7))
     for index in (-1, 9):
         with pytest.raises(IndexError):
@@ -179,6 +180,20 @@ def test_the_fast_reader_leaves_everything_else_alone(tmp_path):
     assert_same(RecordReader(tmp_path)[2], make(2))  # through the general reader
     (tmp_path / "cut").write_bytes(path.read_bytes()[:300])
     assert open_shard(tmp_path / "cut", 1) is None
+
+
+def test_the_text_is_read_without_the_volume(tmp_path):
+    write_folder(tmp_path, (5,))
+    path = tmp_path / "records-0.array_record"
+    start, size = open_shard(path, 5).places[2]
+    damaged = bytearray(path.read_bytes())
+    damaged[start + size - 40 : start + size] = bytes(40)  # voxels
+    path.write_bytes(damaged)
+    assert RecordReader(tmp_path).text(2) == (make(2).report_id, make(2).sentences)
+    damaged[start + 10] ^= 255  # the header
+    path.write_bytes(damaged)
+    with pytest.raises(DamagedRecordError, match=r"record 2 .* in records-0.* is damaged"):
+        RecordReader(tmp_path).text(2)
 
 
 @pytest.mark.parametrize("zstd_level", [0, 3])

@@ -19,7 +19,7 @@ from mg3d_jax.training.loop import Trainer
 from mg3d_jax.training.writers import read_metrics
 
 LAUNCH = ROOT / "launch"
-STEPS, EVERY = 24, 6  # of training, and from checkpoint to checkpoint
+STEPS, EVERY = 36, 6  # of training, and from checkpoint to checkpoint
 
 
 def run(script, *words, cwd=None, timeout=300, **variables):
@@ -80,8 +80,8 @@ FAKE_PYTHON = """#!/usr/bin/env bash
 # In place of python: process N does what line "attempt" of the file N says; what it got is recorded.
 if [ "$1" = -c ]; then echo 1234; exit; fi
 attempt=$(($(cat "$FAKE/count.$MG3D_PROCESS_ID" 2>/dev/null || echo 0) + 1))
-echo "$attempt" >"$FAKE/count.$MG3D_PROCESS_ID"
 trap 'echo TERM >>"$FAKE/signals.$MG3D_PROCESS_ID"; exit 75' TERM
+echo "$attempt" >"$FAKE/count.$MG3D_PROCESS_ID"  # from here on a signal is heeded
 eval "$(sed -n "${attempt}p" "$FAKE/script.$MG3D_PROCESS_ID")"
 """
 HANG = "while true; do sleep 0.1; done"
@@ -122,7 +122,6 @@ def test_sigterm_to_the_launcher_stops_all_and_restarts_nothing(tmp_path):
     env = environment(FAKE=str(tmp_path), PYTHON=str(fake), CONFIG="c", WORKDIR=str(tmp_path / "run"))
     process = subprocess.Popen(["bash", str(LAUNCH / "local.sh")], env=env, stderr=subprocess.PIPE, text=True)
     wait_for(lambda: all((tmp_path / f"count.{n}").exists() for n in range(2)), process)
-    time.sleep(0.3)  # until the fakes have set their traps
     process.send_signal(signal.SIGTERM)
     assert process.wait(30) == 75
     for number in range(2):

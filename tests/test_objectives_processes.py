@@ -15,9 +15,10 @@ import json, sys
 import jax, jax.numpy as jnp, numpy as np
 from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
 process, port = int(sys.argv[1]), sys.argv[2]
-jax.distributed.initialize(f"localhost:{port}", 2, process)
 from mg3d_jax.objectives.contrastive import info_nce
 from mg3d_jax.objectives.matching import sentence_matching
+from mg3d_jax.training import distributed
+jax.distributed.initialize(f"localhost:{port}", 2, process)
 
 mesh = jax.make_mesh((2, 2, 1), ("data", "fsdp", "tensor"), axis_types=(AxisType.Auto,) * 3)
 rows, whole = NamedSharding(mesh, P(("data", "fsdp"))), NamedSharding(mesh, P())
@@ -31,6 +32,8 @@ def loss(x, z, s, mask):
 
 with jax.set_mesh(mesh):
     step = jax.jit(jax.value_and_grad(loss, argnums=(0, 1)), out_shardings=(whole, (whole, whole)))
+    step = step.lower(x, z, s, mask).compile()
+    distributed.barrier("compiled")  # the first collective gives up after half a minute
     value, gradients = jax.block_until_ready(step(x, z, s, mask))
 if process == 0:
     print(json.dumps([float(value), *(np.asarray(g).tolist() for g in gradients)]))

@@ -196,14 +196,14 @@ def test_success_without_a_summary_is_a_failure(project):
     assert "exit code 0 but no summary.json" in states.status(workdir, one.runs[0]).detail
 
 
-def start_process(project: Path, workdir: Path, seconds: float) -> subprocess.Popen:
+def start_process(project: Path, workdir: Path, seconds: float | dict[str, float]) -> subprocess.Popen:
     """`run_all` with the fake trainer in a process of its own, which can be killed."""
     code = (
         f"import sys; sys.path.insert(0, {str(Path(__file__).parent)!r})\n"
         "from pathlib import Path\n"
         "from test_scaling_sweep import declared, run_all\n"
         f"project, workdir = Path({str(project)!r}), Path({str(workdir)!r})\n"
-        f"raise SystemExit(run_all(declared(project), workdir, seconds={seconds}))"
+        f"raise SystemExit(run_all(declared(project), workdir, seconds={seconds!r}))"
     )
     return subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.DEVNULL, env=environment())
 
@@ -220,7 +220,7 @@ def wait_for(condition, seconds: float = 90.0) -> None:
 def test_sigkill_in_the_middle_gives_the_same_table(project, capsys):
     one, whole, killed = declared(project), project / "whole", project / "killed"
     assert run_all(one, whole) == 0
-    process = start_process(project, killed, seconds=0.3)
+    process = start_process(project, killed, seconds={one.runs[1].id: 1.5})
     wait_for(lambda: states.last_step(states.run_folder(killed, one.runs[1])) >= 2)
     process.send_signal(signal.SIGKILL)
     process.wait()
@@ -239,10 +239,10 @@ def test_sigkill_in_the_middle_gives_the_same_table(project, capsys):
 @pytest.mark.processes
 def test_sigterm_saves_and_the_same_command_goes_on(project):
     one, workdir = declared(project), project / "work"
-    process = start_process(project, workdir, seconds=0.2)
+    process = start_process(project, workdir, seconds=1.5)
     wait_for(lambda: states.last_step(states.run_folder(workdir, one.runs[0])) >= 2)
     process.send_signal(signal.SIGTERM)
-    assert process.wait(timeout=30) == 75
+    assert process.wait(timeout=120) == 75
     status = states.status(workdir, one.runs[0])
     assert (status.state, status.action) == ("interrupted", "resume")
     assert run_all(one, workdir) == 0
@@ -285,6 +285,9 @@ def test_a_trainer_whose_sweep_is_only_stopped_is_left_alone(tmp_path):
         (folder / states.LEASE_FILE).write_text(json.dumps(lease))
         old = time.time() - 2 * states.LEASE_SECONDS
         os.utime(folder / states.LEASE_FILE, (old, old))
+        wait_for(
+            lambda: states.process_exists(trainer.pid, mentions="run")
+        )  # the kernel shows its command a little later
         assert states.HeldLease.acquire(folder) is None
         trainer.kill()
         trainer.wait()

@@ -199,13 +199,20 @@ def test_two_thousand_steps_do_not_grow(zygote, config_file, tmp_path):
     settings |= {"objectives__alignment__sentence_tokens": 8}
     process, samples = zygote.start(command(config_file, run, **settings), log), {}
     while (now := lines(run)) < 99:  # of 20 steps
-        samples[20 * now] = memory_and_files(process)
+        try:
+            found = memory_and_files(process)
+        except (OSError, TypeError):  # it has ended early: the log says why
+            break
+        if not list((run / "checkpoints").glob("*tmp*")):  # a save holds files for a while
+            samples[20 * now] = found
         time.sleep(0.01)
     assert zygote.wait() == 0, log.read_text()
     steps = [step for step in sorted(samples) if step >= 200]
     # Between two checkpoints nothing grows, step for step.
     between = [[samples[s][0] for s in steps if save + 60 < s < save + 200] for save in range(200, 1800, 200)]
-    growth = np.median([values[-1] - values[0] for values in between])
+    growths = [values[-1] - values[0] for values in between if len(values) > 1]  # a busy machine may leave out some
+    assert len(growths) >= 5
+    growth = np.median(growths)
     assert growth < 0.5, f"{1024 * growth / 100:.1f} KiB per step: {between}"
     # Over all, the pools below the checkpoint library may come to hold some more copies of the state (18 MiB).
     assert samples[steps[-1]][0] - samples[steps[0]][0] < 100, samples
@@ -283,15 +290,16 @@ def alone(devices, *words):
     return done.stderr
 
 
-def together(devices, logs, *words):
-    """`mg3d ...` as two processes with so many devices each."""
+def together(devices, logs, *words, last=("-m", "mg3d_jax")):
+    """`mg3d ...` as two processes with so many devices each; the last one runs `python LAST ...`."""
     with socket.socket() as free:
         free.bind(("localhost", 0))
         place = ["--num-processes", "2", "--coordinator", f"localhost:{free.getsockname()[1]}", "--process-id"]
     started = []
     for number, log in enumerate(logs):
         with log.open("a") as stream:
-            line = [sys.executable, "-m", "mg3d_jax", *words, *place, str(number)]
+            program = last if number else ("-m", "mg3d_jax")
+            line = [sys.executable, *program, *words, *place, str(number)]
             started.append(subprocess.Popen(line, env=environment(devices, **TESTS), stdout=stream, stderr=stream))
     return started
 
@@ -309,40 +317,63 @@ def test_two_processes_of_four_devices_train_as_one_of_eight(config_file, tmp_pa
     assert Checkpoints(run).steps() == Checkpoints(whole).steps() == [4, 5]
 
 
+STARTS_LATE = """
+import sys, time
+from mg3d_jax.cli import main
+from mg3d_jax.training import stopping
+
+prompt = stopping.StopRequest.__init__
+
+def late(self, *arguments):
+    print("late", file=sys.stderr, flush=True)
+    time.sleep(6)
+    prompt(self, *arguments)
+
+stopping.StopRequest.__init__ = late
+sys.exit(main(sys.argv[1:]))
+"""
+
+
 def test_sigterm_to_one_of_two_saves_both_and_one_process_goes_on_bit_for_bit(config_file, tmp_path):
     """With two devices sums over devices have one order only, so what two processes and one compute is the same.
 
-    Before that the process is frozen for a while, which the watchdogs of both report.
+    Before that the process is frozen for a while, which both report.
     """
+    steps = 50  # of 0.1 s or more: JAX notices a signal within a second
     whole, run, logs = tmp_path / "whole", tmp_path / "run", [tmp_path / f"log{n}" for n in range(2)]
-    settings = {"training__steps": 30, "training__checkpoint_every": 100, "training__watchdog_minutes": 3 / 60}
+    settings = {"training__steps": steps, "training__checkpoint_every": 100, "training__watchdog_minutes": 3 / 60}
     processes = together(1, logs, *command(config_file, run, **settings))
     try:
         wait_until(lambda: lines(run) >= 3 or any(process.poll() is not None for process in processes))
+        before = [log.read_text() for log in logs]  # slow steps may have been reported already
         processes[1].send_signal(signal.SIGSTOP)
-        wait_until(lambda: (run / "stacks" / "process-0.txt").exists(), 60)
+        hang = "the step after step"
+        wait_until(lambda: logs[0].read_text().count(hang) > before[0].count(hang), 60)
         processes[1].send_signal(signal.SIGCONT)
-        wait_until(lambda: (run / "stacks" / "process-1.txt").exists(), 60)
+        late = "has ended after all"
+        wait_until(lambda: all(logs[n].read_text().count(late) > before[n].count(late) for n in range(2)), 60)
         processes[1].send_signal(signal.SIGTERM)
         assert [process.wait(120) for process in processes] == [75, 75], [log.read_text() for log in logs]
     finally:
         for process in processes:
             process.kill()
     (step,), (other,) = (re.findall(r"asked to stop: saved step (\d+)", log.read_text()) for log in logs)
-    assert step == other and Checkpoints(run).steps() == [int(step)] and int(step) < 30
-    assert "has not ended for" in logs[0].read_text() and "has ended after all" in logs[0].read_text()
-    # Again two processes, told to stop while they start: they stop after their first step.
-    processes = together(1, logs, *command(config_file, run, **settings))
+    assert step == other and Checkpoints(run).steps() == [int(step)] and int(step) < steps
+    assert "MainThread" in (run / "stacks" / "process-0.txt").read_text()
+    # Again two processes, told to stop while one is ready and the other one starts: they stop after their first step.
+    first = int(step)
+    processes = together(1, logs, *command(config_file, run, **settings), last=("-c", STARTS_LATE))
     try:
-        wait_until(lambda: "resuming after step" in logs[1].read_text(), 120)
+        wait_until(lambda: "late\n" in logs[1].read_text(), 120)
+        time.sleep(2)  # until process 0 is ready; a signal before that is heeded too
         processes[1].send_signal(signal.SIGTERM)
         assert [process.wait(120) for process in processes] == [75, 75], [log.read_text() for log in logs]
     finally:
         for process in processes:
             process.kill()
     step = max(Checkpoints(run).steps())
-    assert f"asked to stop: saved step {step} of 30" in logs[0].read_text() and step < 30
-    assert f"resuming after step {step} of 30" in alone(2, *command(config_file, run, **settings))
+    assert step == first + 1 and f"asked to stop: saved step {step} of {steps}" in logs[0].read_text()
+    assert f"resuming after step {step} of {steps}" in alone(2, *command(config_file, run, **settings))
     alone(2, *command(config_file, whole, **settings))
     assert losses(run) == losses(whole)
     assert arrays(run) == arrays(whole)

@@ -20,12 +20,14 @@ from mg3d_jax.training.held_out import HeldOut
 from mg3d_jax.training.loop import Trainer
 from mg3d_jax.training.writers import read_metrics
 
-TINY = """
+STEPS, SAVED_BEFORE = 24, 22  # so many that a signal after the first one surely comes before the end
+
+TINY = f"""
 from support import tiny_config
 
 
 def get_config(arg=""):
-    return tiny_config()
+    return tiny_config(training__steps={STEPS})
 """
 
 
@@ -46,7 +48,7 @@ def arguments(config_file, workdir, data, *extra):
 
 @pytest.fixture(scope="module")
 def finished(config_file, tiny_data, tmp_path_factory) -> Path:
-    """An uninterrupted run of six steps."""
+    """An uninterrupted run."""
     workdir = tmp_path_factory.mktemp("runs") / "whole"
     done = mg3d(*arguments(config_file, workdir, tiny_data), **PATH)
     assert done.returncode == 0, done.stderr
@@ -59,9 +61,9 @@ def losses(workdir: Path) -> dict[int, float]:
 
 def test_a_run_writes_what_it_promises(finished):
     summary = json.loads((finished / "summary.json").read_text())
-    assert summary["state"] == "done" and summary["step"] == 6 and summary["samples_seen"] == 48
+    assert summary["state"] == "done" and summary["step"] == STEPS and summary["samples_seen"] == 8 * STEPS
     assert summary["unique_patients"] == 24 and "valid/loss" in summary["final"]
-    assert sorted(losses(finished)) == [1, 2, 3, 4, 5, 6]
+    assert sorted(losses(finished)) == list(range(1, STEPS + 1))
     assert list((finished / "tensorboard").glob("events*"))
     assert (finished / "tokenizer" / "tokenizer.json").exists()
 
@@ -74,8 +76,6 @@ def test_the_same_seed_gives_the_same_losses_bit_for_bit(finished, config_file, 
 
 def test_sigterm_saves_exits_75_and_resumes_bit_for_bit(finished, config_file, tiny_data, tmp_path):
     workdir = tmp_path / "interrupted"
-    # So many steps that the signal surely comes before the end; the schedule is given by the same number of steps, so the
-    # reference is trained with it too.
     command = [sys.executable, "-m", "mg3d_jax", *arguments(config_file, workdir, tiny_data)]
     process = subprocess.Popen(command, env=environment(**PATH), stderr=subprocess.PIPE, text=True)
     deadline = time.monotonic() + 120
@@ -107,11 +107,11 @@ def test_a_damaged_newest_checkpoint_and_other_data_at_the_start_of_the_loop(fin
     workdir = tmp_path / "copy"
     shutil.copytree(finished, workdir)
     config = config_lib.from_json((workdir / "config.json").read_text())
-    text = next(path for path in (workdir / "checkpoints" / "6" / "meta").rglob("*") if path.is_file())
+    text = next(path for path in (workdir / "checkpoints" / str(STEPS) / "meta").rglob("*") if path.is_file())
     text.write_text(text.read_text().replace('"step"', '"stop"', 1))
     trainer = Trainer(config, workdir)
     trainer.checkpoints.close()
-    assert trainer.first == 4 and "6 is damaged and not used" in capsys.readouterr().err
+    assert trainer.first == SAVED_BEFORE and f"{STEPS} is damaged and not used" in capsys.readouterr().err
     config = config.copy_and_resolve_references().unlock()
     config.data.train = (tiny_data["valid"],)
     with pytest.raises(UserError, match=r"started on folders of \[29\] records"):
@@ -148,7 +148,7 @@ def test_a_failed_last_evaluation_loses_no_step_and_no_summary_outlives_its_run(
 ):
     workdir = tmp_path / "copy"
     shutil.copytree(finished, workdir)
-    shutil.rmtree(workdir / "checkpoints" / "6")
+    shutil.rmtree(workdir / "checkpoints" / str(STEPS))
 
     def fail(*_: object) -> dict:
         assert not (workdir / "summary.json").exists()
@@ -158,10 +158,10 @@ def test_a_failed_last_evaluation_loses_no_step_and_no_summary_outlives_its_run(
     config = config_lib.from_json((workdir / "config.json").read_text())
     with pytest.raises(MemoryError):
         Trainer(config, workdir).run()
-    assert Checkpoints(workdir).latest() == 6
+    assert Checkpoints(workdir).latest() == STEPS
     monkeypatch.undo()
     assert Trainer(config, workdir).run() == 0
-    assert json.loads((workdir / "summary.json").read_text())["step"] == 6
+    assert json.loads((workdir / "summary.json").read_text())["step"] == STEPS
 
 
 def test_the_tokenizer_follows_the_config_until_there_is_a_checkpoint(finished, tiny_data, tmp_path):

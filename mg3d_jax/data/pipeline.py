@@ -92,6 +92,11 @@ class PreparedData:
         reader, number = self.locate(index)
         return reader.read_into(number, out)
 
+    def text(self, index: int) -> tuple[str, tuple[str, ...]]:
+        """(report id, sentences) of record `index`, without reading its volume."""
+        reader, number = self.locate(index)
+        return reader.text(number)
+
     def read_unless_bad(self, index: int, bad: BadRecords | None, out: np.ndarray | None = None) -> Record | None:
         """As `read`; None for a damaged record, which `bad` is told of. Without `bad` it is an error."""
         try:
@@ -103,23 +108,15 @@ class PreparedData:
             bad.add(reader.folder, number, reader.name(number), str(error))
             return None
 
-    def records(self, bad: BadRecords | None = None) -> Iterator[Record]:
-        """All records in order; damaged ones are an error, or left out where `bad` is told of them."""
-        for index in range(len(self)):
-            if record := self.read_unless_bad(index, bad):
-                yield record
+    def records(self) -> Iterator[Record]:
+        """All records in order; a damaged one is an error."""
+        return map(self.read, range(len(self)))
 
 
 def record_names(data: PreparedData, indices: Iterable[int]) -> list[str]:
     """`["FOLDER: name of the volume", ...]` of records, as `record_index` of a batch counts them."""
     places = (data.locate(index) for index in indices)
     return [f"{reader.folder}: {reader.name(number)}" for reader, number in places]
-
-
-def skipped_records(data: PreparedData, log_folder: Path | None, limit: int) -> BadRecords:
-    """Where training notes the damaged records that it skips: at most `limit`, `data.max_bad_records`, and at most half of
-    all. A set that is bad for the larger part is another fault than a flipped byte."""
-    return BadRecords(log_folder, min(limit, len(data) // 2))
 
 
 def cut_shares(data: PreparedData, tokenizer: ReportTokenizer, sentence_tokens: int) -> tuple[float, float]:
@@ -129,8 +126,8 @@ def cut_shares(data: PreparedData, tokenizer: ReportTokenizer, sentence_tokens: 
     reports: dict[str, tuple[str, ...]] = {}
     for index in range(0, len(data), step):
         with suppress(DamagedRecordError):  # named when it is trained on
-            record = data.read(index)
-            reports[record.report_id] = record.sentences
+            report_id, sentences = data.text(index)
+            reports[report_id] = sentences
     cut = [tokenizer.is_cut(sentences) for sentences in reports.values()]
     long = [n + 2 > sentence_tokens for sentences in reports.values() for n in tokenizer.lengths(sentences)]
     return sum(cut) / max(len(cut), 1), sum(long) / max(len(long), 1)
@@ -302,8 +299,10 @@ def train_batches(
             f"data.batch_size = {size} is not divisible by the mesh's data * fsdp * accumulation = {parts}: "
             f"use a multiple of {parts}"
         )
+    # A set that is bad for the larger part is another fault than a flipped byte.
+    bad = BadRecords(log_folder, min(config.data.max_bad_records, len(data) // 2))
     source = LocalBatches(
-        BatchReader(data, tokenizer, skipped_records(data, log_folder, config.data.max_bad_records)),
+        BatchReader(data, tokenizer, bad),
         RecordOrder(data.lengths, config.data.weights, seed=config.seed),
         sharding.local_rows(mesh, size), size, start=start, stop=stop,
         report_of=reports_of_others(data.records_of_patients, seed=config.seed) if config.data.shuffle_reports else None,

@@ -18,6 +18,7 @@ import os
 import struct
 import threading
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -233,6 +234,15 @@ def decode(data: Encoded, out: np.ndarray | None = None) -> Record:
     return Record(volume=out, labels=tensors["labels"], affine=tensors["affine"], sentences=sentences, **text)
 
 
+def decode_text(data: Encoded) -> tuple[str, tuple[str, ...]]:
+    """(report id, sentences) of an encoded record, from its header alone. Raises `DamagedRecordError`."""
+    _, metadata, _ = _parse(data if isinstance(data, StoredRecord) else RecordBytes(data))
+    try:
+        return metadata["report_id"], tuple(json.loads(metadata["sentences"]))
+    except (ValueError, TypeError, KeyError) as error:
+        raise DamagedRecordError(f"its text does not parse ({type(error).__name__}: {error})") from error
+
+
 class ShardWriter:
     """Writes records to `path` through a temporary name: the shard is either complete or not there."""
 
@@ -365,8 +375,19 @@ class RecordReader:
     def read_into(self, index: int, out: np.ndarray | None) -> Record:
         """Record `index`, its volume decoded into `out` (see `decode`): of an uncompressed shard in one single copy.
         Raises `DamagedRecordError`, naming folder, record and shard, where the record is not what was written."""
-        try:
+        with self._named(index):
             return decode(self._encoded(index), out)
+
+    def text(self, index: int) -> tuple[str, tuple[str, ...]]:
+        """(report id, sentences) of record `index`. Its volume is not read, so that the checksum cannot be checked;
+        `DamagedRecordError` where the text cannot be read."""
+        with self._named(index):
+            return decode_text(self._encoded(index))
+
+    @contextmanager
+    def _named(self, index: int) -> Iterator[None]:
+        try:
+            yield
         except DamagedRecordError as error:
             file = self.manifest["shards"][self.locate(index)[0]]["file"]
             message = f"{self.folder}: record {index} ({self.name(index)}) in {file} is damaged: {error}"

@@ -8,11 +8,13 @@ trainer is told to save and stop (on Linux); the next start waits for it and goe
 from __future__ import annotations
 
 import ctypes
+import os
 import signal
 import subprocess
 import sys
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from types import FrameType
 
@@ -154,7 +156,7 @@ def _subprocess(command: list[str], log: Path, lease: HeldLease, stop: Stop) -> 
             stderr=subprocess.STDOUT,
             stdin=subprocess.DEVNULL,
             start_new_session=True,  # Ctrl-C reaches us only; we pass it on as a request to save
-            preexec_fn=_die_with_parent if sys.platform == "linux" else None,
+            preexec_fn=partial(_die_with_parent, os.getpid()) if sys.platform == "linux" else None,
         )
     stop.trainer = process
     lease.name_trainer(process.pid)
@@ -170,9 +172,11 @@ def _subprocess(command: list[str], log: Path, lease: HeldLease, stop: Stop) -> 
     return process.returncode
 
 
-def _die_with_parent() -> None:
+def _die_with_parent(sweep: int) -> None:
     """In the child, before it becomes the trainer: SIGTERM when the sweep dies, however it dies (PR_SET_PDEATHSIG)."""
     ctypes.CDLL(None).prctl(1, signal.SIGTERM)
+    if os.getppid() != sweep:  # it has died already
+        os._exit(1)
 
 
 def _last_line(log: Path) -> str:

@@ -108,7 +108,8 @@ class Checkpoints:
             manager.save(step, args=ocp.args.Composite(state=ocp.args.PyTreeSave(state), meta=text), force=True)
 
     def reached_preemption(self, step: int) -> bool:
-        """Has any process been told to stop? All processes agree on the answer for a step; ask at every step."""
+        """Has any process been told to stop? All processes agree on the answer for a step; ask at every step from 1 on.
+        (orbax asks too, about the step that it saves.)"""
         return jax.process_count() > 1 and multihost_utils.reached_preemption_sync_point(step)
 
     def newest(self, setup: Setup) -> tuple[State, dict[str, Any], int] | None:

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-import itertools
 import os
 import shutil
+from contextlib import suppress
 from pathlib import Path
 
 import jax
 from ml_collections import ConfigDict
 from tokenizers import Tokenizer
 
-from mg3d_jax.data.pipeline import PreparedData, skipped_records
+from mg3d_jax.data.pipeline import PreparedData
+from mg3d_jax.data.records import DamagedRecordError
 from mg3d_jax.data.tokens import ReportTokenizer, load_tokenizer, save_tokenizer, train_wordpiece
 from mg3d_jax.training import distributed
 from mg3d_jax.training.checkpoints import Checkpoints
@@ -33,17 +34,18 @@ def run_tokenizer(config: ConfigDict, workdir: Path) -> ReportTokenizer:
     if jax.process_index() == 0 and not kept:
         # Made elsewhere and renamed: a kill in the middle leaves no half a tokenizer.
         partial = workdir / f"{TOKENIZER_FOLDER}.partial"
-        save_tokenizer(_make_tokenizer(config, workdir), partial)
+        save_tokenizer(_make_tokenizer(config), partial)
         shutil.rmtree(folder, ignore_errors=True)
         os.replace(partial, folder)
     distributed.barrier("tokenizer")  # the others read what process 0 wrote
     return ReportTokenizer(load_tokenizer(str(folder)), config.data.max_tokens, config.data.max_sentences)
 
 
-def _make_tokenizer(config: ConfigDict, workdir: Path) -> Tokenizer:
+def _make_tokenizer(config: ConfigDict) -> Tokenizer:
     if config.data.tokenizer != "train":
         return load_tokenizer(config.data.tokenizer)
-    data = PreparedData(config.data.train)
-    bad = skipped_records(data, workdir, config.data.max_bad_records)
-    records = itertools.islice(data.records(bad), TOKENIZER_RECORDS)
-    return train_wordpiece({s for record in records for s in record.sentences}, config.data.vocab_size)
+    data, sentences = PreparedData(config.data.train), set()
+    for index in range(min(len(data), TOKENIZER_RECORDS)):
+        with suppress(DamagedRecordError):  # named when it is trained on
+            sentences.update(data.text(index)[1])
+    return train_wordpiece(sentences, config.data.vocab_size)

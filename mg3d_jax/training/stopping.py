@@ -12,8 +12,6 @@ from pathlib import Path
 from types import FrameType
 
 import jax
-import numpy as np
-from jax.experimental import multihost_utils
 
 from mg3d_jax.errors import UserError
 from mg3d_jax.files import whole_lines, write_lines
@@ -27,24 +25,24 @@ class StopRequest:
     """SIGTERM -> finish the step, save, exit with `PREEMPTED`.
 
     With several processes JAX's preemption service makes them agree on the step, whichever of them got the signal: the
-    one after the largest that any of them has asked about. `first`, the step that a run resumes after, is therefore asked
-    about at once: else a signal during a start would stop the run at step 1, which a resumed run never comes to.
+    one after the largest that any of them has asked about, and only that one is answered with yes. So none may be left out:
+    the steps up to `first`, which a run resumes after, are asked about at the start (a microsecond each). Else a signal that
+    comes when the first process is ready and the last one is not would be lost.
     """
 
     def __init__(self, checkpoints: Checkpoints, first: int):
         self._checkpoints, self._requested, self._old = checkpoints, False, None
         if jax.process_count() == 1:
             self._old = signal.signal(signal.SIGTERM, self._on_signal)
-            return
-        early = checkpoints.reached_preemption(1) and first > 0  # the signal came before anyone had asked
-        self._requested = bool(np.any(multihost_utils.process_allgather(np.bool_(early))))
-        checkpoints.reached_preemption(first)
+        else:  # told during the start: all processes see it at the same step
+            self._requested = any(checkpoints.reached_preemption(step) for step in range(1, first + 1))
 
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
         self._requested = True
 
     def asked(self, step: int) -> bool:
-        return self._requested or (jax.process_count() > 1 and self._checkpoints.reached_preemption(step))
+        """Whether to stop after `step`; to be called after each. All processes get the same answer."""
+        return self._requested or self._checkpoints.reached_preemption(step)
 
     def restore_handler(self) -> None:
         if self._old is not None:

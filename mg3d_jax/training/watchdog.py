@@ -52,10 +52,16 @@ class Watchdog:
         """`step` has ended."""
         with self._changed:
             now = time.monotonic()
-            late = now - self._beat if self._reported else None
+            waited = now - self._beat
+            # A process that was frozen as a whole may come here before its watchdog wakes.
+            late = self._reported or 0 < self._allowed() <= waited
             self._step, self._beat, self._reported = step, now, False
-        if late is not None:
-            _say(f"watchdog: step {step} has ended after all, after {format_seconds(late)}")
+        if late:
+            _say(f"watchdog: step {step} has ended after all, after {format_seconds(waited)}")
+
+    def _allowed(self) -> float:
+        """Seconds that the step in progress may take; 0 for any time."""
+        return self._limit * (FIRST_STEP if self._step is None else 1.0)
 
     def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
         if self._thread is not None:
@@ -68,11 +74,16 @@ class Watchdog:
     def _watch(self) -> None:
         with self._changed:
             while not self._stopped:
-                limit = self._limit * (FIRST_STEP if self._step is None else 1.0)
-                waited = time.monotonic() - self._beat
+                limit, waited = self._allowed(), time.monotonic() - self._beat
                 if waited >= limit and not self._reported:
                     self._reported = True
-                    self._report(waited)
+                    text = self._report(waited)
+                    self._changed.release()  # a disk that hangs must not stop the trainer in `beat`
+                    try:
+                        self._write(text)
+                    finally:
+                        self._changed.acquire()
+                    continue
                 # Code that never gives up Python's lock stops this thread too. Then the alarm that it sets here, anew each
                 # time it wakes, goes off: it needs no lock, but can write bare stacks to stderr only.
                 self._set_alarm(2 * limit)
@@ -83,8 +94,8 @@ class Watchdog:
         if sys.__stderr__ is not None:
             faulthandler.dump_traceback_later(seconds, file=sys.__stderr__)
 
-    def _report(self, waited: float) -> None:
-        """Writes the stacks; a disk that hangs or is full is a likely culprit, so stderr comes first."""
+    def _report(self, waited: float) -> str:
+        """Says where the threads are on stderr, and returns it: a disk that hangs or is full is a likely culprit."""
         after = "the first step of this process" if self._step is None else f"the step after step {self._step}"
         head = (
             f"watchdog: process {jax.process_index()} of {jax.process_count()}: {after} has not ended for "
@@ -92,6 +103,9 @@ class Watchdog:
         )
         text = f"{head}\n{stacks()}"
         _say(text)
+        return text
+
+    def _write(self, text: str) -> None:
         try:
             self._file.parent.mkdir(parents=True, exist_ok=True)
             with self._file.open("a") as file:
