@@ -35,7 +35,7 @@ def batch_of(count, report_ids=None):
 
 
 def slow(found, batch, centered):
-    """Mean over the views of the reference InfoNCE, whose groups are found pair by pair."""
+    """Mean over the sentences of the reference InfoNCE, whose groups are found pair by pair."""
     volume, text = (np.float64(found[name]) for name in ("volume_embedding", "view_embeddings"))
     if centered:
         volume = volume - volume.mean(0)
@@ -45,13 +45,12 @@ def slow(found, batch, centered):
         same = (batch["report_id"][:, None] == batch["report_id"]) | (
             found["view_id"][:, None, k] == found["view_id"][None, :, k]
         )
-        valid, rows = found["view_mask"][:, k], []
+        valid = found["view_mask"][:, k]
         for queries, keys in ((volume, text[:, k]), (text[:, k], volume)):
             for i in np.flatnonzero(valid):
                 others = [j for j in np.flatnonzero(valid) if j != i and not same[i, j]]
                 logits = [SCALE * reference.unit(queries[i]) @ reference.unit(keys[j]) for j in [i, *others]]
-                rows.append(np.log(np.sum(np.exp(logits))) - logits[0])
-        losses.append(np.mean(rows) if rows else 0.0)
+                losses.append(np.log(np.sum(np.exp(logits))) - logits[0])
     return np.mean(losses)
 
 

@@ -42,7 +42,8 @@ class RelevanceGate(nn.Module):
     """Scales each token by the sigmoid of its mean relevance to the other modality; mixes no tokens (MG-3D's release).
 
     `(x [B, T, d], other [B, Tk, e], mask bool [B, Tk] or None) -> [B, T, d]`. The mean over the other tokens of the
-    scaled dot products is the dot product with their mean key, so no [T, Tk] matrix is needed.
+    scaled dot products is the dot product with their mean key, so no [T, Tk] matrix is needed. Where all of `other` is
+    masked, as by an empty report, every token is halved, the sigmoid of 0.
     """
 
     dtype: str = "float32"

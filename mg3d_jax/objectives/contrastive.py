@@ -15,8 +15,18 @@ from functools import partial
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
-from mg3d_jax.objectives.pairwise import Tree, default_ids, l2_normalize, masked_mean, pair_sum, walk
+from mg3d_jax.errors import UserError
+from mg3d_jax.objectives.pairwise import (
+    Tree,
+    check_shapes,
+    default_ids,
+    l2_normalize,
+    masked_mean,
+    pair_sum,
+    walk,
+)
 
 Metrics = dict[str, jax.Array]
 
@@ -25,11 +35,34 @@ _dot = partial(jnp.matmul, precision=jax.lax.Precision.HIGHEST)  # a TPU would o
 
 
 def _keys(batch_size: int, group_ids: jax.Array | None, valid: jax.Array | None) -> Tree:
+    groups = default_ids(group_ids, batch_size)
     return {
         "index": jnp.arange(batch_size, dtype=jnp.int32),
-        "group": default_ids(group_ids, batch_size).reshape(batch_size, -1),
-        "valid": jnp.ones(batch_size, jnp.bool_) if valid is None else jnp.asarray(valid),
+        "group": groups if groups.ndim > 1 else groups[:, None],
+        "valid": jnp.ones(batch_size, jnp.bool_) if valid is None else jnp.asarray(valid).astype(jnp.bool_),
     }
+
+
+def _inputs(
+    x: jax.Array, y: jax.Array, group_ids: jax.Array | None, valid: jax.Array | None, **numbers: jax.Array | float
+) -> tuple[jax.Array, jax.Array, Tree, list[jax.Array]]:
+    """Checked: unit vectors of both sides (zeros where not valid), the keys of `walk`, and each of `numbers` as float32."""
+    batch_size, width = (*np.shape(x), 0, 0)[:2]
+    kinds = np.shape(group_ids)[1:2] if group_ids is not None else ()
+    check_shapes(
+        "x and y are [B, k], group_ids [B] or [B, G], valid [B]",
+        x=(x, (batch_size, width)),
+        y=(y, (batch_size, width)),
+        group_ids=(group_ids, (batch_size, *kinds)),
+        valid=(valid, (batch_size,)),
+    )
+    found = {name: jnp.asarray(number, jnp.float32) for name, number in numbers.items()}
+    for name, number in found.items():
+        if number.size != 1:
+            raise UserError(f"{name} has the shape {number.shape}: it is one number")
+    keys = _keys(batch_size, group_ids, valid)
+    x, y = (l2_normalize(jnp.where(keys["valid"][:, None], side, 0)) for side in (jnp.asarray(x), jnp.asarray(y)))
+    return x, y, keys, [number.reshape(()) for number in found.values()]
 
 
 def _negatives(rows: Tree, columns: Tree) -> jax.Array:
@@ -118,11 +151,14 @@ def info_nce(
     Returns:
         The loss (0 when no row is valid) and metrics: `accuracy` (share of rows, over both directions, whose partner
         beats every negative), `positive_similarity` and `negative_similarity` (mean cosines).
+
+    Raises:
+        UserError: shapes that do not fit together, `block_size` below 1, ids of more than 32 bits.
+
+    Reverse-mode gradients only, of any order (`jax.grad` of `jax.grad`, not `jax.jvp`).
     """
-    keys = _keys(x.shape[0], group_ids, valid)
-    valid = keys["valid"]
-    x, y = l2_normalize(x), l2_normalize(y)
-    scale = 1.0 / jnp.asarray(temperature, jnp.float32)
+    x, y, keys, (temperature,) = _inputs(x, y, group_ids, valid, temperature=temperature)
+    valid, scale = keys["valid"], 1.0 / temperature
     scaled = x * scale
     positive = jnp.sum(scaled * y, axis=-1)
     to_y, to_x = _negatives_log_sum_exp(block_size, scaled, y, keys)
@@ -167,11 +203,8 @@ def sigmoid_contrastive(
     logarithm. The other arguments are those of `info_nce`. Metrics: `accuracy` (share of pairs on the right side of 0),
     `positive_similarity`, `negative_similarity`.
     """
-    batch_size = x.shape[0]
-    keys = _keys(batch_size, group_ids, valid)
-    x, y = l2_normalize(x), l2_normalize(y)
-    per_row = {"scale": jnp.broadcast_to(jnp.asarray(scale, jnp.float32), (batch_size,))}
-    per_row["bias"] = jnp.broadcast_to(jnp.asarray(bias, jnp.float32), (batch_size,))
+    x, y, keys, (scale, bias) = _inputs(x, y, group_ids, valid, scale=scale, bias=bias)
+    per_row = {name: jnp.broadcast_to(number, x.shape[:1]) for name, number in (("scale", scale), ("bias", bias))}
     sums = pair_sum(_sigmoid_tile, block_size, 1, per_row | {"x": x}, {"y": y}, keys, keys)
     total = {name: jnp.sum(values) for name, values in sums.items()}
     metrics = {

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from mg3d_jax.objectives.contrastive import Metrics, info_nce
+from mg3d_jax.objectives.pairwise import check_shapes
 
 
 def patient_discrimination(
@@ -22,9 +24,16 @@ def patient_discrimination(
 
     A patient without sentences has no such mean and takes no part. The other arguments are those of `info_nce`.
     """
-    weights = mask.astype(jnp.float32)
-    total = jnp.einsum("bsk,bs->bk", z.astype(jnp.float32), weights, precision=jax.lax.Precision.HIGHEST)
-    mean = total / jnp.maximum(jnp.sum(weights, axis=1), 1.0)[:, None]
+    mask = jnp.asarray(mask).astype(jnp.bool_)
+    batch_size, width = (*np.shape(volume), 0, 0)[:2]
+    check_shapes(
+        "volume is [B, k], z [B, S, k], mask [B, S], valid [B]",
+        mask=(mask, (batch_size, *mask.shape[1:2])),
+        z=(z, (*mask.shape, width)),
+        valid=(valid, (batch_size,)),
+    )
+    total = jnp.sum(jnp.where(mask[..., None], z, 0), axis=1, dtype=jnp.float32)
+    mean = total / jnp.maximum(jnp.sum(mask, axis=1), 1)[:, None]
     has_sentences = jnp.any(mask, axis=1)
-    valid = has_sentences if valid is None else valid & has_sentences
+    valid = has_sentences if valid is None else jnp.asarray(valid).astype(jnp.bool_) & has_sentences
     return info_nce(volume, mean, temperature=temperature, group_ids=group_ids, valid=valid, block_size=block_size)

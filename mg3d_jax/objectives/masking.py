@@ -21,7 +21,7 @@ def masked_count(total: int, ratio: float) -> int:
     if not 0 < ratio < 1:
         raise UserError(f"mask ratio {ratio} must lie strictly between 0 and 1.")
     if total < 2:
-        raise UserError(f"{total} patch(es) cannot be split into hidden and visible ones; use a smaller patch.")
+        raise UserError(f"{total} patch or cell cannot be split into hidden and visible ones; use smaller ones.")
     return min(max(round(total * ratio), 1), total - 1)
 
 
@@ -51,7 +51,7 @@ def nested_patch_mask(
 
     Args:
         grid: patches along x, y, z, row-major as `patchify` numbers them.
-        ratio: share of all patches that is hidden, both levels together, up to rounding to whole cells and patches.
+        ratio: share of all patches that is hidden, both levels together; rounded as by `random_patch_mask`.
         cell: patches per cell along each axis; must divide `grid`.
 
     Returns:
@@ -61,22 +61,25 @@ def nested_patch_mask(
         raise UserError(f"mask cells of {tuple(cell)} patches do not tile a grid of {tuple(grid)} patches.")
     cells = tuple(g // c for g, c in zip(grid, cell, strict=True))
     num_cells, cell_patches = math.prod(cells), math.prod(cell)
-    hidden_cells = masked_count(num_cells, ratio / 2)
-    remaining = num_cells - hidden_cells
-    if ratio * num_cells <= hidden_cells:
+    wanted = masked_count(num_cells * cell_patches, ratio)
+    # Half in whole cells, or more where the others could not keep a patch each.
+    hidden_cells = max(masked_count(num_cells, ratio / 2), wanted - num_cells * (cell_patches - 1))
+    remaining, inside = num_cells - hidden_cells, wanted - hidden_cells * cell_patches
+    if cell_patches < 2 or inside < 1:
         raise UserError(
             f"mask ratio {ratio} is too low for two levels on {num_cells} cells of {tuple(cell)} patches: "
             "raise the ratio, or use smaller patches or plain random masking."
         )
-    inside = masked_count(cell_patches, (ratio * num_cells - hidden_cells) / remaining)
+    each, more = divmod(inside, remaining)  # hidden in each remaining cell, and in how many of them one more
     cell_key, patch_key = jax.random.split(rng)
     cell_rank = jnp.argsort(jnp.argsort(jax.random.uniform(cell_key, (batch, num_cells)), axis=1), axis=1)
     patch_rank = jnp.argsort(
         jnp.argsort(jax.random.uniform(patch_key, (batch, num_cells, cell_patches)), axis=2), axis=2
     )
-    hidden = (cell_rank < hidden_cells)[:, :, None] | (patch_rank < inside)
+    inside_of_cell = jnp.where(cell_rank < hidden_cells, cell_patches, each + (cell_rank < hidden_cells + more))
+    hidden = patch_rank < inside_of_cell[:, :, None]
     hidden = hidden.reshape(batch, *cells, *cell).transpose(0, 1, 4, 2, 5, 3, 6).reshape(batch, math.prod(grid))
-    visible = jnp.argsort(hidden, axis=1, stable=True)[:, : remaining * (cell_patches - inside)]
+    visible = jnp.argsort(hidden, axis=1, stable=True)[:, : math.prod(grid) - wanted]
     return visible.astype(jnp.int32), hidden
 
 
@@ -149,7 +152,8 @@ def whole_word_mask(
     if not 0 < ratio < 1:
         raise UserError(f"word mask ratio {ratio} must lie strictly between 0 and 1.")
     word_key, action_key, id_key = jax.random.split(rng, 3)
-    candidate = token_mask & (word_index > 0)
+    token_mask, word_index = jnp.asarray(token_mask).astype(jnp.bool_), jnp.asarray(word_index)
+    candidate = token_mask & (word_index > 0) & (word_index <= word_index.shape[1])
     if special_ids:
         candidate &= ~jnp.isin(token_ids, np.asarray(special_ids))
     word_index = jnp.where(candidate, word_index, 0)

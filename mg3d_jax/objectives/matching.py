@@ -14,19 +14,22 @@ from functools import partial
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from mg3d_jax.errors import UserError
-from mg3d_jax.objectives.pairwise import Tree, default_ids, l2_normalize, pair_sum
+from mg3d_jax.objectives.pairwise import Tree, check_shapes, default_ids, l2_normalize, pair_sum
 
 Metrics = dict[str, jax.Array]
 
 AVERAGES = ("pairs", "patients")
+ROUNDING = 1e-6  # of a cosine of unit vectors in float32
 _cosines = partial(jnp.einsum, "isk,jtk->isjt", precision=jax.lax.Precision.HIGHEST)
 
 
 def _tile(rows: Tree, columns: Tree, row_keys: Tree, column_keys: Tree, *, high: float, low: float) -> Tree:
     """Sums per row patient over the sentence pairs of one block; tiles are [rows, S, block, S]."""
     similarity, target = _cosines(rows, columns), _cosines(row_keys["s"], column_keys["s"])
+    target = jnp.where(target > 1.0 - ROUNDING, 1.0, target)  # equal sentences reach `high` = 1 too
     other = row_keys["group"][:, None] != column_keys["group"]  # [rows, block]
     pair = row_keys["mask"][:, :, None, None] & column_keys["mask"] & other[:, None, :, None]
     attract, repel = pair & (target >= high), pair & (target <= low)
@@ -71,12 +74,24 @@ def sentence_matching(
     Returns:
         The loss (0 without any pair) and metrics: `attract` and `repel` (mean errors of either kind),
         `attract_fraction` and `repel_fraction` (of all sentence pairs).
+
+    Raises:
+        UserError: shapes that do not fit together, an unknown `average`, `block_size` below 1, ids of more than 32 bits.
     """
     if average not in AVERAGES:
         raise UserError(f"matching average {average!r} is unknown; choose one of {', '.join(AVERAGES)}.")
-    batch_size, sentences = mask.shape
-    keys = {"s": l2_normalize(s), "mask": jnp.asarray(mask), "group": default_ids(group_ids, batch_size)}
-    z, tile = l2_normalize(z), partial(_tile, high=high, low=low)
+    mask = jnp.asarray(mask).astype(jnp.bool_)
+    batch_size, sentences = shape = (*mask.shape, 0, 0)[:2]
+    check_shapes(
+        "z is [B, S, k], s [B, S, d], mask [B, S], group_ids [B]",
+        mask=(mask, shape),
+        z=(z, (*shape, *np.shape(z)[2:3])),
+        s=(s, (*shape, *np.shape(s)[2:3])),
+        group_ids=(group_ids, (batch_size,)),
+    )
+    z, s = (l2_normalize(jnp.where(mask[..., None], side, 0)) for side in (jnp.asarray(z), jnp.asarray(s)))
+    keys = {"s": s, "mask": mask, "group": default_ids(group_ids, batch_size)}
+    tile = partial(_tile, high=high, low=low)
     sums = pair_sum(tile, block_size, sentences**2, z, z, keys, keys)
     total = {name: jnp.sum(values) for name, values in sums.items()}
 

@@ -133,14 +133,17 @@ def _direction_of_views(embeddings: jax.Array, mask: jax.Array) -> jax.Array:
 def _mean_over_views(
     pair: Callable, features: Features, report_ids: jax.Array, valid: jax.Array
 ) -> tuple[jax.Array, Metrics]:
-    """Each drawn sentence is one text of its patient: the mean of the losses of the K-th sentences of all patients.
+    """Each drawn sentence is one text of its patient: the losses of the K-th sentences of all patients, averaged over K by
+    the number of sentences, so that every sentence counts the same however many its report has.
 
     Patients that drew the same sentence are not each other's negatives, nor are those with the same report.
     """
     groups = jnp.stack([jnp.broadcast_to(report_ids[:, None], features["view_id"].shape), features["view_id"]], axis=-1)
     there = valid[:, None] & features["view_mask"]
     per_view = jax.vmap(pair, in_axes=1)(features["view_embeddings"], groups, there)
-    return jax.tree.map(jnp.mean, per_view)
+    count = jnp.sum(there, axis=0, dtype=jnp.float32)
+    shares = count / jnp.maximum(jnp.sum(count), 1.0)
+    return jax.tree.map(lambda values: jnp.sum(values * shares), per_view)
 
 
 def volume_reconstruction(features: Features, batch: Batch, options: ConfigDict) -> tuple[jax.Array, Metrics]:

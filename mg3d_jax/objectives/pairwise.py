@@ -16,9 +16,11 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
 
+from mg3d_jax.errors import UserError
 from mg3d_jax.sharding import BATCH_AXES
 
 Tree = Any  # a pytree of arrays that all have the patients as their leading axis
@@ -30,11 +32,20 @@ SHORTEST = 1e-6  # a vector shorter than this has no direction
 
 
 def l2_normalize(x: jax.Array) -> jax.Array:
-    """Unit vectors along the last axis, in float32. A vector shorter than 1e-6 becomes zero, with zero gradient."""
-    x = x.astype(jnp.float32)
+    """Unit vectors along the last axis, in float32. A vector shorter than 1e-6 becomes zero, with zero gradient; NaN
+    stays NaN, so that a model that has diverged shows it."""
+    x = jnp.asarray(x, jnp.float32)
     squared = jnp.sum(jnp.square(x), axis=-1, keepdims=True)
-    has_direction = squared > SHORTEST**2
-    return jnp.where(has_direction, x * jax.lax.rsqrt(jnp.where(has_direction, squared, 1.0)), 0.0)
+    short = squared <= SHORTEST**2
+    return jnp.where(short, 0.0, x * jax.lax.rsqrt(jnp.where(short, 1.0, squared)))
+
+
+def check_shapes(wanted: str, **arrays: tuple[jax.Array | None, tuple[int, ...]]) -> None:
+    """`UserError` where an array has another shape than stands beside it; None is no array. Sizes that broadcast would
+    give a wrong loss without a word. `wanted` says the shapes in letters."""
+    for name, (array, shape) in arrays.items():
+        if array is not None and np.shape(array) != shape:
+            raise UserError(f"{name} has the shape {np.shape(array)} instead of {shape}: {wanted}")
 
 
 def masked_mean(values: jax.Array, mask: jax.Array) -> jax.Array:
@@ -43,8 +54,16 @@ def masked_mean(values: jax.Array, mask: jax.Array) -> jax.Array:
 
 
 def default_ids(ids: jax.Array | None, batch_size: int) -> jax.Array:
-    """`ids`, or one distinct id per row."""
-    return jnp.arange(batch_size, dtype=jnp.int32) if ids is None else jnp.asarray(ids)
+    """`ids`, or one distinct id per row. `UserError` for ids that JAX would cut to 32 bits."""
+    if ids is None:
+        return jnp.arange(batch_size, dtype=jnp.int32)
+    if not isinstance(ids, jax.Array):
+        ids = np.asarray(ids)
+        if not np.array_equal(ids.astype(jax.dtypes.canonicalize_dtype(ids.dtype)), ids):
+            raise UserError(
+                "group_ids do not fit into 32 bits: number them anew, np.unique(ids, return_inverse=True)[1]"
+            )
+    return jnp.asarray(ids)
 
 
 def batch_axes() -> tuple[str, ...]:
@@ -97,11 +116,15 @@ def walk(
     ignore columns that its own validity mask (a leaf of `columns`) calls False. `block_size` counts columns; None
     picks it so that a tile of `pair_elements` per pair holds about `TILE_ELEMENTS`. Not differentiable by itself.
     """
+    batch_size = _rows(rows)
+    if block_size is not None and block_size < 1:
+        raise UserError(f"block_size = {block_size} must be positive, or None for a size that fits")
+    if not batch_size or not pair_elements:
+        return row_state, column_state
     axes = batch_axes()
     devices = 1
     for axis in axes:
         devices *= jax.sharding.get_abstract_mesh().shape[axis]
-    batch_size = _rows(rows)
     padding = -batch_size % devices
     local = (batch_size + padding) // devices
     wanted = block_size or max(1, TILE_ELEMENTS // (local * pair_elements))

@@ -9,8 +9,9 @@ from __future__ import annotations
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
-from mg3d_jax.objectives.pairwise import l2_normalize
+from mg3d_jax.objectives.pairwise import check_shapes, l2_normalize
 
 Metrics = dict[str, jax.Array]
 Sums = dict[str, jax.Array]  # arrays [B], "count" among them
@@ -28,6 +29,7 @@ def normalize_patches(patches: jax.Array, epsilon: float = 1e-6) -> jax.Array:
 
 def _masked_sums(mask: jax.Array, **values: jax.Array) -> Sums:
     """Sums over axis 1 of the values [B, n] where `mask`, and their "count"."""
+    mask = jnp.asarray(mask).astype(jnp.bool_)
     sums = {name: jnp.sum(jnp.where(mask, value, 0.0), axis=1) for name, value in values.items()}
     return sums | {"count": jnp.sum(mask, axis=1, dtype=jnp.float32)}
 
@@ -41,13 +43,17 @@ def mean_of_sums(sums: Sums, valid: jax.Array | None = None) -> dict[str, jax.Ar
 
 def patch_sums(prediction: jax.Array, target: jax.Array, mask: jax.Array) -> Sums:
     """Per patient: the summed mean squared error ("loss") and "count" of the masked patches; see `masked_patch_mse`."""
-    target = jax.lax.stop_gradient(target.astype(jnp.float32))
-    return _masked_sums(mask, loss=jnp.mean(jnp.square(prediction.astype(jnp.float32) - target), axis=-1))
+    shape = np.shape(prediction)
+    check_shapes("prediction and target are [B, N, P], mask [B, N]", target=(target, shape), mask=(mask, shape[:-1]))
+    target = jax.lax.stop_gradient(jnp.asarray(target, jnp.float32))
+    return _masked_sums(mask, loss=jnp.mean(jnp.square(jnp.asarray(prediction, jnp.float32) - target), axis=-1))
 
 
 def token_sums(logits: jax.Array, labels: jax.Array, mask: jax.Array) -> Sums:
     """Per patient: summed cross-entropy ("loss"), "accuracy" and "count"; see `masked_token_cross_entropy`."""
-    logits = logits.astype(jnp.float32)
+    shape = np.shape(logits)[:-1]
+    check_shapes("logits are [B, T, V], labels and mask [B, T]", labels=(labels, shape), mask=(mask, shape))
+    logits, labels = jnp.asarray(logits, jnp.float32), jnp.asarray(labels)
     of_label = jnp.take_along_axis(logits, labels[..., None], axis=-1)[..., 0]
     correct = (jnp.argmax(logits, axis=-1) == labels).astype(jnp.float32)
     return _masked_sums(mask, loss=jax.nn.logsumexp(logits, axis=-1) - of_label, accuracy=correct)
@@ -55,6 +61,8 @@ def token_sums(logits: jax.Array, labels: jax.Array, mask: jax.Array) -> Sums:
 
 def sentence_sums(reconstructed: jax.Array, original: jax.Array, mask: jax.Array) -> Sums:
     """Per patient: summed cosine distance ("loss") and "count" of the sentences; see `sentence_alignment`."""
+    shape = np.shape(reconstructed)
+    check_shapes("both are [B, S, k], mask [B, S]", original=(original, shape), mask=(mask, shape[:-1]))
     cosine = jnp.sum(l2_normalize(reconstructed) * jax.lax.stop_gradient(l2_normalize(original)), axis=-1)
     return _masked_sums(mask, loss=1.0 - cosine)
 
@@ -79,7 +87,7 @@ def masked_token_cross_entropy(logits: jax.Array, labels: jax.Array, mask: jax.A
 
     Args:
         logits: [B, T, V], any float dtype; the softmax is float32.
-        labels: int [B, T], the original token ids.
+        labels: int [B, T], the original token ids; whatever stands where `mask` is False, -100 for example, is ignored.
         mask: bool [B, T], True where the token was selected for prediction.
 
     Returns:
