@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import itertools
 import os
+import socket
 import subprocess
 import sys
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
@@ -54,6 +57,16 @@ def tiny_config(train: str = "", valid: str = "", **overrides: object) -> Config
             node = node[part]
         node[name] = value
     return config.lock()
+
+
+def free_port() -> int:
+    """A port for a coordinator that listens seconds later: below those that the system hands out to others meanwhile."""
+    first = 20_000 + os.getpid() % 10_000
+    for port in itertools.chain(range(first, 30_000), range(20_000, first)):
+        with socket.socket() as candidate, suppress(OSError):
+            candidate.bind(("localhost", port))
+            return port
+    raise RuntimeError("no port is free")
 
 
 def random_batch(config: ConfigDict, vocab_size: int = 400, labels: int = 18, seed: int = 0) -> dict[str, np.ndarray]:

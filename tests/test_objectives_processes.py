@@ -1,14 +1,13 @@
 """The ring of the contrastive and matching losses across two real processes equals one process."""
 
 import json
-import socket
 import subprocess
 import sys
 
 import jax
 import numpy as np
 import pytest
-from support import environment
+from support import environment, free_port
 
 PROGRAM = """
 import json, sys
@@ -51,9 +50,7 @@ def test_two_processes_give_what_one_gives(tmp_path):
     arrays |= {"x": rng.normal(size=(8, 4)).astype(np.float32), "mask": rng.random((8, 3)) < 0.8}
     np.savez(tmp_path / "arrays.npz", **arrays)
     (tmp_path / "program.py").write_text(PROGRAM)
-    with socket.socket() as free:
-        free.bind(("localhost", 0))
-        port = str(free.getsockname()[1])
+    port = str(free_port())
     command = [sys.executable, str(tmp_path / "program.py")]
     processes = [
         subprocess.Popen(

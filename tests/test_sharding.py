@@ -1,7 +1,6 @@
 """The mesh, the rule table, and the way from host rows to a global batch."""
 
 import itertools
-import socket
 import subprocess
 import sys
 from dataclasses import dataclass
@@ -12,7 +11,7 @@ import pytest
 from golden import shardings as golden
 from jax.sharding import PartitionSpec
 from ml_collections import ConfigDict
-from support import ROOT, environment, random_batch, tiny_config
+from support import ROOT, environment, free_port, random_batch, tiny_config
 
 from mg3d_jax import batch as batch_contract
 from mg3d_jax import config_check, sharding
@@ -208,17 +207,8 @@ print(rows, int(total))
 def test_processes_read_their_rows_only_where_these_are_scattered_too(tmp_path):
     """Two processes; also the table of devices, which process 0 shows."""
     (tmp_path / "program.py").write_text(PROGRAM)
-    with socket.socket() as free:
-        free.bind(("localhost", 0))
-        port = free.getsockname()[1]
-    command = [
-        sys.executable,
-        str(tmp_path / "program.py"),
-        "--coordinator",
-        f"localhost:{port}",
-        "--num-processes",
-        "2",
-    ]
+    command = [sys.executable, str(tmp_path / "program.py"), "--coordinator", f"localhost:{free_port()}"]
+    command += ["--num-processes", "2"]
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
     processes = [
         subprocess.Popen([*command, "--process-id", str(number)], env=environment(devices=2), **pipes)

@@ -3,7 +3,6 @@
 import errno
 import random
 import shutil
-import socket
 import subprocess
 import sys
 from types import SimpleNamespace
@@ -12,7 +11,7 @@ import jax
 import numpy as np
 import pytest
 from jax.sharding import NamedSharding, PartitionSpec
-from support import ROOT, environment
+from support import ROOT, environment, free_port
 
 from mg3d_jax import config as config_lib
 from mg3d_jax.errors import UserError, storage_problem
@@ -267,9 +266,7 @@ print(step, checksums(state) == checksums(t.state_of(setup, step)))
 def test_processes_agree_when_only_one_sees_the_damage(saved, run, tmp_path):
     """Each process has a copy of the run, as on disks that disagree; the second one's newest checkpoint is damaged."""
     truncate(run / "checkpoints" / "4")
-    with socket.socket() as free:
-        free.bind(("localhost", 0))
-        port = str(free.getsockname()[1])
+    port = str(free_port())
     command = [sys.executable, "-c", PROGRAM]
     env = environment(2, PYTHONPATH=f"{ROOT}:{ROOT / 'tests'}")
     processes = [

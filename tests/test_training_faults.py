@@ -9,7 +9,6 @@ import random
 import re
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -19,7 +18,7 @@ from pathlib import Path
 import numpy as np
 import orbax.checkpoint as ocp
 import pytest
-from support import ROOT, environment, mg3d
+from support import ROOT, environment, free_port, mg3d
 
 from mg3d_jax.data.bad_records import read_bad_records
 from mg3d_jax.data.shard_reader import open_shard
@@ -292,9 +291,7 @@ def alone(devices, *words):
 
 def together(devices, logs, *words, last=("-m", "mg3d_jax")):
     """`mg3d ...` as two processes with so many devices each; the last one runs `python LAST ...`."""
-    with socket.socket() as free:
-        free.bind(("localhost", 0))
-        place = ["--num-processes", "2", "--coordinator", f"localhost:{free.getsockname()[1]}", "--process-id"]
+    place = ["--num-processes", "2", "--coordinator", f"localhost:{free_port()}", "--process-id"]
     started = []
     for number, log in enumerate(logs):
         with log.open("a") as stream:
