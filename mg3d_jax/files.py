@@ -48,14 +48,17 @@ def write_json(path: Path, document: Any, *, allow_nan: bool = False) -> None:
     write_text(path, json.dumps(document, indent=1, ensure_ascii=False, allow_nan=allow_nan) + "\n")
 
 
-def read_json(path: Path, *, mend: str = "restore it from a copy") -> dict[str, Any]:
-    """The object in a JSON file; `UserError` where there is none, with what would mend it."""
+def read_json(path: Path, *, mend: str = "") -> dict[str, Any]:
+    """The object in a JSON file. `UserError` where it cannot be read, or where its content is none: then with `mend`."""
+    mend = f"; {mend}" if mend else ""
     try:
         document = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise UserError(f"{path}: cannot be read as JSON ({error}); {mend}") from error
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror or error})") from error
+    except ValueError as error:
+        raise UserError(f"{path}: cannot be read as JSON ({error}){mend}") from error
     if not isinstance(document, dict):
-        raise UserError(f"{path}: holds a {type(document).__name__}, not a JSON object; {mend}")
+        raise UserError(f"{path}: holds a {type(document).__name__}, not a JSON object{mend}")
     return document
 
 

@@ -30,6 +30,7 @@ X, Y, Z, SENTENCES, PATCHES, LOGITS = (
 )
 LABELS = RNG.integers(0, V, (B, N))
 MASK, HIDDEN = np.arange(B * S).reshape(B, S) % 3 > 0, np.arange(B * N).reshape(B, N) % 2 > 0
+MASK[2] = False  # a patient without sentences, and a row that is not valid
 
 # name -> (loss of its arrays by name, those arrays)
 LOSSES = {
@@ -109,14 +110,27 @@ def test_nan_shows_where_it_counts_and_only_there(name, key):
     assert loss(**arrays | {key: elsewhere}) == loss(**arrays)
 
 
-@pytest.mark.parametrize("name", ["info_nce", "sigmoid", "matching", "discrimination"])
-def test_nan_where_nothing_counts_gets_no_gradient(name):
+@pytest.mark.parametrize(
+    "name,key",
+    [
+        *(("info_nce", "x"), ("sigmoid", "x"), ("matching", "z"), ("discrimination", "z")),
+        *(("patches", "prediction"), ("tokens", "logits"), ("sentences", "reconstructed")),
+    ],
+)
+def test_nan_where_nothing_counts_gets_no_gradient(name, key):
     loss, arrays = LOSSES[name]
-    key = "z" if "z" in arrays else "x"
     counts = arrays["mask" if "mask" in arrays else "valid"]
     arrays = arrays | {key: np.where(counts[..., None], arrays[key], np.nan)}
     gradient = jax.grad(lambda value: loss(**arrays | {key: value}))(jnp.asarray(arrays[key]))
     assert np.all(np.isfinite(gradient)) and not np.any(np.asarray(gradient)[~counts])
+
+
+def test_square_arrays_do_not_hide_a_missing_axis():
+    square, mask = np.ones((B, B), np.float32), np.ones((B, B), bool)
+    whole = np.ones((B, B, K), np.float32)
+    for z, s in ((square, whole), (whole, square)):
+        with pytest.raises(UserError, match="has the shape"):
+            sentence_matching(z, s, mask)
 
 
 @pytest.mark.parametrize("name", LOSSES)

@@ -58,7 +58,7 @@ def test_nested_patches_refuse_what_they_cannot_tile():
         nested_patch_mask(jax.random.key(0), 2, (3, 4, 4), 0.5)
     with pytest.raises(UserError, match="too low"):
         nested_patch_mask(jax.random.key(0), 2, (2, 2, 4), 0.25)
-    with pytest.raises(UserError, match="too low"):
+    with pytest.raises(UserError, match="at least two patches"):
         nested_patch_mask(jax.random.key(0), 2, (4, 4, 4), 0.5, cell=(1, 1, 1))
 
 

@@ -63,12 +63,14 @@ def test_a_step_is_late_even_if_it_ends_before_the_watchdog_wakes(tmp_path, capf
 
 def test_a_disk_that_hangs_does_not_stop_the_trainer(tmp_path, monkeypatch):
     hanging, release = threading.Event(), threading.Event()
-    monkeypatch.setattr(Watchdog, "_write", lambda self, text: hanging.set() or release.wait(60))
+    released = []
+    monkeypatch.setattr(Watchdog, "_write", lambda self, text: hanging.set() or released.append(release.wait(60)))
     with Watchdog(tmp_path, 0.05 * SECONDS) as watchdog:
         watchdog.beat(1)
         assert hanging.wait(60)
         watchdog.beat(2)  # comes back
         release.set()
+    assert released[0]  # and not only when the disk had given up
 
 
 HOLDS_THE_LOCK = """

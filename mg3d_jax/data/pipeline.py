@@ -93,7 +93,7 @@ class PreparedData:
         return reader.read_into(number, out)
 
     def text(self, index: int) -> tuple[str, tuple[str, ...]]:
-        """(report id, sentences) of record `index`, without reading its volume."""
+        """(report id, sentences) of record `index`, without reading its volume (and so without its checksum)."""
         reader, number = self.locate(index)
         return reader.text(number)
 
@@ -104,9 +104,13 @@ class PreparedData:
         except DamagedRecordError as error:
             if bad is None:
                 raise
-            reader, number = self.locate(index)
-            bad.add(reader.folder, number, reader.name(number), str(error))
+            self.note(index, bad, error)
             return None
+
+    def note(self, index: int, bad: BadRecords, error: DamagedRecordError) -> None:
+        """Tells `bad` that record `index` is damaged."""
+        reader, number = self.locate(index)
+        bad.add(reader.folder, number, reader.name(number), str(error))
 
     def records(self) -> Iterator[Record]:
         """All records in order; a damaged one is an error."""
@@ -119,13 +123,19 @@ def record_names(data: PreparedData, indices: Iterable[int]) -> list[str]:
     return [f"{reader.folder}: {reader.name(number)}" for reader, number in places]
 
 
+def skipped_records(data: PreparedData, log_folder: Path | None, limit: int) -> BadRecords:
+    """Where training notes the damaged records that it skips: at most `limit`, `data.max_bad_records`, and at most half of
+    all. A set that is bad for the larger part is another fault than a flipped byte."""
+    return BadRecords(log_folder, min(limit, len(data) // 2))
+
+
 def cut_shares(data: PreparedData, tokenizer: ReportTokenizer, sentence_tokens: int) -> tuple[float, float]:
     """What the limits cut, in a sample of reports spread over the data: the share of reports that are longer than
     `tokenizer` keeps, and of sentences longer than `sentence_tokens` (special tokens included)."""
     step = max(1, len(data) // SAMPLED_REPORTS)
     reports: dict[str, tuple[str, ...]] = {}
     for index in range(0, len(data), step):
-        with suppress(DamagedRecordError):  # named when it is trained on
+        with suppress(DamagedRecordError):  # training names what it meets; this is a sample
             report_id, sentences = data.text(index)
             reports[report_id] = sentences
     cut = [tokenizer.is_cut(sentences) for sentences in reports.values()]
@@ -274,10 +284,11 @@ def host_batches(
     iterator = iter(dataset)
     try:
         with _sigterm_blocked() if workers else nullcontext():
-            first = list(itertools.islice(iterator, 1))  # starts the workers
-            batches = itertools.chain(first, iterator)
-            del first  # a batch is not kept until the end
-        yield from batches
+            first = iter(
+                list(itertools.islice(iterator, 1))
+            )  # starts the workers; lets go of the batch when it is used up
+        yield from first
+        yield from iterator
     finally:
         if hasattr(iterator, "close"):
             iterator.close()
@@ -299,10 +310,8 @@ def train_batches(
             f"data.batch_size = {size} is not divisible by the mesh's data * fsdp * accumulation = {parts}: "
             f"use a multiple of {parts}"
         )
-    # A set that is bad for the larger part is another fault than a flipped byte.
-    bad = BadRecords(log_folder, min(config.data.max_bad_records, len(data) // 2))
     source = LocalBatches(
-        BatchReader(data, tokenizer, bad),
+        BatchReader(data, tokenizer, skipped_records(data, log_folder, config.data.max_bad_records)),
         RecordOrder(data.lengths, config.data.weights, seed=config.seed),
         sharding.local_rows(mesh, size), size, start=start, stop=stop,
         report_of=reports_of_others(data.records_of_patients, seed=config.seed) if config.data.shuffle_reports else None,

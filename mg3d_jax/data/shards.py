@@ -163,7 +163,7 @@ def open_folder(out: Path, plan: dict[str, Any]) -> None:
     path = work / "plan.json"
     if not path.is_file():
         write_json(path, plan)
-    previous = read_json(path)
+    previous = read_json(path, mend=f"delete {out} to start anew")
     keys = (plan.keys() | previous.keys()) - {"root"}
     if changed := sorted(key for key in keys if plan.get(key) != previous.get(key)):
         raise UserError(

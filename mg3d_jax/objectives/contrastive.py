@@ -155,7 +155,7 @@ def info_nce(
     Raises:
         UserError: shapes that do not fit together, `block_size` below 1, ids of more than 32 bits.
 
-    Reverse-mode gradients only, of any order (`jax.grad` of `jax.grad`, not `jax.jvp`).
+    First-order gradients in reverse mode only (`jax.grad`, not `jax.jvp`).
     """
     x, y, keys, (temperature,) = _inputs(x, y, group_ids, valid, temperature=temperature)
     valid, scale = keys["valid"], 1.0 / temperature

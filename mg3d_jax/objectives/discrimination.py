@@ -26,10 +26,11 @@ def patient_discrimination(
     """
     mask = jnp.asarray(mask).astype(jnp.bool_)
     batch_size, width = (*np.shape(volume), 0, 0)[:2]
+    sentences = (*mask.shape, 0, 0)[1]
     check_shapes(
         "volume is [B, k], z [B, S, k], mask [B, S], valid [B]",
-        mask=(mask, (batch_size, *mask.shape[1:2])),
-        z=(z, (*mask.shape, width)),
+        mask=(mask, (batch_size, sentences)),
+        z=(z, (batch_size, sentences, width)),
         valid=(valid, (batch_size,)),
     )
     total = jnp.sum(jnp.where(mask[..., None], z, 0), axis=1, dtype=jnp.float32)

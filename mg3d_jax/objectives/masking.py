@@ -61,11 +61,15 @@ def nested_patch_mask(
         raise UserError(f"mask cells of {tuple(cell)} patches do not tile a grid of {tuple(grid)} patches.")
     cells = tuple(g // c for g, c in zip(grid, cell, strict=True))
     num_cells, cell_patches = math.prod(cells), math.prod(cell)
+    if cell_patches < 2:
+        raise UserError(
+            f"mask cells of {tuple(cell)} patches have no second level: a cell must hold at least two patches."
+        )
     wanted = masked_count(num_cells * cell_patches, ratio)
     # Half in whole cells, or more where the others could not keep a patch each.
     hidden_cells = max(masked_count(num_cells, ratio / 2), wanted - num_cells * (cell_patches - 1))
     remaining, inside = num_cells - hidden_cells, wanted - hidden_cells * cell_patches
-    if cell_patches < 2 or inside < 1:
+    if inside < 1:
         raise UserError(
             f"mask ratio {ratio} is too low for two levels on {num_cells} cells of {tuple(cell)} patches: "
             "raise the ratio, or use smaller patches or plain random masking."

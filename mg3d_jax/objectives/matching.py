@@ -85,8 +85,8 @@ def sentence_matching(
     check_shapes(
         "z is [B, S, k], s [B, S, d], mask [B, S], group_ids [B]",
         mask=(mask, shape),
-        z=(z, (*shape, *np.shape(z)[2:3])),
-        s=(s, (*shape, *np.shape(s)[2:3])),
+        z=(z, (*shape, *np.shape(z)[-1:])),
+        s=(s, (*shape, *np.shape(s)[-1:])),
         group_ids=(group_ids, (batch_size,)),
     )
     z, s = (l2_normalize(jnp.where(mask[..., None], side, 0)) for side in (jnp.asarray(z), jnp.asarray(s)))

@@ -27,6 +27,11 @@ def normalize_patches(patches: jax.Array, epsilon: float = 1e-6) -> jax.Array:
     return centred * jax.lax.rsqrt(jnp.mean(jnp.square(centred), axis=-1, keepdims=True) + epsilon)
 
 
+def _where(mask: jax.Array, values: jax.Array) -> jax.Array:
+    """[B, n, k] with zeros where not `mask` [B, n]: NaN in what does not count must not reach the gradient (0 * NaN)."""
+    return jnp.where(jnp.asarray(mask).astype(jnp.bool_)[..., None], values, 0)
+
+
 def _masked_sums(mask: jax.Array, **values: jax.Array) -> Sums:
     """Sums over axis 1 of the values [B, n] where `mask`, and their "count"."""
     mask = jnp.asarray(mask).astype(jnp.bool_)
@@ -46,14 +51,15 @@ def patch_sums(prediction: jax.Array, target: jax.Array, mask: jax.Array) -> Sum
     shape = np.shape(prediction)
     check_shapes("prediction and target are [B, N, P], mask [B, N]", target=(target, shape), mask=(mask, shape[:-1]))
     target = jax.lax.stop_gradient(jnp.asarray(target, jnp.float32))
-    return _masked_sums(mask, loss=jnp.mean(jnp.square(jnp.asarray(prediction, jnp.float32) - target), axis=-1))
+    errors = _where(mask, jnp.asarray(prediction, jnp.float32)) - _where(mask, target)
+    return _masked_sums(mask, loss=jnp.mean(jnp.square(errors), axis=-1))
 
 
 def token_sums(logits: jax.Array, labels: jax.Array, mask: jax.Array) -> Sums:
     """Per patient: summed cross-entropy ("loss"), "accuracy" and "count"; see `masked_token_cross_entropy`."""
     shape = np.shape(logits)[:-1]
     check_shapes("logits are [B, T, V], labels and mask [B, T]", labels=(labels, shape), mask=(mask, shape))
-    logits, labels = jnp.asarray(logits, jnp.float32), jnp.asarray(labels)
+    logits, labels = _where(mask, jnp.asarray(logits, jnp.float32)), jnp.asarray(labels)
     of_label = jnp.take_along_axis(logits, labels[..., None], axis=-1)[..., 0]
     correct = (jnp.argmax(logits, axis=-1) == labels).astype(jnp.float32)
     return _masked_sums(mask, loss=jax.nn.logsumexp(logits, axis=-1) - of_label, accuracy=correct)
@@ -63,7 +69,8 @@ def sentence_sums(reconstructed: jax.Array, original: jax.Array, mask: jax.Array
     """Per patient: summed cosine distance ("loss") and "count" of the sentences; see `sentence_alignment`."""
     shape = np.shape(reconstructed)
     check_shapes("both are [B, S, k], mask [B, S]", original=(original, shape), mask=(mask, shape[:-1]))
-    cosine = jnp.sum(l2_normalize(reconstructed) * jax.lax.stop_gradient(l2_normalize(original)), axis=-1)
+    reconstructed, original = (l2_normalize(_where(mask, jnp.asarray(side))) for side in (reconstructed, original))
+    cosine = jnp.sum(reconstructed * jax.lax.stop_gradient(original), axis=-1)
     return _masked_sums(mask, loss=1.0 - cosine)
 
 

@@ -30,7 +30,7 @@ class HeldOut:
         """Mean of every metric over the batches, weighted by their number of records."""
         key = jax.random.key(0)
         rows, weights = [], []
-        for number, batch in enumerate(self._batches()):
+        for number, batch in enumerate(self._batches(self.setup.config.data.read_threads)):
             metrics = self.step(params, batch, jax.random.fold_in(key, number))
             rows.append(jax.device_get(jax.block_until_ready(metrics)))
             weights.append(rows[-1].pop("valid_share"))
@@ -40,11 +40,11 @@ class HeldOut:
 
     def first_batch(self) -> dict[str, jax.Array]:
         """The batch whose reconstructions are drawn: the same every time."""
-        return next(self._batches())
+        return next(self._batches(threads=0))
 
-    def _batches(self) -> Iterator[dict[str, jax.Array]]:
+    def _batches(self, threads: int) -> Iterator[dict[str, jax.Array]]:
         options = self.setup.config.data
         return evaluation_batches(
-            self.data, self.tokenizer, self.setup.mesh, options.batch_size, threads=options.read_threads,
+            self.data, self.tokenizer, self.setup.mesh, options.batch_size, threads=threads,
             log_folder=self._log_folder, max_bad_records=options.max_bad_records,
         )  # fmt: skip

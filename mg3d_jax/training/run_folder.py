@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import os
 import shutil
-from contextlib import suppress
 from pathlib import Path
 
 import jax
 from ml_collections import ConfigDict
 from tokenizers import Tokenizer
 
-from mg3d_jax.data.pipeline import PreparedData
+from mg3d_jax.data.pipeline import PreparedData, skipped_records
 from mg3d_jax.data.records import DamagedRecordError
 from mg3d_jax.data.tokens import ReportTokenizer, load_tokenizer, save_tokenizer, train_wordpiece
 from mg3d_jax.training import distributed
@@ -34,18 +33,21 @@ def run_tokenizer(config: ConfigDict, workdir: Path) -> ReportTokenizer:
     if jax.process_index() == 0 and not kept:
         # Made elsewhere and renamed: a kill in the middle leaves no half a tokenizer.
         partial = workdir / f"{TOKENIZER_FOLDER}.partial"
-        save_tokenizer(_make_tokenizer(config), partial)
+        save_tokenizer(_make_tokenizer(config, workdir), partial)
         shutil.rmtree(folder, ignore_errors=True)
         os.replace(partial, folder)
     distributed.barrier("tokenizer")  # the others read what process 0 wrote
     return ReportTokenizer(load_tokenizer(str(folder)), config.data.max_tokens, config.data.max_sentences)
 
 
-def _make_tokenizer(config: ConfigDict) -> Tokenizer:
+def _make_tokenizer(config: ConfigDict, workdir: Path) -> Tokenizer:
     if config.data.tokenizer != "train":
         return load_tokenizer(config.data.tokenizer)
     data, sentences = PreparedData(config.data.train), set()
+    bad = skipped_records(data, workdir, config.data.max_bad_records)
     for index in range(min(len(data), TOKENIZER_RECORDS)):
-        with suppress(DamagedRecordError):  # named when it is trained on
+        try:
             sentences.update(data.text(index)[1])
+        except DamagedRecordError as error:
+            data.note(index, bad, error)
     return train_wordpiece(sentences, config.data.vocab_size)

@@ -68,8 +68,9 @@ class Watchdog:
             with self._changed:
                 self._stopped = True
                 self._changed.notify()
-            self._thread.join()
+            self._thread.join(timeout=5)  # it may hang with the disk: the process can leave without it
             self._thread = None
+            faulthandler.cancel_dump_traceback_later()
 
     def _watch(self) -> None:
         with self._changed:
@@ -78,6 +79,7 @@ class Watchdog:
                 if waited >= limit and not self._reported:
                     self._reported = True
                     text = self._report(waited)
+                    faulthandler.cancel_dump_traceback_later()  # nobody would put it off while the disk hangs
                     self._changed.release()  # a disk that hangs must not stop the trainer in `beat`
                     try:
                         self._write(text)
@@ -88,7 +90,6 @@ class Watchdog:
                 # time it wakes, goes off: it needs no lock, but can write bare stacks to stderr only.
                 self._set_alarm(2 * limit)
                 self._changed.wait(limit / 4 if self._reported else min(limit / 4, max(limit - waited, 0.01)))
-        faulthandler.cancel_dump_traceback_later()
 
     def _set_alarm(self, seconds: float) -> None:
         if sys.__stderr__ is not None:
