@@ -19,7 +19,7 @@ from mg3d_jax.training.loop import Trainer
 from mg3d_jax.training.writers import read_metrics
 
 LAUNCH = ROOT / "launch"
-STEPS, EVERY = 36, 6  # of training, and from checkpoint to checkpoint
+STEPS, EVERY = 30, 6  # of training, and from checkpoint to checkpoint
 
 
 def run(script, *words, cwd=None, timeout=300, **variables):

@@ -336,7 +336,7 @@ def test_sigterm_to_one_of_two_saves_both_and_one_process_goes_on_bit_for_bit(co
 
     Before that the process is frozen for a while, which both report.
     """
-    steps = 50  # of 0.1 s or more: JAX notices a signal within a second
+    steps = 40  # of 0.1 s or more: JAX notices a signal within a second
     whole, run, logs = tmp_path / "whole", tmp_path / "run", [tmp_path / f"log{n}" for n in range(2)]
     settings = {"training__steps": steps, "training__checkpoint_every": 100, "training__watchdog_minutes": 3 / 60}
     processes = together(1, logs, *command(config_file, run, **settings))

@@ -20,7 +20,7 @@ from mg3d_jax.training.held_out import HeldOut
 from mg3d_jax.training.loop import Trainer
 from mg3d_jax.training.writers import read_metrics
 
-STEPS, SAVED_BEFORE = 24, 22  # so many that a signal after the first one surely comes before the end
+STEPS, SAVED_BEFORE = 18, 16  # so many that a signal after the first one surely comes before the end
 
 TINY = f"""
 from support import tiny_config
