@@ -284,9 +284,8 @@ def host_batches(
     iterator = iter(dataset)
     try:
         with _sigterm_blocked() if workers else nullcontext():
-            first = iter(
-                list(itertools.islice(iterator, 1))
-            )  # starts the workers; lets go of the batch when it is used up
+            # Starts the workers. As an iterator, because one that is used up lets go of its batch.
+            first = iter(list(itertools.islice(iterator, 1)))
         yield from first
         yield from iterator
     finally:

@@ -26,6 +26,7 @@ from mg3d_jax.objectives.pairwise import (
     masked_mean,
     pair_sum,
     walk,
+    zero_unless,
 )
 
 Metrics = dict[str, jax.Array]
@@ -61,7 +62,7 @@ def _inputs(
         if number.size != 1:
             raise UserError(f"{name} has the shape {number.shape}: it is one number")
     keys = _keys(batch_size, group_ids, valid)
-    x, y = (l2_normalize(jnp.where(keys["valid"][:, None], side, 0)) for side in (jnp.asarray(x), jnp.asarray(y)))
+    x, y = (l2_normalize(zero_unless(keys["valid"], side)) for side in (x, y))
     return x, y, keys, [number.reshape(()) for number in found.values()]
 
 

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from mg3d_jax.objectives.contrastive import Metrics, info_nce
-from mg3d_jax.objectives.pairwise import check_shapes
+from mg3d_jax.objectives.pairwise import check_shapes, zero_unless
 
 
 def patient_discrimination(
@@ -33,7 +33,7 @@ def patient_discrimination(
         z=(z, (batch_size, sentences, width)),
         valid=(valid, (batch_size,)),
     )
-    total = jnp.sum(jnp.where(mask[..., None], z, 0), axis=1, dtype=jnp.float32)
+    total = jnp.sum(zero_unless(mask, z), axis=1, dtype=jnp.float32)
     mean = total / jnp.maximum(jnp.sum(mask, axis=1), 1)[:, None]
     has_sentences = jnp.any(mask, axis=1)
     valid = has_sentences if valid is None else jnp.asarray(valid).astype(jnp.bool_) & has_sentences

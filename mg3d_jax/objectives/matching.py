@@ -17,7 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from mg3d_jax.errors import UserError
-from mg3d_jax.objectives.pairwise import Tree, check_shapes, default_ids, l2_normalize, pair_sum
+from mg3d_jax.objectives.pairwise import Tree, check_shapes, default_ids, l2_normalize, pair_sum, zero_unless
 
 Metrics = dict[str, jax.Array]
 
@@ -89,7 +89,7 @@ def sentence_matching(
         s=(s, (*shape, *np.shape(s)[-1:])),
         group_ids=(group_ids, (batch_size,)),
     )
-    z, s = (l2_normalize(jnp.where(mask[..., None], side, 0)) for side in (jnp.asarray(z), jnp.asarray(s)))
+    z, s = (l2_normalize(zero_unless(mask, side)) for side in (z, s))
     keys = {"s": s, "mask": mask, "group": default_ids(group_ids, batch_size)}
     tile = partial(_tile, high=high, low=low)
     sums = pair_sum(tile, block_size, sentences**2, z, z, keys, keys)

@@ -48,6 +48,11 @@ def check_shapes(wanted: str, **arrays: tuple[jax.Array | None, tuple[int, ...]]
             raise UserError(f"{name} has the shape {np.shape(array)} instead of {shape}: {wanted}")
 
 
+def zero_unless(mask: jax.Array, values: jax.Array) -> jax.Array:
+    """[..., k] with zeros where not `mask` [...]: NaN in what does not count must not reach the gradient (0 * NaN)."""
+    return jnp.where(jnp.asarray(mask).astype(jnp.bool_)[..., None], values, 0)
+
+
 def masked_mean(values: jax.Array, mask: jax.Array) -> jax.Array:
     """Mean of `values` where `mask` is True; 0 (and a zero gradient) where it never is."""
     return jnp.sum(jnp.where(mask, values, 0.0)) / jnp.maximum(jnp.sum(mask), 1).astype(values.dtype)

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from mg3d_jax.objectives.pairwise import check_shapes, l2_normalize
+from mg3d_jax.objectives.pairwise import check_shapes, l2_normalize, zero_unless
 
 Metrics = dict[str, jax.Array]
 Sums = dict[str, jax.Array]  # arrays [B], "count" among them
@@ -25,11 +25,6 @@ def normalize_patches(patches: jax.Array, epsilon: float = 1e-6) -> jax.Array:
     patches = patches.astype(jnp.float32)
     centred = patches - jnp.mean(patches, axis=-1, keepdims=True)
     return centred * jax.lax.rsqrt(jnp.mean(jnp.square(centred), axis=-1, keepdims=True) + epsilon)
-
-
-def _where(mask: jax.Array, values: jax.Array) -> jax.Array:
-    """[B, n, k] with zeros where not `mask` [B, n]: NaN in what does not count must not reach the gradient (0 * NaN)."""
-    return jnp.where(jnp.asarray(mask).astype(jnp.bool_)[..., None], values, 0)
 
 
 def _masked_sums(mask: jax.Array, **values: jax.Array) -> Sums:
@@ -51,7 +46,7 @@ def patch_sums(prediction: jax.Array, target: jax.Array, mask: jax.Array) -> Sum
     shape = np.shape(prediction)
     check_shapes("prediction and target are [B, N, P], mask [B, N]", target=(target, shape), mask=(mask, shape[:-1]))
     target = jax.lax.stop_gradient(jnp.asarray(target, jnp.float32))
-    errors = _where(mask, jnp.asarray(prediction, jnp.float32)) - _where(mask, target)
+    errors = zero_unless(mask, jnp.asarray(prediction, jnp.float32)) - zero_unless(mask, target)
     return _masked_sums(mask, loss=jnp.mean(jnp.square(errors), axis=-1))
 
 
@@ -59,7 +54,7 @@ def token_sums(logits: jax.Array, labels: jax.Array, mask: jax.Array) -> Sums:
     """Per patient: summed cross-entropy ("loss"), "accuracy" and "count"; see `masked_token_cross_entropy`."""
     shape = np.shape(logits)[:-1]
     check_shapes("logits are [B, T, V], labels and mask [B, T]", labels=(labels, shape), mask=(mask, shape))
-    logits, labels = _where(mask, jnp.asarray(logits, jnp.float32)), jnp.asarray(labels)
+    logits, labels = zero_unless(mask, jnp.asarray(logits, jnp.float32)), jnp.asarray(labels)
     of_label = jnp.take_along_axis(logits, labels[..., None], axis=-1)[..., 0]
     correct = (jnp.argmax(logits, axis=-1) == labels).astype(jnp.float32)
     return _masked_sums(mask, loss=jax.nn.logsumexp(logits, axis=-1) - of_label, accuracy=correct)
@@ -69,7 +64,7 @@ def sentence_sums(reconstructed: jax.Array, original: jax.Array, mask: jax.Array
     """Per patient: summed cosine distance ("loss") and "count" of the sentences; see `sentence_alignment`."""
     shape = np.shape(reconstructed)
     check_shapes("both are [B, S, k], mask [B, S]", original=(original, shape), mask=(mask, shape[:-1]))
-    reconstructed, original = (l2_normalize(_where(mask, jnp.asarray(side))) for side in (reconstructed, original))
+    reconstructed, original = (l2_normalize(zero_unless(mask, side)) for side in (reconstructed, original))
     cosine = jnp.sum(reconstructed * jax.lax.stop_gradient(original), axis=-1)
     return _masked_sums(mask, loss=1.0 - cosine)
 
