@@ -34,7 +34,7 @@ def pytest_unconfigure() -> None:
 
 LONGEST = (  # files that take minutes: begun first, so that no process is left with one at the end
     "test_training_faults.py", "test_objectives_multitask.py", "test_launch.py", "test_training_run.py",
-    "test_training_step.py", "test_scaling_flops.py", "test_models_mg3d.py", "test_training_bench.py",
+    "test_training_step.py", "test_scaling_flops.py", "test_models_mg3d.py", "test_benchmarks_step.py",
     "test_scaling_sweep_real.py",
 )  # fmt: skip
 
@@ -55,7 +55,7 @@ def shared_data() -> Path:
 @pytest.fixture(scope="session")
 def tiny_data(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     """24 training and 8 held-out phantom patients prepared on a 16^3 grid: `{"root", "train", "valid"}`, paths as str."""
-    from mg3d_jax.cli import main
+    from mg3d_jax.commands.main import main
 
     folder = tmp_path_factory.mktemp("tiny")
     assert main(["phantom", str(folder / "phantoms"), "--patients", "24", "--valid", "8", "--seed", "0"]) == 0

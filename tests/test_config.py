@@ -8,8 +8,9 @@ import re
 import pytest
 from support import ROOT, tiny_config
 
-from mg3d_jax import cli, config_check
 from mg3d_jax import config as config_lib
+from mg3d_jax import config_check
+from mg3d_jax.commands import main as cli
 from mg3d_jax.errors import UserError
 
 QUICKSTART = str(ROOT / "configs" / "quickstart.py")
@@ -51,7 +52,7 @@ def test_a_full_disk_is_one_line_and_other_failures_of_the_system_are_not_hidden
         def command(argv: list[str]) -> int:
             raise OSError(number, os.strerror(number), "RUN/metrics.jsonl")
 
-        monkeypatch.setattr("mg3d_jax.training.command.main", command)
+        monkeypatch.setattr("mg3d_jax.commands.train.main", command)
 
     fail(errno.ENOSPC)
     assert cli.main(["train"]) == 2

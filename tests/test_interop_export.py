@@ -11,19 +11,20 @@ import torch
 from safetensors.torch import load_file, save_file
 from support import environment, tiny_config
 
-from mg3d_jax import cli, sharding
 from mg3d_jax import config as config_lib
-from mg3d_jax.data import phantoms
-from mg3d_jax.data.phantom_command import nifti_bytes
-from mg3d_jax.data.reports import report_sentences
+from mg3d_jax import sharding
+from mg3d_jax.commands import main as cli
 from mg3d_jax.data.tokens import ReportTokenizer, load_tokenizer, save_tokenizer, train_wordpiece
-from mg3d_jax.data.volumes import Grid, prepare_volume
 from mg3d_jax.errors import UserError
 from mg3d_jax.interop import export as export_lib
 from mg3d_jax.interop import export_monai
 from mg3d_jax.interop.export_run import Run
 from mg3d_jax.interop.torch_template import modeling_mg3d
 from mg3d_jax.models.mg3d import MG3D
+from mg3d_jax.phantom import patients as phantoms
+from mg3d_jax.phantom.dataset import nifti_bytes
+from mg3d_jax.prepare.reports import report_sentences
+from mg3d_jax.prepare.volumes import Grid, prepare_volume
 from mg3d_jax.training import inputs as step_inputs
 from mg3d_jax.training import state as state_lib
 from mg3d_jax.training.checkpoints import Checkpoints

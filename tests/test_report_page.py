@@ -10,8 +10,8 @@ import pytest
 from PIL import Image
 from support import tiny_config
 
-from mg3d_jax import cli
 from mg3d_jax import config as config_lib
+from mg3d_jax.commands import main as cli
 from mg3d_jax.environment import environment_facts
 from mg3d_jax.report import curves
 

@@ -16,10 +16,16 @@ import pytest
 from support import environment
 
 from mg3d_jax import config as config_lib
-from mg3d_jax.cli import main
+from mg3d_jax.commands.main import main
 from mg3d_jax.data.records import FORMAT_VERSION
 from mg3d_jax.errors import UserError
-from mg3d_jax.scaling import flops, planning, records, runs, states, sweep, table
+from mg3d_jax.scaling import flops
+from mg3d_jax.scaling.fit import table
+from mg3d_jax.scaling.sweep import declaration as sweep
+from mg3d_jax.scaling.sweep import plan as planning
+from mg3d_jax.scaling.sweep import rows as records
+from mg3d_jax.scaling.sweep import runner as runs
+from mg3d_jax.scaling.sweep import states
 
 FAKE = Path(__file__).parent / "reference" / "fake_trainer.py"
 SWEEP_FILE = """

@@ -13,8 +13,10 @@ import pytest
 from support import environment, mg3d, tiny_config
 
 from mg3d_jax import config as config_lib
-from mg3d_jax.cli import main
-from mg3d_jax.scaling import flops, states, sweep
+from mg3d_jax.commands.main import main
+from mg3d_jax.scaling import flops
+from mg3d_jax.scaling.sweep import declaration as sweep
+from mg3d_jax.scaling.sweep import states
 
 PATIENCE = 1200.0  # seconds; about a minute on two idle cores
 pytestmark = [pytest.mark.processes, pytest.mark.slow, pytest.mark.timeout(3 * PATIENCE)]

@@ -39,7 +39,7 @@ def test_imports_only_point_down(folder):
     for file in sorted((PACKAGE / folder).rglob("*.py")):
         for name in imported(file):
             assert not name.startswith(FORBIDDEN[folder]), f"{file.relative_to(ROOT)} imports {name}"
-            assert not name.startswith("mg3d_jax.cli"), f"{file.relative_to(ROOT)} imports {name}"
+            assert not name.startswith("mg3d_jax.commands.main"), f"{file.relative_to(ROOT)} imports {name}"
 
 
 def test_no_path_of_a_machine_is_committed():

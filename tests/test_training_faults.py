@@ -43,8 +43,8 @@ def get_config(arg=""):
 
 ZYGOTE = """
 import json, os, sys, warnings
-import mg3d_jax.training.loop, mg3d_jax.training.command
-from mg3d_jax.cli import main
+import mg3d_jax.training.loop, mg3d_jax.commands.train
+from mg3d_jax.commands.main import main
 
 warnings.filterwarnings("ignore", message=".*os.fork")  # no device has been touched yet
 for line in sys.stdin:
@@ -316,7 +316,7 @@ def test_two_processes_of_four_devices_train_as_one_of_eight(config_file, tmp_pa
 
 STARTS_LATE = """
 import sys, time
-from mg3d_jax.cli import main
+from mg3d_jax.commands.main import main
 from mg3d_jax.training import stopping
 
 prompt = stopping.StopRequest.__init__

@@ -218,7 +218,7 @@ def test_bad_settings_end_with_one_line_and_no_traceback(config_file, tiny_data,
 
 def test_help_of_every_command():
     listing = mg3d("--help")
-    from mg3d_jax.cli import COMMANDS
+    from mg3d_jax.commands.main import COMMANDS
 
     assert listing.returncode == 0
     for command in COMMANDS:

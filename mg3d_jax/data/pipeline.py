@@ -25,11 +25,11 @@ from ml_collections import ConfigDict
 from mg3d_jax import sharding
 from mg3d_jax.batch import UNKNOWN_LABEL
 from mg3d_jax.data.bad_records import BadRecords
-from mg3d_jax.data.hounsfield import AIR_HU
 from mg3d_jax.data.order import RecordOrder, reports_of_others
 from mg3d_jax.data.records import DamagedRecordError, Record, RecordReader
 from mg3d_jax.data.tokens import ReportTokenizer
 from mg3d_jax.errors import UserError
+from mg3d_jax.prepare.hounsfield import AIR_HU
 
 PREFETCHED_BATCHES = 2
 SAMPLED_REPORTS = 200

@@ -19,12 +19,12 @@ import nibabel as nib
 import numpy as np
 from scipy import ndimage
 
-from mg3d_jax.data.geometry import POLICIES, Grid
-from mg3d_jax.data.nifti import VolumeError
-from mg3d_jax.data.volumes import PreparedVolume, prepare_volume
 from mg3d_jax.errors import UserError
 from mg3d_jax.interop.export_run import Run, load_run, reference_model
 from mg3d_jax.models.volume_encoder import patchify, unpatchify
+from mg3d_jax.prepare.geometry import POLICIES, Grid
+from mg3d_jax.prepare.nifti import VolumeError
+from mg3d_jax.prepare.volumes import PreparedVolume, prepare_volume
 from mg3d_jax.presets import token_cell, token_grid
 from mg3d_jax.training import inputs as step_inputs
 

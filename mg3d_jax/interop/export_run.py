@@ -14,14 +14,14 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from mg3d_jax import config as config_lib
-from mg3d_jax.data import phantoms
-from mg3d_jax.data.phantom_command import nifti_bytes
 from mg3d_jax.data.records import read_manifest
-from mg3d_jax.data.reports import report_sentences
 from mg3d_jax.data.tokens import ReportTokenizer, load_tokenizer
-from mg3d_jax.data.volumes import Grid, prepare_volume
 from mg3d_jax.errors import UserError
 from mg3d_jax.models.mg3d import MG3D
+from mg3d_jax.phantom import patients as phantoms
+from mg3d_jax.phantom.dataset import nifti_bytes
+from mg3d_jax.prepare.reports import report_sentences
+from mg3d_jax.prepare.volumes import Grid, prepare_volume
 from mg3d_jax.training import inputs as step_inputs
 from mg3d_jax.training.restore import restore_run
 from mg3d_jax.training.run_folder import TOKENIZER_FOLDER

@@ -18,7 +18,9 @@ from mg3d_jax.data.pipeline import PreparedData, cut_shares, record_names, train
 from mg3d_jax.environment import environment_facts
 from mg3d_jax.errors import UserError
 from mg3d_jax.evaluation.online import OnlineEvaluation
+from mg3d_jax.evaluation.reconstructions import Reconstructions
 from mg3d_jax.files import write_json
+from mg3d_jax.interop.warm_start import load_pretrained
 from mg3d_jax.progress import Progress
 from mg3d_jax.scaling import flops
 from mg3d_jax.training import clock as clock_lib
@@ -28,11 +30,9 @@ from mg3d_jax.training import step as step_lib
 from mg3d_jax.training.checkpoints import Checkpoints, check_writable
 from mg3d_jax.training.clock import Clock
 from mg3d_jax.training.held_out import HeldOut
-from mg3d_jax.training.images import Reconstructions
 from mg3d_jax.training.profiler import Profiler
 from mg3d_jax.training.schedule import total_steps
 from mg3d_jax.training.stopping import DONE, PREEMPTED, SkippedUpdates, StopRequest
-from mg3d_jax.training.warm_start import load_pretrained
 from mg3d_jax.training.watchdog import Watchdog
 from mg3d_jax.training.writers import drop_evaluations, open_writers
 

@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from mg3d_jax.scaling.laws import Law
+from mg3d_jax.scaling.fit.laws import Law
 
 CHINCHILLA = Law(E=1.8172, A=482.01, B=2085.43, alpha=0.3478, beta=0.3658)  # Besiroglu et al. 2024
 

@@ -1,0 +1,1 @@
+"""What `mg3d bench` measures. Nothing else imports this folder."""

@@ -1,0 +1,279 @@
+"""`mg3d bench step`: where the time, the memory and the FLOPs of one training step go.
+
+The program is the one that trains, on this machine's devices, with a batch of random patients. Its own trace says how its
+time is spent; see `op_times`. FLOPs are counted in the program as XLA gets it, loops included, and set beside the count
+from the configuration (`scaling.flops`).
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import time
+from collections import defaultdict
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from ml_collections import ConfigDict
+from rich.console import Console
+from rich.table import Table
+
+from mg3d_jax import batch as batch_contract
+from mg3d_jax import config as config_lib
+from mg3d_jax import config_check, devices, sharding
+from mg3d_jax.benchmarks import op_times
+from mg3d_jax.benchmarks import step_cases as bench_cases
+from mg3d_jax.benchmarks.hlo import Program
+from mg3d_jax.data.tokens import SPECIAL_TOKENS
+from mg3d_jax.errors import UserError
+from mg3d_jax.files import write_json
+from mg3d_jax.scaling import flops
+from mg3d_jax.training import optimizer
+from mg3d_jax.training import state as state_lib
+from mg3d_jax.training import step as step_lib
+from mg3d_jax.training.tables import LOG_WIDTH, human, mesh_text, tower_parameters
+
+SENTENCE_TOKENS = 20  # of the random reports
+
+
+def random_batch(config: ConfigDict, vocab_size: int, seed: int = 0) -> dict[str, np.ndarray]:
+    """Random patients as the pipeline would give them (`mg3d_jax.batch`): reports fill their tokens with sentences."""
+    rng, size, length = np.random.default_rng(seed), config.data.batch_size, config.data.max_tokens
+    shapes = batch_contract.shapes(size, tuple(config.model.volume_size), length, labels=18)
+    place = np.arange(length)
+    inside = np.broadcast_to((place > 0) & (place < length - 1), (size, length))
+    sentence = np.minimum(1 + place // SENTENCE_TOKENS, config.data.max_sentences)
+    values = {
+        "volume": rng.integers(-1024, 1000, shapes["volume"]),
+        "token_ids": rng.integers(len(SPECIAL_TOKENS), vocab_size, (size, length)),
+        "token_mask": np.ones((size, length)),
+        "sentence_index": np.where(inside, sentence, 0),
+        "word_index": np.where(inside, place, 0),
+        "labels": rng.integers(0, 2, shapes["labels"]),
+        "valid": np.ones(size),
+    }
+    values |= dict.fromkeys(("report_id", "patient_id", "record_index"), np.arange(size))
+    return {name: values[name].astype(field.dtype) for name, field in batch_contract.FIELDS.items()}
+
+
+def measure(config: ConfigDict, *, steps: int = 3) -> dict[str, Any]:
+    """Compiles the step of `config`, runs it `1 + steps` times and once more under the profiler.
+
+    Returns:
+        `seconds` per step (median, from the batch on the host to the new state), `first_step_seconds`, `compile_seconds`,
+        `data_seconds` (host to device), `parts` and `phases` (seconds by name; parts also TFLOPs), `memory` (bytes per
+        device), `collectives`, `flops` (see `count_flops`), and what it was measured on.
+    """
+    vocab_size, special = config.data.vocab_size, {name: i for i, name in enumerate(SPECIAL_TOKENS)}
+    mesh = sharding.make_mesh(config.mesh)
+    setup = state_lib.build(config, vocab_size, mesh, steps=1000, records=1000 * config.data.batch_size)
+    host = random_batch(config, vocab_size)
+    rows = sharding.local_rows(mesh, config.data.batch_size)
+    host = {name: array[list(rows)] for name, array in host.items()}
+
+    def load() -> dict[str, jax.Array]:
+        return jax.block_until_ready(sharding.to_global(host, mesh, config.data.batch_size))
+
+    start = time.perf_counter()
+    compiled = step_lib.train_step(setup, special).compile(setup.abstract, load())
+    result: dict[str, Any] = {"compile_seconds": time.perf_counter() - start}
+    box = [state_lib.initialize(setup)]
+    data, whole = [], []
+
+    def one() -> None:
+        begin = time.perf_counter()
+        batch = load()
+        data.append(time.perf_counter() - begin)
+        box[0], metrics = compiled(box[0], batch)
+        jax.block_until_ready((box[0], metrics))
+        whole.append(time.perf_counter() - begin)
+
+    for _ in range(steps + 1):
+        one()
+    result |= {"first_step_seconds": whole[0], "data_seconds": float(np.median(data[1:]))}
+    result["seconds"] = float(np.median(whole[1:]))
+    program = Program.parse(compiled.as_text())
+    result |= _breakdown(op_times.trace_operations(one), program, result["seconds"] - result["data_seconds"])
+    result["memory"] = memory(compiled)
+    result["collectives"] = program.collectives()
+    result["flops"] = count_flops(setup, special, load()) | {"cost_analysis": _cost_analysis(compiled)}
+    for part, value in result["flops"].pop("by_part").items():
+        result["parts"].setdefault(part, {"seconds": 0.0})["flops"] = value
+    peak, source = devices.peak_flops(config.model.dtype)
+    return result | {
+        "config": config.name,
+        "patients": config.data.batch_size,
+        "device": f"{mesh.devices.size} x {mesh.devices.flat[0].device_kind}",
+        "mesh": mesh_text(config.mesh, mesh),
+        "parameters": tower_parameters(setup.abstract["params"])["total"],
+        "dtype": config.model.dtype,
+        "remat": config.model.remat,
+        "attention": setup.attention[0],
+        "peak_flops": None if peak is None else peak * mesh.devices.size,
+        "peak_source": source,
+    }
+
+
+def _breakdown(busy: Mapping[str, float], program: Program, seconds: float) -> dict[str, Any]:
+    """`parts` and `phases` of `seconds`, in proportion to the busy time of their operations."""
+    opcodes = {i.name: i.opcode for body in program.computations.values() for i in body}
+    table = op_times.by_part_and_phase(busy, program.paths(), opcodes)
+    scale = seconds / max(sum(table.values()), 1e-12)
+    parts: dict[str, dict[str, float]] = defaultdict(lambda: {"seconds": 0.0})
+    phases: dict[str, float] = defaultdict(float)
+    for (part, phase), value in table.items():
+        parts[part]["seconds"] += value * scale
+        parts[part][phase] = parts[part].get(phase, 0.0) + value * scale
+        phases[phase] += value * scale
+    return {"parts": dict(parts), "phases": dict(phases)}
+
+
+def memory(compiled: jax.stages.Compiled) -> dict[str, int] | None:
+    """Bytes per device by the compiler; `reused` of the outputs lie where arguments were (the donated state)."""
+    found = compiled.memory_analysis()
+    if found is None:
+        return None
+    return {
+        "arguments": found.argument_size_in_bytes,
+        "outputs": found.output_size_in_bytes,
+        "reused": found.alias_size_in_bytes,
+        "temporaries": found.temp_size_in_bytes,
+    }
+
+
+def count_flops(setup: state_lib.Setup, special: dict[str, int], batch: Mapping[str, Any]) -> dict[str, Any]:
+    """Matrix-product FLOPs of the gradient of one batch, whole mesh: `xla` in the program that XLA is given, with nothing
+    recomputed, `analytic` from the configuration, `recomputed` what `model.remat` adds, and `by_part` of the model.
+
+    Only traced, not compiled; products inside attention kernels are not seen (use `model.attention = "xla"`).
+    """
+
+    def products(config: ConfigDict) -> dict[str, float]:
+        model, _ = state_lib.build_model(config, setup.model.vocab_size)
+        losses = step_lib.Losses(dataclasses.replace(setup, config=config, model=model), special, train=True)
+
+        def loss(params: Any, batch: Any) -> Any:
+            return losses(optimizer.freeze(params, setup.factors), batch, jax.random.key(0))
+
+        with sharding.in_mesh(setup.mesh):
+            lowered = jax.jit(jax.grad(loss, has_aux=True)).lower(setup.abstract["params"], batch)
+        return Program.parse(lowered.as_text("hlo", debug_info=True)).matmul_flops()
+
+    kept = setup.config.copy_and_resolve_references().unlock()
+    kept.model.remat = "none"
+    found = products(kept.lock())
+    recomputed = 0.0
+    if setup.config.model.remat != "none":
+        recomputed = sum(products(setup.config).values()) - sum(found.values())
+    by_part: dict[str, float] = defaultdict(float)
+    for path, value in found.items():
+        by_part[op_times.part_of(path)] += value
+    analytic = flops.count(setup.config, setup.model.vocab_size).matmul_training_flops * setup.config.data.batch_size
+    return {"xla": sum(found.values()), "analytic": analytic, "recomputed": recomputed, "by_part": dict(by_part)}
+
+
+def _cost_analysis(compiled: jax.stages.Compiled) -> float | None:
+    return (compiled.cost_analysis() or {}).get("flops")
+
+
+def print_report(result: Mapping[str, Any]) -> None:
+    """The tables on stdout."""
+    console, seconds, patients = Console(), result["seconds"], result["patients"]
+    console = console if console.is_terminal else Console(width=LOG_WIDTH)
+    console.print(
+        f"[bold]{result['config']}[/bold]: {patients} patients on {result['device']}, mesh {result['mesh']}; "
+        f"{human(result['parameters'])} parameters, {result['dtype']}, remat {result['remat']}, attention "
+        f"{result['attention']}"
+    )
+    console.print(
+        f"{seconds:.3f} s per step, {patients / seconds:.3g} samples/s (first step {result['first_step_seconds']:.2f} s, "
+        f"compiled in {result['compile_seconds']:.1f} s)"
+    )
+    if result["peak_flops"]:
+        share = result["flops"]["analytic"] / seconds / result["peak_flops"]
+        peak = f"{human(result['peak_flops'], 'FLOP/s')}, {result['peak_source']}"
+        console.print(f"model-FLOPs utilisation {share:.1%} of {peak}")
+    table = Table(title="time of a step", title_justify="left")
+    for heading in ("", "seconds", "share"):
+        table.add_column(heading, justify="left" if not heading else "right")
+    rows = {"batch to the devices": result["data_seconds"]} | dict(
+        sorted(result["phases"].items(), key=lambda r: -r[1])
+    )
+    for name, value in rows.items():
+        table.add_row(name, f"{value:.3f}", f"{value / seconds:.1%}")
+    console.print(table)
+    console.print(_parts_table(result))
+    console.print(_flops_text(result["flops"]))
+    if result["memory"]:
+        sizes = ", ".join(f"{name} {human(size, 'B')}" for name, size in result["memory"].items())
+        console.print(f"memory of a step, per device, by the compiler: {sizes}")
+    moved = [f"{kind} {times} x, {human(size, 'B')}" for kind, (times, size) in result["collectives"].items()]
+    console.print(f"collectives of a step, per device: {'; '.join(moved) or 'none'}")
+
+
+def _parts_table(result: Mapping[str, Any]) -> Table:
+    """Seconds of every part of the model by phase, its FLOPs and its rate."""
+    phases = [p for p in ("forward", "recomputed", "backward") if any(p in row for row in result["parts"].values())]
+    table = Table(title="by part of the model (shares of the devices' busy time)", title_justify="left")
+    for heading in ("", "seconds", "share", *phases, "GFLOP", "GFLOP/s"):
+        table.add_column(heading, justify="left" if not heading else "right")
+    for part, row in sorted(result["parts"].items(), key=lambda item: -item[1]["seconds"]):
+        work, seconds = row.get("flops", 0.0), row["seconds"]
+        times = [f"{row[phase]:.3f}" if phase in row else "" for phase in phases]
+        rate = f"{work / seconds / 1e9:.1f}" if work and seconds else ""
+        share = f"{seconds / result['seconds']:.1%}"
+        table.add_row(part, f"{seconds:.3f}", share, *times, f"{work / 1e9:.1f}" if work else "", rate)
+    return table
+
+
+def _flops_text(counted: Mapping[str, Any]) -> str:
+    difference = counted["analytic"] / counted["xla"] - 1
+    text = (
+        f"matrix products of a step: {human(counted['xla'], 'FLOP')} in XLA's program, "
+        f"{human(counted['analytic'], 'FLOP')} from the configuration ({difference:+.1%})"
+    )
+    if counted["recomputed"]:
+        text += f"; recomputed under remat: {human(counted['recomputed'], 'FLOP')}"
+    if counted["cost_analysis"]:
+        text += f"; XLA's cost_analysis, which takes the body of a loop once: {human(counted['cost_analysis'], 'FLOP')}"
+    return text
+
+
+def parse(argv: list[str]) -> tuple[argparse.Namespace, ConfigDict]:
+    """Options and the validated config: a file or a named case, with overrides."""
+    parser = argparse.ArgumentParser(prog="mg3d bench step", description=__doc__)
+    config_lib.add_arguments(parser, required=False)
+    parser.add_argument(
+        "--case", choices=sorted(bench_cases.CASES), help="a named configuration instead of --config FILE (mg3d-b)"
+    )
+    parser.add_argument("--batch", type=int, metavar="B", help="patients per step, of all devices together")
+    parser.add_argument("--steps", type=int, default=3, help="timed steps after the first; the median counts (3)")
+    parser.add_argument("--report-frozen", action="store_true", help="do not train the report encoder")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="also write the numbers there")
+    overrides = [a for a in argv if a.startswith("--config.")]
+    args = parser.parse_args([a for a in argv if a not in overrides])
+    if args.config and args.case:
+        raise UserError(f"give --config {args.config} or --case {args.case}, not both")
+    if args.steps < 1:
+        raise UserError(f"--steps {args.steps} must be at least 1")
+    config = config_lib.load(args.config or f"{bench_cases.__file__}:{args.case or 'mg3d-b'}", overrides)
+    config = config.copy_and_resolve_references().unlock()
+    config.data.batch_size = args.batch or config.data.batch_size
+    if args.report_frozen:
+        config.optimizer.freeze = tuple(dict.fromkeys((*config.optimizer.freeze, bench_cases.FROZEN_REPORT)))
+    config.data.train, config.training.steps = config.data.train or ("random patients",), 1000
+    config.training.epochs, config.training.samples = 0.0, 0
+    config_check.validate(config.lock())
+    return args, config
+
+
+def main(argv: list[str]) -> int:
+    args, config = parse(argv)
+    result = measure(config, steps=args.steps)
+    print_report(result)
+    if args.json:
+        write_json(args.json, result)
+    return 0

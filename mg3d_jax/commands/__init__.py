@@ -1,0 +1,1 @@
+"""`mg3d <command>`: one module per command; wiring and printing only."""

@@ -1,0 +1,30 @@
+"""`mg3d bench WHAT`: one table of benchmarks, each in the module that it measures."""
+
+from __future__ import annotations
+
+import importlib
+import sys
+
+BENCHMARKS = {
+    "data": (
+        "mg3d_jax.benchmarks.preparation",
+        "preparation and loading, beside the field's script and MONAI's PersistentDataset",
+    ),
+    "model": ("mg3d_jax.benchmarks.towers", "a volume encoder's training step, beside MONAI's ViT in PyTorch"),
+    "step": ("mg3d_jax.benchmarks.step", "a training step: its time by part, memory, FLOPs, collectives"),
+    "objectives": ("mg3d_jax.benchmarks.objectives", "compiled memory of sentence matching, blocked and dense"),
+}
+
+
+def main(argv: list[str]) -> int:
+    """Runs one benchmark with the rest of the arguments."""
+    if argv and argv[0] in BENCHMARKS:
+        return importlib.import_module(BENCHMARKS[argv[0]][0]).main(argv[1:]) or 0
+    rows = "\n".join(f"  {name:<11} {summary}" for name, (_, summary) in BENCHMARKS.items())
+    text = f"usage: mg3d bench WHAT [options]\n\nwhat:\n{rows}\n\nmg3d bench WHAT --help says more."
+    wanted = not argv or argv[0] in ("-h", "--help")
+    print(
+        text if wanted else f"mg3d bench: there is no benchmark {argv[0]!r}.\n\n{text}",
+        file=None if wanted else sys.stderr,
+    )
+    return 0 if wanted else 2

@@ -1,0 +1,193 @@
+"""`mg3d sweep plan | run | status | fit | compare`: sweeps over size, data or variants; laws and tables of their runs."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import sys
+from pathlib import Path
+
+from mg3d_jax.errors import UserError
+
+DEFAULT_DRAWS = 1000
+
+
+def parser() -> argparse.ArgumentParser:
+    top = argparse.ArgumentParser(prog="mg3d sweep", description=__doc__)
+    commands = top.add_subparsers(dest="command", required=True)
+    _add_declared(
+        commands,
+        "plan",
+        "print the runs, what they cost, and what `run` would do; changes nothing",
+    )
+    _add_declared(
+        commands,
+        "run",
+        "train the runs on this machine, one after another; the same command goes on after any interruption",
+    )
+    status = commands.add_parser(
+        "status", help="where every declared run stands", description="Where every run stands."
+    )
+    status.add_argument("--workdir", type=Path, required=True, help="the sweep's folder")
+    _add_fit(commands)
+    _add_compare(commands)
+    return top
+
+
+def _add_declared(commands: argparse._SubParsersAction, name: str, summary: str) -> None:
+    command = commands.add_parser(name, help=summary, description=f"{summary[0].upper()}{summary[1:]}.")
+    command.add_argument(
+        "--config", required=True, metavar="FILE[:ARG]", help="sweep file, e.g. configs/sweeps/quickstart.py"
+    )
+    command.add_argument("--workdir", type=Path, required=True, help="the sweep's folder: runs/ID, sweep.json, fit/")
+    command.add_argument(
+        "--set",
+        action="append",
+        default=[],
+        metavar="KEY=VALUE",
+        dest="settings",
+        help="overrides a key of every run's training config, e.g. --set data.train=RUN/train; may be repeated",
+    )
+
+
+def _add_fit(commands: argparse._SubParsersAction) -> None:
+    fit = commands.add_parser(
+        "fit",
+        help="fit the law to a sweep or to a table",
+        description="Fits L = E + A/N^alpha + B/D^beta; writes fit.json, runs.csv and plots with their CSV files. With "
+        "fewer than 8 usable runs it writes the data and says that no law is identified.",
+    )
+    fit.add_argument("--workdir", type=Path, help="the sweep's folder: collects its runs")
+    fit.add_argument("--table", type=Path, help="instead: a CSV file of runs (needs --n, --d, --loss and --out)")
+    fit.add_argument("--n", help="column of the model size N (only with --table)")
+    fit.add_argument("--d", help="column of the data size D (only with --table)")
+    fit.add_argument("--loss", help="column of the loss; with --workdir: metric of summary.json, default as declared")
+    fit.add_argument(
+        "--group",
+        action="append",
+        default=[],
+        help="column(s) whose equal values the bootstrap draws together (--table)",
+    )
+    fit.add_argument("--out", type=Path, help="folder for the results; with --workdir default WORKDIR/fit")
+    fit.add_argument("--draws", type=int, default=DEFAULT_DRAWS, help="bootstrap draws; 0: no intervals (default 1000)")
+    fit.add_argument("--seed", type=int, default=0, help="of the random starts and the bootstrap (default 0)")
+
+
+def _add_compare(commands: argparse._SubParsersAction) -> None:
+    command = commands.add_parser(
+        "compare",
+        help="table of variants with intervals over seeds (ablations)",
+        description="Final metrics of every variant: mean and 95 % interval over seeds, and the paired difference to the "
+        "first variant. Writes compare.json, .csv, .md and .png.",
+    )
+    command.add_argument("--workdir", type=Path, required=True, help="the sweep's folder")
+    command.add_argument(
+        "--metric",
+        action="append",
+        default=[],
+        help="metric of summary.json; may be repeated (default: AUROC, recall@10, masked losses)",
+    )
+    command.add_argument("--out", type=Path, help="folder for the results (default: WORKDIR/compare)")
+
+
+def main(argv: list[str]) -> int:
+    """Runs one subcommand; the exit code is 0 if it did what it was asked."""
+    args = parser().parse_args(argv)
+    return {"plan": _plan, "run": _run, "status": _status, "fit": _fit, "compare": _compare}[args.command](args)
+
+
+def _plan(args: argparse.Namespace) -> int:
+    from mg3d_jax.scaling.sweep import declaration as sweep
+    from mg3d_jax.scaling.sweep import plan as planning
+
+    declared = sweep.load(args.config, args.settings)
+    print(planning.plan_table(declared, planning.plan(declared, args.workdir)))
+    return 0
+
+
+def _run(args: argparse.Namespace) -> int:
+    from mg3d_jax.scaling.sweep import declaration as sweep
+    from mg3d_jax.scaling.sweep import plan as planning
+    from mg3d_jax.scaling.sweep import runner as runs
+
+    declared = sweep.load(args.config, args.settings)
+    planned = planning.plan(declared, args.workdir)
+    print(planning.plan_table(declared, planned), flush=True)
+    if any(one.records is None for one in planned):
+        raise UserError("data.train or data.valid is not a prepared folder (no manifest.json): run mg3d prepare first")
+    declared = dataclasses.replace(declared, data=sweep.data_fingerprint(declared))
+    sweep.write_declaration(args.workdir, declared)
+    return runs.run_all(declared, args.workdir)
+
+
+def _status(args: argparse.Namespace) -> int:
+    from mg3d_jax.scaling.sweep import declaration as sweep
+    from mg3d_jax.scaling.sweep import plan as planning
+
+    print(planning.status_table(args.workdir, sweep.read_declaration(args.workdir)))
+    return 0
+
+
+def _compare(args: argparse.Namespace) -> int:
+    from mg3d_jax.scaling.sweep import compare
+    from mg3d_jax.scaling.sweep import declaration as sweep
+
+    metrics = tuple(args.metric) or compare.METRICS
+    found, missing = compare.finals(args.workdir, sweep.read_declaration(args.workdir))
+    rows = compare.compare(found, metrics)
+    out = args.out or args.workdir / "compare"
+    names = compare.write(out, rows, metrics)
+    print(compare.markdown(rows, metrics))
+    if missing:
+        print(f"not done, left out: {', '.join(missing)}", file=sys.stderr)
+    print(f"wrote {out}/" + ", ".join(names))
+    return 0
+
+
+def _fit(args: argparse.Namespace) -> int:
+    if args.draws < 0:
+        raise UserError(f"--draws {args.draws}: it must be 0 or more")
+    if (args.table is None) == (args.workdir is None):
+        raise UserError("give either --table T.csv (with --n, --d, --loss, --out) or --workdir DIR")
+    document, out = _fit_table(args) if args.table else _fit_sweep(args)
+    from mg3d_jax.scaling.fit import outputs as report
+
+    print(report.summary(document))
+    print(f"wrote {out}/fit.json, runs.csv" + "".join(f", {name}" for name in document["plots"]))
+    if document["refusal"]:
+        print(f"mg3d sweep fit: no law: {document['refusal']}", file=sys.stderr)
+    return 0
+
+
+def _fit_table(args: argparse.Namespace) -> tuple[dict, Path]:
+    from mg3d_jax.scaling.fit import outputs as report
+    from mg3d_jax.scaling.fit import table
+
+    if absent := [f"--{name}" for name in ("n", "d", "loss", "out") if getattr(args, name) is None]:
+        raise UserError(f"--table needs {', '.join(absent)} too")
+    rows = table.read_table(args.table, args.n, args.d, args.loss, args.group)
+    names = {"N": args.n, "D": args.d, "loss": args.loss, "source": args.table.name}
+    return report.write_report(args.out, rows, names, draws=args.draws, seed=args.seed), args.out
+
+
+def _fit_sweep(args: argparse.Namespace) -> tuple[dict, Path]:
+    from mg3d_jax.scaling.fit import outputs as report
+    from mg3d_jax.scaling.sweep import declaration as sweep
+    from mg3d_jax.scaling.sweep import rows as records
+
+    if given := [f"--{name}" for name in ("n", "d", "group") if getattr(args, name)]:
+        raise UserError(f"{', '.join(given)} only go with --table; a sweep declares its model_size and data_size")
+    declared = sweep.read_declaration(args.workdir)
+    loss, out = args.loss or declared.loss, args.out or args.workdir / "fit"
+    rows = records.rows(args.workdir, declared, loss)
+    names = {"N": declared.model_size, "D": declared.data_size, "loss": loss, "source": f"sweep {declared.name}"}
+    document = report.write_report(
+        out,
+        rows,
+        names,
+        draws=args.draws,
+        seed=args.seed,
+        refusal=records.incomparable(declared, rows),
+        warnings=records.versions_warning(rows),
+    )
+    return document, out

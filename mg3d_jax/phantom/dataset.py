@@ -1,0 +1,219 @@
+"""`mg3d phantom OUT --patients N --valid M --seed S`: procedural chest CT with reports in CT-RATE's layout.
+
+Volumes are written through a temporary name and renamed, so a run that was killed goes on where it stopped.
+`phantom.json` in OUT says what the folder holds; a folder that holds anything else is refused. Runs without JAX.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import gzip
+import io
+import json
+import multiprocessing
+import os
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from pathlib import Path
+
+import nibabel
+import numpy as np
+
+from mg3d_jax.data.abnormalities import ABNORMALITIES
+from mg3d_jax.errors import UserError
+from mg3d_jax.phantom import patients as phantoms
+from mg3d_jax.progress import track
+
+MARKER = "phantom.json"
+PARTIAL = ".partial"  # suffix of files being written
+REPORT_COLUMNS = ("VolumeName", "ClinicalInformation_EN", "Technique_EN", "Findings_EN", "Impressions_EN")
+_LONG_SPLIT = {"train": "train", "valid": "validation"}  # CT-RATE's two spellings
+
+
+def parse(argv: list[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="mg3d phantom",
+        description="Make procedural chest CT patients (volumes, reports, metadata, 18 labels) in CT-RATE's layout. "
+        "Patient k of a seed is the same, byte for byte, whatever --patients and --workers are.",
+    )
+    parser.add_argument("out", type=Path, help="folder to write; new, empty, or an earlier run of the same command")
+    parser.add_argument("--patients", type=int, default=200, help="patients of the train split (default %(default)s)")
+    parser.add_argument("--valid", type=int, default=50, help="patients of the valid split (default %(default)s)")
+    parser.add_argument("--seed", type=int, default=0, help="of everything random (default %(default)s)")
+    parser.add_argument("--workers", type=int, default=None, help="processes (default: one per CPU core)")
+    return parser.parse_args(argv)
+
+
+def volume_path(out: Path, name: str) -> Path:
+    """`train_1_a_1` -> `OUT/dataset/train/train_1/train_1_a/train_1_a_1.nii.gz`."""
+    split, patient, scan, _ = name.split("_")
+    folder = out / "dataset" / split / f"{split}_{patient}" / f"{split}_{patient}_{scan}"
+    return folder / f"{name}.nii.gz"
+
+
+def nifti_bytes(hu: np.ndarray, affine: np.ndarray) -> bytes:
+    """A gzip-compressed NIfTI-1 file of int16 HU, slope 1, intercept 0; the same bytes every time."""
+    image = nibabel.Nifti1Image(np.asfortranarray(hu), affine)
+    image.header.set_xyzt_units("mm")
+    image.set_sform(affine, code=1)
+    image.set_qform(affine, code=1)
+    buffer = io.BytesIO()
+    # CT compresses little better at higher levels, which take several times as long.
+    with gzip.GzipFile(filename="", mode="wb", compresslevel=1, fileobj=buffer, mtime=0) as stream:
+        stream.write(image.to_bytes())
+    return buffer.getvalue()
+
+
+def _write(path: Path, content: bytes) -> None:
+    """All or nothing: a reader never sees half a file."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(path.name + PARTIAL)
+    partial.write_bytes(content)
+    os.replace(partial, path)
+
+
+Rows = dict[str, list[dict[str, str]]]
+
+
+def write_patient(out: Path, seed: int, index: int, split: str) -> Rows:
+    """Writes the volumes of one patient that are not there yet; returns its rows of the three csv files."""
+    rows: Rows = {"reports": [], "metadata": [], "labels": []}
+    for scan in phantoms.make_patient(seed, index, split).scans:
+        for reconstruction in scan.reconstructions:
+            path = volume_path(out, reconstruction.name)
+            if not path.exists():
+                _write(path, nifti_bytes(reconstruction.hu, reconstruction.affine))
+            report = scan.report
+            texts = (path.name, report.clinical, report.technique, report.findings, report.impression)
+            rows["reports"].append(dict(zip(REPORT_COLUMNS, texts, strict=True)))
+            rows["metadata"].append(reconstruction.metadata)
+            labels = {name: str(label) for name, label in zip(ABNORMALITIES, scan.labels, strict=True)}
+            rows["labels"].append({"VolumeName": path.name} | labels)
+    return rows
+
+
+def _write_task(task: tuple[Path, int, int, str]) -> Rows:
+    return write_patient(*task)
+
+
+def _write_csv(path: Path, rows: list[dict[str, str]]) -> None:
+    text = io.StringIO(newline="")
+    writer = csv.DictWriter(text, list(rows[0]), lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    _write(path, text.getvalue().encode())
+
+
+def _cores() -> int:
+    """CPU cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def _run(tasks: Sequence[tuple[Path, int, int, str]], workers: int) -> Iterator[Rows]:
+    """Rows of every task, in order."""
+    if workers == 1:
+        yield from map(_write_task, tasks)
+        return
+    # spawn: the parent may hold threads (progress bar, JAX in a notebook) that do not survive a fork.
+    with ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context("spawn")) as pool:
+        try:
+            yield from pool.map(_write_task, tasks, chunksize=4)
+        except BrokenProcessPool as error:
+            raise UserError(
+                f"a worker process was killed (out of memory?). The same command goes on from here; "
+                f"fewer than {workers} --workers need less memory."
+            ) from error
+
+
+def _open_folder(out: Path, settings: dict[str, int]) -> bool:
+    """Claims `out` for these settings; True if an earlier run has finished it."""
+    marker = out / MARKER
+    if out.exists() and not out.is_dir():
+        raise UserError(f"{out} is a file. Name a folder to write to.")
+    if not marker.exists():
+        if out.is_dir() and any(entry.name != MARKER + PARTIAL for entry in out.iterdir()):
+            raise UserError(
+                f"{out} is not empty and holds no {MARKER}: it is not a phantom data set. Name a new folder."
+            )
+        _write(marker, json.dumps(settings | {"complete": False}, indent=1).encode())
+        return False
+    try:
+        found = json.loads(marker.read_text())
+        complete = found.pop("complete")
+    except (ValueError, KeyError, AttributeError) as error:
+        raise UserError(f"{marker} is not readable ({error}). Name a new folder, or delete {out}.") from error
+    if found != settings:
+        raise UserError(
+            f"{out} holds phantoms of {found}, asked for {settings}. Name a new folder, or delete this one."
+        )
+    return complete
+
+
+def _csv_paths(out: Path, split: str) -> dict[str, Path]:
+    dataset, long = out / "dataset", _LONG_SPLIT[split]
+    return {
+        "reports": dataset / "radiology_text_reports" / f"{long}_reports.csv",
+        "metadata": dataset / "metadata" / f"{long}_metadata.csv",
+        "labels": dataset / "multi_abnormality_labels" / f"{split}_predicted_labels.csv",
+    }
+
+
+def _is_whole(out: Path, splits: Sequence[str]) -> bool:
+    """Whether every csv file, and every volume that one names, is still there."""
+    for split in splits:
+        paths = _csv_paths(out, split)
+        if not all(path.exists() for path in paths.values()):
+            return False
+        with paths["labels"].open(newline="") as stream:
+            names = [row["VolumeName"].removesuffix(".nii.gz") for row in csv.DictReader(stream)]
+        if not all(volume_path(out, name).exists() for name in names):
+            return False
+    return True
+
+
+def make(out: Path, patients: int, valid: int, seed: int, workers: int | None = None) -> int:
+    """Writes the data set; returns how many volumes it holds, or 0 if `out` was already complete.
+
+    Raises `UserError` if `out` holds something else.
+    """
+    if patients < 0 or valid < 0 or patients + valid == 0:
+        raise UserError(f"--patients {patients} --valid {valid}: neither may be negative, and one must be positive.")
+    if seed < 0:
+        raise UserError(f"--seed {seed}: must be 0 or more.")
+    if workers is not None and workers < 1:
+        raise UserError(f"--workers {workers}: must be 1 or more.")
+    settings = {"patients": patients, "valid": valid, "seed": seed, "generator": phantoms.VERSION}
+    counts = {"train": patients, "valid": valid}
+    if _open_folder(out, settings) and _is_whole(out, [split for split, count in counts.items() if count]):
+        return 0
+    workers = workers or _cores()
+    volumes = 0
+    tasks = [(out, seed, index, split) for split, count in counts.items() for index in range(count)]
+    split_rows: dict[str, Rows] = {}
+    results = track(_run(tasks, min(workers, len(tasks))), "phantom", len(tasks), unit="patients")
+    for (_, _, _, split), rows in zip(tasks, results, strict=True):
+        merged = split_rows.setdefault(split, {name: [] for name in rows})
+        for name, more in rows.items():
+            merged[name] += more
+        volumes += len(rows["labels"])
+    for split, rows in split_rows.items():
+        for name, path in _csv_paths(out, split).items():
+            _write_csv(path, rows[name])
+    _write(out / MARKER, json.dumps(settings | {"complete": True}, indent=1).encode())
+    return volumes
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Command line; returns the exit code."""
+    args = parse(argv)
+    try:
+        volumes = make(args.out, args.patients, args.valid, args.seed, args.workers)
+    except OSError as error:
+        raise UserError(
+            f"cannot write {args.out}: {error}. The same command goes on from here once that is mended."
+        ) from error
+    what = f"{args.patients} train and {args.valid} valid patients of seed {args.seed}"
+    print(f"{args.out}: {what}, {volumes} volumes" if volumes else f"{args.out}: already holds {what}; nothing to do")
+    return 0

@@ -1,0 +1,1 @@
+"""Volumes and reports on disk -> checked, sharded records."""

@@ -1,0 +1,354 @@
+"""`mg3d prepare`: volumes and reports on disk -> checked, sharded training records with a manifest.
+
+    sources -> leak checks -> ordered examples -> fixed shards -> (workers: volumes, reports, records) -> manifest, QA
+
+Started again it continues; `--shard i/n` splits it over machines, and whichever finishes last writes the manifest.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+import time
+from collections import Counter
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from mg3d_jax.data.records import INDEX_NAME, MANIFEST_NAME
+from mg3d_jax.errors import UserError
+from mg3d_jax.files import write_json, write_lines
+from mg3d_jax.prepare import leaks
+from mg3d_jax.prepare.estimate import check_disk, estimate
+from mg3d_jax.prepare.fetch import check_command
+from mg3d_jax.prepare.geometry import PAPER_FRACTION, POLICIES, Grid
+from mg3d_jax.prepare.listing import Example, Listing, SourceOptions
+from mg3d_jax.prepare.manifest import build_manifest, code_version, write_manifest
+from mg3d_jax.prepare.qa_page import QUALITY_NAME, write_page
+from mg3d_jax.prepare.shards import (
+    Outcome,
+    Recipe,
+    forget_shard,
+    input_digest,
+    open_folder,
+    ordered,
+    outcomes,
+    read_sidecars,
+    shard_names,
+    worth_redoing,
+    write_shard,
+)
+from mg3d_jax.prepare.sources import RECONSTRUCTIONS, SOURCES, list_source
+from mg3d_jax.prepare.verify import verify
+from mg3d_jax.progress import Progress
+
+_SHOWN_BAD = 10
+_SHOWN_FAULTS = 50
+
+
+@dataclass(frozen=True)
+class Settings:
+    """One preparation. `size` in voxels, `spacing` in mm, RAS+ order; see `mg3d prepare --help` for the rest."""
+
+    source: str
+    root: Path
+    split: str
+    out: Path
+    size: tuple[int, int, int] = (128, 128, 96)
+    spacing: tuple[float, float, float] = (2.8, 2.8, 3.5)
+    policy: str = "center"
+    fraction: tuple[float, float, float] = PAPER_FRACTION
+    workers: int = 1
+    max_bad_share: float = 0.1
+    shard_records: int = 256
+    zstd_level: int = 3
+    window: tuple[float, float] | None = None
+    reconstructions: str = "all"
+    exclude: Path | None = None
+    array_spacing: tuple[float, float, float] | None = None
+    array_axes: str | None = None
+    slice_window: tuple[float, float] | None = None
+    fetch: str | None = None
+    shard: tuple[int, int] = (0, 1)
+    against: tuple[Path, ...] = ()
+    allow_leak: tuple[str, ...] = ()
+    qa_samples: int = 8
+
+    @property
+    def grid(self) -> Grid:
+        return Grid(tuple(self.size), tuple(self.spacing), self.policy, tuple(self.fraction))
+
+    def plan(self) -> dict[str, Any]:
+        """The settings that decide the bytes of the records."""
+        fraction = self.policy == "fraction"
+        return {
+            "source": self.source,
+            "split": self.split,
+            "root": str(self.root),
+            "size": list(self.size),
+            "spacing": None if fraction else list(self.spacing),
+            "policy": self.policy,
+            "fraction": list(self.fraction) if fraction else None,
+            "window": list(self.window) if self.window else None,
+            "reconstructions": self.reconstructions,
+            "shard_records": self.shard_records,
+            "zstd_level": self.zstd_level,
+            "code_version": code_version(),
+        }
+
+    def check(self) -> None:
+        """Raises `UserError` for settings that cannot work, before anything is read."""
+        if min(self.size) < 1 or min(self.spacing) <= 0:
+            raise UserError(f"--size {self.size} and --spacing {self.spacing} must be positive")
+        if self.policy not in POLICIES:
+            raise UserError(f"--policy {self.policy!r}: there are {sorted(POLICIES)}")
+        if not all(0 < share <= 1 for share in self.fraction):
+            raise UserError(f"--fraction {self.fraction} must be shares above 0 and up to 1")
+        if not 0 <= self.max_bad_share <= 1:
+            raise UserError(f"--max-bad-share {self.max_bad_share} is not a share between 0 and 1")
+        if self.shard_records < 1 or not 0 <= self.zstd_level <= 22:
+            raise UserError("--shard-records must be at least 1 and --zstd-level 0..22")
+        for name, window in (("--window", self.window), ("--slice-window", self.slice_window)):
+            if window is not None and window[0] >= window[1]:
+                raise UserError(f"{name} {window[0]:g} {window[1]:g}: the first must be below the second, in HU")
+        if not 0 <= self.shard[0] < self.shard[1]:
+            raise UserError(f"--shard {self.shard[0]}/{self.shard[1]}: expected i/n with 0 <= i < n")
+        if unknown := set(self.allow_leak) - leaks.LEAKS.keys():
+            raise UserError(f"--allow-leak {sorted(unknown)}: there are {sorted(leaks.LEAKS)}")
+        if self.fetch is not None:
+            check_command(self.fetch)
+
+
+def list_examples(settings: Settings) -> Listing:
+    """What the source holds, after its own rules."""
+    options = SourceOptions(
+        root=Path(settings.root),
+        split=settings.split,
+        reconstructions=settings.reconstructions,
+        exclude=settings.exclude,
+        streaming=settings.fetch is not None,
+        array_spacing=settings.array_spacing,
+        array_axes=settings.array_axes,
+        slice_window=settings.slice_window,
+    )
+    return list_source(settings.source, options)
+
+
+def check_bad(settings: Settings, bad: list[dict[str, str]], total: int) -> None:
+    """Raises `UserError` when nothing is left or too much is bad; the whole list goes to `bad.json`."""
+    share = len(bad) / total if total else 1.0
+    if total and len(bad) < total and share <= settings.max_bad_share:
+        return
+    settings.out.mkdir(parents=True, exist_ok=True)
+    write_json(settings.out / "bad.json", bad)
+    shown = "\n".join(f"  {item['path']}: {item['reason']}" for item in bad[:_SHOWN_BAD])
+    more = f"\n  ... all of them in {settings.out / 'bad.json'}" if len(bad) > _SHOWN_BAD else ""
+    if len(bad) >= total:
+        raise UserError(f"nothing is left to prepare: {len(bad)} of {total} are bad\n{shown}{more}")
+    raise UserError(
+        f"{len(bad)} of {total} ({share:.0%}) are bad, above --max-bad-share {settings.max_bad_share}\n{shown}{more}\n"
+        "mend them and run the same command again, or allow more with --max-bad-share"
+    )
+
+
+def _process(settings: Settings, chunks: dict[str, list[Example]], bad: int) -> dict[str, dict[str, Any]]:
+    """Prepares the shards of this process's share that are not done yet. Returns all sidecars that exist."""
+    sidecars = read_sidecars(settings.out, list(chunks))
+    index, count = settings.shard
+    mine = list(chunks)[index::count]
+    again = [
+        name for name in mine if name in sidecars and worth_redoing(settings.out, name, sidecars[name], chunks[name])
+    ]
+    todo = {name: chunks[name] for name in mine if name not in sidecars or name in again}
+    examples = [example for chunk in todo.values() for example in chunk]
+    recipe = Recipe(settings.grid, settings.window, settings.zstd_level, settings.fetch)
+    if expected := estimate(examples, recipe, settings.workers):
+        print(f"prepare: {expected}", file=sys.stderr, flush=True)
+        check_disk(expected, settings.out)
+    total = sum(len(chunks[name]) for name in mine)
+    if todo:  # no manifest may vouch for shards that are about to change, should this run be killed
+        (settings.out / MANIFEST_NAME).unlink(missing_ok=True)
+    for name in again:
+        forget_shard(settings.out, name)
+        del sidecars[name]
+    found = bad + sum(len(sidecar["bad"]) for sidecar in sidecars.values())
+    begun = time.time()
+    results = outcomes(examples, recipe, settings.workers)
+    with Progress("prepare", total=total, unit="volumes", initial=total - len(examples)) as progress:
+
+        def each(outcome: Outcome) -> None:
+            nonlocal found
+            found += outcome.data is None
+            progress.advance(1, note=f"{found} bad" if found else "")
+
+        for name, chunk in todo.items():
+            sidecars[name] = write_shard(settings.out, name, results, len(chunk), each, begun)
+    # Others (--shard i/n) may have finished theirs meanwhile.
+    return read_sidecars(settings.out, list(chunks)) | sidecars
+
+
+def _finish(
+    settings: Settings, listing: Listing, shards: list[dict[str, Any]], allowed: list[leaks.Leak], total: int
+) -> dict[str, Any]:
+    """Everything that is written once all shards are there; the manifest last."""
+    context = {
+        "label_names": list(listing.label_names),
+        "bad": listing.bad,
+        "skipped": listing.skipped,
+        "notes": listing.notes,
+    }
+    manifest = build_manifest(settings.plan(), shards, context)
+    check_bad(settings, manifest["bad"], total)
+    entries = [entry for shard in shards for entry in shard["entries"]]
+    found = allowed + leaks.content_leaks(entries, list(settings.against))
+    manifest["allowed_leaks"] = leaks.check(found, settings.allow_leak)
+    quality = [line for shard in shards for line in shard["quality"]]
+    write_lines(settings.out / INDEX_NAME, entries)
+    write_lines(settings.out / QUALITY_NAME, quality)
+    (settings.out / "bad.json").unlink(missing_ok=True)
+    write_manifest(settings.out, manifest)
+    write_page(settings.out, manifest, quality, settings.qa_samples)
+    return manifest
+
+
+def _nothing_listed(settings: Settings, listing: Listing) -> str:
+    others = f"the other splits are {sorted(listing.other_splits)}" if listing.other_splits else "it has no other split"
+    left_out = [f"{count} left out: {rule}" for rule, count in listing.skipped.items()]
+    return "; ".join([f"{settings.root} lists nothing to prepare for split {settings.split!r}", others, *left_out])
+
+
+def prepare(settings: Settings) -> dict[str, Any] | None:
+    """Prepares a whole data set and returns its manifest; `None` where `--shard i/n` left shards to other processes.
+    Called again after an interruption it goes on where it was. Raises `UserError` for a missing table, other settings
+    in `out`, a leak, nothing left, or too large a bad share."""
+    settings.check()
+    listing = list_examples(settings)
+    total = len(listing.examples) + len(listing.bad)
+    if not total:
+        raise UserError(_nothing_listed(settings, listing))
+    check_bad(settings, listing.bad, total)
+    found = leaks.listed_leaks(listing) + leaks.patient_leaks(listing.examples, list(settings.against))
+    leaks.check(found, settings.allow_leak)
+    examples = ordered(listing.examples)
+    step = settings.shard_records
+    parts = [examples[start : start + step] for start in range(0, len(examples), step)]
+    chunks = dict(zip(shard_names(len(parts)), parts, strict=True))
+    root = settings.root if settings.root.is_dir() else settings.root.parent
+    open_folder(settings.out, settings.plan() | {"input": input_digest(examples, root)})
+    sidecars = _process(settings, chunks, len(listing.bad))
+    if len(sidecars) < len(chunks):
+        return None
+    return _finish(settings, listing, [sidecars[name] for name in chunks], found, total)
+
+
+def summary(manifest: dict[str, Any]) -> str:
+    """What was prepared, for people."""
+    size, shards = sum(shard["bytes"] for shard in manifest["shards"]) / 1e6, len(manifest["shards"])
+    spacing = f"{manifest['spacing']} mm" if manifest["spacing"] else "a spacing that varies"
+    lines = [
+        f"{manifest['records']} records of {len(manifest['patients'])} patients, {manifest['unique_reports']} distinct "
+        f"reports, grid {manifest['grid']} at {spacing}, {size:.1f} MB in {shards} shards",
+        *manifest["notes"],
+        *(f"{count} left out: {rule}" for rule, count in manifest["skipped"].items()),
+        *(
+            f"leak allowed: {leak['name']} ({leak['where']}): {len(leak['items'])}"
+            for leak in manifest["allowed_leaks"]
+        ),
+    ]
+    if manifest["warnings"]:
+        lines.append(f"{manifest['warnings']} volumes with a warning, see {QUALITY_NAME}")
+    if bad := manifest["bad"]:
+        lines.append(f"{len(bad)} bad, listed in manifest.json:")
+        reasons = Counter(item["reason"].split(":")[0] for item in bad)
+        lines += [f"  {count} x {reason}" for reason, count in reasons.most_common()]
+    return "\n".join(lines)
+
+
+def _shard_share(text: str) -> tuple[int, int]:
+    try:
+        index, count = (int(part) for part in text.split("/"))
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is not i/n, such as 0/8") from None
+    return index, count
+
+
+def _parser() -> argparse.ArgumentParser:
+    default = {name: field.default for name, field in Settings.__dataclass_fields__.items()}
+    xyz = {"nargs": 3, "metavar": ("X", "Y", "Z")}
+    low_high = {"nargs": 2, "type": float, "metavar": ("LOW", "HIGH")}
+    parser = argparse.ArgumentParser(
+        prog="mg3d prepare",
+        description="Reads CT volumes and reports, checks them, and writes sharded training records with a manifest, a "
+        "quality record per volume (qa.jsonl) and a page to look at (qa.html). Started again it continues.",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    add = parser.add_argument
+    add("--source", choices=sorted(SOURCES), help="layout of the data set")
+    add("--root", type=Path, help="folder of the data set; for csv, the table; for ctrg, the folder or its json")
+    add("--split", help="split of the data set: train, valid (ctrate), train, val, test (ctrg), any (csv)")
+    add("--out", required=True, type=Path, help="folder for the records")
+    add("--verify", action="store_true", help="only check the checksums and every record of --out")
+    group = parser.add_argument_group("grid")
+    group.add_argument("--size", type=int, default=default["size"], help="voxels, RAS+", **xyz)
+    group.add_argument("--spacing", type=float, default=default["spacing"], help="mm per voxel", **xyz)
+    policies = "; ".join(f"{name}: {text}" for name, text in POLICIES.items()).replace("%", "%%")
+    group.add_argument("--policy", choices=sorted(POLICIES), default=default["policy"], help=policies)
+    group.add_argument(
+        "--fraction", type=float, default=default["fraction"], help="shares for --policy fraction", **xyz
+    )
+    group.add_argument("--window", default=None, help="store uint8 of this HU window instead of int16", **low_high)
+    group = parser.add_argument_group("selection")
+    group.add_argument("--reconstructions", choices=RECONSTRUCTIONS, default="all", help="of one scan (ctrate)")
+    group.add_argument("--exclude", type=Path, help="text file of volumes, scans or patients to leave out, one a line")
+    group.add_argument("--max-bad-share", type=float, default=default["max_bad_share"], help="fail above this share")
+    group.add_argument(
+        "--against", type=Path, nargs="+", default=(), metavar="FOLDER", help="prepared folders to check for leaks"
+    )
+    group.add_argument(
+        "--allow-leak", nargs="+", default=(), choices=sorted(leaks.LEAKS), help="leaks that are meant, by name"
+    )
+    group = parser.add_argument_group("files that do not say it themselves (arrays, 8-bit slices)")
+    group.add_argument("--array-spacing", type=float, default=None, help="mm of the three index axes", **xyz)
+    group.add_argument("--array-axes", default=None, help="where the index axes point, such as LPS or SPL")
+    group.add_argument("--slice-window", default=None, help="HU of grey 0 and 255 of 8-bit slices", **low_high)
+    group = parser.add_argument_group("work")
+    group.add_argument("--workers", type=int, default=len(os.sched_getaffinity(0)), help="worker processes")
+    group.add_argument(
+        "--shard", type=_shard_share, default=(0, 1), help="i/n: do every n-th shard from the i-th (from 0)"
+    )
+    group.add_argument("--shard-records", type=int, default=default["shard_records"], help="records per shard")
+    group.add_argument("--zstd-level", type=int, default=default["zstd_level"], help="0 stores uncompressed")
+    group.add_argument(
+        "--fetch",
+        default=None,
+        metavar="CMD",
+        help="shell command that puts {name} into {dir}; {patient} {scan} {split} too",
+    )
+    group.add_argument("--qa-samples", type=int, default=default["qa_samples"], help="volumes drawn in qa.html")
+    return parser
+
+
+def main(argv: list[str]) -> int:
+    """The command. Prints the summary; `UserError` when nothing is left, too much is bad, or data leak."""
+    arguments = vars(_parser().parse_args(argv))
+    if arguments.pop("verify"):
+        faults = verify(arguments["out"])
+        if faults:
+            shown = faults[:_SHOWN_FAULTS]
+            if len(faults) > len(shown):
+                shown.append(f"and {len(faults) - len(shown):,} more")
+            raise UserError(f"{arguments['out']} has {len(faults)} faults:\n  " + "\n  ".join(shown))
+        print(f"{arguments['out']} is sound")
+        return 0
+    if missing := [f"--{name}" for name in ("source", "root", "split") if arguments[name] is None]:
+        raise UserError(f"{', '.join(missing)} missing; see mg3d prepare --help")
+    values = {name: tuple(value) if isinstance(value, list) else value for name, value in arguments.items()}
+    settings = Settings(**values)
+    manifest = prepare(settings)
+    if manifest is None:
+        index, count = settings.shard
+        print(f"share {index}/{count} is done; the last share to finish writes the manifest")
+    else:
+        print(summary(manifest))
+    return 0

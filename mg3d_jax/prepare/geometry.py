@@ -1,0 +1,239 @@
+"""Where a volume lies and which part of it is kept: affines, orientation, and the grid policies.
+
+Millimetres and axes are RAS+ throughout (x to the patient's right, y anterior, z superior), NIfTI's convention.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import nibabel as nib
+import numpy as np
+
+from mg3d_jax.prepare.hounsfield import AIR_HU
+from mg3d_jax.prepare.nifti import StoredVolume, VolumeError
+from mg3d_jax.prepare.resample import AxisMap, resample
+
+SPACING_LIMITS = (0.05, 25.0)  # mm: what a body CT can have
+STRAIGHTEN_DEGREES = 10.0  # a volume that lies more askew than this is turned onto the scanner's axes
+_BOX_MM = 4.0  # sampling of the volume in which a body or lung box is sought
+_BOX_MARGIN_MM = 8.0
+
+PAPER_FRACTION = (0.88, 0.875, 0.656)  # MG-3D's centre crop, as shares of the extent
+POLICIES = {
+    "center": "fixed spacing, centred on the volume; cropped or padded to the size",
+    "body": "fixed spacing, centred on the body's bounding box",
+    "lung": "fixed spacing, centred on the lungs' bounding box",
+    "fraction": "a fixed share of each axis, centred and resized to the size (MG-3D's release); the spacing varies",
+}
+
+
+@dataclass(frozen=True)
+class Grid:
+    """The grid that every volume is brought to, RAS+ order: voxels, mm per voxel (not used by policy "fraction"), which
+    part of the volume it is laid on, and the shares that policy "fraction" keeps."""
+
+    size: tuple[int, int, int]
+    spacing: tuple[float, float, float]
+    policy: str = "center"
+    fraction: tuple[float, float, float] = PAPER_FRACTION
+
+
+@dataclass(frozen=True)
+class Metadata:
+    """What is known about a volume from outside its file; `None` where nothing is."""
+
+    scaling: tuple[float, float] | None = None  # rescale slope, intercept
+    spacing: tuple[float, float, float] | None = None  # mm of the index axes; of a table: column, row, slice
+    orientation: tuple[float, ...] | None = None  # DICOM ImageOrientationPatient, LPS
+    position: tuple[float, float, float] | None = None  # DICOM ImagePositionPatient, LPS
+    slices: int | None = None
+    kernel: str | None = None  # convolution kernel and series description, in words
+    axes: str | None = None  # files without a header: where each index axis points, such as "LPS"
+    window: tuple[float, float] | None = None  # 8-bit slices: HU of 0 and of 255
+
+
+def voxel_spacing(affine: np.ndarray) -> np.ndarray:
+    """mm along each voxel axis of an affine."""
+    return np.sqrt((affine[:3, :3] ** 2).sum(0))
+
+
+def table_affine(metadata: Metadata) -> np.ndarray | None:
+    """Affine (RAS+) from DICOM tags of a table: index axes (column, row, slice), slices stacked along the normal.
+    `None` without a spacing; LPS axes and origin 0 where orientation or position is missing."""
+    if metadata.spacing is None:
+        return None
+    cosines = np.array(metadata.orientation or (1, 0, 0, 0, 1, 0), np.float64).reshape(2, 3)
+    axes = np.stack([cosines[0], cosines[1], np.cross(cosines[0], cosines[1])], axis=1)
+    affine = np.eye(4)
+    affine[:3, :3] = axes * np.asarray(metadata.spacing)
+    affine[:3, 3] = metadata.position or (0, 0, 0)
+    return np.diag([-1.0, -1.0, 1.0, 1.0]) @ affine
+
+
+def _usable(affine: np.ndarray | None) -> bool:
+    """Finite, with three directions that span space, and the voxel size of a body CT."""
+    if affine is None or not np.isfinite(affine).all():
+        return False
+    spacing = voxel_spacing(affine)
+    if not (SPACING_LIMITS[0] <= spacing.min() and spacing.max() <= SPACING_LIMITS[1]):
+        return False
+    return abs(np.linalg.det(affine[:3, :3] / spacing)) > 0.3
+
+
+def resolve_geometry(stored: StoredVolume, metadata: Metadata, warnings: list[str]) -> np.ndarray:
+    """The affine to believe: the header's, unless it is blank or impossible; then the table's. A blank header with a
+    true spacing is read as LPS (DICOM's order), with a warning. Raises `VolumeError` where nothing is usable."""
+    table = table_affine(metadata)
+    spacing = voxel_spacing(stored.affine)
+    possible = _usable(stored.affine)
+    if not (stored.has_orientation and possible):
+        if _usable(table):
+            warnings.append("the header has no usable geometry: spacing and orientation come from the metadata table")
+            return table
+        if not possible:
+            raise VolumeError(
+                f"no usable geometry: the header has spacing {spacing.round(4).tolist()} mm, axes "
+                f"{stored.affine[:3, :3].round(3).tolist()}, and no metadata table replaces it"
+            )
+        if np.allclose(spacing, 1):
+            raise VolumeError("the header is blank (no orientation, spacing 1 mm) and no metadata table replaces it")
+        warnings.append("the header has no orientation: LPS index axes assumed, left and right are not certain")
+        affine = np.eye(4)
+        affine[:3, :3] = np.diag([-1.0, -1.0, 1.0]) * spacing
+        return affine
+    if metadata.spacing is not None and not np.allclose(sorted(spacing), sorted(metadata.spacing), rtol=0.02):
+        listed = [round(s, 3) for s in metadata.spacing]
+        warnings.append(f"spacing of header {spacing.round(3).tolist()} and table {listed} mm disagree: header used")
+    elif metadata.orientation is not None and _usable(table):
+        cosines = (stored.affine[:3, :3] / spacing).T @ (table[:3, :3] / voxel_spacing(table))
+        if np.abs(cosines).max(1).min() < 0.95:
+            warnings.append("the axes of header and metadata table disagree: header used")
+    return stored.affine
+
+
+def ras_order(affine: np.ndarray) -> tuple[tuple[int, int, int], np.ndarray]:
+    """(source axis of x, y, z; its sign): the nearest RAS+ order of the voxel axes."""
+    orientation = nib.io_orientation(affine)
+    if np.isnan(orientation).any():
+        raise VolumeError(f"the affine does not give every axis a direction: {affine[:3].round(3).tolist()}")
+    order = tuple(int(np.flatnonzero(orientation[:, 0] == axis)[0]) for axis in range(3))
+    return order, orientation[list(order), 1]
+
+
+def obliqueness(affine: np.ndarray) -> float:
+    """Largest angle between a voxel axis and its scanner axis, degrees."""
+    order, _ = ras_order(affine)
+    cosines = np.abs(affine[:3, :3] / voxel_spacing(affine))
+    return float(np.degrees(np.arccos(np.clip([cosines[i, source] for i, source in enumerate(order)], 0, 1))).max())
+
+
+def anatomy_box(data: np.ndarray, affine: np.ndarray, to_hu: Callable, policy: str) -> np.ndarray | None:
+    """Bounding box [3, 2] (first, last voxel + 1, source axes) of the "body" or the "lung"; `None` where there is none.
+
+    Body: the largest connected part above -400 HU once thin things (table, blankets) are opened away. Lung: air inside
+    the body's slices that does not reach the border of the slice, in parts of 100 ml and more."""
+    from scipy import ndimage
+
+    spacing = voxel_spacing(affine)
+    strides = np.maximum(np.round(_BOX_MM / spacing), 1).astype(int)
+    coarse = to_hu(data[tuple(slice(None, None, int(s)) for s in strides)])
+    body = ndimage.binary_opening(coarse > -400, iterations=2)
+    labels, count = ndimage.label(body)
+    if not count:
+        return None
+    found = labels == 1 + np.bincount(labels.ravel())[1:].argmax()
+    if policy == "lung":
+        order, _ = ras_order(affine)
+        inside = np.stack([ndimage.binary_fill_holes(s) for s in np.moveaxis(found, order[2], 0)])
+        inside = np.moveaxis(inside, 0, order[2])
+        air = ndimage.binary_opening(inside & (coarse < -500))
+        labels, count = ndimage.label(air)
+        smallest = 100_000 / float(np.prod(spacing * strides))  # 100 ml in voxels
+        sizes = np.bincount(labels.ravel())
+        found = np.isin(labels, [i for i in range(1, count + 1) if sizes[i] >= smallest])
+        if not found.any():
+            return None
+    box = [np.flatnonzero(found.any(tuple(a for a in range(3) if a != axis)))[[0, -1]] for axis in range(3)]
+    margin = _BOX_MARGIN_MM / spacing
+    return np.array(
+        [
+            (max(first * s - m, 0), min((last + 1) * s + m, size))
+            for (first, last), s, m, size in zip(box, strides, margin, data.shape, strict=True)
+        ]
+    )
+
+
+def _layout(data: np.ndarray, affine: np.ndarray, grid: Grid, to_hu: Callable, warnings: list[str]):
+    """(centre in source voxels, spacing in mm RAS+): where the grid lies on the volume."""
+    order, _ = ras_order(affine)
+    shape, spacing = np.array(data.shape), voxel_spacing(affine)
+    centre, step = (shape - 1) / 2, np.array(grid.spacing, np.float64)
+    if grid.policy == "fraction":
+        kept = (shape * spacing)[list(order)] * grid.fraction
+        return centre, kept / np.array(grid.size)
+    if grid.policy in ("body", "lung"):
+        box = anatomy_box(data, affine, to_hu, grid.policy)
+        if box is None:
+            warnings.append(f"no {grid.policy} found: the grid is centred on the volume")
+            return centre, step
+        centre = (box.sum(1) - 1) / 2
+        over = ((box[:, 1] - box[:, 0]) * spacing)[list(order)] - step * grid.size
+        if over.max() > 1:
+            cut = ", ".join(f"{axis} by {o:.0f} mm" for axis, o in zip("xyz", over, strict=True) if o > 1)
+            warnings.append(f"the {grid.policy} is larger than the grid: cut in {cut}")
+    return centre, step
+
+
+def place(
+    data: np.ndarray, affine: np.ndarray, grid: Grid, to_hu: Callable, warnings: list[str]
+) -> tuple[np.ndarray, np.ndarray]:
+    """The volume on its grid: (int16 HU [X, Y, Z], affine of its voxels). Outside the volume is air.
+
+    A volume that is askew by up to `STRAIGHTEN_DEGREES` keeps its own axes (the affine says so); one that is more
+    askew is turned onto the scanner's axes."""
+    order, signs = ras_order(affine)
+    centre, spacing = _layout(data, affine, grid, to_hu, warnings)
+    angle = obliqueness(affine)
+    if angle > STRAIGHTEN_DEGREES:
+        warnings.append(f"oblique by {angle:.0f} degrees: turned onto the scanner's axes")
+        return _straighten(data, affine, grid.size, spacing, centre, to_hu)
+    if angle > 1:
+        warnings.append(f"oblique by {angle:.0f} degrees: its own axes are kept, the affine says how they lie")
+    return _place_axes(data, affine, order, signs, grid.size, spacing, centre, to_hu)
+
+
+def _place_axes(data, affine, order, signs, size, spacing, centre, to_hu) -> tuple[np.ndarray, np.ndarray]:
+    """Separable resampling along the volume's own axes."""
+    source_spacing = voxel_spacing(affine)
+    axes: list[AxisMap | None] = [None, None, None]
+    to_source = np.zeros((4, 4))  # output voxel -> source voxel
+    to_source[3, 3] = 1
+    for target, source in enumerate(order):
+        step = spacing[target] / source_spacing[source] * signs[target]
+        start = centre[source] - step * (size[target] - 1) / 2
+        axes[source] = AxisMap(int(size[target]), float(start), float(step))
+        to_source[source, target], to_source[source, 3] = step, start
+    return resample(data, tuple(axes), order, to_hu, AIR_HU), affine @ to_source
+
+
+def _straighten(data, affine, size, spacing, centre, to_hu) -> tuple[np.ndarray, np.ndarray]:
+    """Area averaging along the volume's own axes where the grid is coarser, then one linear interpolation onto the
+    scanner's axes."""
+    from scipy import ndimage
+
+    order, signs = ras_order(affine)
+    own = voxel_spacing(affine)[list(order)]
+    coarse = np.maximum(own, spacing)
+    shape = np.array(data.shape)[list(order)]
+    count = np.ceil(shape * own / coarse).astype(int)
+    middle = (np.array(data.shape) - 1) / 2
+    volume, to_mm = _place_axes(data, affine, order, signs, count, coarse, middle, to_hu)
+    target = np.diag([*spacing, 1.0])
+    target[:3, 3] = (affine @ [*centre, 1])[:3] - spacing * (np.array(size) - 1) / 2
+    matrix = np.linalg.inv(to_mm) @ target
+    turned = ndimage.affine_transform(
+        volume.astype(np.float32), matrix[:3, :3], matrix[:3, 3], tuple(size), order=1, cval=AIR_HU
+    )
+    return np.rint(turned).astype(np.int16), target

@@ -1,0 +1,78 @@
+"""Quality record of one volume: what a person would check first, as one JSON line, with warnings in words."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import nibabel as nib
+import numpy as np
+from scipy import ndimage
+
+from mg3d_jax.prepare.geometry import Metadata, voxel_spacing
+from mg3d_jax.prepare.hounsfield import AIR_HU
+
+_SHORT_MM = 150.0  # a chest is longer
+_LEAST_LUNG = 0.03  # share of the voxels; bowel gas is less
+_PERCENTILES = (1, 5, 25, 50, 75, 95, 99)
+
+
+def blank_slices(sample: np.ndarray, axis: int) -> int:
+    """Slices inside the volume (not at its ends) in which every sampled voxel is the same: missing ones, filled up."""
+    slices = np.moveaxis(sample, axis, 0).reshape(sample.shape[axis], -1)
+    constant = slices.min(1) == slices.max(1)
+    real = np.flatnonzero(~constant)
+    return int(constant[real[0] : real[-1] + 1].sum()) if real.size else 0
+
+
+def enclosed_air(sample: np.ndarray, axis: int) -> float:
+    """Share of the voxels that are air inside the body: below -500 HU, in parts that do not reach the border of the
+    axial slices (`axis` is head to foot). The lungs of a chest, a little bowel gas of an abdomen."""
+    labels, count = ndimage.label(sample < -500)
+    border = np.zeros(count + 1, bool)
+    border[0] = True
+    for side in (a for a in range(3) if a != axis):
+        edge = np.moveaxis(labels, side, 0)
+        border[np.unique(edge[0])] = border[np.unique(edge[-1])] = True
+    return float(np.bincount(labels.ravel(), minlength=count + 1)[~border].sum() / labels.size)
+
+
+def measure(
+    shape: tuple[int, ...],
+    affine: np.ndarray,
+    sample: np.ndarray,
+    metadata: Metadata,
+    volume: np.ndarray,
+    kept: np.ndarray,
+    warnings: list[str],
+) -> dict[str, Any]:
+    """The quality record. `warnings` is extended and becomes part of it.
+
+    shape, affine: of the file. sample: a regular 3D sample of it, HU. volume, kept: on the grid, and its affine."""
+    spacing = voxel_spacing(affine)
+    extent = spacing * shape
+    axis_z = int(np.argmax(np.abs(affine[2, :3] / spacing)))
+    lung = enclosed_air(sample, axis_z)
+    if extent[axis_z] < _SHORT_MM:
+        warnings.append(f"truncated: only {extent[axis_z]:.0f} mm from head to foot")
+    if lung < _LEAST_LUNG:
+        warnings.append(f"no chest: only {lung:.1%} of the voxels are air inside the body")
+    if blank := blank_slices(sample, axis_z):
+        warnings.append(f"missing slices: about {blank / sample.shape[axis_z]:.0%} of the slices inside are blank")
+    if metadata.slices is not None and metadata.slices != shape[axis_z]:
+        warnings.append(f"missing slices: the metadata table has {metadata.slices}, the file {shape[axis_z]}")
+    if volume.min() == volume.max():
+        warnings.append("constant: nothing of the volume is on the grid")
+    return {
+        "shape": list(shape),
+        "spacing": spacing.round(4).tolist(),
+        "orientation": "".join(nib.aff2axcodes(affine)),
+        "extent": extent.round(1).tolist(),
+        "percentiles": {
+            f"p{p}": round(float(v), 1) for p, v in zip(_PERCENTILES, np.percentile(sample, _PERCENTILES), strict=True)
+        },
+        "air": round(float(np.mean(sample < -900)), 4),
+        "lung": round(lung, 4),
+        "padding": round(float(np.mean(volume == AIR_HU)), 4),
+        "grid_spacing": voxel_spacing(kept).round(4).tolist(),
+        "warnings": warnings,
+    }

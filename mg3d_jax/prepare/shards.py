@@ -1,0 +1,257 @@
+"""The engine of `mg3d prepare`: examples in worker processes -> shards with sidecars, resumable at every shard.
+
+Which example goes into which shard follows from the input alone, so that a run that was killed and started again, or
+split over machines, gives the same bytes. A shard whose sidecar lies in `work/` is done, unless a volume it lost may
+be whole by now (`worth_redoing`); nothing else is state.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import multiprocessing
+import os
+import sys
+import threading
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from mg3d_jax.data.records import Record, ShardWriter, encode, file_digest
+from mg3d_jax.errors import UserError
+from mg3d_jax.files import read_json, remove_partials, write_json
+from mg3d_jax.prepare.fetch import FETCH_FAILED, fetched
+from mg3d_jax.prepare.geometry import Grid
+from mg3d_jax.prepare.listing import Example
+from mg3d_jax.prepare.nifti import VolumeError
+from mg3d_jax.prepare.reports import report_id, report_sentences
+from mg3d_jax.prepare.volumes import prepare_volume
+
+WORK_FOLDER = "work"
+SYSTEM_FAILED = "system error"  # how the reason begins where the machine is to blame, not the file
+_PASSING = (FETCH_FAILED, SYSTEM_FAILED)
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How one example becomes one record; what a worker process needs to know."""
+
+    grid: Grid
+    window: tuple[float, float] | None = None  # HU of 0 and 255 where volumes are stored as uint8
+    zstd_level: int = 3  # 0: volumes are not packed
+    fetch: str | None = None  # command that brings a volume (see fetch.py)
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What became of one example: `data` (an encoded record), or `reason` why there is none."""
+
+    data: bytes | None
+    entry: dict[str, Any]  # its line of index.jsonl
+    quality: dict[str, Any] | None
+    reason: str | None
+
+
+def ordered(examples: Iterable[Example]) -> list[Example]:
+    """Record order: patients by the hash of their id, so that the first K are a random, nested subset; each patient's
+    volumes together, by name."""
+    return sorted(examples, key=lambda e: (hashlib.sha256(e.patient.encode()).digest(), e.patient, e.name))
+
+
+def prepare_example(example: Example, recipe: Recipe) -> Outcome:
+    """Reads one volume and encodes its record. Never raises for a bad volume: the outcome carries the reason."""
+    entry: dict[str, Any] = {
+        "name": example.name,
+        "patient": example.patient,
+        "report_id": report_id(example.findings, example.impression),
+    }
+    sentences = report_sentences(example.findings, example.impression)
+    if not sentences:
+        return Outcome(None, entry, None, "empty report")
+    try:
+        with fetched(example, recipe.fetch) as path:
+            prepared = prepare_volume(path, recipe.grid, example.metadata)
+    except Exception as error:  # one odd file must not end a run of days: it is listed, with its path
+        reason = str(error) if isinstance(error, VolumeError) else f"failed with {type(error).__name__}: {error}"
+        return Outcome(None, entry, None, f"{SYSTEM_FAILED}: {reason}" if _may_pass(error) else reason)
+    record = Record(
+        volume=prepared.volume,
+        sentences=sentences,
+        labels=np.array(example.labels, np.int8),
+        name=example.name,
+        patient=example.patient,
+        scan=example.scan,
+        report_id=entry["report_id"],
+        affine=prepared.affine,
+        findings=example.findings,
+        impression=example.impression,
+        source=example.source,
+    )
+    entry["affine"] = prepared.affine.round(6).tolist()  # voxel of the record -> mm of the scan
+    entry["content"] = hashlib.blake2b(prepared.volume.data, digest_size=16).hexdigest()
+    quality = {"path": str(example.path), "name": example.name, **prepared.quality}
+    return Outcome(encode(record, recipe.window, zstd_level=recipe.zstd_level), entry, quality, None)
+
+
+def _may_pass(error: Exception) -> bool:
+    """Memory that ran out, or a call that the system refused. Decoders raise `OSError` too, but without its number."""
+    causes = (error, error.__cause__)
+    return any(isinstance(e, MemoryError) or (isinstance(e, OSError) and e.errno is not None) for e in causes)
+
+
+def _exit_with_parent() -> None:
+    """In a worker: end when the main process is gone, however it went (SIGKILL leaves it no time to say so)."""
+    parent = multiprocessing.parent_process()
+
+    def watch() -> None:
+        parent.join()
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
+
+
+def outcomes(examples: list[Example], recipe: Recipe, workers: int) -> Iterator[tuple[Example, Outcome]]:
+    """Outcomes in the order of the examples; a few per worker are in flight, so that memory stays bounded."""
+    if workers <= 1 or len(examples) <= 1:
+        for example in examples:
+            yield example, prepare_example(example, recipe)
+        return
+    context = multiprocessing.get_context("forkserver")
+    pool = ProcessPoolExecutor(workers, mp_context=context, initializer=_exit_with_parent)
+    pending: deque[tuple[Example, Any]] = deque()
+    waiting = iter(examples)
+    try:
+        while True:
+            while len(pending) < 3 * workers and (example := next(waiting, None)) is not None:
+                pending.append((example, pool.submit(prepare_example, example, recipe)))
+            if not pending:
+                return
+            example, future = pending.popleft()
+            yield example, future.result()
+    except BrokenProcessPool as error:
+        paths = [str(example.path), *(str(other.path) for other, _ in pending)]
+        raise UserError(
+            f"a worker process died (out of memory?) on one of {paths}; run again with fewer --workers"
+        ) from error
+    finally:
+        pool.shutdown(wait=True, cancel_futures=True)
+
+
+def shard_names(count: int) -> list[str]:
+    return [f"records-{index:05d}-of-{count:05d}" for index in range(count)]
+
+
+def input_digest(examples: list[Example], root: Path) -> str:
+    """Digest of everything that the sources said, paths relative to the root: a moved data set is the same input."""
+    digest = hashlib.sha256()
+    for e in examples:
+        path = os.path.relpath(e.path, root)
+        digest.update(repr((path, e.name, e.patient, e.scan, e.findings, e.impression, e.labels, e.metadata)).encode())
+    return digest.hexdigest()
+
+
+def open_folder(out: Path, plan: dict[str, Any]) -> None:
+    """Creates the output folder with its plan, or checks that what lies there is the same preparation."""
+    work = out / WORK_FOLDER
+    work.mkdir(parents=True, exist_ok=True)
+    path = work / "plan.json"
+    if not path.is_file():
+        write_json(path, plan)
+    previous = read_json(path, mend=f"delete {out} to start anew")
+    keys = (plan.keys() | previous.keys()) - {"root"}
+    if changed := sorted(key for key in keys if plan.get(key) != previous.get(key)):
+        raise UserError(
+            f"{out} holds a preparation that differs in {changed}: choose another --out, or delete {out} to start anew"
+        )
+
+
+def _sidecar_path(out: Path, name: str) -> Path:
+    return out / WORK_FOLDER / f"{name}.json"
+
+
+def read_sidecars(out: Path, names: list[str]) -> dict[str, dict[str, Any]]:
+    """Sidecars of the finished shards. One that cannot be read is none, and that is said on stderr."""
+    found = {}
+    for name in names:
+        path = _sidecar_path(out, name)
+        if path.is_file():
+            try:
+                found[name] = read_json(path)
+            except UserError as error:
+                print(f"prepare: {error}: its shard counts as not done", file=sys.stderr, flush=True)
+    return found
+
+
+def _changed_at(path: Path) -> float:
+    """When a volume (file or folder of slices) last changed, seconds since 1970; -inf where there is none. The inode's
+    time counts too: a file that is moved or copied into place may keep an old time of its content."""
+    try:
+        parts = [path, *path.iterdir()] if path.is_dir() else [path]
+        return max(max(status.st_mtime, status.st_ctime) for status in map(os.stat, parts))
+    except OSError:
+        return -math.inf
+
+
+def worth_redoing(out: Path, name: str, sidecar: dict[str, Any], examples: list[Example]) -> bool:
+    """Whether a shard of `examples` that is done may come out with more records: a volume that was bad has changed or
+    appeared since the shard was begun, or the network or the machine was to blame, which may be better now."""
+    begun = _sidecar_path(out, name).stat().st_mtime
+    reasons = {Path(item["path"]).name: item["reason"] for item in sidecar["bad"]}
+    if any(reason.startswith(_PASSING) for reason in reasons.values()):
+        return True
+    # By name, because the data set may have moved.
+    lost = [example.path for example in examples if example.path.name in reasons]
+    return any(_changed_at(path) > begun or (reasons[path.name] == "no such file" and path.exists()) for path in lost)
+
+
+def forget_shard(out: Path, name: str) -> None:
+    """Makes a shard count as not done."""
+    _sidecar_path(out, name).unlink(missing_ok=True)
+
+
+def write_shard(
+    out: Path,
+    name: str,
+    results: Iterator[tuple[Example, Outcome]],
+    count: int,
+    each: Callable[[Outcome], None],
+    begun: float,
+) -> dict[str, Any]:
+    """Writes the next `count` results as one shard with its sidecar, which it returns. `each` is told every outcome.
+
+    begun: a time before the first volume was read, seconds since 1970. The sidecar's file bears it: a volume that
+    changed later may have been read before it changed."""
+    path, sidecar_path = out / f"{name}.array_record", _sidecar_path(out, name)
+    for ours in (path, sidecar_path):
+        remove_partials(ours)
+    sidecar: dict[str, Any] = {"file": path.name, "records": 0, "entries": [], "bad": [], "quality": []}
+    writer = ShardWriter(path)
+    try:
+        for _ in range(count):
+            example, outcome = next(results)
+            if outcome.data is None:
+                sidecar["bad"].append({"path": str(example.path), "reason": outcome.reason})
+            else:
+                writer.write(outcome.data)
+                sidecar["records"] += 1
+                sidecar["entries"].append(outcome.entry)
+                sidecar["quality"].append(outcome.quality)
+            each(outcome)
+    except BaseException:
+        writer.abandon()
+        raise
+    if sidecar["records"]:
+        writer.close()
+        sidecar |= {"bytes": path.stat().st_size, "sha256": file_digest(path)}
+    else:
+        writer.abandon()
+        path.unlink(missing_ok=True)  # of an earlier attempt, some of whose volumes are gone now
+    write_json(sidecar_path, sidecar)
+    os.utime(sidecar_path, (begun, begun))
+    return sidecar

@@ -1,0 +1,1 @@
+"""The scaling law: solver, intervals, tables in and out, plots."""

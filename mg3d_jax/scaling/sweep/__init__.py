@@ -1,0 +1,1 @@
+"""Sweeps over model and data size: declared, planned, run, compared."""

@@ -1,0 +1,143 @@
+"""What a sweep will do and cost, before it does it; and where it stands."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from ml_collections import ConfigDict
+
+from mg3d_jax.data.records import MANIFEST_NAME, read_manifest
+from mg3d_jax.errors import UserError
+from mg3d_jax.files import read_json
+from mg3d_jax.progress import format_seconds
+from mg3d_jax.scaling import flops
+from mg3d_jax.scaling.fit.plots import format_size
+from mg3d_jax.scaling.sweep import rows as records
+from mg3d_jax.scaling.sweep import states
+from mg3d_jax.scaling.sweep.declaration import Run, Sweep
+from mg3d_jax.scaling.sweep.states import Status
+from mg3d_jax.training.schedule import total_steps
+
+
+@dataclass(frozen=True)
+class Planned:
+    """One run and its cost. `records`, `steps`, `samples` and FLOPs are None while the data are not prepared."""
+
+    run: Run
+    cost: flops.Cost
+    status: Status
+    patients: int
+    records: int | None
+    steps: int | None
+    samples: int | None
+    training_flops: float | None
+    seconds: float | None  # estimated from the finished runs of this sweep
+
+
+def plan(sweep: Sweep, workdir: Path) -> list[Planned]:
+    """Every run with its cost and what `mg3d sweep run` would do with it. `UserError` if the data do not allow it."""
+    speed = _flops_per_second(workdir, sweep)
+    planned = []
+    for run in sweep.runs:
+        config = run.config()
+        cost = flops.count(config)
+        patients, count = data_size(config)
+        steps = None if count is None else total_steps(config.training, config.data.batch_size, count)
+        samples = None if steps is None else steps * config.data.batch_size
+        work = None if samples is None else samples * cost.training_flops
+        seconds = work / speed if work and speed else None
+        planned.append(Planned(run, cost, states.status(workdir, run), patients, count, steps, samples, work, seconds))
+    return planned
+
+
+def data_size(config: ConfigDict) -> tuple[int, int | None]:
+    """Unique patients and records that a run trains on; records are None before the data are prepared.
+
+    `UserError` where there are too few patients, or where a patient is in both the training and the held-out data.
+    """
+    wanted, train = config.data.max_patients, tuple(config.data.train)
+    folders = [Path(folder) for folder in (*train, *config.data.valid)]
+    if not all((folder / MANIFEST_NAME).is_file() for folder in folders):
+        return wanted * len(train), None
+    listed = [read_manifest(folder)["patients"] for folder in folders[: len(train)]]
+    if wanted > max(map(len, listed)):
+        raise UserError(f"the sweep wants {wanted} patients; {', '.join(train)} have {max(map(len, listed))}")
+    held_out = {name for folder in folders[len(train) :] for name, _ in read_manifest(folder)["patients"]}
+    if shared := sorted({name for one in listed for name, _ in one} & held_out):
+        raise UserError(
+            f"{len(shared)} patients are in data.train and in data.valid, e.g. {shared[0]}: that loss would not be "
+            "held out; prepare splits that share no patient"
+        )
+    used = [one[:wanted] for one in listed]
+    return sum(map(len, used)), sum(count for one in used for _, count in one)
+
+
+def _flops_per_second(workdir: Path, sweep: Sweep) -> float | None:
+    """Training speed of the finished runs of this sweep; None before the first."""
+    done = [states.run_folder(workdir, run) / records.RECORD_FILE for run in sweep.runs]
+    found = [read_json(path) for path in done if path.is_file()]
+    seconds = sum(one["trained_seconds"] or 0.0 for one in found)
+    return sum(one["training_flops"] for one in found) / seconds if seconds else None
+
+
+def plan_table(sweep: Sweep, planned: Sequence[Planned]) -> str:
+    """The plan as text, with totals and what is missing."""
+    head = ["run", "N", "vision", "text", "patients", "records", "samples", "steps", "FLOPs", "time", "action"]
+    lines = [head]
+    for one in planned:
+        sizes = (getattr(one.cost, sweep.model_size), one.cost.n_vision, one.cost.n_text)
+        data = (one.patients, one.records, one.samples, one.steps)
+        lines.append(
+            [
+                one.run.id,
+                *(format_size(size) for size in sizes),
+                *("?" if value is None else f"{value:,}" for value in data),
+                "?" if one.training_flops is None else f"{one.training_flops:.3g}",
+                "?" if one.seconds is None else format_seconds(one.seconds),
+                one.status.action,
+            ]
+        )
+    open_runs = [one for one in planned if one.status.state != states.DONE]
+    work, seconds = ([getattr(one, name) for one in open_runs] for name in ("training_flops", "seconds"))
+    text = [align(lines), f"{len(planned)} runs, {len(open_runs)} to do"]
+    if None not in work and open_runs:
+        text[-1] += f", {sum(work):.3g} FLOPs"
+    if None not in seconds and open_runs:
+        text[-1] += f", about {format_seconds(sum(seconds))}"
+    text.append(f"N is {sweep.model_size}, D is {sweep.data_size}, the law describes {sweep.loss}")
+    if any(one.records is None for one in planned):
+        text.append("records, samples and FLOPs are not known: data.train or data.valid is not prepared yet")
+    return "\n".join(text)
+
+
+def status_table(workdir: Path, sweep: Sweep) -> str:
+    """Every declared run with its state and, where it is done, its loss; and folders that are not declared any more."""
+    lines = [["run", "state", "step", sweep.loss, "detail"]]
+    counts: dict[str, int] = {}
+    for run in sweep.runs:
+        status = states.status(workdir, run)
+        counts[status.state] = counts.get(status.state, 0) + 1
+        loss = None
+        if status.state == states.DONE:
+            loss = read_json(states.run_folder(workdir, run) / states.SUMMARY_FILE)["final"].get(sweep.loss)
+        lines.append([run.id, status.state, str(status.step), "" if loss is None else f"{loss:.5g}", status.detail])
+    text = [align(lines), ", ".join(f"{count} {state}" for state, count in counts.items())]
+    declared = {run.id for run in sweep.runs}
+    others = [folder.name for folder in sorted((workdir / "runs").glob("*")) if folder.name not in declared]
+    if others:
+        text.append(f"not declared by the sweep, so not part of the fit: {', '.join(others)}")
+    return "\n".join(text)
+
+
+def align(lines: Sequence[Sequence[str]]) -> str:
+    """Columns padded to equal width; the first is left aligned, numbers right aligned."""
+    widths = [max(len(line[k]) for line in lines) for k in range(len(lines[0]))]
+    left = {0, len(widths) - 1}
+    return "\n".join(
+        "  ".join(
+            cell.ljust(w) if k in left else cell.rjust(w) for k, (cell, w) in enumerate(zip(line, widths, strict=True))
+        ).rstrip()
+        for line in lines
+    )

@@ -1,0 +1,176 @@
+"""One JSON record per finished run, and the rows that the fit reads: every declared run with its state."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from ml_collections import ConfigDict
+
+from mg3d_jax import config as config_lib
+from mg3d_jax.files import read_json, whole_lines, write_json
+from mg3d_jax.scaling import flops
+from mg3d_jax.scaling.fit import table
+from mg3d_jax.scaling.fit.table import Row
+from mg3d_jax.scaling.sweep import states
+from mg3d_jax.scaling.sweep.declaration import Run, Sweep
+
+RECORD_FILE = "record.json"
+# What must be equal for losses to be comparable: the schedule (a run must end where its decay ends), the number of
+# negatives of the contrastive loss, what the two towers are shown, and what the losses are of.
+COMPARABLE = (
+    "schedule.kind",
+    "schedule.cooldown_percent",
+    "schedule.final_fraction",
+    "data.batch_size",
+    "data.windows",
+    "data.shuffle_reports",
+    "model.volume_size",
+    "objectives.alignment.temperature",
+    "objectives.alignment.learn_temperature",
+    "objectives.alignment.report_view",
+    "objectives.alignment.report_sentences",
+    "objectives.alignment.sentence_tokens",
+    "objectives.alignment.form",
+    "objectives.alignment.center",
+    "objectives.volume_reconstruction.mask_ratio",
+    "objectives.volume_reconstruction.masking",
+    "objectives.volume_reconstruction.normalize_target",
+    "objectives.volume_reconstruction.read_report",
+    "objectives.report_reconstruction.mask_ratio",
+    "objectives.report_reconstruction.sentence_weight",
+    "objectives.matching.high",
+    "objectives.matching.low",
+    "objectives.matching.average",
+    "objectives.matching.sentence_source",
+    "objectives.discrimination.temperature",
+    "data.max_tokens",
+    "data.max_sentences",
+    "data.tokenizer",
+    "data.vocab_size",
+)
+NEGATIVES = "negatives of a pair"  # one of them too, though no key of the config
+IN_TABLE = (
+    "model", "patients", "seed", "n_total", "n_active", "n_vision", "n_text", "n_heads",
+    "unique_patients", "unique_records", "samples_seen", "steps", "training_flops",
+    "batch_size", "learning_rate", "schedule", "config_hash", "code_version",
+)  # fmt: skip
+
+
+def write_record(workdir: Path, run: Run) -> dict[str, Any]:
+    """Writes `record.json` of a finished run from what its trainer left; returns it."""
+    folder = states.run_folder(workdir, run)
+    record = build_record(run, read_json(folder / states.SUMMARY_FILE), _evaluations(folder))
+    write_json(folder / RECORD_FILE, record)
+    return record
+
+
+def build_record(run: Run, summary: dict[str, Any], evaluations: list[dict[str, Any]]) -> dict[str, Any]:
+    """The record of a run: identity, sizes, cost, recipe, outcome. FLOPs are analytic (see `flops`)."""
+    config = run.config()
+    vocabulary, mismatch = _vocabulary(config, summary)
+    cost = flops.count(config, vocabulary)
+    samples, steps = int(summary["samples_seen"]), int(summary["step"])
+    seconds = summary.get("trained_seconds")
+    return {
+        "run": run.id,
+        "model": run.model,
+        "patients": run.patients,
+        "seed": run.seed,
+        "state": summary["state"],
+        "config_hash": summary["config_hash"],
+        "code_version": summary["code_version"],
+        **{key: value for key, value in cost.as_dict().items() if key.startswith("n_")},
+        "vocab_size": vocabulary,
+        "parameters": summary["parameters"],
+        "parameters_mismatch": mismatch,
+        "unique_patients": summary["unique_patients"],
+        "unique_records": summary["unique_records"],
+        "samples_seen": samples,
+        "volume_tokens_seen": samples * cost.volume_tokens,
+        "report_tokens_seen": samples * cost.report_tokens,
+        "training_flops": samples * cost.training_flops,
+        "training_flops_per_sample": cost.training_flops,
+        "forward_flops_per_sample": cost.forward_flops,
+        "steps": steps,
+        "trained_seconds": seconds,
+        "step_seconds": seconds / steps if seconds and steps else None,
+        "batch_size": config.data.batch_size,
+        "learning_rate": config.optimizer.learning_rate,
+        "schedule": config.schedule.kind,
+        "recipe": config_lib.flatten(config),
+        "final": {name: value if math.isfinite(value) else None for name, value in summary["final"].items()},
+        "evaluations": evaluations,
+    }
+
+
+def _vocabulary(config: ConfigDict, summary: dict[str, Any]) -> tuple[int, int]:
+    """The tokenizer's size, from the parameters that were built; and by how many parameters our count is then wrong."""
+    declared = int(config.data.vocab_size)
+    excess = int(summary["parameters"]["total"]) - flops.count(config, declared).n_total
+    row = flops.count(config, declared + 1).n_total - flops.count(config, declared).n_total
+    rows = round(excess / row)
+    return declared + rows, excess - rows * row
+
+
+def _evaluations(folder: Path) -> list[dict[str, Any]]:
+    """Every held-out evaluation of the run: lines of `metrics.jsonl` with split "valid"."""
+    finite = (
+        {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in one.items()}
+        for one in whole_lines(folder / states.METRICS_FILE)
+    )
+    return [line for line in finite if line.get("split") == "valid"]
+
+
+def rows(workdir: Path, sweep: Sweep, loss: str) -> list[Row]:
+    """A row for every declared run: used, excluded (finished, of no use) or missing (not finished), with the reason."""
+    found = [_row(workdir, run, sweep, loss) for run in sweep.runs]
+    table.exclude_unusable(found, (sweep.model_size, sweep.data_size, loss))
+    return found
+
+
+def _row(workdir: Path, run: Run, sweep: Sweep, loss: str) -> Row:
+    status = states.status(workdir, run)
+    row = Row(run.id, math.nan, math.nan, math.nan, group=run.id)
+    row.extra = {"model": run.model, "patients": run.patients, "seed": run.seed, "state": status.state}
+    if status.state != states.DONE:
+        row.status = table.MISSING
+        row.reason = status.state + (f" at step {status.step}" if status.step else "")
+        row.reason += f": {status.detail}" if status.detail else ""
+        return row
+    record = write_record(workdir, run)
+    row.n, row.d = float(record[sweep.model_size]), float(record[sweep.data_size])
+    final = record["final"]
+    row.extra |= {key: record[key] for key in IN_TABLE} | final
+    if loss not in final:
+        row.exclude(f"no metric {loss!r} in {states.SUMMARY_FILE}; it has {', '.join(final) or 'none'}")
+    elif record["parameters_mismatch"]:
+        row.exclude(
+            f"the model has {record['parameters_mismatch']:+,} parameters against our count of its configuration"
+        )
+    else:
+        row.loss = math.nan if final[loss] is None else float(final[loss])
+    return row
+
+
+def incomparable(sweep: Sweep, found: Sequence[Row]) -> str | None:
+    """Why the losses of the used runs must not share a law, or None."""
+    used = {row.label for row in table.used(found)}
+    settings: dict[str, dict[str, list[str]]] = {key: {} for key in (*COMPARABLE, NEGATIVES)}
+    for run in sweep.runs:
+        if run.id in used:
+            flat = config_lib.flatten(run.config())
+            pieces = 1 if flat["optimizer.gradient_cache"] else flat["optimizer.accumulation"]
+            flat[NEGATIVES] = flat["data.batch_size"] // pieces - 1
+            for key in settings:
+                settings[key].setdefault(repr(flat[key]), []).append(run.id)
+    mixed = [f"{key} ({', '.join(values)})" for key, values in settings.items() if len(values) > 1]
+    return f"the runs differ in {'; '.join(mixed)}: their losses are not comparable" if mixed else None
+
+
+def versions_warning(found: Sequence[Row]) -> list[str]:
+    """A warning where the used runs come from different versions of the code."""
+    versions = sorted({str(row.extra["code_version"]) for row in table.used(found)})
+    return [f"the runs come from {len(versions)} code versions: {', '.join(versions)}"] if len(versions) > 1 else []
