@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import glob
 import json
+import logging
 import os
-import sys
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 from mg3d_jax.errors import UserError
+
+logger = logging.getLogger(__name__)
 
 
 def partial_path(path: Path) -> Path:
@@ -89,8 +91,8 @@ def read_lines(path: Path) -> tuple[list[dict[str, Any]], int]:
 
 
 def whole_lines(path: Path) -> list[dict[str, Any]]:
-    """The objects of `read_lines`; how many damaged lines were left out is said on stderr."""
+    """The objects of `read_lines`; a warning says how many damaged lines were left out."""
     found, damaged = read_lines(path)
     if damaged:
-        print(f"{path}: {damaged} damaged of {damaged + len(found)} lines are left out", file=sys.stderr)
+        logger.warning("%s: %d damaged of %d lines are left out", path, damaged, damaged + len(found))
     return found

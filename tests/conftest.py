@@ -21,7 +21,10 @@ os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES", "0")
 import jax
 import pytest
 
+from mg3d_jax import log
+
 jax.config.update("jax_num_cpu_devices", 8)
+log.to_stderr()  # as the command line does, so that tests which call the library read its messages from capsys
 
 SHARED = Path(__file__).resolve().parents[2] / "shared" / "data"
 

@@ -6,9 +6,13 @@ Modules are imported only when their command runs, so that `mg3d --help` and `mg
 from __future__ import annotations
 
 import importlib
+import logging
 import sys
 
+from mg3d_jax import log
 from mg3d_jax.errors import UserError, storage_problem
+
+logger = logging.getLogger(__name__)
 
 COMMANDS: dict[str, tuple[str, str]] = {
     "phantom": ("mg3d_jax.phantom.dataset", "make procedural chest CT with reports, in CT-RATE's layout"),
@@ -27,35 +31,39 @@ COMMANDS: dict[str, tuple[str, str]] = {
 def usage() -> str:
     width = max(map(len, COMMANDS))
     lines = [f"  {name:<{width}}  {summary}" for name, (_, summary) in COMMANDS.items()]
-    return "usage: mg3d <command> [options]\n\ncommands:\n" + "\n".join(lines) + "\n\nmg3d <command> --help says more."
+    commands = "\n".join(lines)
+    return (
+        f"usage: mg3d [-v] <command> [options]\n\ncommands:\n{commands}\n\nmg3d <command> --help says more. "
+        f"-v, --verbose, or {log.LEVEL_VARIABLE}=debug in the environment: every message; {log.LEVEL_VARIABLE}=warning: fewer."
+    )
 
 
 def main(argv: list[str] | None = None) -> int:
     """Runs one command; a `UserError` becomes one readable line on stderr and exit code 2."""
     argv = sys.argv[1:] if argv is None else argv
-    if not argv or argv[0] in ("-h", "--help", "help"):
+    verbose = argv[:1] in (["-v"], ["--verbose"])
+    name, *rest = (argv[1:] if verbose else argv) or ["--help"]
+    if name in ("-h", "--help", "help"):
         print(usage())
         return 0
-    if argv[0] == "--version":
+    if name == "--version":
         from mg3d_jax import __version__
 
         print(f"mg3d {__version__}")
         return 0
-    name, *rest = argv
-    if name not in COMMANDS:
-        print(f"mg3d: there is no command {name!r}.\n\n{usage()}", file=sys.stderr)
-        return 2
     try:
+        log.to_stderr("debug" if verbose else None)
+        if name not in COMMANDS:
+            raise UserError(f"there is no command {name!r}.\n\n{usage()}")
         return importlib.import_module(COMMANDS[name][0]).main(rest) or 0
     except UserError as error:
-        print(f"mg3d {name}: {error}", file=sys.stderr)
+        logger.error("mg3d%s: %s", f" {name}" if name in COMMANDS else "", error)
         return 2
     except OSError as error:
         if (problem := storage_problem(error)) is None:
             raise
         where = f"{error.filename}: " if error.filename else ""
-        print(
-            f"mg3d {name}: {where}{problem}. Make room or change the permissions; the same command goes on",
-            file=sys.stderr,
+        logger.error(
+            "mg3d %s: %s%s. Make room or change the permissions; the same command goes on", name, where, problem
         )
         return 2
