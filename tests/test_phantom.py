@@ -15,9 +15,10 @@ import numpy as np
 import pytest
 import SimpleITK
 
+from mg3d_jax.commands import phantom as phantom_command
 from mg3d_jax.data.abnormalities import ABNORMALITIES, prompt_pair
 from mg3d_jax.errors import UserError
-from mg3d_jax.phantom import dataset as phantom_command
+from mg3d_jax.phantom import dataset
 from mg3d_jax.phantom import patients as phantoms
 from mg3d_jax.phantom.abnormalities import FINDINGS, PREVALENCE, adapt_anatomy
 from mg3d_jax.phantom.anatomy import LOBES, draw_anatomy, lobe_of, lung_depth, sample_anatomy
@@ -91,7 +92,7 @@ def test_prompts_are_ct_clips() -> None:
 def test_files_agree_with_their_metadata(data_set: Path) -> None:
     seen = set()
     for row in rows(data_set / "dataset/metadata/train_metadata.csv"):
-        path = phantom_command.volume_path(data_set, row["VolumeName"].removesuffix(".nii.gz"))
+        path = dataset.volume_path(data_set, row["VolumeName"].removesuffix(".nii.gz"))
         loaded = nibabel.load(path)
         header = loaded.header
         assert header.get_data_dtype() == np.int16 and (loaded.dataobj.slope, loaded.dataobj.inter) == (1.0, 0.0)
@@ -112,7 +113,7 @@ def test_files_agree_with_their_metadata(data_set: Path) -> None:
 
 @pytest.mark.processes
 def test_patient_is_the_same_whatever_the_count_and_the_workers(data_set: Path, tmp_path: Path) -> None:
-    phantom_command.make(tmp_path / "out", 5, 1, SEED, workers=2)
+    dataset.make(tmp_path / "out", 5, 1, SEED, workers=2)
     few = sorted(path.relative_to(tmp_path / "out") for path in (tmp_path / "out").rglob("*.nii.gz"))
     assert len(few) >= 6
     for path in few:
@@ -142,9 +143,9 @@ def test_interrupted_run_goes_on_and_complete_run_is_left_alone(
     assert times == {path: path.stat().st_mtime_ns for path in out.rglob("*") if path.is_file()}
     # As a kill leaves it: half a file under its temporary name, no csv, no mark of completion.
     volume = next(out.rglob("train_2_a_1.nii.gz"))
-    volume.rename(volume.with_name(volume.name + phantom_command.PARTIAL)).write_bytes(b"half")
+    volume.rename(volume.with_name(volume.name + dataset.PARTIAL)).write_bytes(b"half")
     next(out.rglob("train_reports.csv")).unlink()
-    marker = out / phantom_command.MARKER
+    marker = out / dataset.MARKER
     marker.write_text(marker.read_text().replace("true", "false"))
     phantom_command.main(arguments)
     assert before == {path: path.read_bytes() for path in out.rglob("*") if path.is_file()}
@@ -156,19 +157,19 @@ def test_interrupted_run_goes_on_and_complete_run_is_left_alone(
 def test_refuses_what_it_must_not_touch(data_set: Path, tmp_path: Path) -> None:
     (tmp_path / "mine.txt").write_text("precious")
     with pytest.raises(UserError, match="not empty"):
-        phantom_command.make(tmp_path, 1, 1, 0)
+        dataset.make(tmp_path, 1, 1, 0)
     with pytest.raises(UserError, match="is a file"):
-        phantom_command.make(tmp_path / "mine.txt", 1, 1, 0)
+        dataset.make(tmp_path / "mine.txt", 1, 1, 0)
     with pytest.raises(UserError, match="asked for"):
-        phantom_command.make(data_set, PATIENTS, VALID, SEED + 1)
+        dataset.make(data_set, PATIENTS, VALID, SEED + 1)
     for patients, valid, seed, workers in ((0, 0, 0, 1), (-1, 2, 0, 1), (1, 0, -1, 1), (1, 0, 0, 0)):
         with pytest.raises(UserError, match="--"):
-            phantom_command.make(tmp_path / "new", patients, valid, seed, workers)
+            dataset.make(tmp_path / "new", patients, valid, seed, workers)
     assert not (tmp_path / "new").exists()
 
 
 def test_command_never_imports_jax() -> None:
-    code = "import sys, mg3d_jax.data.phantom_command; sys.exit('jax' in sys.modules)"
+    code = "import sys, mg3d_jax.commands.phantom; sys.exit('jax' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 
 

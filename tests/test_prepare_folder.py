@@ -17,7 +17,7 @@ from reference.synthetic_ct import body, report_row, volume_path, write_ctrate, 
 from mg3d_jax.commands.main import main
 from mg3d_jax.data.records import RecordReader, file_digest
 from mg3d_jax.errors import UserError
-from mg3d_jax.prepare.folder import Settings, prepare
+from mg3d_jax.prepare import Settings, prepare
 
 SHARED = Path(__file__).parents[1].parent / "shared" / "data"
 
@@ -193,6 +193,6 @@ def test_the_command_never_imports_jax():
     import subprocess
     import sys
 
-    code = "import sys, mg3d_jax.data.prepare; print(sorted({'jax', 'torch', 'pandas'} & set(sys.modules)))"
+    code = "import sys, mg3d_jax.commands.prepare; print(sorted({'jax', 'torch', 'pandas'} & set(sys.modules)))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"

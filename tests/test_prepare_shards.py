@@ -23,9 +23,10 @@ from mg3d_jax.prepare.estimate import Estimate, check_disk, estimate
 from mg3d_jax.prepare.folder import prepare, summary
 from mg3d_jax.prepare.geometry import Grid
 from mg3d_jax.prepare.leaks import read_index
-from mg3d_jax.prepare.listing import Example, Metadata
-from mg3d_jax.prepare.shards import WORK_FOLDER, Outcome, Recipe, write_shard
-from mg3d_jax.prepare.sources import SourceOptions, list_source
+from mg3d_jax.prepare.listing import Example, Metadata, SourceOptions
+from mg3d_jax.prepare.recipe import WORK_FOLDER
+from mg3d_jax.prepare.selection import list_source
+from mg3d_jax.prepare.shards import Outcome, Recipe, write_shard
 
 
 def tree(folder: Path) -> dict[str, bytes]:
@@ -131,18 +132,18 @@ def test_a_fetch_that_fails_is_listed_and_tried_again_next_time(tmp_path, monkey
 
 
 @pytest.mark.parametrize("how", ["written", "moved", "with the root moved"])
-def test_a_mended_volume_is_read_again_and_nothing_else(tmp_path, how):
+def test_a_repaired_volume_is_read_again_and_nothing_else(tmp_path, how):
     root, out = tmp_path / "root", tmp_path / "out"
     names = write_ctrate(root, 4)
     prepare(settings(root, tmp_path / "whole", shard_records=1))
     path = volume_path(root, names[0])
     good = path.read_bytes()
     path.write_bytes(good[:2000])
-    with pytest.raises(UserError, match="mend them and run the same command again"):
+    with pytest.raises(UserError, match="repair them and run the same command again"):
         prepare(settings(root, out, shard_records=1))
     before = {p.name: p.stat().st_mtime_ns for p in out.glob("*.array_record")}
     assert len(before) == 4
-    with pytest.raises(UserError, match="are bad"):  # nothing was mended: nothing is read again
+    with pytest.raises(UserError, match="are bad"):  # nothing was repaired: nothing is read again
         prepare(settings(root, out, shard_records=1))
     assert {p.name: p.stat().st_mtime_ns for p in out.glob("*.array_record")} == before
     if how == "moved":  # a copy of last year with its old time
@@ -221,8 +222,8 @@ def test_a_shard_done_again_without_any_record_leaves_no_file(tmp_path):
         assert (tmp_path / found["file"]).exists() is there
 
 
-def test_no_manifest_outlives_the_shards_it_vouches_for(tmp_path, monkeypatch):
-    """A run that is to mend one shard and is killed."""
+def test_no_manifest_outlives_the_shards_it_describes(tmp_path, monkeypatch):
+    """A run that is to make one shard anew and is killed."""
     import mg3d_jax.prepare.folder as module
 
     names = write_ctrate(tmp_path / "root", 4)
@@ -279,7 +280,7 @@ def test_verify_finds_what_is_damaged(tmp_path, capsys):
 
 
 def test_verify_says_how_many_more_faults_there_are(tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr("mg3d_jax.prepare.folder.verify", lambda _: [f"fault {n}" for n in range(60)])
+    monkeypatch.setattr("mg3d_jax.commands.prepare.verify", lambda _: [f"fault {n}" for n in range(60)])
     assert main(["prepare", "--verify", "--out", str(tmp_path)]) == 2
     error = capsys.readouterr().err
     assert "60 faults" in error and "fault 49\n" in error and "fault 50" not in error and "and 10 more" in error

@@ -8,9 +8,17 @@ import numpy as np
 import pytest
 from reference.synthetic_ct import affine, body, report_row, volume_path, write_ctrate, write_nifti, write_tables
 
+from mg3d_jax.commands.main import main
+from mg3d_jax.data.records import RecordReader
 from mg3d_jax.errors import UserError
-from mg3d_jax.prepare.listing import SourceOptions, dicom_metadata
-from mg3d_jax.prepare.sources import ctrate_ids, list_csv, list_ctrate, list_ctrg, list_source
+from mg3d_jax.prepare import Settings, prepare
+from mg3d_jax.prepare.listing import SourceOptions
+from mg3d_jax.prepare.selection import list_source
+from mg3d_jax.prepare.sources.ctrate import ctrate_ids, list_ctrate
+from mg3d_jax.prepare.sources.ctrg import list_ctrg
+from mg3d_jax.prepare.sources.table import list_table
+from mg3d_jax.prepare.tables import dicom_metadata
+from mg3d_jax.registry import SOURCES
 
 
 def test_ctrate_names():
@@ -225,7 +233,7 @@ def test_csv_spacings_that_are_none_and_splits_that_are_not_there(tmp_path):
     rows = ['a.npy,Normal.,train,"0,7 0,7 1,5"', "b.npy,Normal.,train,1.5", "c.npy,Normal.,train,0.7 0.7 0"]
     rows += ["d.npy,Normal.,train,0.7x0.7x1.5", "e.npy,Normal.,test,?"]
     path.write_text("\n".join(["volume,report,split,spacing", *rows]))
-    listing = list_csv(SourceOptions(path, "train", array_spacing=(1, 1, 1)))
+    listing = list_table(SourceOptions(path, "train", array_spacing=(1, 1, 1)))
     assert [(e.name, e.metadata.spacing) for e in listing.examples] == [("d.npy", (0.7, 0.7, 1.5))]
     reasons = [item["reason"] for item in listing.bad]
     assert [reason.split(" is not")[0] for reason in reasons] == [
@@ -234,7 +242,7 @@ def test_csv_spacings_that_are_none_and_splits_that_are_not_there(tmp_path):
         "row 3 of table.csv: spacing '0.7 0.7 0'",
     ]
     with pytest.raises(UserError, match=r"--split 'valid': the column 'split' of .* has \['test', 'train'\]"):
-        list_csv(SourceOptions(path, "valid"))
+        list_table(SourceOptions(path, "valid"))
 
 
 def test_csv_of_any_shape(tmp_path):
@@ -251,7 +259,7 @@ def test_csv_of_any_shape(tmp_path):
     ]
     path = tmp_path / "table.csv"
     path.write_text("\n".join(lines))
-    listing = list_csv(SourceOptions(path, "train"))
+    listing = list_table(SourceOptions(path, "train"))
     first, second = listing.examples
     assert listing.label_names == ("Emphysema", "Nodule")
     assert (first.findings, first.impression, first.patient) == ("Large heart.", "Cardiomegaly.", "P1")
@@ -262,4 +270,56 @@ def test_csv_of_any_shape(tmp_path):
     assert any("Age" in note for note in listing.notes)
     path.write_text("volume,age\nx,3\n")
     with pytest.raises(UserError, match="`report`"):
-        list_csv(SourceOptions(path, "train"))
+        list_table(SourceOptions(path, "train"))
+
+
+TOY_SOURCE = '''
+"""A folder of arrays, each with its report beside it: `scan.npy` and `scan.txt`."""
+
+from mg3d_jax.prepare.geometry import Metadata
+from mg3d_jax.prepare.listing import Example, Listing
+from mg3d_jax.registry import SOURCES
+
+
+def list_toy(options):
+    listing = Listing([], label_names=("Nodule",))
+    for path in sorted(options.root.glob(f"{options.split}_*.npy")):
+        report = path.with_suffix(".txt")
+        if not report.exists():
+            listing.add_bad(path, "a volume without a report")
+            continue
+        about = Metadata(spacing=(8.0, 8.0, 9.0), axes="RAS")
+        listing.examples.append(
+            Example(path, path.name, path.stem, path.stem, report.read_text(), "", (1,), about, "toy")
+        )
+    return listing
+
+
+SOURCES.register("toy", list_toy)
+'''
+
+
+def test_a_source_of_ones_own_is_one_module(tmp_path, monkeypatch, capsys):
+    (tmp_path / "toy_source.py").write_text(TOY_SOURCE)
+    monkeypatch.syspath_prepend(tmp_path)
+    for number in range(3):
+        np.save(tmp_path / f"train_{number}.npy", body(seed=number))
+        (tmp_path / f"train_{number}.txt").write_text(f"Nodule of {number} mm.")
+    np.save(tmp_path / "train_3.npy", body(seed=3))
+    command = ["prepare", "--root", str(tmp_path), "--split", "train", "--out", str(tmp_path / "out"), "--workers", "2"]
+    command += ["--size", "24", "20", "18", "--spacing", "16", "16", "18", "--max-bad-share", "0.5", "--source", "toy"]
+    with pytest.raises(SystemExit):
+        main(command)
+    assert "invalid choice: 'toy'" in capsys.readouterr().err
+    with pytest.raises(UserError, match="there is no source 'toy': choose one of ctrate, ctrg, csv"):
+        prepare(Settings("toy", tmp_path, "train", tmp_path / "out"))
+    assert main([*command, "--plugins", "no_such_module"]) == 2
+    assert "the plugin 'no_such_module' cannot be imported" in capsys.readouterr().err
+    try:
+        assert main([*command, "--plugins", "toy_source"]) == 0
+    finally:
+        SOURCES.unregister("toy")
+    reader = RecordReader(tmp_path / "out")
+    assert [reader[i].source for i in range(len(reader))] == ["toy"] * 3
+    assert reader.manifest["label_names"] == ["Nodule"] and reader.manifest["source"] == "toy"
+    assert reader.manifest["bad"] == [{"path": str(tmp_path / "train_3.npy"), "reason": "a volume without a report"}]

@@ -15,8 +15,8 @@ from mg3d_jax.errors import UserError, storage_problem
 logger = logging.getLogger(__name__)
 
 COMMANDS: dict[str, tuple[str, str]] = {
-    "phantom": ("mg3d_jax.phantom.dataset", "make procedural chest CT with reports, in CT-RATE's layout"),
-    "prepare": ("mg3d_jax.prepare.folder", "volumes and reports on disk -> checked, sharded training records"),
+    "phantom": ("mg3d_jax.commands.phantom", "make procedural chest CT with reports, in CT-RATE's layout"),
+    "prepare": ("mg3d_jax.commands.prepare", "volumes and reports on disk -> checked, sharded training records"),
     "train": ("mg3d_jax.commands.train", "train from a config; the same command resumes"),
     "report": ("mg3d_jax.commands.report", "one HTML page of a run: curves, slices, evaluations, configuration"),
     "evaluate": ("mg3d_jax.commands.evaluate", "zero-shot AUROC and retrieval of a trained run"),

@@ -1,4 +1,4 @@
-"""`mg3d phantom OUT --patients N --valid M --seed S`: procedural chest CT with reports in CT-RATE's layout.
+"""A data set of procedural chest CT with reports, in CT-RATE's layout: `mg3d phantom`.
 
 Volumes are written through a temporary name and renamed, so a run that was killed goes on where it stopped.
 `phantom.json` in OUT says what the folder holds; a folder that holds anything else is refused. Runs without JAX.
@@ -6,7 +6,6 @@ Volumes are written through a temporary name and renamed, so a run that was kill
 
 from __future__ import annotations
 
-import argparse
 import csv
 import gzip
 import io
@@ -30,20 +29,6 @@ MARKER = "phantom.json"
 PARTIAL = ".partial"  # suffix of files being written
 REPORT_COLUMNS = ("VolumeName", "ClinicalInformation_EN", "Technique_EN", "Findings_EN", "Impressions_EN")
 _LONG_SPLIT = {"train": "train", "valid": "validation"}  # CT-RATE's two spellings
-
-
-def parse(argv: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        prog="mg3d phantom",
-        description="Make procedural chest CT patients (volumes, reports, metadata, 18 labels) in CT-RATE's layout. "
-        "Patient k of a seed is the same, byte for byte, whatever --patients and --workers are.",
-    )
-    parser.add_argument("out", type=Path, help="folder to write; new, empty, or an earlier run of the same command")
-    parser.add_argument("--patients", type=int, default=200, help="patients of the train split (default %(default)s)")
-    parser.add_argument("--valid", type=int, default=50, help="patients of the valid split (default %(default)s)")
-    parser.add_argument("--seed", type=int, default=0, help="of everything random (default %(default)s)")
-    parser.add_argument("--workers", type=int, default=None, help="processes (default: one per CPU core)")
-    return parser.parse_args(argv)
 
 
 def volume_path(out: Path, name: str) -> Path:
@@ -203,17 +188,3 @@ def make(out: Path, patients: int, valid: int, seed: int, workers: int | None = 
             _write_csv(path, rows[name])
     _write(out / MARKER, json.dumps(settings | {"complete": True}, indent=1).encode())
     return volumes
-
-
-def main(argv: list[str] | None = None) -> int:
-    """Command line; returns the exit code."""
-    args = parse(argv)
-    try:
-        volumes = make(args.out, args.patients, args.valid, args.seed, args.workers)
-    except OSError as error:
-        raise UserError(
-            f"cannot write {args.out}: {error}. The same command goes on from here once that is mended."
-        ) from error
-    what = f"{args.patients} train and {args.valid} valid patients of seed {args.seed}"
-    print(f"{args.out}: {what}, {volumes} volumes" if volumes else f"{args.out}: already holds {what}; nothing to do")
-    return 0

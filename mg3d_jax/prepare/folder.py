@@ -1,4 +1,4 @@
-"""`mg3d prepare`: volumes and reports on disk -> checked, sharded training records with a manifest.
+"""Volumes and reports on disk -> checked, sharded training records with a manifest: `mg3d prepare`.
 
     sources -> leak checks -> ordered examples -> fixed shards -> (workers: volumes, reports, records) -> manifest, QA
 
@@ -7,16 +7,14 @@ Started again it continues; `--shard i/n` splits it over machines, and whichever
 
 from __future__ import annotations
 
-import argparse
-import os
-import sys
+import logging
 import time
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from mg3d_jax.data.records import INDEX_NAME, MANIFEST_NAME
+from mg3d_jax.data.records import INDEX_NAME, MANIFEST_NAME, read_manifest
 from mg3d_jax.errors import UserError
 from mg3d_jax.files import write_json, write_lines
 from mg3d_jax.prepare import leaks
@@ -24,14 +22,15 @@ from mg3d_jax.prepare.estimate import check_disk, estimate
 from mg3d_jax.prepare.fetch import check_command
 from mg3d_jax.prepare.geometry import PAPER_FRACTION, POLICIES, Grid
 from mg3d_jax.prepare.listing import Example, Listing, SourceOptions
-from mg3d_jax.prepare.manifest import build_manifest, code_version, write_manifest
+from mg3d_jax.prepare.manifest import build_manifest
 from mg3d_jax.prepare.qa_page import QUALITY_NAME, write_page
+from mg3d_jax.prepare.recipe import migrated, open_folder
+from mg3d_jax.prepare.selection import list_source
 from mg3d_jax.prepare.shards import (
     Outcome,
     Recipe,
     forget_shard,
     input_digest,
-    open_folder,
     ordered,
     outcomes,
     read_sidecars,
@@ -39,12 +38,11 @@ from mg3d_jax.prepare.shards import (
     worth_redoing,
     write_shard,
 )
-from mg3d_jax.prepare.sources import RECONSTRUCTIONS, SOURCES, list_source
-from mg3d_jax.prepare.verify import verify
 from mg3d_jax.progress import Progress
 
+logger = logging.getLogger(__name__)
+
 _SHOWN_BAD = 10
-_SHOWN_FAULTS = 50
 
 
 @dataclass(frozen=True)
@@ -94,7 +92,6 @@ class Settings:
             "reconstructions": self.reconstructions,
             "shard_records": self.shard_records,
             "zstd_level": self.zstd_level,
-            "code_version": code_version(),
         }
 
     def check(self) -> None:
@@ -148,7 +145,7 @@ def check_bad(settings: Settings, bad: list[dict[str, str]], total: int) -> None
         raise UserError(f"nothing is left to prepare: {len(bad)} of {total} are bad\n{shown}{more}")
     raise UserError(
         f"{len(bad)} of {total} ({share:.0%}) are bad, above --max-bad-share {settings.max_bad_share}\n{shown}{more}\n"
-        "mend them and run the same command again, or allow more with --max-bad-share"
+        "repair them and run the same command again, or allow more with --max-bad-share"
     )
 
 
@@ -164,10 +161,10 @@ def _process(settings: Settings, chunks: dict[str, list[Example]], bad: int) -> 
     examples = [example for chunk in todo.values() for example in chunk]
     recipe = Recipe(settings.grid, settings.window, settings.zstd_level, settings.fetch)
     if expected := estimate(examples, recipe, settings.workers):
-        print(f"prepare: {expected}", file=sys.stderr, flush=True)
+        logger.info("prepare: %s", expected)
         check_disk(expected, settings.out)
     total = sum(len(chunks[name]) for name in mine)
-    if todo:  # no manifest may vouch for shards that are about to change, should this run be killed
+    if todo:  # should this be killed, no manifest may describe shards that were about to change
         (settings.out / MANIFEST_NAME).unlink(missing_ok=True)
     for name in again:
         forget_shard(settings.out, name)
@@ -189,7 +186,12 @@ def _process(settings: Settings, chunks: dict[str, list[Example]], bad: int) -> 
 
 
 def _finish(
-    settings: Settings, listing: Listing, shards: list[dict[str, Any]], allowed: list[leaks.Leak], total: int
+    settings: Settings,
+    listing: Listing,
+    code: dict[str, Any],
+    shards: list[dict[str, Any]],
+    allowed: list[leaks.Leak],
+    total: int,
 ) -> dict[str, Any]:
     """Everything that is written once all shards are there; the manifest last."""
     context = {
@@ -198,7 +200,7 @@ def _finish(
         "skipped": listing.skipped,
         "notes": listing.notes,
     }
-    manifest = build_manifest(settings.plan(), shards, context)
+    manifest = build_manifest(settings.plan(), code, shards, context)
     check_bad(settings, manifest["bad"], total)
     entries = [entry for shard in shards for entry in shard["entries"]]
     found = allowed + leaks.content_leaks(entries, list(settings.against))
@@ -207,7 +209,7 @@ def _finish(
     write_lines(settings.out / INDEX_NAME, entries)
     write_lines(settings.out / QUALITY_NAME, quality)
     (settings.out / "bad.json").unlink(missing_ok=True)
-    write_manifest(settings.out, manifest)
+    write_json(settings.out / MANIFEST_NAME, manifest)
     write_page(settings.out, manifest, quality, settings.qa_samples)
     return manifest
 
@@ -235,11 +237,15 @@ def prepare(settings: Settings) -> dict[str, Any] | None:
     parts = [examples[start : start + step] for start in range(0, len(examples), step)]
     chunks = dict(zip(shard_names(len(parts)), parts, strict=True))
     root = settings.root if settings.root.is_dir() else settings.root.parent
-    open_folder(settings.out, settings.plan() | {"input": input_digest(examples, root)})
+    plan = open_folder(settings.out, settings.plan() | {"input": input_digest(examples, root)})
+    if plan is None:
+        return migrated(read_manifest(settings.out))
     sidecars = _process(settings, chunks, len(listing.bad))
     if len(sidecars) < len(chunks):
         return None
-    return _finish(settings, listing, [sidecars[name] for name in chunks], found, total)
+    if (settings.out / MANIFEST_NAME).is_file():
+        logger.info("prepare: %s was prepared already", settings.out)
+    return _finish(settings, listing, plan["code"], [sidecars[name] for name in chunks], found, total)
 
 
 def summary(manifest: dict[str, Any]) -> str:
@@ -263,92 +269,3 @@ def summary(manifest: dict[str, Any]) -> str:
         reasons = Counter(item["reason"].split(":")[0] for item in bad)
         lines += [f"  {count} x {reason}" for reason, count in reasons.most_common()]
     return "\n".join(lines)
-
-
-def _shard_share(text: str) -> tuple[int, int]:
-    try:
-        index, count = (int(part) for part in text.split("/"))
-    except ValueError:
-        raise argparse.ArgumentTypeError(f"{text!r} is not i/n, such as 0/8") from None
-    return index, count
-
-
-def _parser() -> argparse.ArgumentParser:
-    default = {name: field.default for name, field in Settings.__dataclass_fields__.items()}
-    xyz = {"nargs": 3, "metavar": ("X", "Y", "Z")}
-    low_high = {"nargs": 2, "type": float, "metavar": ("LOW", "HIGH")}
-    parser = argparse.ArgumentParser(
-        prog="mg3d prepare",
-        description="Reads CT volumes and reports, checks them, and writes sharded training records with a manifest, a "
-        "quality record per volume (qa.jsonl) and a page to look at (qa.html). Started again it continues.",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
-    )
-    add = parser.add_argument
-    add("--source", choices=sorted(SOURCES), help="layout of the data set")
-    add("--root", type=Path, help="folder of the data set; for csv, the table; for ctrg, the folder or its json")
-    add("--split", help="split of the data set: train, valid (ctrate), train, val, test (ctrg), any (csv)")
-    add("--out", required=True, type=Path, help="folder for the records")
-    add("--verify", action="store_true", help="only check the checksums and every record of --out")
-    group = parser.add_argument_group("grid")
-    group.add_argument("--size", type=int, default=default["size"], help="voxels, RAS+", **xyz)
-    group.add_argument("--spacing", type=float, default=default["spacing"], help="mm per voxel", **xyz)
-    policies = "; ".join(f"{name}: {text}" for name, text in POLICIES.items()).replace("%", "%%")
-    group.add_argument("--policy", choices=sorted(POLICIES), default=default["policy"], help=policies)
-    group.add_argument(
-        "--fraction", type=float, default=default["fraction"], help="shares for --policy fraction", **xyz
-    )
-    group.add_argument("--window", default=None, help="store uint8 of this HU window instead of int16", **low_high)
-    group = parser.add_argument_group("selection")
-    group.add_argument("--reconstructions", choices=RECONSTRUCTIONS, default="all", help="of one scan (ctrate)")
-    group.add_argument("--exclude", type=Path, help="text file of volumes, scans or patients to leave out, one a line")
-    group.add_argument("--max-bad-share", type=float, default=default["max_bad_share"], help="fail above this share")
-    group.add_argument(
-        "--against", type=Path, nargs="+", default=(), metavar="FOLDER", help="prepared folders to check for leaks"
-    )
-    group.add_argument(
-        "--allow-leak", nargs="+", default=(), choices=sorted(leaks.LEAKS), help="leaks that are meant, by name"
-    )
-    group = parser.add_argument_group("files that do not say it themselves (arrays, 8-bit slices)")
-    group.add_argument("--array-spacing", type=float, default=None, help="mm of the three index axes", **xyz)
-    group.add_argument("--array-axes", default=None, help="where the index axes point, such as LPS or SPL")
-    group.add_argument("--slice-window", default=None, help="HU of grey 0 and 255 of 8-bit slices", **low_high)
-    group = parser.add_argument_group("work")
-    group.add_argument("--workers", type=int, default=len(os.sched_getaffinity(0)), help="worker processes")
-    group.add_argument(
-        "--shard", type=_shard_share, default=(0, 1), help="i/n: do every n-th shard from the i-th (from 0)"
-    )
-    group.add_argument("--shard-records", type=int, default=default["shard_records"], help="records per shard")
-    group.add_argument("--zstd-level", type=int, default=default["zstd_level"], help="0 stores uncompressed")
-    group.add_argument(
-        "--fetch",
-        default=None,
-        metavar="CMD",
-        help="shell command that puts {name} into {dir}; {patient} {scan} {split} too",
-    )
-    group.add_argument("--qa-samples", type=int, default=default["qa_samples"], help="volumes drawn in qa.html")
-    return parser
-
-
-def main(argv: list[str]) -> int:
-    """The command. Prints the summary; `UserError` when nothing is left, too much is bad, or data leak."""
-    arguments = vars(_parser().parse_args(argv))
-    if arguments.pop("verify"):
-        faults = verify(arguments["out"])
-        if faults:
-            shown = faults[:_SHOWN_FAULTS]
-            if len(faults) > len(shown):
-                shown.append(f"and {len(faults) - len(shown):,} more")
-            raise UserError(f"{arguments['out']} has {len(faults)} faults:\n  " + "\n  ".join(shown))
-        print(f"{arguments['out']} is sound")
-        return 0
-    if missing := [f"--{name}" for name in ("source", "root", "split") if arguments[name] is None]:
-        raise UserError(f"{', '.join(missing)} missing; see mg3d prepare --help")
-    values = {name: tuple(value) if isinstance(value, list) else value for name, value in arguments.items()}
-    settings = Settings(**values)
-    manifest = prepare(settings)
-    if manifest is None:
-        index, count = settings.shard
-        print(f"share {index}/{count} is done; the last share to finish writes the manifest")
-    else:
-        print(summary(manifest))
-    return 0

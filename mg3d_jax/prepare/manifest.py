@@ -2,35 +2,10 @@
 
 from __future__ import annotations
 
-import hashlib
-from pathlib import Path
 from typing import Any
 
-import mg3d_jax
-from mg3d_jax.data.records import FORMAT_VERSION, MANIFEST_NAME
-from mg3d_jax.files import write_json
-
-# The modules that decide which bytes a record holds.
-_CODE = (
-    "prepare/geometry",
-    "prepare/hounsfield",
-    "prepare/listing",
-    "prepare/nifti",
-    "prepare/reading",
-    "prepare/reports",
-    "prepare/resample",
-    "prepare/sources",
-    "prepare/volumes",
-    "data/records",
-)
-
-
-def code_version() -> str:
-    """Version of the package and a digest of the code that decides the records' bytes."""
-    digest = hashlib.sha256()
-    for name in _CODE:
-        digest.update((Path(__file__).parents[1] / f"{name}.py").read_bytes())
-    return f"{mg3d_jax.__version__}+data.{digest.hexdigest()[:12]}"
+from mg3d_jax.data.records import FORMAT_VERSION
+from mg3d_jax.prepare.recipe import RECIPE_VERSION
 
 
 def group_patients(patients: list[str]) -> list[list]:
@@ -45,14 +20,17 @@ def group_patients(patients: list[str]) -> list[list]:
 
 
 def build_manifest(
-    plan: dict[str, Any],
-    shards: list[dict[str, Any]],
-    listing: dict[str, Any],
+    plan: dict[str, Any], code: dict[str, Any], shards: list[dict[str, Any]], listing: dict[str, Any]
 ) -> dict[str, Any]:
-    """The manifest of a finished folder.
+    """The manifest of a finished folder. It follows from the arguments alone, which all processes of a preparation share:
+    whichever finishes last writes the same bytes.
 
-    plan: settings that decide the records (source, split, grid, ...). shards: the sidecar of every shard, in order.
-    listing: {"label_names", "bad", "skipped", "notes"} of the source."""
+    Args:
+        plan: the settings that decide the records: source, split, grid, ...
+        code: what version of the code began the preparation, for people; as `mg3d_jax.version.code` gave it.
+        shards: the sidecar of every shard, in order.
+        listing: {"label_names", "bad", "skipped", "notes"} of the source.
+    """
     entries = [entry for shard in shards for entry in shard["entries"]]
     shard_keys = ("file", "records", "bytes", "sha256")
     return {
@@ -70,11 +48,7 @@ def build_manifest(
         "skipped": listing["skipped"],
         "notes": listing["notes"],
         "warnings": sum(bool(line["warnings"]) for shard in shards for line in shard["quality"]),
-        "code_version": plan["code_version"],
+        "recipe_version": RECIPE_VERSION,
+        "code": code,
         "settings": plan,
     }
-
-
-def write_manifest(folder: Path, manifest: dict[str, Any]) -> None:
-    """Writes `manifest.json`, which makes the folder complete."""
-    write_json(folder / MANIFEST_NAME, manifest)

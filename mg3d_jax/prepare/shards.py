@@ -8,10 +8,10 @@ be whole by now (`worth_redoing`); nothing else is state.
 from __future__ import annotations
 
 import hashlib
+import logging
 import math
 import multiprocessing
 import os
-import sys
 import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
@@ -30,10 +30,12 @@ from mg3d_jax.prepare.fetch import FETCH_FAILED, fetched
 from mg3d_jax.prepare.geometry import Grid
 from mg3d_jax.prepare.listing import Example
 from mg3d_jax.prepare.nifti import VolumeError
+from mg3d_jax.prepare.recipe import WORK_FOLDER
 from mg3d_jax.prepare.reports import report_id, report_sentences
 from mg3d_jax.prepare.volumes import prepare_volume
 
-WORK_FOLDER = "work"
+logger = logging.getLogger(__name__)
+
 SYSTEM_FAILED = "system error"  # how the reason begins where the machine is to blame, not the file
 _PASSING = (FETCH_FAILED, SYSTEM_FAILED)
 
@@ -156,27 +158,12 @@ def input_digest(examples: list[Example], root: Path) -> str:
     return digest.hexdigest()
 
 
-def open_folder(out: Path, plan: dict[str, Any]) -> None:
-    """Creates the output folder with its plan, or checks that what lies there is the same preparation."""
-    work = out / WORK_FOLDER
-    work.mkdir(parents=True, exist_ok=True)
-    path = work / "plan.json"
-    if not path.is_file():
-        write_json(path, plan)
-    previous = read_json(path, mend=f"delete {out} to start anew")
-    keys = (plan.keys() | previous.keys()) - {"root"}
-    if changed := sorted(key for key in keys if plan.get(key) != previous.get(key)):
-        raise UserError(
-            f"{out} holds a preparation that differs in {changed}: choose another --out, or delete {out} to start anew"
-        )
-
-
 def _sidecar_path(out: Path, name: str) -> Path:
     return out / WORK_FOLDER / f"{name}.json"
 
 
 def read_sidecars(out: Path, names: list[str]) -> dict[str, dict[str, Any]]:
-    """Sidecars of the finished shards. One that cannot be read is none, and that is said on stderr."""
+    """Sidecars of the finished shards. One that cannot be read is none, and a warning says so."""
     found = {}
     for name in names:
         path = _sidecar_path(out, name)
@@ -184,7 +171,7 @@ def read_sidecars(out: Path, names: list[str]) -> dict[str, dict[str, Any]]:
             try:
                 found[name] = read_json(path)
             except UserError as error:
-                print(f"prepare: {error}: its shard counts as not done", file=sys.stderr, flush=True)
+                logger.warning("prepare: %s: its shard counts as not done", error)
     return found
 
 

@@ -1,0 +1,79 @@
+"""Which of the examples of a source are prepared: `--exclude` and `--reconstructions`, the same for every source."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+from mg3d_jax.errors import UserError
+from mg3d_jax.prepare.listing import Example, Listing, SourceOptions, without_suffix
+from mg3d_jax.registry import SOURCES
+
+RECONSTRUCTIONS = ("all", "first", "best")
+_CHEST = re.compile(r"lung|thorax|chest|toraks|akci", re.IGNORECASE)
+
+
+def choose_reconstructions(listing: Listing, policy: str) -> None:
+    """Keeps one volume per scan unless `policy` is "all". "first": the lowest reconstruction number. "best": a lung or
+    thorax series or kernel before others, then the finest slice spacing, then the most slices."""
+    if policy not in RECONSTRUCTIONS:
+        raise UserError(f"--reconstructions {policy!r}: there are {RECONSTRUCTIONS}")
+    if policy == "all":
+        return
+
+    def rank(example: Example) -> tuple:
+        m = example.metadata
+        number = [int(part) for part in re.findall(r"\d+", example.name)]
+        if policy == "first":
+            return (number, example.name)
+        chest = bool(m.kernel and _CHEST.search(m.kernel))
+        return (not chest, m.spacing[2] if m.spacing else 1e9, -(m.slices or 0), number, example.name)
+
+    best: dict[tuple[str, str], Example] = {}
+    for example in listing.examples:
+        scan = (example.patient, example.scan)
+        if scan not in best or rank(example) < rank(best[scan]):
+            best[scan] = example
+    if left_out := len(listing.examples) - len(best):
+        listing.skipped[f"other reconstructions of the scan (--reconstructions {policy})"] = left_out
+    listing.examples = list(best.values())
+
+
+def excluded_names(path: Path | None) -> set[str]:
+    """Names in an --exclude file, with and without file suffix."""
+    if path is None:
+        return set()
+    try:
+        lines = [line.strip() for line in Path(path).read_text(encoding="utf-8-sig").splitlines()]
+    except (OSError, ValueError) as error:
+        raise UserError(f"--exclude {path} cannot be read: {error}") from error
+    return {without_suffix(line) for line in lines if line and not line.startswith("#")}
+
+
+def apply_exclusion(listing: Listing, exclude: Path | None) -> None:
+    """Leaves out what the --exclude file names (volume, scan or patient), and counts it, and the names that name
+    nothing here: they may be of another split, or misspelt."""
+    if exclude is None:
+        return
+    names, matched, kept = excluded_names(exclude), set(), []
+    for e in listing.examples:
+        hits = {without_suffix(e.name), e.scan, e.patient} & names
+        matched |= hits
+        if not hits:
+            kept.append(e)
+    if left_out := len(listing.examples) - len(kept):
+        listing.skipped[f"named in {Path(exclude).name}"] = left_out
+    if len(matched) < len(names) or not names:
+        listing.notes.append(f"{len(names) - len(matched)} of {len(names)} names in {exclude} matched nothing")
+    listing.examples = kept
+
+
+def list_source(source: str, options: SourceOptions) -> Listing:
+    """The listing of one source, after exclusion and the choice of reconstructions. Raises `UserError`."""
+    list_all = SOURCES[source]
+    if not options.root.exists():
+        raise UserError(f"--root {options.root} does not exist")
+    listing = list_all(options)
+    apply_exclusion(listing, options.exclude)
+    choose_reconstructions(listing, options.reconstructions)
+    return listing
