@@ -1,61 +1,47 @@
-"""`mg3d <command>`: one table of commands, each in its own module with `main(argv) -> int` and its own `--help`.
-
-Modules are imported only when their command runs, so that `mg3d --help` and `mg3d phantom` never import JAX.
-"""
+"""`mg3d [options] <command> ...`: finds the command, shows the library's messages, turns a `UserError` into one line."""
 
 from __future__ import annotations
 
+import argparse
 import importlib
 import logging
 import sys
 
-from mg3d_jax import log
+from mg3d_jax import __version__, log
 from mg3d_jax.errors import UserError, storage_problem
+from mg3d_jax.registry import COMMANDS, load_plugins
 
 logger = logging.getLogger(__name__)
 
-COMMANDS: dict[str, tuple[str, str]] = {
-    "phantom": ("mg3d_jax.commands.phantom", "make procedural chest CT with reports, in CT-RATE's layout"),
-    "prepare": ("mg3d_jax.commands.prepare", "volumes and reports on disk -> checked, sharded training records"),
-    "train": ("mg3d_jax.commands.train", "train from a config; the same command resumes"),
-    "report": ("mg3d_jax.commands.report", "one HTML page of a run: curves, slices, evaluations, configuration"),
-    "evaluate": ("mg3d_jax.commands.evaluate", "zero-shot AUROC and retrieval of a trained run"),
-    "attend": ("mg3d_jax.evaluation.attend", "where in a scan a sentence looks: NIfTI map and overlay"),
-    "sweep": ("mg3d_jax.commands.sweep", "scaling-law sweeps: plan, run, status, fit"),
-    "import": ("mg3d_jax.commands.import_", "read published weights: BERT types, MONAI's ViT and Swin"),
-    "export": ("mg3d_jax.interop.export", "write a run's weights for PyTorch and Hugging Face users"),
-    "bench": ("mg3d_jax.commands.bench", "measure data, model and objectives on this machine"),
-}
+OPTIONS = f"""\
+options, before the command:
+  -v, --verbose         every message; {log.LEVEL_VARIABLE}=debug, info, warning or error in the environment does it too
+  --plugins MODULE,...  Python modules that register commands, sources, objectives, ... of your own
+  --version             the version and nothing else"""
 
 
 def usage() -> str:
     width = max(map(len, COMMANDS))
-    lines = [f"  {name:<{width}}  {summary}" for name, (_, summary) in COMMANDS.items()]
-    commands = "\n".join(lines)
+    commands = "\n".join(f"  {name:<{width}}  {command.summary}" for name, command in COMMANDS.items())
     return (
-        f"usage: mg3d [-v] <command> [options]\n\ncommands:\n{commands}\n\nmg3d <command> --help says more. "
-        f"-v, --verbose, or {log.LEVEL_VARIABLE}=debug in the environment: every message; {log.LEVEL_VARIABLE}=warning: fewer."
+        f"usage: mg3d [options] <command> ...\n\ncommands:\n{commands}\n\n{OPTIONS}\n\nmg3d <command> --help says more."
     )
 
 
 def main(argv: list[str] | None = None) -> int:
     """Runs one command; a `UserError` becomes one readable line on stderr and exit code 2."""
-    argv = sys.argv[1:] if argv is None else argv
-    verbose = argv[:1] in (["-v"], ["--verbose"])
-    name, *rest = (argv[1:] if verbose else argv) or ["--help"]
-    if name in ("-h", "--help", "help"):
-        print(usage())
-        return 0
-    if name == "--version":
-        from mg3d_jax import __version__
-
-        print(f"mg3d {__version__}")
-        return 0
+    name = ""
     try:
-        log.to_stderr("debug" if verbose else None)
-        if name not in COMMANDS:
-            raise UserError(f"there is no command {name!r}.\n\n{usage()}")
-        return importlib.import_module(COMMANDS[name][0]).main(rest) or 0
+        options, (name, *rest) = _split(sys.argv[1:] if argv is None else argv)
+        log.to_stderr("debug" if options.verbose else None)
+        load_plugins(options.plugins)
+        if name in ("-h", "--help", "help"):
+            print(usage())
+            return 0
+        if name == "--version":
+            print(f"mg3d {__version__}")
+            return 0
+        return importlib.import_module(COMMANDS[name].module).main(rest) or 0
     except UserError as error:
         logger.error("mg3d%s: %s", f" {name}" if name in COMMANDS else "", error)
         return 2
@@ -67,3 +53,17 @@ def main(argv: list[str] | None = None) -> int:
             "mg3d %s: %s%s. Make room or change the permissions; the same command goes on", name, where, problem
         )
         return 2
+
+
+def _split(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
+    """The options before the command; the command (or `--help`, `--version`) and its words, at least one."""
+    parser = argparse.ArgumentParser(
+        prog="mg3d", add_help=False, allow_abbrev=False, usage="mg3d [options] <command> ..."
+    )
+    parser.add_argument("-v", "--verbose", action="store_true")
+    parser.add_argument("--plugins", type=lambda text: text.split(","), default=[])
+    parser.add_argument("-h", "--help", dest="first", action="append_const", const="--help", default=[])
+    parser.add_argument("--version", dest="first", action="append_const", const="--version")
+    parser.add_argument("words", nargs=argparse.REMAINDER)
+    options = parser.parse_args(argv)
+    return options, options.first or options.words or ["--help"]
