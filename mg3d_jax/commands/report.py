@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import argparse
-import os
 from pathlib import Path
 
 from mg3d_jax.errors import UserError
+from mg3d_jax.files import write_text
 from mg3d_jax.report.page import render
 from mg3d_jax.report.run_files import read_run
 
@@ -23,10 +23,8 @@ def main(argv: list[str]) -> int:
     args = parser.parse_args(argv)
     out = args.out or args.run / "report.html"
     document = render(read_run(args.run))
-    temporary = out.with_name(f"{out.name}.partial")
     try:
-        temporary.write_text(document, encoding="utf-8")
-        os.replace(temporary, out)
+        write_text(out, document)
     except OSError as error:
         raise UserError(f"{out} cannot be written ({error.strerror}): choose another place with --out FILE") from error
     print(f"written: {out} ({out.stat().st_size / 1e6:.1f} MB)")

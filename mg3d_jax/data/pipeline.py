@@ -12,7 +12,7 @@ import hashlib
 import itertools
 import math
 import signal
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext, suppress
 from multiprocessing import resource_tracker
 from pathlib import Path
@@ -154,10 +154,17 @@ class BatchReader:
     Args:
         bad: is told of damaged records, whose rows become `valid = False`: air, an empty report, unknown labels. Without
             it a damaged record is an error.
+        on_record: sees every sound record as it is read, in a thread of its own where records are read ahead.
     """
 
-    def __init__(self, data: PreparedData, tokenizer: ReportTokenizer, bad: BadRecords | None = None):
-        self.data, self.tokenizer, self.bad = data, tokenizer, bad
+    def __init__(
+        self,
+        data: PreparedData,
+        tokenizer: ReportTokenizer,
+        bad: BadRecords | None = None,
+        on_record: Callable[[Record], None] | None = None,
+    ):
+        self.data, self.tokenizer, self.bad, self.on_record = data, tokenizer, bad, on_record
         self._tokens: dict[str, dict[str, np.ndarray]] = {}
         self._other_texts: dict[int, dict[str, np.ndarray] | None] = {}
 
@@ -168,6 +175,8 @@ class BatchReader:
         for row, index in enumerate(indices):
             record = self.data.read_unless_bad(index, self.bad, volumes[row])
             text = None
+            if record is not None and self.on_record is not None:
+                self.on_record(record)
             if record is not None:
                 text = self._text(record) if reports is None else self._text_of(reports[row])
             if text is None:
@@ -325,15 +334,16 @@ def train_batches(
 
 def evaluation_batches(
     data: PreparedData, tokenizer: ReportTokenizer, mesh: Mesh, batch_size: int, *, threads: int,
-    log_folder: Path | None = None, max_bad_records: int = 0,
+    log_folder: Path | None = None, max_bad_records: int = 0, on_record: Callable[[Record], None] | None = None,
 ) -> Iterator[dict]:  # fmt: skip
     """Every record once, in order; the last batch is padded with `valid = False` rows. Read ahead in `threads` threads.
 
     A damaged record is a `UserError`: results are of all records. With `max_bad_records` as many are skipped as in
-    `train_batches`, for the held-out loss during training.
+    `train_batches`, for the held-out loss during training. `on_record` sees every record that this process reads.
     """
     bad = BadRecords(log_folder, max_bad_records) if max_bad_records else None
-    source = EvaluationBatches(BatchReader(data, tokenizer, bad), sharding.local_rows(mesh, batch_size), batch_size)
+    reader = BatchReader(data, tokenizer, bad, on_record)
+    source = EvaluationBatches(reader, sharding.local_rows(mesh, batch_size), batch_size)
     batches = host_batches(source, threads=threads, workers=0)
     try:
         for local in batches:

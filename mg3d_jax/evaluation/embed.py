@@ -1,10 +1,10 @@
-"""Embeddings of prepared data: volumes, distinct reports and zero-shot prompts, on any mesh and any number of processes."""
+"""Embeddings of prepared data: volumes, distinct reports and texts of evaluations, on any mesh and number of processes."""
 
 from __future__ import annotations
 
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,11 +15,10 @@ from jax.experimental import multihost_utils
 
 from mg3d_jax import config as config_lib
 from mg3d_jax import sharding
-from mg3d_jax.data.bad_records import BadRecords
 from mg3d_jax.data.pipeline import PreparedData, evaluation_batches, short_id
 from mg3d_jax.data.records import Record
 from mg3d_jax.data.tokens import ReportTokenizer
-from mg3d_jax.evaluation.zero_shot import prompts
+from mg3d_jax.evaluation.base import Embedded, Evaluation, Model
 from mg3d_jax.models.mg3d import MAX_LOGIT_SCALE
 from mg3d_jax.objectives.pairwise import l2_normalize
 from mg3d_jax.progress import Progress
@@ -41,20 +40,6 @@ class TokenizedTexts:
     count: int  # entries
 
 
-@dataclass(frozen=True)
-class Embedded:
-    """A prepared data set as the model sees it. Embeddings are float32 and l2-normalised."""
-
-    volumes: np.ndarray  # [n, k], in the order of the records
-    labels: np.ndarray  # int8 [n, L]
-    patient_id: np.ndarray  # [n]
-    report_id: np.ndarray  # [n]
-    reports: np.ndarray  # [m, k], every distinct report once
-    report_ids: np.ndarray  # [m]
-    prompts: np.ndarray  # [2 L, k], ordered as by `zero_shot.prompts`
-    logit_scale: float  # 1 / temperature
-
-
 class Embedder:
     """Embeds texts and volumes with whatever parameters it is given; each is compiled once.
 
@@ -74,6 +59,7 @@ class Embedder:
             "in_shardings": (setup.shardings["params"], sharding.batch_sharding(setup.mesh)),
             "out_shardings": sharding.replicated(setup.mesh),
         }
+        self.width = self.config.model.projection_dim
         self._embed_volumes = jax.jit(self._volume_features, **places)
         self._embed_texts = jax.jit(self._text_features, **places)
 
@@ -87,16 +73,23 @@ class Embedder:
         return l2_normalize(features["report_embedding"])
 
     def volumes(
-        self, params: Any, data: PreparedData, progress: Progress | None = None, **bad_records: Any
+        self,
+        params: Any,
+        data: PreparedData,
+        progress: Progress | None = None,
+        *,
+        on_record: Callable[[Record], None] | None = None,
+        **bad_records: Any,
     ) -> dict[str, np.ndarray]:
         """`embedding` [n, k] of every record in order, with its `labels` [n, L], `report_id` and `patient_id` [n].
 
-        A damaged record is a `UserError`, or skipped and named as `bad_records`, the options of `evaluation_batches`, say.
+        `on_record` sees every record that this process reads. A damaged one is a `UserError`, or skipped and named as
+        `bad_records`, the options of `evaluation_batches`, say.
         """
         names, found = ("embedding", "labels", "report_id", "patient_id"), []
         threads = self.config.data.read_threads
         batches = evaluation_batches(
-            data, self.tokenizer, self.setup.mesh, self.batch_size, threads=threads, **bad_records
+            data, self.tokenizer, self.setup.mesh, self.batch_size, threads=threads, on_record=on_record, **bad_records
         )
         for batch in batches:
             with sharding.in_mesh(self.setup.mesh):
@@ -144,58 +137,57 @@ class Embedder:
 
 
 class DataEmbedder:
-    """`params -> Embedded` for one data set. Texts are read with the first pass over the volumes and tokenised once.
+    """`params -> {name: Embedded}`: one data set for several evaluations, each with its own texts; the rest is shared.
 
-    `bad_records` as for `Embedder.volumes`.
+    Every volume is read once per call. Reports are collected from the records of the first call; all texts are tokenised
+    once. `bad_records` as for `Embedder.volumes`.
     """
 
-    def __init__(self, embedder: Embedder, data: PreparedData, **bad_records: Any):
-        self.embedder, self.data, self.bad_records = embedder, data, bad_records
+    def __init__(
+        self, embedder: Embedder, data: PreparedData, evaluations: Mapping[str, Evaluation], **bad_records: Any
+    ):
+        self.embedder, self.data, self.evaluations, self.bad_records = embedder, data, evaluations, bad_records
+        self.needs = {need for evaluation in evaluations.values() for need in evaluation.needs}
+        self._reports: dict[int, Sentences] | None = None
         self._texts: TokenizedTexts | None = None
-        self._report_ids = np.zeros(0, np.int32)
+        self._ends: np.ndarray = np.zeros(0, int)  # of the rows of reports and of each evaluation's texts
 
-    def __call__(self, params: Any, progress: Progress | None = None) -> Embedded:
-        source = self.data if self._texts is not None else _ReportCollector(self.data)
-        found = self.embedder.volumes(params, source, progress, **self.bad_records)
-        if self._texts is None:
-            self._tokenize(from_all_processes(source.reports))
-        embeddings = self.embedder.texts(params, self._texts)
-        reports, prompt_rows = np.split(embeddings, [len(self._report_ids)])
+    def __call__(self, params: Any, progress: Progress | None = None) -> dict[str, Embedded]:
+        width, count = self.embedder.width, len(self.data.label_names)
+        found = {"embedding": np.zeros((0, width), np.float32), "labels": np.zeros((0, count), np.int8)}
+        found |= {"patient_id": np.zeros(0, np.int32), "report_id": np.zeros(0, np.int32)}
+        first = self._reports is None
+        seen: dict[int, Sentences] = {}
+        if self.needs & {"volumes", "reports"}:
+            keep = (lambda record: seen.update({int(short_id(record.report_id)): record.sentences})) if first else None
+            found = self.embedder.volumes(params, self.data, progress, on_record=keep, **self.bad_records)
+        if first:
+            self._tokenize(from_all_processes(seen) if "reports" in self.needs else {})
+        rows = self.embedder.texts(params, self._texts) if self._texts else np.zeros((0, width), np.float32)
+        reports, *texts = np.split(rows, self._ends)[:-1]
         scale = float(np.exp(np.asarray(jax.device_get(params["logit_scale"]), np.float64)))
-        return Embedded(
-            volumes=found["embedding"],
-            labels=found["labels"],
-            patient_id=found["patient_id"],
-            report_id=found["report_id"],
-            reports=reports,
-            report_ids=self._report_ids,
-            prompts=prompt_rows,
-            logit_scale=min(scale, MAX_LOGIT_SCALE),
-        )
+        return {
+            name: Embedded(
+                volumes=found["embedding"],
+                labels=found["labels"],
+                label_names=tuple(self.data.label_names),
+                patient_id=found["patient_id"],
+                report_id=found["report_id"],
+                reports=reports,
+                report_ids=np.array(list(self._reports), np.int32),
+                texts=own,
+                logit_scale=min(scale, MAX_LOGIT_SCALE),
+                model=Model(self.embedder, params, self.data) if "model" in evaluation.needs else None,
+            )
+            for (name, evaluation), own in zip(self.evaluations.items(), texts, strict=True)
+        }
 
     def _tokenize(self, reports: dict[int, Sentences]) -> None:
-        entries = [self.embedder.report_texts(sentences) for sentences in reports.values()]
-        entries += [[prompt] for prompt in prompts(self.data.label_names)]
-        self._texts, self._report_ids = self.embedder.tokenize(entries), np.array(list(reports), np.int32)
-
-
-class _ReportCollector:
-    """`PreparedData` that keeps the reports of the records read through it: a volume need not be decoded twice."""
-
-    def __init__(self, data: PreparedData):
-        self._data, self.reports = data, {}
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._data, name)
-
-    def __len__(self) -> int:
-        return len(self._data)
-
-    def read_unless_bad(self, index: int, bad: BadRecords | None, out: np.ndarray | None = None) -> Record | None:
-        record = self._data.read_unless_bad(index, bad, out)
-        if record is not None:
-            self.reports[int(short_id(record.report_id))] = record.sentences
-        return record
+        parts = [[self.embedder.report_texts(sentences) for sentences in reports.values()]]
+        parts += [[[text] for text in one.texts(self.data.label_names)] for one in self.evaluations.values()]
+        self._ends = np.cumsum([len(part) for part in parts])
+        self._texts = self.embedder.tokenize([entry for part in parts for entry in part]) if self._ends[-1] else None
+        self._reports = reports
 
 
 def _fetch(tree: Any) -> Any:

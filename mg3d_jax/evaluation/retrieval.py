@@ -6,12 +6,71 @@ only the same index (as public code does) punishes a model for a duplicate. A ti
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from mg3d_jax.evaluation.base import Embedded, Evaluation, Section
+from mg3d_jax.html import Table
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
 DEFAULT_KS = (1, 5, 10, 50, 100)
 PROTOCOL = "recall@k over distinct reports; all scans that share a report are correct; ties count against"
+
+
+class Retrieval(Evaluation):
+    """Recall at k in both directions, median ranks, and what a random order would give."""
+
+    needs = ("volumes", "reports")
+
+    def metrics(self, found: Embedded) -> dict[str, float]:
+        """`report_to_volume/recall@K`, `.../median_rank`, and the same in the other direction."""
+        kept = ("/recall@", "/median_rank")
+        return {key: value for key, value in _recall(found).items() if any(part in key for part in kept)}
+
+    def full(self, found: Embedded) -> dict[str, Any]:
+        return {"protocol": PROTOCOL} | _recall(found)
+
+    def section(self, result: Mapping[str, Any]) -> Section:
+        rows = []
+        for direction in _directions(result):
+            gallery = result.get(f"{direction}/gallery")
+            label = direction.replace("_", " ") + (f", of {gallery}" if gallery is not None else "")
+            for k in _ks(result, direction):
+                value, chance = result[f"{direction}/recall@{k}"], result.get(f"{direction}/chance@{k}")
+                beside = ("", "") if chance is None else (f"{chance:.3f}", f"{value / chance:.1f}" if chance else "")
+                rows.append((label, str(k), f"{value:.3f}", *beside))
+        table = Table(("direction", "k", "recall at k", "chance", "times chance"), rows, numbers=(1, 2, 3, 4))
+        return Section("Retrieval", result.get("protocol", ""), table, lambda axes: _lines(axes, result))
+
+
+def _recall(found: Embedded) -> dict[str, float]:
+    return recall(found.volumes, found.report_id, found.reports, found.report_ids)
+
+
+def _directions(result: Mapping[str, Any]) -> list[str]:
+    return list(dict.fromkeys(key.partition("/")[0] for key in result if "/recall@" in key))
+
+
+def _ks(result: Mapping[str, Any], direction: str) -> list[int]:
+    return sorted(int(key.rpartition("@")[2]) for key in result if key.startswith(f"{direction}/recall@"))
+
+
+def _lines(axes: Axes, result: Mapping[str, Any]) -> None:
+    """Recall over k, and chance."""
+    axes.set(xscale="log", xlabel="k", ylabel="recall at k (dotted: chance)", ylim=(0, 1), title="retrieval")
+    for direction, colour in zip(_directions(result), ("tab:blue", "tab:orange"), strict=False):
+        ks = _ks(result, direction)
+        label = direction.replace("_", " ") + f" (gallery {result[f'{direction}/gallery']})"
+        axes.plot(ks, [result[f"{direction}/recall@{k}"] for k in ks], "o-", color=colour, label=label)
+        axes.plot(ks, [result[f"{direction}/chance@{k}"] for k in ks], ":", color=colour)
+        axes.set_xticks(ks, map(str, ks))
+    axes.minorticks_off()
+    axes.legend()
+    axes.grid(alpha=0.3)
 
 
 def ranks(similarity: np.ndarray, correct: np.ndarray) -> np.ndarray:

@@ -7,16 +7,80 @@ a known label. Source of prompts and protocol: CT-CLIP's public evaluation.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from scipy.special import expit
 from scipy.stats import rankdata
 
 from mg3d_jax.data.abnormalities import prompt_pair
+from mg3d_jax.evaluation.base import Embedded, Evaluation, Section
+from mg3d_jax.html import Table
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
 
 PROTOCOL = (
     "zero-shot, prompts '{pathology} is present.' / '{pathology} is not present.', softmax over the two, per volume"
 )
+
+
+class ZeroShot(Evaluation):
+    """AUROC of every labelled abnormality from prompts alone, and their mean."""
+
+    needs = ("volumes",)
+
+    def texts(self, label_names: Sequence[str]) -> list[list[str]]:
+        return prompts(label_names)
+
+    def metrics(self, found: Embedded) -> dict[str, float]:
+        """`auroc_macro` and `auroc/CLASS`, without intervals. A class without both outcomes has no AUROC and is not part of
+        the mean, which is NaN where no class is left."""
+        by_class = auroc_by_class(found.labels, _scores(found), found.label_names)
+        return {"auroc_macro": macro_mean(by_class)} | {f"auroc/{name}": value for name, value in by_class.items()}
+
+    def full(self, found: Embedded) -> dict[str, Any]:
+        result = evaluate(found.labels, _scores(found), found.label_names, found.patient_id)
+        return {"protocol": PROTOCOL} | result
+
+    def section(self, result: Mapping[str, Any]) -> Section:
+        classes = sorted(_classes(result), key=lambda name: -result[f"auroc/{name}"])
+        keys = {"macro mean": "auroc_macro"} | {name: f"auroc/{name}" for name in classes}
+        ends = {key: result.get(f"{key}_95", (float("nan"),) * 2) for key in keys.values()}
+        missing = result.get("classes_without_both_outcomes")
+        table = Table(
+            ("abnormality", "AUROC", "95 % interval", "0 to 1; the line is chance"),
+            [(name, f"{result[k]:.3f}", f"{ends[k][0]:.3f} to {ends[k][1]:.3f}") for name, k in keys.items()],
+            numbers=(1,),
+            classes=["total"] + [""] * len(classes),
+            intervals=[(result[key], *ends[key]) for key in keys.values()],
+            more=f"Left out, all present or all absent: {', '.join(missing)}." if missing else "",
+        )
+        return Section("Zero-shot AUROC", result.get("protocol", ""), table, lambda axes: _bars(axes, result))
+
+
+def _scores(found: Embedded) -> np.ndarray:
+    return probabilities(found.volumes, found.texts, found.logit_scale)
+
+
+def _classes(result: Mapping[str, Any]) -> list[str]:
+    return [key.removeprefix("auroc/") for key in result if key.startswith("auroc/") and not key.endswith("_95")]
+
+
+def _bars(axes: Axes, result: Mapping[str, Any]) -> None:
+    """AUROC per abnormality with its interval, from chance."""
+    names = sorted(_classes(result), key=lambda name: result[f"auroc/{name}"])
+    values = np.array([result[f"auroc/{name}"] for name in names])
+    intervals = np.array([result[f"auroc/{name}_95"] for name in names]).reshape(-1, 2)
+    errors = np.abs(np.stack([values - intervals[:, 0], intervals[:, 1] - values]))
+    axes.barh(range(len(names)), values - 0.5, left=0.5, xerr=errors, color="tab:green", alpha=0.75, ecolor="0.3")
+    axes.axvline(0.5, color="0.2", linestyle=":")
+    axes.axvline(result["auroc_macro"], color="tab:red", label=f"macro mean {result['auroc_macro']:.3f}")
+    axes.set_yticks(range(len(names)), names)
+    axes.set(
+        xlim=(0.3, 1.0), xlabel="AUROC (95 % interval; dotted: chance)", title=f"zero-shot, {len(names)} abnormalities"
+    )
+    axes.legend(loc="lower right")
 
 
 def prompts(labels: Sequence[str]) -> list[list[str]]:

@@ -80,10 +80,9 @@ def page(manifest: dict[str, Any], quality: list[dict[str, Any]], png: bytes) ->
     """The page as HTML, with its picture inside."""
     reasons = Counter(warning.split(":")[0] for line in quality for warning in line["warnings"])
     decisions = Counter(line["decision"] for line in quality)
+    spacings = Counter(_times(line["spacing"]) for line in quality)
     warned = [(line["name"], "; ".join(line["warnings"])) for line in quality if line["warnings"]]
     bad = [(item["path"], item["reason"]) for item in manifest["bad"]]
-    spacings = Counter(tuple(line["spacing"]) for line in quality).most_common()
-    title = f"{manifest['source']} {manifest['split']}: {manifest['records']} records"
     facts = {
         "records": manifest["records"],
         "patients": len(manifest["patients"]),
@@ -93,18 +92,17 @@ def page(manifest: dict[str, Any], quality: list[dict[str, Any]], png: bytes) ->
         "with warnings": len(warned),
         "bad": len(bad),
     }
-    body = [
-        html.Markup(f"<h1>{html.text(title)}</h1>"),
-        html.facts(facts.items()),
-        html.section(
-            "A sample", html.picture(png, f"Slices and histograms; HU {_WINDOW[0]} to {_WINDOW[1]} are shown.")
-        ),
-        html.section("What the stored numbers were taken for", _counts("decision", decisions.most_common())),
-        html.section("Warnings", _counts("warning", reasons.most_common()), _list(("volume", "warnings"), warned)),
-        html.section("Bad files", _list(("path", "reason"), bad)),
-        html.section("Spacings of the files", _counts("mm", [(_times(mm), n) for mm, n in spacings])),
-    ]
-    return html.page(title, body)
+    lists = {
+        "What the stored numbers were taken for": [_counts("decision", decisions)],
+        "Warnings": [_counts("warning", reasons), _list(("volume", "warnings"), warned)],
+        "Bad files": [_list(("path", "reason"), bad)],
+        "Spacings of the files": [_counts("mm", spacings)],
+    }
+    title = f"{manifest['source']} {manifest['split']}: {manifest['records']} records"
+    caption = f"Slices and histograms; HU {_WINDOW[0]} to {_WINDOW[1]} are shown."
+    return html.render(
+        "preparation.html", title, heading=title, facts=facts.items(), png=png, caption=caption, lists=lists
+    )
 
 
 def _times(numbers: Iterable[float]) -> str:
@@ -112,16 +110,15 @@ def _times(numbers: Iterable[float]) -> str:
     return " x ".join(f"{number:g}" for number in numbers)
 
 
-def _counts(name: str, counted: list[tuple[str, int]]) -> html.Markup:
-    return _list((name, "volumes"), counted, numbers=(1,))
+def _counts(name: str, counted: Counter[str]) -> html.Table:
+    return _list((name, "volumes"), counted.most_common(), numbers=(1,))
 
 
-def _list(head: tuple[str, ...], rows: list[tuple], *, numbers: tuple[int, ...] = ()) -> html.Markup:
+def _list(head: tuple[str, ...], rows: list[tuple], *, numbers: tuple[int, ...] = ()) -> html.Table:
     """A table of the first rows, which says how many more there are."""
-    if not rows:
-        return html.paragraph("None.")
-    more = [html.paragraph(f"and {len(rows) - _LISTED:,} more, in {QUALITY_NAME} and manifest.json")]
-    return html.join([html.table(head, rows[:_LISTED], numbers=numbers), *(more if len(rows) > _LISTED else ())])
+    left = len(rows) - _LISTED
+    more = f"and {left:,} more, in {QUALITY_NAME} and manifest.json" if left > 0 else ""
+    return html.Table(head, rows[:_LISTED], numbers=numbers, more=more)
 
 
 def write_page(folder: Path, manifest: dict[str, Any], quality: list[dict[str, Any]], samples: int) -> None:

@@ -1,4 +1,4 @@
-"""Which metrics share a chart, and the charts themselves: SVG that takes the colours of the page, light or dark."""
+"""Which metrics share a chart, and the charts themselves, as SVG."""
 
 from __future__ import annotations
 
@@ -17,8 +17,7 @@ MOST_POINTS, SMOOTHED_FROM, WINDOW_SHARE = 400, 60, 0.03
 LEGEND_LETTERS = 64  # of one line of a legend
 MOST_NAMED = 8  # series of one chart that the legend names
 COLOURS = ("#3b78c2", "#d9772b", "#3a9d6e", "#b0508f", "#8a72d6", "#c9a227", "#4aa3a8", "#8b8f94")
-# Stand-ins that are replaced by what the page says, see `draw`.
-_INK, _LINE = "#010203", "#040506"
+INK, LINE = "#1d2126", "#cdd3da"  # those of a light page, whose style inverts charts when it is dark
 
 
 @dataclass(frozen=True)
@@ -126,26 +125,20 @@ def _readable(name: str) -> str:
 
 
 def draw(panel: Panel, series: Sequence[Series]) -> str:
-    """The chart as an `<svg>` element whose text and lines follow the page's colours."""
+    """The chart as an SVG document without a background."""
     import matplotlib
     from matplotlib.figure import Figure
 
     style = {
-        "svg.fonttype": "none", "svg.hashsalt": f"{panel.title}/{series[0].name}", "font.size": 9, "axes.edgecolor": _LINE,
-        "text.color": _INK, "axes.labelcolor": _INK, "xtick.color": _INK, "ytick.color": _INK, "grid.color": _LINE,
+        "svg.fonttype": "none", "svg.hashsalt": panel.title, "font.size": 9, "axes.edgecolor": LINE,
+        "text.color": INK, "axes.labelcolor": INK, "xtick.color": INK, "ytick.color": INK, "grid.color": LINE,
     }  # fmt: skip
     with matplotlib.rc_context(style):
         figure = Figure(figsize=(4.7, 2.55), layout="constrained")
-        axes = figure.add_subplot()
-        _fill(axes, panel, series)
+        _fill(figure.add_subplot(), panel, series)
         buffer = io.StringIO()
         figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
-    svg = buffer.getvalue()
-    svg = re.sub(r'(<svg [^>]*?) width="[^"]*"', r"\1", svg[svg.index("<svg ") :], count=1)
-    svg = re.sub(r'(<svg [^>]*?) height="[^"]*"', r"\1", svg, count=1)
-    svg = re.sub(r"<(metadata|style)\b.*?</\1>", "", svg, flags=re.DOTALL)  # a style here would hold for the whole page
-    svg = re.sub(r' id="[a-zA-Z0-9.]+_\d+"', "", svg)  # of groups: nothing refers to them, and charts would share them
-    return svg.replace(_INK, "currentColor").replace(_LINE, "var(--line)")
+    return buffer.getvalue()
 
 
 def _fill(axes: Any, panel: Panel, series: Sequence[Series]) -> None:

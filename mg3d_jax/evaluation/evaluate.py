@@ -1,0 +1,64 @@
+"""The registered evaluations of a trained run, as one document and one picture."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from mg3d_jax.data.pipeline import PreparedData
+from mg3d_jax.data.tokens import ReportTokenizer
+from mg3d_jax.evaluation.base import chosen, sections
+from mg3d_jax.evaluation.embed import DataEmbedder, Embedder
+from mg3d_jax.progress import Progress
+from mg3d_jax.training.restore import restore_run
+
+
+def evaluate(
+    workdir: Path,
+    data_folders: tuple[str, ...],
+    *,
+    only: Iterable[str] | None = None,
+    step: int | None = None,
+    batch_size: int = 16,
+    raw_weights: bool = False,
+) -> dict[str, Any]:
+    """Embeds the data once and gives it to all evaluations, or to those of the names `only`. Every number's protocol is in
+    the result.
+
+    A run that keeps an average of its weights is scored by it, unless `raw_weights`.
+    """
+    evaluations = chosen(only)
+    run = restore_run(workdir, step, ema=False if raw_weights else None)
+    config = run.config
+    data = PreparedData(data_folders, volume_size=tuple(config.model.volume_size))
+    tokenizer = ReportTokenizer(run.tokenizer, config.data.max_tokens, config.data.max_sentences)
+    with Progress("embed", len(data), unit="volumes") as progress:
+        found = DataEmbedder(Embedder(run.setup, tokenizer, batch_size), data, evaluations)(run.params, progress)
+    patients = next(iter(found.values())).patient_id  # shared; empty where no evaluation needs embeddings
+    return {
+        "run": str(workdir),
+        "step": int(run.meta["step"]),
+        "weights": "average" if run.ema else "raw",
+        "data": list(data_folders),
+        "volumes": len(data),
+        "patients": len(np.unique(patients)) if len(patients) else data.patients,
+    } | {name: one.full(found[name]) for name, one in evaluations.items()}
+
+
+def plot(document: Mapping[str, Any], path: Path) -> bool:
+    """Draws a panel for each evaluation that has one into a PNG; False where none has."""
+    from matplotlib.figure import Figure
+
+    shown = [one.plot for one in sections(document).values() if one.plot is not None]
+    if not shown:
+        return False
+    figure = Figure(figsize=(6 * len(shown), 6), layout="constrained")
+    for axes, draw in zip(figure.subplots(1, len(shown), squeeze=False)[0], shown, strict=True):
+        draw(axes)
+    about = f"{document['volumes']} volumes of {document['patients']} patients"
+    figure.suptitle(f"{document['run']}, step {document['step']}, {about}")
+    figure.savefig(path, dpi=110)
+    return True
