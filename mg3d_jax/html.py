@@ -8,10 +8,14 @@ from __future__ import annotations
 
 import base64
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import jinja2
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
 
 Interval = tuple[float, float, float]  # value, lower and upper end
 
@@ -33,6 +37,20 @@ class Table:
     classes: Sequence[str] = ()
     intervals: Sequence[Interval] = ()
     more: str = ""
+
+
+@dataclass(frozen=True)
+class Section:
+    """How the result of an evaluation is shown: a table on the terminal and on the page of the run, and a panel of
+    `evaluation.png`.
+
+    `protocol` says how the numbers were measured; `plot` draws into matplotlib axes, without it there is no panel.
+    """
+
+    title: str
+    protocol: str
+    table: Table
+    plot: Callable[[Axes], None] | None = None
 
 
 def render(template: str, title: str, **values: object) -> str:

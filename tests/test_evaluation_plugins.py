@@ -13,9 +13,9 @@ from mg3d_jax.commands.main import main
 from mg3d_jax.data.pipeline import PreparedData
 from mg3d_jax.data.tokens import ReportTokenizer
 from mg3d_jax.errors import UserError
-from mg3d_jax.evaluation.base import Evaluation, Section, merge_metrics
+from mg3d_jax.evaluation.base import Evaluation, merge_metrics
 from mg3d_jax.evaluation.online import OnlineEvaluation
-from mg3d_jax.html import Table
+from mg3d_jax.html import Section, Table
 from mg3d_jax.registry import EVALUATIONS
 from mg3d_jax.training.restore import restore_run
 
@@ -83,6 +83,10 @@ def test_an_evaluation_of_ones_own(run, toy, capsys):
     assert main(["report", str(run)]) == 0
     page = Page((run / "report.html").read_text())
     assert "Lengths <toy>" in page.text and ["volumes", "1.00"] in page.rows
+    EVALUATIONS.unregister("toy")  # as for a reader without the module that defines it
+    assert main(["report", str(run)]) == 0
+    assert "Results without a table here: toy" in Page((run / "report.html").read_text()).text
+    EVALUATIONS.register("toy", Toy())
 
 
 def test_only_one_of_them(run, toy, capsys):

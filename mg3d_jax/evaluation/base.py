@@ -6,19 +6,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from mg3d_jax.errors import UserError
-from mg3d_jax.html import Table
+from mg3d_jax.html import Section
 from mg3d_jax.registry import EVALUATIONS
 
 if TYPE_CHECKING:
-    from matplotlib.axes import Axes
-
     from mg3d_jax.data.pipeline import PreparedData
     from mg3d_jax.evaluation.embed import Embedder
 
@@ -53,19 +51,6 @@ class Model:
     embedder: Embedder
     params: Any
     data: PreparedData
-
-
-@dataclass(frozen=True)
-class Section:
-    """How a result is shown: a table on the terminal and on the page of the run, and a panel of `evaluation.png`.
-
-    `plot` draws into matplotlib axes; without it there is no panel.
-    """
-
-    title: str
-    protocol: str
-    table: Table
-    plot: Callable[[Axes], None] | None = None
 
 
 class Evaluation:

@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from mg3d_jax.evaluation.base import Embedded, Evaluation, Section
-from mg3d_jax.html import Table
+from mg3d_jax.evaluation.base import Embedded, Evaluation
+from mg3d_jax.html import Section, Table
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

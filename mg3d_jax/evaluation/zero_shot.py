@@ -10,12 +10,10 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from scipy.special import expit
-from scipy.stats import rankdata
 
 from mg3d_jax.data.abnormalities import prompt_pair
-from mg3d_jax.evaluation.base import Embedded, Evaluation, Section
-from mg3d_jax.html import Table
+from mg3d_jax.evaluation.base import Embedded, Evaluation
+from mg3d_jax.html import Section, Table
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -94,12 +92,16 @@ def probabilities(volumes: np.ndarray, prompt_embeddings: np.ndarray, logit_scal
 
     In float64: near 1 float32 would make ties, which change an AUROC.
     """
+    from scipy.special import expit  # slow imports: the page of a run shows results without them
+
     positive, negative = np.split(volumes.astype(np.float64) @ prompt_embeddings.T.astype(np.float64), 2, axis=1)
     return expit(logit_scale * (positive - negative))
 
 
 def auroc(labels: np.ndarray, scores: np.ndarray) -> float:
     """AUROC over rows whose label is 0 or 1; NaN when one of the two is absent. A score that is NaN counts as wrong."""
+    from scipy.stats import rankdata
+
     known = labels >= 0
     present, values = labels[known] == 1, scores[known]
     ranks = rankdata(np.where(np.isnan(values), np.where(present, -np.inf, np.inf), values))

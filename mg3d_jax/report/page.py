@@ -12,7 +12,7 @@ import numpy as np
 
 from mg3d_jax import config as config_lib
 from mg3d_jax import html
-from mg3d_jax.evaluation.base import sections
+from mg3d_jax.registry import EVALUATIONS
 from mg3d_jax.report import curves
 from mg3d_jax.report.run_files import RunFiles
 
@@ -22,8 +22,8 @@ THUMBNAIL = 320  # pixels wide
 FOLDED = ("Inside the objectives", "Other")  # charts that wait behind a click
 
 
-def render(run: RunFiles) -> str:
-    """The whole page of a run, finished or not."""
+def render(run: RunFiles, evaluated: Iterable[html.Section] = ()) -> str:
+    """The whole page of a run, finished or not. `evaluated` are the results of its evaluations."""
     name = run.config.name if run.config is not None else run.folder.name
     return html.render(
         "run.html",
@@ -36,7 +36,10 @@ def render(run: RunFiles) -> str:
         folded=FOLDED,
         slices=[_slices(title.replace("-", " "), by_step) for title, by_step in run.images.items()],
         evaluation=run.evaluation,
-        evaluated=sections(run.evaluation).values(),
+        evaluated=evaluated,
+        not_shown=[
+            name for name, value in run.evaluation.items() if isinstance(value, dict) and name not in EVALUATIONS
+        ],
         attention=[(title, path.read_bytes()) for title, path in run.attention.items()],
         faults=_faults(run),
         configuration=_configuration(run),
