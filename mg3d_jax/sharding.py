@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -77,7 +77,7 @@ MESH_PRESETS: dict[str, MeshPreset] = {
 }
 
 
-def make_mesh(config: ConfigDict, devices: list | None = None) -> Mesh:
+def make_mesh(config: ConfigDict, devices: Sequence[jax.Device] | None = None) -> Mesh:
     """Mesh with axes `data`, `fsdp`, `tensor` over all devices.
 
     Args:
@@ -133,7 +133,7 @@ def mesh_sizes(config: ConfigDict, count: int) -> tuple[int, int, int]:
     return data, fsdp, tensor
 
 
-def arrange(config: ConfigDict, devices: list) -> np.ndarray:
+def arrange(config: ConfigDict, devices: Sequence[jax.Device]) -> np.ndarray:
     """The devices as an array `[data, fsdp, tensor]`, neighbours on fast links.
 
     TPUs are laid along the physical axes of their slice, one slice after the other along `data`. Elsewhere the order is
@@ -154,7 +154,7 @@ def arrange(config: ConfigDict, devices: list) -> np.ndarray:
     return groups.reshape(sizes)
 
 
-def _arrange_tpu(sizes: tuple[int, int, int], slices: int, devices: list) -> np.ndarray:
+def _arrange_tpu(sizes: tuple[int, int, int], slices: int, devices: Sequence[jax.Device]) -> np.ndarray:
     per_slice = Counter(getattr(d, "slice_index", 0) for d in devices)
     data, fsdp, tensor = sizes
     only_data = slices == 1 and fsdp * tensor == 1  # nothing else can cross a slow link then
@@ -224,8 +224,8 @@ def to_global(local: dict[str, np.ndarray], mesh: Mesh, batch_size: int) -> dict
     place_of = {row: place for place, row in enumerate(local_rows(mesh, batch_size))}
 
     def place(array: np.ndarray) -> jax.Array:
-        def rows(index: tuple[slice, ...]) -> np.ndarray:
-            start, stop, _ = index[0].indices(batch_size)
+        def rows(index: tuple[slice, ...] | None) -> np.ndarray:
+            start, stop, _ = (index or (slice(None),))[0].indices(batch_size)
             first = place_of[start]
             return array[first : first + stop - start]
 
@@ -302,11 +302,11 @@ def _why_whole(shape: tuple[int, ...], mesh: Mesh) -> str:
     return f"{text} divides none of its axes"
 
 
-def _name(path: tuple) -> str:
+def _name(path: tuple[Any, ...]) -> str:
     return jax.tree_util.keystr(path, simple=True, separator="/")
 
 
-def check_names(names: Iterable[str | tuple | None]) -> None:
+def check_names(names: Iterable[str | tuple[str, ...] | None]) -> None:
     """Raises `ValueError` for a logical axis name that no rule covers."""
     known = {name for name, _ in RULES}
     unknown = {n for n in names if n is not None and n not in known}
