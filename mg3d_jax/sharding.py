@@ -22,9 +22,9 @@ import jax
 import numpy as np
 from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
-from ml_collections import ConfigDict
 
 from mg3d_jax.errors import UserError
+from mg3d_jax.options import key
 
 MESH_AXES = ("data", "fsdp", "tensor")
 BATCH_AXES = ("data", "fsdp")
@@ -77,11 +77,29 @@ MESH_PRESETS: dict[str, MeshPreset] = {
 }
 
 
-def make_mesh(config: ConfigDict, devices: Sequence[jax.Device] | None = None) -> Mesh:
+@dataclass(frozen=True)
+class MeshConfig:
+    """How the devices are arranged."""
+
+    preset: str = key(
+        "", "sizes by hardware (docs/scaling_out.md); the three sizes below then stay as they are", resume_free=True
+    )
+    data: int = key(-1, "devices along which only the batch is split; -1: what is left", resume_free=True)
+    fsdp: int = key(1, "devices along which batch and parameters are split", resume_free=True)
+    tensor: int = key(1, "devices along which heads, hidden units and vocabulary are split", resume_free=True)
+    slices: int = key(
+        1, "TPU slices, or groups of hosts, over whose slow links only the data axis goes", resume_free=True
+    )
+    max_replicated: float = key(
+        0.1, "largest share of the parameters that may stay whole on an fsdp or tensor mesh", resume_free=True
+    )
+
+
+def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -> Mesh:
     """Mesh with axes `data`, `fsdp`, `tensor` over all devices.
 
     Args:
-        config: `config.mesh`. `preset` and `slices` may be missing.
+        config: `config.mesh`.
         devices: default: all devices of all processes.
 
     Raises `UserError` where the sizes do not fit the devices or the links between them.
@@ -90,9 +108,9 @@ def make_mesh(config: ConfigDict, devices: Sequence[jax.Device] | None = None) -
     return Mesh(grid, MESH_AXES, axis_types=(AxisType.Auto,) * 3)
 
 
-def requested_sizes(config: ConfigDict) -> tuple[int, int, int]:
+def requested_sizes(config: MeshConfig) -> tuple[int, int, int]:
     """`(data, fsdp, tensor)` as configured, at most one of them -1. `UserError` for impossible sizes or presets."""
-    sizes, preset = (config.data, config.fsdp, config.tensor), config.get("preset", "")
+    sizes, preset = (config.data, config.fsdp, config.tensor), config.preset
     if sizes.count(-1) > 1 or any(s < 1 and s != -1 for s in sizes):
         raise UserError(
             f"mesh (data, fsdp, tensor) = {sizes}: positive sizes, at most one of them -1 (whatever is left)"
@@ -109,9 +127,9 @@ def requested_sizes(config: ConfigDict) -> tuple[int, int, int]:
     return -1, MESH_PRESETS[preset].fsdp, MESH_PRESETS[preset].tensor
 
 
-def mesh_sizes(config: ConfigDict, count: int) -> tuple[int, int, int]:
+def mesh_sizes(config: MeshConfig, count: int) -> tuple[int, int, int]:
     """Sizes of `data`, `fsdp`, `tensor` on that many devices. `UserError` where they do not fit, or not into slices."""
-    requested, slices = requested_sizes(config), config.get("slices", 1)
+    requested, slices = requested_sizes(config), config.slices
     known = math.prod(s for s in requested if s != -1)
     if count % known or (-1 not in requested and known != count):
         raise UserError(
@@ -124,7 +142,7 @@ def mesh_sizes(config: ConfigDict, count: int) -> tuple[int, int, int]:
             f"mesh.slices = {slices} does not divide the data axis, {data}: only data may cross the slow links, so "
             f"fsdp * tensor = {fsdp * tensor} must divide the devices of a slice ({count} / {slices})"
         )
-    preset = MESH_PRESETS.get(config.get("preset", ""))
+    preset = MESH_PRESETS.get(config.preset)
     if preset is not None and preset.devices not in (None, count // slices):
         raise UserError(
             f"mesh.preset = {config.preset!r} is for {preset.devices} device(s) per slice, here are {count} in "
@@ -133,13 +151,13 @@ def mesh_sizes(config: ConfigDict, count: int) -> tuple[int, int, int]:
     return data, fsdp, tensor
 
 
-def arrange(config: ConfigDict, devices: Sequence[jax.Device]) -> np.ndarray:
+def arrange(config: MeshConfig, devices: Sequence[jax.Device]) -> np.ndarray:
     """The devices as an array `[data, fsdp, tensor]`, neighbours on fast links.
 
     TPUs are laid along the physical axes of their slice, one slice after the other along `data`. Elsewhere the order is
     that of the processes, and a slice is a group of equally many consecutive processes.
     """
-    sizes, slices = mesh_sizes(config, len(devices)), config.get("slices", 1)
+    sizes, slices = mesh_sizes(config, len(devices)), config.slices
     if devices[0].platform == "tpu":
         return _arrange_tpu(sizes, slices, devices)
     ordered = sorted(devices, key=lambda d: (d.process_index, d.id))

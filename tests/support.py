@@ -14,6 +14,7 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from mg3d_jax import config as config_lib
+from mg3d_jax.config import Config
 
 ROOT = Path(__file__).resolve().parents[1]
 # XLA flags of every test and its processes. With the first one's scheduler fake CPU devices may enter independent
@@ -27,8 +28,16 @@ FLAGS = " ".join((
 SPECIAL = {"[PAD]": 0, "[UNK]": 1, "[CLS]": 2, "[SEP]": 3, "[MASK]": 4}  # as `random_batch` has them
 
 
-def tiny_config(train: str = "", valid: str = "", **overrides: object) -> ConfigDict:
-    """Towers of the `nano` preset on a 16^3 grid, float32, 8 patients per batch. `overrides` are dotted keys with `__`."""
+def tiny_config(train: str = "", valid: str = "", **overrides: object) -> Config:
+    """`tiny_builder`, typed."""
+    return config_lib.typed(tiny_builder(train, valid, **overrides))
+
+
+def tiny_builder(train: str = "", valid: str = "", **overrides: object) -> ConfigDict:
+    """What a config file returns, unlocked: `nano` towers on a 16^3 grid, float32, 8 patients per batch.
+
+    `overrides` are dotted keys with `__`.
+    """
     config = config_lib.default().unlock()
     config.model.volume_size = (16, 16, 16)
     config.model.volume_encoder.patch_size = (8, 8, 8)
@@ -56,7 +65,7 @@ def tiny_config(train: str = "", valid: str = "", **overrides: object) -> Config
         for part in group.split("__") if group else ():
             node = node[part]
         node[name] = value
-    return config.lock()
+    return config
 
 
 def free_port() -> int:
@@ -69,7 +78,7 @@ def free_port() -> int:
     raise RuntimeError("no port is free")
 
 
-def random_batch(config: ConfigDict, vocab_size: int = 400, labels: int = 18, seed: int = 0) -> dict[str, np.ndarray]:
+def random_batch(config: Config, vocab_size: int = 400, labels: int = 18, seed: int = 0) -> dict[str, np.ndarray]:
     """A batch of random volumes and reports of three sentences, with the dtypes and shapes of `mg3d_jax.batch`."""
     rng = np.random.default_rng(seed)
     size, tokens = config.data.batch_size, config.data.max_tokens

@@ -5,7 +5,7 @@ import json
 import jax
 import jax.numpy as jnp
 import pytest
-from support import SPECIAL, tiny_config
+from support import SPECIAL, tiny_builder
 
 from mg3d_jax import config as config_lib
 from mg3d_jax import sharding
@@ -62,7 +62,7 @@ def test_inner_operations_are_not_counted_twice():
 
 def test_flops_of_the_program_equal_the_analytic_count():
     """All objectives, one of the towers frozen. Traced only."""
-    config = tiny_config(data__vocab_size=300, optimizer__freeze=(bench_cases.FROZEN_REPORT,)).unlock()
+    config = tiny_builder(data__vocab_size=300, optimizer__freeze=(bench_cases.FROZEN_REPORT,))
     config_lib.use_objectives(config, "mg3d")
     config.mesh.update(data=1)
     mesh = sharding.make_mesh(config.lock().mesh, jax.devices()[:1])
@@ -81,7 +81,7 @@ def config_file(tmp_path):
     path.write_text(
         "from support import tiny_config\n"
         "def get_config(arg=''):\n"
-        "    return tiny_config(model__volume_encoder__preset='pico', model__report_encoder__preset='pico',\n"
+        "    return tiny_builder(model__volume_encoder__preset='pico', model__report_encoder__preset='pico',\n"
         "        model__remat='full', objectives__alignment__report_view='report', mesh__data=4, mesh__fsdp=2)\n"
     )
     return str(path)

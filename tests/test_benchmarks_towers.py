@@ -12,8 +12,8 @@ import pytest
 from mg3d_jax import devices
 from mg3d_jax.benchmarks import towers as bench
 from mg3d_jax.errors import UserError
+from mg3d_jax.models.towers.vit import PRESETS
 from mg3d_jax.models.volume_encoder import VolumeEncoder
-from mg3d_jax.presets import volume_preset
 
 SMALL = ["--preset", "nano", "--volume-size", "16", "16", "16", "--patch-size", "8", "8", "8", "--steps", "1"]
 
@@ -21,7 +21,7 @@ SMALL = ["--preset", "nano", "--volume-size", "16", "16", "16", "--patch-size", 
 def test_flops_equal_what_xla_compiled():
     """XLA counts the body of a scan once, so one layer is compared; elementwise work is the small remainder."""
     case = bench.Case("jax", "nano", (64, 64, 64), (8, 8, 8), batch=1, steps=1)
-    preset = volume_preset("nano")
+    preset = PRESETS["nano"]
     encoder = VolumeEncoder(preset.width, 1, preset.num_heads, case.patch_size, case.volume_size, pooling="mean")
     volume = jnp.zeros((1, 64, 64, 64, 1))
     params = nn.unbox(jax.eval_shape(encoder.init, jax.random.key(0), volume))

@@ -2,23 +2,25 @@
 
 import argparse
 import errno
+import json
 import os
 import re
 
 import pytest
-from support import ROOT, tiny_config
+from support import ROOT, tiny_builder, tiny_config
 
 from mg3d_jax import config as config_lib
-from mg3d_jax import config_check
 from mg3d_jax.commands import main as cli
+from mg3d_jax.config import checks, migrations
 from mg3d_jax.errors import UserError
 
+OLD_HASH = "025aef84cee5"
 QUICKSTART = str(ROOT / "configs" / "quickstart.py")
 
 
 def test_every_committed_config_is_valid():
     for file in sorted((ROOT / "configs").glob("*.py")):
-        config_check.validate(config_lib.load(str(file)))
+        checks.validate(config_lib.load(str(file)))
 
 
 def test_overrides_keep_the_type_of_the_default():
@@ -86,17 +88,60 @@ def test_a_mistake_in_a_file_is_one_line(tmp_path, path, overrides, says):
 
 
 def test_keys_that_a_file_or_an_older_run_has_and_this_code_has_not_are_named(tmp_path):
-    config = tiny_config().unlock()
+    config = tiny_builder()
     config.optimizer.learning_rat = 1e-3
     del config.data.windows
-    says = "no key optimizer.learning_rat: did you mean optimizer.learning_rate.*data.windows is missing"
-    with pytest.raises(UserError, match=re.compile(says, re.DOTALL)):
-        config_check.validate(config)
-    (tmp_path / "config.json").write_text(config_lib.to_json(config))
-    with pytest.raises(UserError, match=f"config.json: .*{says}.*another version of this code"):
+    mistyped = "no key optimizer.learning_rat: did you mean optimizer.learning_rate"
+    with pytest.raises(UserError, match=re.compile(f"data.windows is missing.*{mistyped}", re.DOTALL)):
+        config_lib.typed(config)
+    (tmp_path / "config.json").write_text(json.dumps(config.to_dict()))
+    with pytest.raises(UserError, match=f"config.json: .*{mistyped}.*newer version"):
         config_lib.read(tmp_path / "config.json")
     (tmp_path / "config.json").write_text(config_lib.to_json(tiny_config()))
     assert config_lib.read(tmp_path / "config.json") == tiny_config()
+
+
+def test_a_key_that_an_older_run_lacks_gets_its_neutral_value():
+    values = config_lib.to_dict(tiny_config())
+    del values["data"]["windows"], values["model"]["report_encoder"]["kind"], values["objectives"]["matching"]
+    del values["init_from"], values["tasks"], values["plugins"]
+    again = config_lib.from_json(json.dumps(values))
+    assert again == tiny_config() and again.objectives["matching"].weight == 0.0
+
+
+def test_renamed_and_removed_keys_are_rows_of_a_table(monkeypatch):
+    monkeypatch.setitem(migrations.RENAMED, "training.old_steps", "training.steps")
+    monkeypatch.setitem(migrations.REMOVED, "training.turbo", (False, "train without it"))
+    values = config_lib.to_dict(tiny_config())
+    values["training"] |= {"old_steps": values["training"].pop("steps"), "turbo": False}
+    assert config_lib.from_json(json.dumps(values)) == tiny_config()
+    values["training"]["turbo"] = True
+    with pytest.raises(UserError, match=r"run: training.turbo = True: this version knows only False; train without it"):
+        config_lib.from_json(json.dumps(values), where="run")
+
+
+def test_hashes_of_version_0_1_0_stay():
+    """Of the run in the fixtures, as its checkpoint says it; another key, at its neutral value, changes nothing."""
+    folder = ROOT / "tests" / "fixtures" / "v0.1.0"
+    assert config_lib.config_hash(config_lib.read(folder / "run" / "config.json")) == OLD_HASH
+    assert config_lib.config_hash(config_lib.load(str(folder / "config.py"))) == OLD_HASH
+
+
+def test_values_of_another_type_are_named():
+    values = config_lib.to_dict(tiny_config())
+    values["data"]["batch_size"], values["optimizer"]["learning_rate"] = "many", 1
+    with pytest.raises(UserError, match=r"data.batch_size = 'many': a int is needed"):
+        config_lib.typed(values)
+    values["data"]["batch_size"] = 8
+    assert config_lib.typed(values).optimizer.learning_rate == 1.0
+
+
+def test_options_of_another_kind_of_tower_are_refused():
+    says = "model.volume_encoder.stem = 'conv': means nothing with kind = 'swin'"
+    with pytest.raises(UserError, match=says):
+        tiny_config(model__volume_encoder__kind="swin", model__volume_encoder__stem="conv")
+    with pytest.raises(UserError, match=r"model.volume_encoder.kind = 'cnn': choose one of vit, swin"):
+        tiny_config(model__volume_encoder__kind="cnn")
 
 
 def test_parse_takes_overrides_in_both_spellings():
@@ -132,7 +177,7 @@ def test_parse_takes_overrides_in_both_spellings():
 )
 def test_impossible_settings_are_listed(changes, says):
     with pytest.raises(UserError, match=says):
-        config_check.validate(tiny_config(**changes))
+        checks.validate(tiny_config(**changes))
 
 
 def test_json_round_trip_and_hash():

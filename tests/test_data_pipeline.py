@@ -10,12 +10,12 @@ from multiprocessing.context import SpawnProcess
 import jax
 import numpy as np
 import pytest
-from ml_collections import ConfigDict
 from support import tiny_config
 
 from mg3d_jax import batch as batch_contract
 from mg3d_jax import sharding
 from mg3d_jax.commands.main import main
+from mg3d_jax.config.parts import AugmentConfig
 from mg3d_jax.data.order import RecordOrder
 from mg3d_jax.data.pipeline import (
     BatchReader,
@@ -45,7 +45,7 @@ def tokenizer(data):
 
 @pytest.fixture(scope="module")
 def mesh():
-    return sharding.make_mesh(ConfigDict({"data": -1, "fsdp": 2, "tensor": 1}))
+    return sharding.make_mesh(sharding.MeshConfig(data=-1, fsdp=2, tensor=1))
 
 
 def indices(batches):
@@ -266,7 +266,7 @@ def test_windows_scale_and_clip():
 
 
 def test_augmentation_shifts_by_whole_voxels_and_fills_with_air():
-    options = ConfigDict({"shift": 2, "scale": 0.0, "offset": 0.0, "noise": 0.0})
+    options = AugmentConfig(shift=2)
     volume = np.random.default_rng(0).integers(-900, 900, (4, 8, 8, 8)).astype(np.int16)
     moved = np.asarray(step_inputs.augment(jax.random.key(1), volume, options))
     padded = np.pad(volume, ((0, 0), (2, 2), (2, 2), (2, 2)), constant_values=-1024)

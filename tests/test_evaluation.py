@@ -3,7 +3,6 @@
 import jax
 import numpy as np
 import pytest
-from ml_collections import ConfigDict
 from sklearn.metrics import roc_auc_score
 from support import tiny_config
 
@@ -140,7 +139,7 @@ def test_prompts_of_data_without_labels():
 def plain_embeddings(setup, params, tokenizer, records, names):
     """Volumes, reports and prompts on one device, text by text: [n, k], {report: [k]}, [2 L, k]."""
     model, params, size = setup.model, jax.device_get(params), setup.config.data.max_sentences
-    short = ReportTokenizer(tokenizer.tokenizer, setup.config.objectives.alignment.sentence_tokens, size)
+    short = ReportTokenizer(tokenizer.tokenizer, setup.config.objectives["alignment"].sentence_tokens, size)
     windowed = step_inputs.window(np.stack([r.volume for r in records]), setup.config.data.windows)
     volumes = jax.jit(lambda v: model.apply({"params": params}, v, method="embed_volume")["volume_embedding"])(windowed)
     embed = jax.jit(lambda text: model.apply({"params": params}, text, method="embed_report")["report_embedding"])
@@ -160,7 +159,7 @@ def test_evaluation_in_the_loop_is_a_slow_evaluation_on_one_device(tiny_data, mo
     records, names = list(data.records()), data.label_names
     words = train_wordpiece({s for r in records for s in r.sentences}, 400)
     tokenizer = ReportTokenizer(words, config.data.max_tokens, config.data.max_sentences)
-    mesh = sharding.make_mesh(ConfigDict({"data": 2, "fsdp": 1, "tensor": 2}), jax.devices()[:4])
+    mesh = sharding.make_mesh(sharding.MeshConfig(data=2, fsdp=1, tensor=2), jax.devices()[:4])
     setup = state_lib.build(config, tokenizer.vocab_size, mesh, steps=10)
     rng = np.random.default_rng(6)
     params = jax.tree.map(lambda x: rng.normal(0, 0.1, x.shape).astype(x.dtype), setup.abstract["params"])

@@ -3,7 +3,6 @@
 import jax
 import numpy as np
 import pytest
-from ml_collections import ConfigDict
 from support import SPECIAL, random_batch, tiny_config
 
 from mg3d_jax import sharding
@@ -44,7 +43,7 @@ def drawn():
         objectives__alignment__weight=0.0,
         model__voxel_decoder__depth=1,
     )
-    mesh = sharding.make_mesh(ConfigDict({"data": 2, "fsdp": 2, "tensor": 2}))
+    mesh = sharding.make_mesh(sharding.MeshConfig(data=2, fsdp=2, tensor=2))
     setup = state_lib.build(config, 400, mesh, steps=10)
     params = jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), setup.abstract["params"])
     params["voxel_decoder"]["voxels"]["bias"] += BIAS
@@ -105,5 +104,5 @@ def test_slices_have_true_proportions():
 
 
 def test_no_images_without_volume_reconstruction():
-    setup = state_lib.build(tiny_config(), 400, sharding.make_mesh(ConfigDict({"data": 8, "fsdp": 1, "tensor": 1})), 10)
+    setup = state_lib.build(tiny_config(), 400, sharding.make_mesh(sharding.MeshConfig(data=8, fsdp=1, tensor=1)), 10)
     assert Reconstructions(setup, SPECIAL)({}, {}) == {}

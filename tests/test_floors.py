@@ -17,7 +17,7 @@ from support import ROOT
 PACKAGE = ROOT / "mg3d_jax"
 
 GROUND = {
-    "__init__", "batch", "config_files", "devices", "environment", "errors", "files", "flops", "html", "log",
+    "__init__", "batch", "config_files", "devices", "environment", "errors", "files", "flops", "html", "log", "options",
     "progress", "registry", "sharding", "version",
 }  # fmt: skip
 MIDDLE = {"config", "data", "models", "objectives", "tasks"}
@@ -55,14 +55,11 @@ KNOWN: set[tuple[str, str]] = {
     ("training", "interop"),
     ("training", "scaling"),
 }
-# Modules on their way into `config/`.
-MOVING = {"presets": "config", "config_check": "config"}
 
 
 def room_of(module: str) -> str:
     """`mg3d_jax.data.order -> data`, `mg3d_jax -> __init__`."""
-    room = [*module.split("."), "__init__"][1]
-    return MOVING.get(room, room)
+    return [*module.split("."), "__init__"][1]
 
 
 def exists(module: str) -> bool:
@@ -98,11 +95,7 @@ def edges() -> dict[tuple[str, str], list[str]]:
 
 
 EDGES = edges()
-ROOMS = {
-    MOVING.get(path.stem, path.stem)
-    for path in PACKAGE.iterdir()
-    if path.suffix == ".py" or (path.is_dir() and any(path.rglob("*.py")))
-}
+ROOMS = {path.stem for path in PACKAGE.iterdir() if path.suffix == ".py" or (path.is_dir() and any(path.rglob("*.py")))}
 
 
 @pytest.mark.parametrize("room", sorted(ROOMS))

@@ -84,8 +84,7 @@ def make_run(tokenizer_folder):
 
 def linen(run, volumes, text):
     """Normalised embeddings of the Linen model in float32, computed here."""
-    config = run.config.copy_and_resolve_references().unlock()
-    config.model.dtype = "float32"
+    config = config_lib.replace(run.config, {"model.dtype": "float32"})
     model = MG3D(config, load_tokenizer(str(run.tokenizer_folder)).get_vocab_size())
     windowed = step_inputs.window(volumes, config.data.windows)
     volume = model.apply({"params": run.params}, windowed, method="embed_volume")

@@ -1,6 +1,7 @@
 """Runs that start from published weights: the real MiniLM checkpoint, a RoBERTa, an imported ViT of another volume size, an
 imported Swin."""
 
+import dataclasses
 import importlib.util
 import json
 from pathlib import Path
@@ -16,15 +17,16 @@ from flax.traverse_util import flatten_dict
 from support import tiny_config
 from tokenizers import ByteLevelBPETokenizer, Tokenizer
 
-from mg3d_jax import presets, sharding
+from mg3d_jax import config as config_lib
+from mg3d_jax import sharding
 from mg3d_jax.commands import main as cli
 from mg3d_jax.data.tokens import ReportTokenizer, load_tokenizer, train_wordpiece
 from mg3d_jax.errors import UserError
 from mg3d_jax.interop.bert import load_bert
 from mg3d_jax.interop.tower import Tower, save_tower
 from mg3d_jax.interop.warm_start import load_pretrained
-from mg3d_jax.models import towers
 from mg3d_jax.models.positions import interpolate
+from mg3d_jax.models.towers import bert
 from mg3d_jax.training import state as state_lib
 
 
@@ -98,10 +100,9 @@ def test_a_vit_starts_from_an_imported_tower_of_another_size(tmp_path):
     np.testing.assert_array_equal(params["patch_embedding"]["kernel"], encoder["patch_embedding"]["kernel"])
     np.testing.assert_allclose(params["positions"], interpolate(encoder["positions"], (2, 2, 2), (4, 2, 2)), rtol=1e-6)
     # What leaves no trace in the shapes is compared too.
-    with larger.unlocked():
-        larger.model.volume_encoder.pretrained = str(tmp_path / "other")
+    other = config_lib.replace(larger, {"model.volume_encoder.pretrained": str(tmp_path / "other")})
     with pytest.raises(UserError, match="exact_gelu: True in the checkpoint, False in the model"):
-        load_pretrained(setup, {"params": params}, tokenizer)
+        load_pretrained(dataclasses.replace(setup, config=other), {"params": params}, tokenizer)
 
 
 def test_a_swin_starts_from_an_imported_tower(tmp_path):
@@ -114,7 +115,7 @@ def test_a_swin_starts_from_an_imported_tower(tmp_path):
         objectives__volume_reconstruction__weight=1.0,
         objectives__volume_reconstruction__read_report=False,
     )
-    encoder = towers.volume_encoder(config)
+    encoder = config.model.volume_encoder.tower.build(config.model, 1)
     shapes = unbox(jax.eval_shape(encoder.init, jax.random.key(0), jnp.zeros((1, 16, 16, 16, 1)))["params"])
     weights = jax.tree.map(lambda x: np.full(x.shape, 0.25, np.float32), shapes)
     fields = {"width": 16, "depths": (2, 1), "num_heads": (2, 4), "merging": "merging"}
@@ -149,7 +150,7 @@ def test_a_roberta_reads_reports_as_in_transformers(tmp_path, monkeypatch):
         for parameter in theirs.parameters():
             parameter += 0.05 * torch.randn(parameter.shape)
     theirs.save_pretrained(tmp_path)
-    monkeypatch.setitem(presets.REPORT_PRESETS, "tiny", presets.ReportPreset(24, 2, 2, 40, 1, 1e-5))
+    monkeypatch.setitem(bert.PRESETS, "tiny", bert.BertSizes(24, 2, 2, 40, 1, 1e-5))
     config = tiny_config(
         model__report_encoder__preset="tiny",
         model__report_encoder__max_positions=64,
@@ -159,7 +160,7 @@ def test_a_roberta_reads_reports_as_in_transformers(tmp_path, monkeypatch):
     params = start_from_zeros(config, tokenizer)[1]["report_encoder"]
     rows = [tokenizer(report) for report in (["No nodule.", "A large effusion."], ["No effusion."], [])]
     ids, mask = (np.stack([row[name] for row in rows]) for name in ("token_ids", "token_mask"))
-    encoder = towers.report_encoder(config, tokenizer.vocab_size)
+    encoder = bert.BERT.build(config.model, tokenizer.vocab_size)
     ours = np.asarray(jax.jit(encoder.apply)({"params": jax.device_get(params)}, ids, mask)["tokens"])
     with torch.no_grad():
         expected = theirs(torch.from_numpy(ids), torch.from_numpy(mask).long()).last_hidden_state.numpy()

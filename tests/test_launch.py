@@ -142,11 +142,10 @@ def wait_for(condition, process, timeout=500):
 CONFIG_FILE = """
 import sys
 sys.path.insert(0, {tests!r})
-from support import tiny_config
+from support import tiny_builder
 
 def get_config(arg=""):
-    config = tiny_config({train!r}, {valid!r}, training__steps={steps}, training__checkpoint_every={every})
-    return config.unlock()
+    return tiny_builder({train!r}, {valid!r}, training__steps={steps}, training__checkpoint_every={every})
 """
 
 

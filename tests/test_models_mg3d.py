@@ -12,12 +12,12 @@ import pytest
 from flax.linen import unbox
 from jax.extend.core import jaxprs_in_params
 from jax.sharding import PartitionSpec
-from support import SPECIAL, random_batch, tiny_config
+from support import SPECIAL, random_batch, tiny_builder
 
 from mg3d_jax import config as config_lib
-from mg3d_jax import config_check, sharding
+from mg3d_jax import sharding
+from mg3d_jax.config import checks
 from mg3d_jax.errors import UserError
-from mg3d_jax.models import towers
 from mg3d_jax.models.mg3d import MG3D
 from mg3d_jax.objectives.multitask import multitask_loss, per_patient
 from mg3d_jax.training import optimizer
@@ -35,10 +35,11 @@ def make_config(**overrides):
     """Small, to compile quickly. Whole reports in the alignment: pooling a single sentence trains no query."""
     small = {"data__batch_size": 4, "model__fusion__depth": 1, "model__voxel_decoder__depth": 1}
     small |= {"objectives__alignment__report_view": "report"}
-    config = tiny_config(**small | overrides).unlock()
+    config = tiny_builder(**small | overrides)
     config_lib.use_objectives(config, "mg3d")
-    config_check.validate(config)
-    return config.lock()
+    config = config_lib.typed(config)
+    checks.validate(config)
+    return config
 
 
 def losses(config):
@@ -104,7 +105,7 @@ def test_all_objectives_work_with_a_swin():
 
 def test_a_swin_on_a_mesh_gives_what_it_gives_on_one_device():
     config = make_config(**SWIN, mesh__fsdp=2, mesh__tensor=2)
-    encoder, mesh = towers.volume_encoder(config), sharding.make_mesh(config.mesh)
+    encoder, mesh = config.model.volume_encoder.tower.build(config.model, 1), sharding.make_mesh(config.mesh)
     volume = np.random.default_rng(0).random((4, 16, 16, 16, 1), np.float32)
     boxed = jax.eval_shape(encoder.init, jax.random.key(0), volume)["params"]
     places = sharding.parameter_shardings(boxed, mesh)
@@ -192,10 +193,13 @@ def test_passes_through_the_encoders():
 def encoder_gradients(config, name):
     """Of everything that an encoder gives, with its parameters; `name` is its name in the model."""
     if name == "volume_encoder":
-        encoder, inputs = towers.volume_encoder(config), (np.random.default_rng(0).random((2, 16, 16, 16, 1)),)
+        encoder, inputs = (
+            config.model.volume_encoder.tower.build(config.model, 1),
+            (np.random.default_rng(0).random((2, 16, 16, 16, 1)),),
+        )
     else:
         ids = np.random.default_rng(0).integers(0, VOCAB, (2, 12))
-        encoder, inputs = towers.report_encoder(config, VOCAB), (ids, ids >= 0)
+        encoder, inputs = config.model.report_encoder.tower.build(config.model, VOCAB), (ids, ids >= 0)
     params = {
         k: v for k, v in parameters(config.model.volume_encoder.kind == "swin")[name].items() if k != "mask_token"
     }
@@ -247,12 +251,13 @@ def test_bfloat16_is_close_to_float32():
     """
     params, found = parameters(), {}
     for dtype in ("float32", "bfloat16"):
-        config = make_config(model__dtype=dtype, objectives__alignment__temperature=0.01).unlock()
-        config.objectives.discrimination.temperature = 0.01
+        config = make_config(
+            model__dtype=dtype, objectives__alignment__temperature=0.01, objectives__discrimination__temperature=0.01
+        )
         batch = random_batch(config, VOCAB)
         batch["token_mask"][0, 2:], batch["sentence_index"][0], batch["word_index"][0] = False, 0, 0
         batch["valid"][3] = False
-        found[dtype] = gradients(config.lock(), params, batch)
+        found[dtype] = gradients(config, params, batch)
     (loss, metrics), grads = found["float32"]
     (rounded, rounded_metrics), rounded_grads = found["bfloat16"]
     assert {leaf.dtype for leaf in jax.tree.leaves([rounded, rounded_metrics, rounded_grads])} == {np.dtype("float32")}

@@ -9,8 +9,10 @@ import numpy as np
 import pytest
 import torch
 
-from mg3d_jax import presets, sharding
+from mg3d_jax import sharding
+from mg3d_jax.config.parts import ReportEncoderConfig, VolumeEncoderConfig
 from mg3d_jax.errors import UserError
+from mg3d_jax.models.towers import vit
 from mg3d_jax.models.volume_encoder import VolumeEncoder, patchify, stem_strides, unpatchify
 
 SIZE, PATCH = (16, 8, 12), (4, 2, 6)
@@ -162,9 +164,9 @@ GOLDEN = {
 }
 
 
-@pytest.mark.parametrize("name", presets.VOLUME_PRESETS)
+@pytest.mark.parametrize("name", vit.PRESETS)
 def test_golden_parameter_counts(name):
-    preset = presets.volume_preset(name)
+    preset = vit.PRESETS[name]
     module = VolumeEncoder(
         preset.width, preset.depth, preset.num_heads, (16, 16, 16), (128, 128, 96), mlp_ratio=preset.mlp_ratio
     )
@@ -175,7 +177,7 @@ def test_golden_parameter_counts(name):
 
 
 def test_unknown_preset_is_an_error():
-    with pytest.raises(UserError, match="volume_encoder preset 'xl'"):
-        presets.volume_preset("xl")
-    with pytest.raises(UserError, match="report_encoder preset 'xl'"):
-        presets.report_preset("xl")
+    with pytest.raises(UserError, match="vit preset 'xl' is unknown; choose one of pico"):
+        _ = VolumeEncoderConfig(preset="xl").sizes
+    with pytest.raises(UserError, match="bert preset 'xl' is unknown; choose one of pico"):
+        _ = ReportEncoderConfig(preset="xl").sizes

@@ -57,7 +57,7 @@ def slow(found, batch, centered):
 @pytest.mark.parametrize("center", [False, True])
 @pytest.mark.parametrize("report_ids", [None, [0, 1, 2, 0, 4, 4]])
 def test_views_equal_the_slow_mean_over_sentences(center, report_ids):
-    options = tiny_config(objectives__alignment__center=center).objectives.alignment
+    options = tiny_config(objectives__alignment__center=center).objectives["alignment"]
     found, batch = features(), batch_of(6, report_ids)
     loss, metrics = alignment(found, batch, options)
     assert float(loss) == pytest.approx(slow(found, batch, center), rel=1e-5)
@@ -65,7 +65,7 @@ def test_views_equal_the_slow_mean_over_sentences(center, report_ids):
 
 
 def test_centred_loss_does_not_see_a_common_part_and_gives_its_bias_no_gradient():
-    options = tiny_config(objectives__alignment__center=True).objectives.alignment
+    options = tiny_config(objectives__alignment__center=True).objectives["alignment"]
     found, batch = features(), batch_of(6)
 
     def loss(shift):
@@ -123,7 +123,7 @@ def test_embedding_statistics_are_means_over_rows_and_over_pairs():
 def test_alignment_says_how_the_embeddings_lie_before_they_are_centred():
     found, batch = features(), batch_of(6)
     batch["valid"][4:] = False
-    options = tiny_config().objectives.alignment
+    options = tiny_config().objectives["alignment"]
     metrics = alignment(found, batch, options)[1]
     expected = embedding_statistics(found["volume_embedding"][:4], np.ones(4, bool))
     np.testing.assert_allclose([metrics["volume_norm"], metrics["volume_cosine"]], expected, rtol=1e-5)

@@ -8,11 +8,11 @@ import flax.linen as nn
 import jax
 import numpy as np
 import pytest
-from ml_collections import ConfigDict
-from support import SPECIAL, random_batch, tiny_config
+from support import SPECIAL, random_batch, tiny_builder, tiny_config
 
 from mg3d_jax import config as config_lib
-from mg3d_jax import config_check, sharding
+from mg3d_jax import sharding
+from mg3d_jax.config import checks
 from mg3d_jax.data.pipeline import PreparedData, evaluation_batches
 from mg3d_jax.data.tokens import ReportTokenizer, train_wordpiece
 from mg3d_jax.errors import UserError
@@ -50,23 +50,21 @@ def make_config(objectives, **overrides):
 
     Pooling a single sentence trains no query, and centred embeddings no bias: so whole reports, not centred.
     """
-    config = tiny_config(**overrides).unlock()
+    config = tiny_builder(**overrides)
     config.objectives.alignment.report_view, config.objectives.alignment.center = "report", False
     preset = objectives in config_lib.OBJECTIVE_PRESETS
     config_lib.use_objectives(config, objectives if preset else "clip")
     if not preset:
         config.objectives.alignment.weight = 0.0
         config.objectives[objectives].weight = 1.0
-    return config.lock()
+    return config_lib.typed(config)
 
 
 @functools.cache
 def compiled(config_json, sizes):
     """`batch -> ((loss, metrics), gradients)` of the step's loss on a mesh of these sizes, with fresh parameters."""
     config = config_lib.from_json(config_json)
-    mesh = sharding.make_mesh(
-        ConfigDict(dict(zip(sharding.MESH_AXES, sizes, strict=True))), jax.devices()[: math.prod(sizes)]
-    )
+    mesh = sharding.make_mesh(sharding.MeshConfig(*("", *sizes)), jax.devices()[: math.prod(sizes)])
     setup = state_lib.build(config, VOCAB, mesh, steps=10)
     losses, params = step_lib.Losses(setup, SPECIAL, train=True), state_lib.initialize(setup)["params"]
 
@@ -114,10 +112,11 @@ def test_a_gradient_reaches_every_parameter_of_what_is_enabled_and_no_other(obje
 
 def test_the_default_form_trains_all_but_what_single_sentences_and_centring_leave_out():
     """The mean of one sentence needs no query, and the biases of centred projections follow the batch mean instead."""
-    config = tiny_config().unlock()
+    config = tiny_builder()
     config_lib.use_objectives(config, "clip")
-    moved, names = moved_names(loss_and_gradients(config.lock())[1])
-    assert config.objectives.alignment.report_view == "sentences" and config.objectives.alignment.center
+    moved, names = moved_names(loss_and_gradients(config_lib.typed(config))[1])
+    alignment = config.objectives.alignment
+    assert alignment.report_view == "sentences" and alignment.center
     softmax_of_one = re.compile(r"report_pool/(query|attention/(query|key)/.*)")
     assert moved == {
         name for name in names if re.fullmatch(TRAINS["clip"], name) and not softmax_of_one.fullmatch(name)
@@ -133,8 +132,7 @@ def test_frozen_parameters_get_no_gradient():
 
 @pytest.mark.parametrize("objective", OBJECTIVES)
 def test_a_disabled_objective_has_no_parameters(objective):
-    config = make_config("mg3d").unlock()
-    config.objectives[objective].weight = 0.0
+    config = config_lib.replace(make_config("mg3d"), {f"objectives.{objective}.weight": 0.0})
     model, _ = state_lib.build_model(config, VOCAB)
     names = set(state_lib.abstract_parameters(model, config))
     on = set(enabled(config.objectives))
@@ -183,7 +181,7 @@ def test_empty_reports_and_air_stay_finite():
 
 
 def one_step(config):
-    mesh = sharding.make_mesh(ConfigDict({"data": 2, "fsdp": 1, "tensor": 1}), jax.devices()[:2])
+    mesh = sharding.make_mesh(sharding.MeshConfig(data=2, fsdp=1, tensor=1), jax.devices()[:2])
     setup = state_lib.build(config, VOCAB, mesh, steps=10)
     batch = sharding.to_global(random_batch(config, VOCAB), mesh, config.data.batch_size)
     state, metrics = step_lib.train_step(setup, SPECIAL)(state_lib.initialize(setup), batch)
@@ -210,7 +208,7 @@ def phantom_batch(tiny_data):
     config = tiny_config()
     sentences = [s for record in data.records() for s in record.sentences]
     tokenizer = ReportTokenizer(train_wordpiece(sentences, VOCAB), config.data.max_tokens, config.data.max_sentences)
-    mesh = sharding.make_mesh(ConfigDict({"data": 1, "fsdp": 1, "tensor": 1}), jax.devices()[:1])
+    mesh = sharding.make_mesh(sharding.MeshConfig(data=1, fsdp=1, tensor=1), jax.devices()[:1])
     return next(iter(evaluation_batches(data, tokenizer, mesh, 8, threads=0))), tokenizer, mesh
 
 
@@ -228,11 +226,10 @@ def test_every_loss_goes_near_its_floor_on_one_batch(phantom_batch):
     }
     batch, tokenizer, mesh = phantom_batch
     options = {"optimizer__learning_rate": 2e-3, "optimizer__weight_decay": 0.0, "schedule__final_fraction": 0.1}
-    config = make_config("mg3d", **options).unlock()
-    config.objectives.matching.sentence_source = "words"
-    for name in ("alignment", "matching", "discrimination"):
-        config.objectives[name].weight = 1.0
-    setup = state_lib.build(config.lock(), tokenizer.vocab_size, mesh, steps=280)
+    weights = {f"objectives.{name}.weight": 1.0 for name in ("alignment", "matching", "discrimination")}
+    changes = {"objectives.matching.sentence_source": "words"} | weights
+    config = config_lib.replace(make_config("mg3d", **options), changes)
+    setup = state_lib.build(config, tokenizer.vocab_size, mesh, steps=280)
     state, step = state_lib.initialize(setup), step_lib.train_step(setup, tokenizer.special)
     # 280 steps: compiling them well pays, unlike elsewhere (see `support.FLAGS`).
     with sharding.in_mesh(mesh):
@@ -246,15 +243,18 @@ def test_every_loss_goes_near_its_floor_on_one_batch(phantom_batch):
 
 
 def test_impossible_objectives_are_refused_with_the_mend():
-    config = make_config("mg3d").unlock()
-    config_check.validate(config)
-    config.objectives.matching.low = 0.95
-    config.objectives.report_reconstruction.mask_ratio = 1.0
-    config.objectives.discrimination.temperature = 0.0
-    config.objectives.volume_reconstruction.masking = "cubes"
-    config.model.fusion.kind = "mixer"
+    config = make_config("mg3d")
+    checks.validate(config)
+    changes = {
+        "objectives.matching.low": 0.95,
+        "objectives.report_reconstruction.mask_ratio": 1.0,
+        "objectives.discrimination.temperature": 0.0,
+        "objectives.volume_reconstruction.masking": "cubes",
+        "model.fusion.kind": "mixer",
+    }
+    config = config_lib.replace(config, changes)
     with pytest.raises(UserError) as caught:
-        config_check.validate(config)
+        checks.validate(config)
     for word in ("matching.low = 0.95", "mask_ratio = 1.0", "temperature = 0.0", "'cubes'", "'mixer'"):
         assert word in str(caught.value)
     with pytest.raises(UserError, match="clip, siglip, mae, mg3d"):

@@ -12,9 +12,9 @@ import pytest
 from support import SPECIAL, random_batch
 
 from mg3d_jax import config as config_lib
-from mg3d_jax import presets
-from mg3d_jax.models import towers, transformer
+from mg3d_jax.models import transformer
 from mg3d_jax.models.mg3d import MG3D
+from mg3d_jax.models.towers import bert, vit
 from mg3d_jax.objectives.multitask import multitask_loss, per_patient
 from mg3d_jax.scaling import flops, parts
 from mg3d_jax.training.inputs import model_inputs
@@ -33,7 +33,7 @@ def small(objectives: str = "clip", **changes):
     config.data.batch_size, config.data.max_tokens, config.data.max_sentences = BATCH, 64, 8
     config.objectives.alignment.report_sentences, config.objectives.alignment.sentence_tokens = 2, 48
     config.update_from_flattened_dict(changes)
-    return config.lock()
+    return config_lib.typed(config)
 
 
 SWIN = {
@@ -168,7 +168,7 @@ def measured(monkeypatch, config, batch) -> tuple[float, float]:
     presets_of = dict(zip(("volume", "report"), parts.towers(config), strict=True))
     with monkeypatch.context() as shallow:
         names = config.model.volume_encoder.preset, config.model.report_encoder.preset
-        for table, name in zip((presets.VOLUME_PRESETS, presets.REPORT_PRESETS), names, strict=True):
+        for table, name in zip((vit.PRESETS, bert.PRESETS), names, strict=True):
             shallow.setitem(table, name, dataclasses.replace(table[name], depth=1))
         model, params = MG3D(config, VOCAB), model_parameters(config, batch)
 
@@ -206,7 +206,7 @@ def test_flops_of_a_larger_model_agree_with_xla(monkeypatch):
 def test_flops_of_a_swin_agree_with_xla():
     """Windows that are padded, shifted and cut to a small map are among them."""
     config = small(**SWIN)
-    encoder = towers.volume_encoder(config, pooling="mean")
+    encoder = config.model.volume_encoder.tower.build(config.model, 1, pooling="mean")
     volume = jax.ShapeDtypeStruct((BATCH, 32, 32, 32, 1), jnp.float32)
     weights = abstract_parameters(encoder, volume)
 
@@ -256,6 +256,6 @@ def test_depth_and_tokens_scale_as_they_should():
         tower = parts.volume_tower(config, flops.volume_tokens(config))
         return next(part for part in tower if part.name.endswith("attention/mix")).mixing
 
-    preset = presets.VOLUME_PRESETS["nano"]
+    preset = vit.PRESETS["nano"]
     assert attention(small()) == preset.depth * 4 * 64**2 * preset.width
     assert attention(small(**{"model.volume_encoder.patch_size": (4, 8, 8)})) == 4 * attention(small())

@@ -5,7 +5,7 @@ import math
 
 import pytest
 
-from mg3d_jax import config_check
+from mg3d_jax.config import checks
 from mg3d_jax.errors import UserError
 from mg3d_jax.scaling.sweep import compare
 from mg3d_jax.scaling.sweep import declaration as sweep
@@ -59,4 +59,4 @@ def test_the_ablation_is_a_possible_sweep():
     declared = sweep.load("configs/sweeps/ablation.py", folders)
     assert len(declared.runs) == 24
     for run in declared.runs:
-        config_check.validate(run.config())
+        checks.validate(run.config())

@@ -40,10 +40,12 @@ def get_config(arg=""):
 """
 BASE_FILE = """
 from pathlib import Path
+from ml_collections import ConfigDict
 from mg3d_jax import config as config_lib
 
 def get_config(arg=""):
-    return config_lib.from_json((Path(__file__).parent / "base.json").read_text())
+    config = config_lib.from_json((Path(__file__).parent / "base.json").read_text())
+    return ConfigDict(config_lib.to_dict(config))
 """
 
 

@@ -10,17 +10,17 @@ import numpy as np
 import pytest
 from golden import shardings as golden
 from jax.sharding import PartitionSpec
-from ml_collections import ConfigDict
 from support import ROOT, environment, free_port, random_batch, tiny_config
 
 from mg3d_jax import batch as batch_contract
-from mg3d_jax import config_check, sharding
+from mg3d_jax import sharding
+from mg3d_jax.config import checks
 from mg3d_jax.errors import UserError
 from mg3d_jax.training import state as state_lib
 
 
 def mesh(data: int, fsdp: int, tensor: int) -> jax.sharding.Mesh:
-    return sharding.make_mesh(ConfigDict({"data": data, "fsdp": fsdp, "tensor": tensor}))
+    return sharding.make_mesh(sharding.MeshConfig(data=data, fsdp=fsdp, tensor=tensor))
 
 
 def test_one_size_is_inferred():
@@ -101,9 +101,8 @@ def gpus(processes: int, each: int) -> list[FakeDevice]:
     return [FakeDevice(i, i // each) for i in range(processes * each)]
 
 
-def mesh_config(**changes: object) -> ConfigDict:
-    values = {"preset": "", "data": -1, "fsdp": 1, "tensor": 1, "slices": 1, "max_replicated": 0.1}
-    return ConfigDict(values | changes)
+def mesh_config(**changes: object) -> sharding.MeshConfig:
+    return sharding.MeshConfig(**changes)
 
 
 def test_only_data_crosses_tpu_slices_and_fsdp_lies_in_a_plane():
@@ -163,10 +162,10 @@ def test_every_preset_fits_its_hardware():
 
 
 def test_config_check_knows_presets():
-    config_check.validate(tiny_config(mesh__preset="gpu-node"))
+    checks.validate(tiny_config(mesh__preset="gpu-node"))
     for changes, says in (({"mesh__preset": "dgx"}, "choose one of"), ({"mesh__max_replicated": 1.5}, "from 0 to 1")):
         with pytest.raises(UserError, match=says):
-            config_check.validate(tiny_config(**changes))
+            checks.validate(tiny_config(**changes))
 
 
 def test_rows_of_a_tpu_host_are_those_of_its_chips():

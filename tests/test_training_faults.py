@@ -33,10 +33,10 @@ pytestmark = [
 TESTS = {"PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}"}
 
 CONFIG = """
-from support import tiny_config
+from support import tiny_builder
 
 def get_config(arg=""):
-    config = tiny_config({train!r}).unlock()
+    config = tiny_builder({train!r})
     config.training.writers = ("jsonl",)
     return config
 """

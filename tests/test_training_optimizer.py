@@ -4,7 +4,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from ml_collections import ConfigDict
 from support import tiny_config
 
 from mg3d_jax import sharding
@@ -149,7 +148,7 @@ def test_muon_against_numpy_layer_by_layer():
 
 
 def test_muon_on_sharded_matrices_is_muon_on_whole_ones():
-    mesh = sharding.make_mesh(ConfigDict({"data": 2, "fsdp": 2, "tensor": 2}), jax.devices()[:8])
+    mesh = sharding.make_mesh(sharding.MeshConfig(data=2, fsdp=2, tensor=2), jax.devices()[:8])
     place = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec(None, "fsdp", "tensor"))
     rng = np.random.default_rng(2)
     params, gradients = tree_of(rng, **STACKED), [tree_of(rng, **STACKED)]

@@ -112,10 +112,9 @@ def test_a_damaged_newest_checkpoint_and_other_data_at_the_start_of_the_loop(fin
     trainer = Trainer(config, workdir)
     trainer.checkpoints.close()
     assert trainer.first == SAVED_BEFORE and f"{STEPS} is damaged and not used" in capsys.readouterr().err
-    config = config.copy_and_resolve_references().unlock()
-    config.data.train = (tiny_data["valid"],)
+    config = config_lib.replace(config, {"data.train": (tiny_data["valid"],)})
     with pytest.raises(UserError, match=r"started on folders of \[29\] records"):
-        Trainer(config.lock(), workdir)
+        Trainer(config, workdir)
 
 
 def test_a_kill_between_the_last_checkpoint_and_the_summary_loses_nothing(finished, tmp_path):
@@ -123,16 +122,16 @@ def test_a_kill_between_the_last_checkpoint_and_the_summary_loses_nothing(finish
     shutil.copytree(finished, workdir)
     expected = json.loads((workdir / "summary.json").read_text())
     (workdir / "summary.json").unlink()
-    config = config_lib.from_json((workdir / "config.json").read_text()).unlock()
-    config.training.best_metric, config.training.validate_every = "valid/los", 3
+    config = config_lib.from_json((workdir / "config.json").read_text())
+    config = config_lib.replace(config, {"training.best_metric": "valid/los", "training.validate_every": 3})
     with pytest.raises(UserError, match=r"'valid/los' is none of valid/alignment, .*valid/loss"):
-        Trainer(config.lock(), workdir).run()
-    config.unlock().training.best_metric = ""
+        Trainer(config, workdir).run()
+    config = config_lib.replace(config, {"training.best_metric": ""})
     before = read_metrics(workdir)
     (workdir / "metrics.jsonl").write_text(
         "".join(json.dumps(line) + "\n" for line in before if line["split"] == "train")
     )
-    assert Trainer(config.lock(), workdir).run() == 0
+    assert Trainer(config, workdir).run() == 0
     found = json.loads((workdir / "summary.json").read_text())
     # Evaluated on other devices than before.
     assert [(line["step"], line["split"]) for line in read_metrics(workdir)] == [

@@ -6,7 +6,6 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from ml_collections import ConfigDict
 from support import SPECIAL, random_batch, tiny_config
 
 from mg3d_jax import config as config_lib
@@ -27,7 +26,7 @@ VOCAB = 400
 
 def build(config, data=1, fsdp=1, tensor=1):
     devices = jax.devices()[: data * fsdp * tensor]
-    mesh = sharding.make_mesh(ConfigDict({"data": data, "fsdp": fsdp, "tensor": tensor}), devices)
+    mesh = sharding.make_mesh(sharding.MeshConfig(data=data, fsdp=fsdp, tensor=tensor), devices)
     setup = state_lib.build(config, VOCAB, mesh, steps=10)
     return setup, sharding.to_global(random_batch(config, VOCAB), mesh, config.data.batch_size)
 

@@ -4,7 +4,6 @@ import io
 
 import jax
 import numpy as np
-from ml_collections import ConfigDict
 from rich.console import Console
 from support import tiny_config
 
@@ -15,7 +14,7 @@ from mg3d_jax.training import tables
 
 def test_bytes_are_those_of_the_arrays():
     """Against the buffers of a state that is really there: in all, and on the first device."""
-    mesh = sharding.make_mesh(ConfigDict({"data": 2, "fsdp": 2, "tensor": 2}))
+    mesh = sharding.make_mesh(sharding.MeshConfig(data=2, fsdp=2, tensor=2))
     setup = state_lib.build(tiny_config(), 401, mesh, steps=3)
     rows = tables.array_rows(setup.abstract)
     state = jax.tree.map(lambda x: jax.device_put(np.zeros(x.shape, x.dtype), x.sharding), setup.abstract)
@@ -36,7 +35,7 @@ def test_bytes_are_those_of_the_arrays():
 
 
 def test_mesh_is_said_with_its_preset():
-    mesh = sharding.make_mesh(ConfigDict({"data": -1, "fsdp": 4, "tensor": 1}))
-    assert tables.mesh_text(ConfigDict({"preset": "", "slices": 1}), mesh) == "data 2, fsdp 4, tensor 1"
-    shown = tables.mesh_text(ConfigDict({"preset": "gpu-node-4", "slices": 2}), mesh)
+    mesh = sharding.make_mesh(sharding.MeshConfig(data=-1, fsdp=4, tensor=1))
+    assert tables.mesh_text(sharding.MeshConfig(), mesh) == "data 2, fsdp 4, tensor 1"
+    shown = tables.mesh_text(sharding.MeshConfig(preset="gpu-node-4", slices=2), mesh)
     assert shown == "data 2, fsdp 4, tensor 1 in 2 slices (preset gpu-node-4)"

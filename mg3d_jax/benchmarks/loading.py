@@ -236,16 +236,14 @@ def bench_loading(folder: Path, count: int = 64, repeats: int = 5) -> dict[str, 
 
 def our_batches(folder: str, batches: int) -> Any:
     """Batches on the device, as training gets them."""
-    from ml_collections import ConfigDict
-
     from mg3d_jax import config as config_lib
     from mg3d_jax import sharding
     from mg3d_jax.data.pipeline import PreparedData, train_batches
 
     config = config_lib.default().unlock()
     config.data.update(batch_size=BATCH, read_threads=WAITING_WORKERS)
-    mesh = sharding.make_mesh(ConfigDict(config.mesh))
-    return train_batches(PreparedData((folder,)), _tokenizer(), config, mesh, start=0, stop=batches)
+    mesh = sharding.make_mesh(sharding.MeshConfig())
+    return train_batches(PreparedData((folder,)), _tokenizer(), config_lib.typed(config), mesh, start=0, stop=batches)
 
 
 def monai_batches(folder: str, batches: int, count: int, shape: tuple[int, int, int]) -> Any:

@@ -17,16 +17,16 @@ from typing import Any
 
 import jax
 import numpy as np
-from ml_collections import ConfigDict
 from rich.console import Console
 from rich.table import Table
 
 from mg3d_jax import batch as batch_contract
 from mg3d_jax import config as config_lib
-from mg3d_jax import config_check, devices, sharding
+from mg3d_jax import devices, sharding
 from mg3d_jax.benchmarks import op_times
 from mg3d_jax.benchmarks import step_cases as bench_cases
 from mg3d_jax.benchmarks.hlo import Program
+from mg3d_jax.config import Config, checks
 from mg3d_jax.data.tokens import SPECIAL_TOKENS
 from mg3d_jax.errors import UserError
 from mg3d_jax.files import write_json
@@ -39,7 +39,7 @@ from mg3d_jax.training.tables import LOG_WIDTH, human, mesh_text, tower_paramete
 SENTENCE_TOKENS = 20  # of the random reports
 
 
-def random_batch(config: ConfigDict, vocab_size: int, seed: int = 0) -> dict[str, np.ndarray]:
+def random_batch(config: Config, vocab_size: int, seed: int = 0) -> dict[str, np.ndarray]:
     """Random patients as the pipeline would give them (`mg3d_jax.batch`): reports fill their tokens with sentences."""
     rng, size, length = np.random.default_rng(seed), config.data.batch_size, config.data.max_tokens
     shapes = batch_contract.shapes(size, tuple(config.model.volume_size), length, labels=18)
@@ -59,7 +59,7 @@ def random_batch(config: ConfigDict, vocab_size: int, seed: int = 0) -> dict[str
     return {name: values[name].astype(field.dtype) for name, field in batch_contract.FIELDS.items()}
 
 
-def measure(config: ConfigDict, *, steps: int = 3) -> dict[str, Any]:
+def measure(config: Config, *, steps: int = 3) -> dict[str, Any]:
     """Compiles the step of `config`, runs it `1 + steps` times and once more under the profiler.
 
     Returns:
@@ -151,7 +151,7 @@ def count_flops(setup: state_lib.Setup, special: dict[str, int], batch: Mapping[
     Only traced, not compiled; products inside attention kernels are not seen (use `model.attention = "xla"`).
     """
 
-    def products(config: ConfigDict) -> dict[str, float]:
+    def products(config: Config) -> dict[str, float]:
         model, _ = state_lib.build_model(config, setup.model.vocab_size)
         losses = step_lib.Losses(dataclasses.replace(setup, config=config, model=model), special, train=True)
 
@@ -162,9 +162,7 @@ def count_flops(setup: state_lib.Setup, special: dict[str, int], batch: Mapping[
             lowered = jax.jit(jax.grad(loss, has_aux=True)).lower(setup.abstract["params"], batch)
         return Program.parse(lowered.as_text("hlo", debug_info=True)).matmul_flops()
 
-    kept = setup.config.copy_and_resolve_references().unlock()
-    kept.model.remat = "none"
-    found = products(kept.lock())
+    found = products(config_lib.replace(setup.config, {"model.remat": "none"}))
     recomputed = 0.0
     if setup.config.model.remat != "none":
         recomputed = sum(products(setup.config).values()) - sum(found.values())
@@ -242,7 +240,7 @@ def _flops_text(counted: Mapping[str, Any]) -> str:
     return text
 
 
-def parse(argv: list[str]) -> tuple[argparse.Namespace, ConfigDict]:
+def parse(argv: list[str]) -> tuple[argparse.Namespace, Config]:
     """Options and the validated config: a file or a named case, with overrides."""
     parser = argparse.ArgumentParser(prog="mg3d bench step", description=__doc__)
     config_lib.add_arguments(parser, required=False)
@@ -253,20 +251,20 @@ def parse(argv: list[str]) -> tuple[argparse.Namespace, ConfigDict]:
     parser.add_argument("--steps", type=int, default=3, help="timed steps after the first; the median counts (3)")
     parser.add_argument("--report-frozen", action="store_true", help="do not train the report encoder")
     parser.add_argument("--json", type=Path, metavar="FILE", help="also write the numbers there")
-    overrides = [a for a in argv if a.startswith("--config.")]
-    args = parser.parse_args([a for a in argv if a not in overrides])
+    overrides, own = config_lib.split_overrides(argv)
+    args = parser.parse_args(own)
     if args.config and args.case:
         raise UserError(f"give --config {args.config} or --case {args.case}, not both")
     if args.steps < 1:
         raise UserError(f"--steps {args.steps} must be at least 1")
     config = config_lib.load(args.config or f"{bench_cases.__file__}:{args.case or 'mg3d-b'}", overrides)
-    config = config.copy_and_resolve_references().unlock()
-    config.data.batch_size = args.batch or config.data.batch_size
+    changes: dict[str, Any] = {"training.steps": 1000, "training.epochs": 0.0, "training.samples": 0}
+    changes["data.batch_size"] = args.batch or config.data.batch_size
     if args.report_frozen:
-        config.optimizer.freeze = tuple(dict.fromkeys((*config.optimizer.freeze, bench_cases.FROZEN_REPORT)))
-    config.data.train, config.training.steps = config.data.train or ("random patients",), 1000
-    config.training.epochs, config.training.samples = 0.0, 0
-    config_check.validate(config.lock())
+        changes["optimizer.freeze"] = tuple(dict.fromkeys((*config.optimizer.freeze, bench_cases.FROZEN_REPORT)))
+    changes["data.train"] = config.data.train or ("random patients",)
+    config = config_lib.replace(config, changes)
+    checks.validate(config)
     return args, config
 
 

@@ -21,7 +21,7 @@ from typing import Any
 
 from mg3d_jax.errors import UserError
 from mg3d_jax.files import write_json
-from mg3d_jax.presets import VOLUME_PRESETS, volume_preset
+from mg3d_jax.models.towers.vit import PRESETS
 
 DTYPES = ("float32", "bfloat16")
 REMATS = ("none", "minimal", "full", "offload")
@@ -51,7 +51,7 @@ def training_matmul_flops(case: Case) -> float:
 
     The backward pass costs twice the forward, except in the patch embedding, whose input needs no gradient.
     """
-    preset, tokens = volume_preset(case.preset), case.tokens
+    preset, tokens = PRESETS[case.preset], case.tokens
     embedding = 2 * tokens * prod(case.patch_size) * preset.width
     dense = 2 * tokens * (4 * preset.width**2 + 2 * preset.width * preset.mlp_dim)
     attention = 4 * tokens**2 * preset.width
@@ -65,7 +65,7 @@ def parser() -> argparse.ArgumentParser:
         description="Forward and backward pass of the volume encoder, next to MONAI's ViT.",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
-    model.add_argument("--preset", nargs="+", default=["b", "l"], choices=list(VOLUME_PRESETS), help="encoder sizes")
+    model.add_argument("--preset", nargs="+", default=["b", "l"], choices=list(PRESETS), help="encoder sizes")
     model.add_argument("--volume-size", type=int, nargs=3, default=[128, 128, 96], metavar=("X", "Y", "Z"))
     model.add_argument("--patch-size", type=int, nargs=3, default=[16, 16, 16], metavar=("X", "Y", "Z"))
     model.add_argument("--batch", type=int, default=2, help="volumes per step")
@@ -192,7 +192,7 @@ def time_jax(case: Case) -> dict[str, Any]:
     from mg3d_jax.models.attention import choose_backend
     from mg3d_jax.models.volume_encoder import VolumeEncoder
 
-    preset = volume_preset(case.preset)
+    preset = PRESETS[case.preset]
     head_dim = preset.width // preset.num_heads
     backend, reason = choose_backend(case.attention, jax.default_backend(), case.dtype, head_dim)
     encoder = VolumeEncoder(
@@ -229,7 +229,7 @@ def time_monai(case: Case) -> dict[str, Any]:
         from monai.networks.nets import ViT
     except ImportError as error:
         raise UserError(f"the comparison needs torch, monai and einops ({error}); or say --no-monai.") from error
-    preset = volume_preset(case.preset)
+    preset = PRESETS[case.preset]
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     torch.set_float32_matmul_precision("high")  # TF32 on a GPU, as XLA multiplies float32 there
     sizes = (preset.width, preset.mlp_dim, preset.depth, preset.num_heads)

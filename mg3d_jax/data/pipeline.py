@@ -20,10 +20,10 @@ from pathlib import Path
 import grain
 import numpy as np
 from jax.sharding import Mesh
-from ml_collections import ConfigDict
 
 from mg3d_jax import sharding
 from mg3d_jax.batch import UNKNOWN_LABEL
+from mg3d_jax.config import Config
 from mg3d_jax.data.bad_records import BadRecords
 from mg3d_jax.data.order import RecordOrder, reports_of_others
 from mg3d_jax.data.records import DamagedRecordError, Record, RecordReader
@@ -303,7 +303,7 @@ def host_batches(
 
 
 def train_batches(
-    data: PreparedData, tokenizer: ReportTokenizer, config: ConfigDict, mesh: Mesh, *, start: int, stop: int,
+    data: PreparedData, tokenizer: ReportTokenizer, config: Config, mesh: Mesh, *, start: int, stop: int,
     log_folder: Path | None = None,
 ) -> Iterator[dict]:  # fmt: skip
     """Global batches of steps `start ... stop - 1`, as sharded arrays. Read ahead in threads, or in `workers` processes.

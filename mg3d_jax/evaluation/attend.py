@@ -25,7 +25,6 @@ from mg3d_jax.models.volume_encoder import patchify, unpatchify
 from mg3d_jax.prepare.geometry import POLICIES, Grid
 from mg3d_jax.prepare.nifti import VolumeError
 from mg3d_jax.prepare.volumes import PreparedVolume, prepare_volume
-from mg3d_jax.presets import token_cell, token_grid
 from mg3d_jax.training import inputs as step_inputs
 
 ATTENTION_HEAD = "sentence_conditioned_volume"
@@ -67,8 +66,8 @@ def relevance(run: Run, volume: np.ndarray, text: str, method: str = "auto") -> 
     row = tokenizer([text])
     fields = {name: jnp.asarray(row[name])[None] for name in ("token_ids", "token_mask", "sentence_index")}
     find = _attention if method == "attention" else _occlusion
-    values = find(model, config, run.params, volume, fields, token_cell(config.model))
-    return Relevance(np.asarray(values, np.float32).reshape(token_grid(config.model)), method)
+    values = find(model, config, run.params, volume, fields, config.model.token_cell())
+    return Relevance(np.asarray(values, np.float32).reshape(config.model.token_grid()), method)
 
 
 def _attention(model: Any, config: Any, params: Any, volume: np.ndarray, fields: dict, patch_size: tuple) -> np.ndarray:
@@ -215,7 +214,7 @@ def main(argv: list[str]) -> int:
     """Runs the command and prints where the map is strongest."""
     args = parser().parse_args(argv)
     run = load_run(args.workdir, args.step, None if args.spacing is None else tuple(args.spacing))
-    size, patch_size = tuple(run.config.model.volume_size), token_cell(run.config.model)
+    size, patch_size = tuple(run.config.model.volume_size), run.config.model.token_cell()
     try:
         prepared = prepare_volume(args.volume, Grid(size, run.spacing, args.policy))
         scan = nib.load(args.volume)

@@ -13,7 +13,6 @@ import jax.numpy as jnp
 import numpy as np
 from jax.experimental import multihost_utils
 
-from mg3d_jax import config as config_lib
 from mg3d_jax import sharding
 from mg3d_jax.data.pipeline import PreparedData, evaluation_batches, short_id
 from mg3d_jax.data.records import Record
@@ -101,7 +100,7 @@ class Embedder:
 
     def tokenize(self, entries: Sequence[Sequence[Sentences]]) -> TokenizedTexts:
         """Each entry is some texts, each text some sentences. At least one entry, each of at least one text."""
-        length = config_lib.text_tokens(self.config)
+        length = self.config.text_tokens()
         tokenizer = ReportTokenizer(self.tokenizer.tokenizer, length, self.config.data.max_sentences)
         distinct: dict[tuple[str, ...], int] = {}
         rows = [distinct.setdefault(tuple(text), len(distinct)) for texts in entries for text in texts]
@@ -116,7 +115,7 @@ class Embedder:
         A model trained on single sentences embeds a report as the mean direction of its sentences; one trained on whole
         reports embeds it whole.
         """
-        if self.config.objectives.alignment.report_view == "report":
+        if self.config.objectives["alignment"].report_view == "report":
             return [sentences]
         return [[sentence] for sentence in sentences] or [[]]
 

@@ -14,7 +14,6 @@ from PIL import Image, ImageDraw
 from mg3d_jax import sharding
 from mg3d_jax.models.volume_encoder import unpatchify
 from mg3d_jax.objectives.multitask import enabled
-from mg3d_jax.presets import token_cell
 from mg3d_jax.training.inputs import model_inputs
 from mg3d_jax.training.state import Setup
 
@@ -68,7 +67,7 @@ class Reconstructions:
     def _compute(self, params: Any, batch: Batch) -> dict[str, Any]:
         """The middle slices [K, ., .] by plane and column, and which of the K rows are patients."""
         config, model = self.setup.config, self.setup.model
-        size, cell = tuple(config.model.volume_size), token_cell(config.model)
+        size, cell = tuple(config.model.volume_size), config.model.token_cell()
         options = {"special": self.special, "vocab_size": model.vocab_size, "train": False}
         inputs = model_inputs(batch, jax.random.key(0), config, **options)
         features = model.apply({"params": params}, inputs)
@@ -77,7 +76,7 @@ class Reconstructions:
             jnp.take(features[name], rows, axis=0) for name in ("patches", "voxel_prediction", "patch_mask")
         )
         prediction = prediction.astype(jnp.float32)
-        if config.objectives.volume_reconstruction.normalize_target:
+        if config.objectives["volume_reconstruction"].normalize_target:
             prediction = undo_normalization(prediction, patches)
         hidden = jnp.broadcast_to(mask[..., None], patches.shape)
         filled = jnp.where(hidden, prediction, patches)

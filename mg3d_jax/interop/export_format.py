@@ -16,14 +16,12 @@ import re
 from typing import Any
 
 import numpy as np
-from ml_collections import ConfigDict
 
 from mg3d_jax import __version__
-from mg3d_jax.config import text_tokens
+from mg3d_jax.config import Config
 from mg3d_jax.errors import UserError
 from mg3d_jax.models.positions import sincos
 from mg3d_jax.models.volume_encoder import stem_strides
-from mg3d_jax.presets import report_preset, token_grid, volume_preset
 
 EXPORTED = ("volume_encoder", "report_encoder", "report_pool", "volume_projection", "report_projection", "logit_scale")
 _RENAMED = ((r"(volume|report)_projection\.out", r"\1_projection"), (r"\.(conv|norm)_(\d+)\.", r".\1s.\2."))
@@ -38,7 +36,7 @@ def split_params(params: dict[str, Any]) -> tuple[dict[str, Any], list[str]]:
     return {name: params[name] for name in kept}, sorted(params.keys() - set(kept))
 
 
-def torch_state(params: dict[str, Any], config: ConfigDict) -> dict[str, np.ndarray]:
+def torch_state(params: dict[str, Any], config: Config) -> dict[str, np.ndarray]:
     """`MG3DModel.state_dict()` as contiguous float32 arrays. `params` are those that `split_params` returns."""
     model = config.model
     state: dict[str, np.ndarray] = {}
@@ -48,8 +46,8 @@ def torch_state(params: dict[str, Any], config: ConfigDict) -> dict[str, np.ndar
         else:
             name, array = _convert(path, leaf, config)
             state[name] = array
-    if model.volume_encoder.positions == "sincos":
-        state["volume_encoder.positions"] = sincos(token_grid(model), volume_preset(model.volume_encoder.preset).width)
+    if model.volume_encoder.options.positions == "sincos":
+        state["volume_encoder.positions"] = sincos(model.token_grid(), model.volume_encoder.sizes.width)
     return {name: np.asarray(array, np.float32, order="C") for name, array in sorted(state.items())}
 
 
@@ -78,11 +76,11 @@ def _layout(path: tuple[str, ...] | list[str], leaf: np.ndarray) -> np.ndarray:
     return leaf.T if path[-1] == "kernel" else leaf
 
 
-def _convert(path: tuple[str, ...], leaf: np.ndarray, config: ConfigDict) -> tuple[str, np.ndarray]:
+def _convert(path: tuple[str, ...], leaf: np.ndarray, config: Config) -> tuple[str, np.ndarray]:
     name = ".".join(_leaf_name(path))
     for pattern, replacement in _RENAMED:
         name = re.sub(pattern, replacement, name)
-    patch = tuple(config.model.volume_encoder.patch_size)
+    patch = tuple(config.model.volume_encoder.options.patch_size)
     if path == ("volume_encoder", "patch_embedding", "kernel"):
         return name, convolution(leaf, patch)
     if path[:2] == ("volume_encoder", "patch_embedding") and path[-1] == "kernel" and path[2].startswith("conv_"):
@@ -95,29 +93,29 @@ def convolution(kernel: np.ndarray, patch: tuple[int, int, int]) -> np.ndarray:
     return kernel.reshape(*patch, -1, kernel.shape[-1]).transpose(4, 3, 0, 1, 2)
 
 
-def torch_config(config: ConfigDict, params: dict[str, Any], spacing: tuple[float, float, float]) -> dict[str, Any]:
+def torch_config(config: Config, params: dict[str, Any], spacing: tuple[float, float, float]) -> dict[str, Any]:
     """The arguments of `MG3DConfig`."""
-    encoder, alignment = config.model.volume_encoder, config.objectives.alignment
-    volume, report = volume_preset(encoder.preset), report_preset(config.model.report_encoder.preset)
+    encoder, alignment = config.model.volume_encoder, config.objectives["alignment"]
+    volume, report = encoder.sizes, config.model.report_encoder.sizes
     views = alignment.report_view == "sentences"
-    strides = stem_strides(tuple(encoder.patch_size)) if encoder.stem == "conv" else []
+    strides = stem_strides(tuple(encoder.options.patch_size)) if encoder.options.stem == "conv" else []
     stem = params["volume_encoder"]["patch_embedding"]
     return {
         "volume_size": list(config.model.volume_size),
         "spacing": [float(mm) for mm in spacing],
         "orientation": "RAS",
         "windows": [list(window) for window in config.data.windows],
-        "patch_size": list(encoder.patch_size),
-        "stem": encoder.stem,
+        "patch_size": list(encoder.options.patch_size),
+        "stem": encoder.options.stem,
         "stem_strides": [list(stride) for stride in strides],
         "stem_channels": [int(stem[f"conv_{level}"]["bias"].shape[0]) for level in range(len(strides))],
-        "positions": encoder.positions,
+        "positions": encoder.options.positions,
         "pooling": encoder.pooling,
-        "num_registers": encoder.num_registers,
-        "qk_norm": encoder.qk_norm,
-        "layer_scale": bool(encoder.layer_scale),
-        "exact_gelu": encoder.exact_gelu,
-        "volume_norm_eps": encoder.norm_epsilon,
+        "num_registers": encoder.options.num_registers,
+        "qk_norm": encoder.options.qk_norm,
+        "layer_scale": bool(encoder.options.layer_scale),
+        "exact_gelu": encoder.options.exact_gelu,
+        "volume_norm_eps": encoder.options.norm_epsilon,
         "volume_width": volume.width,
         "volume_depth": volume.depth,
         "volume_heads": volume.num_heads,
@@ -133,7 +131,7 @@ def torch_config(config: ConfigDict, params: dict[str, Any], spacing: tuple[floa
         "max_tokens": config.data.max_tokens,
         "max_sentences": config.data.max_sentences,
         "report_sentences": 1 if views else 0,
-        "report_tokens": text_tokens(config),
+        "report_tokens": config.text_tokens(),
         "projection_dim": config.model.projection_dim,
         "logit_bias": "logit_bias" in params,
     }
@@ -151,7 +149,7 @@ def hugging_face_config(arguments: dict[str, Any], *, step: int, config_hash: st
     }
 
 
-def preprocessor_config(config: ConfigDict, spacing: tuple[float, float, float]) -> dict[str, Any]:
+def preprocessor_config(config: Config, spacing: tuple[float, float, float]) -> dict[str, Any]:
     """`preprocessor_config.json`: what the weights expect of a volume, so that nobody has to guess."""
     return {
         "input": "Hounsfield units, int16 or float, array [X, Y, Z]; rescale slope and intercept applied exactly once",

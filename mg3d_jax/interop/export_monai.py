@@ -12,47 +12,46 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from ml_collections import ConfigDict
 
 from mg3d_jax import __version__
+from mg3d_jax.config import Config
 from mg3d_jax.errors import UserError
 from mg3d_jax.files import write_json
 from mg3d_jax.interop import export_format
 from mg3d_jax.interop.export_run import Run
-from mg3d_jax.presets import volume_preset
 
 MONAI_EPSILON = 1e-5
 
 
-def stream_scale(config: ConfigDict) -> float:
+def stream_scale(config: Config) -> float:
     """What the residual stream is multiplied with, so that norms with MONAI's epsilon give what ours give."""
-    return float(np.sqrt(MONAI_EPSILON / config.model.volume_encoder.norm_epsilon))
+    return float(np.sqrt(MONAI_EPSILON / config.model.volume_encoder.options.norm_epsilon))
 
 
-def exact_gelu(config: ConfigDict) -> bool:
+def exact_gelu(config: Config) -> bool:
     """Was the volume encoder trained with the exact GELU, as MONAI has it?"""
-    return config.model.volume_encoder.exact_gelu
+    return config.model.volume_encoder.options.exact_gelu
 
 
-def obstacles(config: ConfigDict) -> list[str]:
+def obstacles(config: Config) -> list[str]:
     """Settings of the volume encoder that MONAI's `ViT` has no place for."""
-    encoder = config.model.volume_encoder
+    options = config.model.volume_encoder.options
     checks = (
-        (encoder.stem != "linear", f"stem = {encoder.stem!r}: MONAI's stem is one convolution; train with 'linear'"),
-        (encoder.num_registers, f"num_registers = {encoder.num_registers}: MONAI has no register tokens; train with 0"),
-        (encoder.qk_norm, "qk_norm = True: MONAI does not normalise queries and keys; train with False"),
-        (encoder.layer_scale, f"layer_scale = {encoder.layer_scale}: MONAI has no layer scale; train with 0"),
+        (options.stem != "linear", f"stem = {options.stem!r}: MONAI's stem is one convolution; train with 'linear'"),
+        (options.num_registers, f"num_registers = {options.num_registers}: MONAI has no register tokens; train with 0"),
+        (options.qk_norm, "qk_norm = True: MONAI does not normalise queries and keys; train with False"),
+        (options.layer_scale, f"layer_scale = {options.layer_scale}: MONAI has no layer scale; train with 0"),
     )  # fmt: skip
     return [f"model.volume_encoder.{text}" for prevents, text in checks if prevents]
 
 
-def vit_arguments(config: ConfigDict) -> dict[str, Any]:
+def vit_arguments(config: Config) -> dict[str, Any]:
     """Keyword arguments of `monai.networks.nets.ViT`."""
-    volume = volume_preset(config.model.volume_encoder.preset)
+    volume = config.model.volume_encoder.sizes
     return {
         "in_channels": len(config.data.windows),
         "img_size": list(config.model.volume_size),
-        "patch_size": list(config.model.volume_encoder.patch_size),
+        "patch_size": list(config.model.volume_encoder.options.patch_size),
         "hidden_size": volume.width,
         "mlp_dim": volume.mlp_dim,
         "num_layers": volume.depth,
@@ -62,7 +61,7 @@ def vit_arguments(config: ConfigDict) -> dict[str, Any]:
     }
 
 
-def vit_state(params: dict[str, Any], config: ConfigDict) -> dict[str, np.ndarray]:
+def vit_state(params: dict[str, Any], config: Config) -> dict[str, np.ndarray]:
     """State dict of MONAI's `ViT`, float32. `UserError` naming the settings for which there is none."""
     if found := obstacles(config):
         raise UserError("MONAI's ViT cannot hold this volume encoder:\n  - " + "\n  - ".join(found))
@@ -76,7 +75,7 @@ def vit_state(params: dict[str, Any], config: ConfigDict) -> dict[str, np.ndarra
         "norm.weight": ours["norm.weight"],
         "norm.bias": ours["norm.bias"],
     }
-    for number in range(volume_preset(config.model.volume_encoder.preset).depth):
+    for number in range(config.model.volume_encoder.sizes.depth):
         for kind in ("weight", "bias"):
             block, to = (lambda name, i=number, k=kind: ours[f"blocks.{i}.{name}.{k}"]), f"blocks.{number}."
             state[f"{to}norm1.{kind}"], state[f"{to}norm2.{kind}"] = (

@@ -11,9 +11,9 @@ from typing import Any
 
 import jax
 import numpy as np
-from ml_collections import ConfigDict
 
 from mg3d_jax import config as config_lib
+from mg3d_jax.config import Config
 from mg3d_jax.data.records import read_manifest
 from mg3d_jax.data.tokens import ReportTokenizer, load_tokenizer
 from mg3d_jax.errors import UserError
@@ -34,7 +34,7 @@ Spacing = tuple[float, float, float]
 class Run:
     """The weights of one checkpoint as float32 NumPy arrays, and what belongs to them. `spacing` is in mm."""
 
-    config: ConfigDict
+    config: Config
     params: dict[str, Any]
     tokenizer_folder: Path
     step: int
@@ -45,7 +45,7 @@ class Run:
     def tokenizer(self) -> ReportTokenizer:
         """With the token limit that training used for a view of a report."""
         text = load_tokenizer(str(self.tokenizer_folder))
-        return ReportTokenizer(text, config_lib.text_tokens(self.config), self.config.data.max_sentences)
+        return ReportTokenizer(text, self.config.text_tokens(), self.config.data.max_sentences)
 
 
 def load_run(workdir: Path, step: int | None = None, spacing: Spacing | None = None) -> Run:
@@ -68,9 +68,9 @@ def load_run(workdir: Path, step: int | None = None, spacing: Spacing | None = N
     return Run(config, params, workdir / TOKENIZER_FOLDER, int(meta["step"]), tuple(spacing), sources)
 
 
-def _manifest_value(config: ConfigDict, key: str) -> Any:
+def _manifest_value(config: Config, key: str) -> Any:
     """What the first prepared training folder says, if it is still there."""
-    folders = (config.data.train,) if isinstance(config.data.train, str) else config.data.train
+    folders = config.data.train
     try:
         return read_manifest(Path(folders[0]))[key] if folders else None
     except UserError:
@@ -99,10 +99,9 @@ def phantom_inputs(size: tuple[int, int, int], spacing: Spacing, count: int = 4)
     return Inputs(np.stack(volumes), tuple(reports))
 
 
-def reference_model(config: ConfigDict, vocab_size: int) -> tuple[MG3D, ConfigDict]:
+def reference_model(config: Config, vocab_size: int) -> tuple[MG3D, Config]:
     """The Linen model computing in float32, whatever the run computed in, and its config."""
-    exact = config.copy_and_resolve_references().unlock()
-    exact.model.dtype, exact.model.attention, exact.model.remat = "float32", "xla", "none"
+    exact = config_lib.replace(config, {"model.dtype": "float32", "model.attention": "xla", "model.remat": "none"})
     return MG3D(exact, vocab_size, "xla"), exact
 
 

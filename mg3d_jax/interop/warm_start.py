@@ -14,7 +14,6 @@ from mg3d_jax.data.tokens import ReportTokenizer
 from mg3d_jax.errors import UserError
 from mg3d_jax.interop.bert import check_vocabulary, load_bert
 from mg3d_jax.interop.tower import Tower, at_volume_size, check_fields, load_tower, merge
-from mg3d_jax.models.towers import report_encoder, volume_encoder
 from mg3d_jax.training.state import Setup, State
 
 
@@ -26,14 +25,14 @@ def load_pretrained(setup: Setup, state: State, tokenizer: ReportTokenizer) -> S
     encoder's vocabulary is not the tokenizer's.
     """
     params, config = dict(state["params"]), setup.config
+    model = config.model
     modules = {
-        "volume_encoder": (config.model.volume_encoder.kind, volume_encoder(config)),
-        "report_encoder": ("bert", report_encoder(config, tokenizer.vocab_size)),
+        "volume_encoder": (model.volume_encoder, model.volume_encoder.tower.build(model, len(config.data.windows))),
+        "report_encoder": (model.report_encoder, model.report_encoder.tower.build(model, tokenizer.vocab_size)),
     }
-    for encoder, (kind, module) in modules.items():
-        source = config.model[encoder].pretrained
-        if source:
-            tower = _tower(source, encoder, kind, setup, tokenizer)
+    for encoder, (options, module) in modules.items():
+        if options.pretrained:
+            tower = _tower(options.pretrained, encoder, options.kind, setup, tokenizer)
             check_fields(tower, module)
             params[encoder] = _placed(merge(params[encoder], tower), setup.shardings["params"][encoder])
     average = {"ema": jax.tree.map(jnp.copy, params)} if "ema" in state else {}

@@ -8,13 +8,11 @@ from typing import Any
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-from ml_collections import ConfigDict
 
-from mg3d_jax import presets
+from mg3d_jax.config import Config
 from mg3d_jax.models.decoders import TokenHead, VoxelDecoder
 from mg3d_jax.models.fusion import Fusion, SentenceConditionedVolume
 from mg3d_jax.models.heads import AttentionPool, Projection, mean_pool, sentence_means
-from mg3d_jax.models.towers import report_encoder, volume_encoder
 from mg3d_jax.models.volume_encoder import patchify
 
 MAX_LOGIT_SCALE = 100.0  # temperature 0.01: CLIP's clip
@@ -31,17 +29,18 @@ class MG3D(nn.Module):
         attention_backend: `config.model.attention`, resolved for the device (never "auto").
     """
 
-    config: ConfigDict
+    config: Config
     vocab_size: int
     attention_backend: str = "xla"
 
     def setup(self) -> None:
-        model, objective = self.config.model, self.config.objectives.alignment
-        volume = presets.volume_preset(model.volume_encoder.preset)
-        report = presets.report_preset(model.report_encoder.preset)
+        model, objective = self.config.model, self.config.objectives["alignment"]
+        volume = model.volume_encoder.sizes
+        report = model.report_encoder.sizes
         common = {"dtype": model.dtype, "remat": model.remat, "attention_backend": self.attention_backend}
-        self.volume_encoder = volume_encoder(self.config, self.attention_backend)
-        self.report_encoder = report_encoder(self.config, self.vocab_size, self.attention_backend)
+        channels = len(self.config.data.windows)
+        self.volume_encoder = model.volume_encoder.tower.build(model, channels, self.attention_backend)
+        self.report_encoder = model.report_encoder.tower.build(model, self.vocab_size, self.attention_backend)
         self.volume_projection = Projection(model.projection_dim, dtype=model.dtype, use_bias=True)
         self.report_pool = AttentionPool(report.num_heads, dtype=model.dtype)
         self.report_projection = Projection(model.projection_dim, dtype=model.dtype, use_bias=True)
@@ -73,8 +72,8 @@ class MG3D(nn.Module):
         self.fused_report_pair_projection = Projection(model.projection_dim, dtype=dtype)
         self.sentence_conditioned_volume = SentenceConditionedVolume(report_heads, model.matching_dim, **attention)
         self.voxel_decoder = VoxelDecoder(
-            grid=presets.token_grid(model),
-            patch_values=math.prod(presets.token_cell(model)) * len(self.config.data.windows),
+            grid=model.token_grid(),
+            patch_values=math.prod(model.token_cell()) * len(self.config.data.windows),
             width=model.voxel_decoder.width,
             depth=model.voxel_decoder.depth,
             num_heads=model.voxel_decoder.num_heads,
@@ -88,7 +87,7 @@ class MG3D(nn.Module):
         return any(self.config.objectives[name].weight > 0 for name in names)
 
     def _fused_pair(self) -> bool:
-        return self._on("alignment") and self.config.objectives.alignment.fused_weight > 0
+        return self._on("alignment") and self.config.objectives["alignment"].fused_weight > 0
 
     def embed_volume(self, volume: jax.Array, *, train: bool = False) -> dict[str, jax.Array]:
         """Windowed volume [B, X, Y, Z, C] -> `volume_tokens` [B, N, d], `volume_embedding` [B, k] (float32, any length)."""
@@ -112,7 +111,7 @@ class MG3D(nn.Module):
         count = max_sentences or self.config.data.max_sentences
         sentences, mask = sentence_means(encoded["tokens"], report["sentence_index"], count)
         features = {"report_tokens": encoded["tokens"], "sentences": sentences, "sentence_mask": mask}
-        source, targets = self.config.objectives.matching.sentence_source, encoded["tokens"]
+        source, targets = self.config.objectives["matching"].sentence_source, encoded["tokens"]
         if source == "embeddings":
             targets = encoded["embeddings"]
         if source == "words":
@@ -128,9 +127,9 @@ class MG3D(nn.Module):
         above, and stay there.
         """
         scale = jnp.exp(self.logit_scale)
-        if not self.config.objectives.alignment.learn_temperature:
+        if not self.config.objectives["alignment"].learn_temperature:
             scale = jax.lax.stop_gradient(scale)
-        bias = {"logit_bias": self.logit_bias} if self.config.objectives.alignment.form == "sigmoid" else {}
+        bias = {"logit_bias": self.logit_bias} if self.config.objectives["alignment"].form == "sigmoid" else {}
         return {"logit_scale": scale} | bias
 
     def __call__(self, inputs: dict[str, Any], *, train: bool = False) -> dict[str, jax.Array]:
@@ -153,7 +152,7 @@ class MG3D(nn.Module):
                 text = self.embed_report(inputs["report"], train=train)
                 features["report_embedding"] = text["report_embedding"]
                 features["report_has_text"] = jnp.any(text["sentence_mask"], axis=1)
-        reads_text = self._on("volume_reconstruction") and self.config.objectives.volume_reconstruction.read_report
+        reads_text = self._on("volume_reconstruction") and self.config.objectives["volume_reconstruction"].read_report
         if self._on("report_reconstruction", "matching", "discrimination") or self._fused_pair() or reads_text:
             text = text or self._encode_report(full, train=train)
             features |= {name: text[name] for name in ("sentence_mask", "sentence_targets")}
@@ -208,7 +207,7 @@ class MG3D(nn.Module):
         encoded = self.volume_encoder(inputs["volume"], inputs["visible"], train=train)
         report_tokens = text.get("report_tokens")
         prediction = self.voxel_decoder(encoded["tokens"], encoded.get("places"), report_tokens, mask, train)
-        patches = patchify(inputs["volume"], presets.token_cell(self.config.model))
+        patches = patchify(inputs["volume"], self.config.model.token_cell())
         return {"voxel_prediction": prediction, "patches": patches, "patch_mask": inputs["patch_mask"]}
 
     def _reconstruct_report(

@@ -12,21 +12,21 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from ml_collections import ConfigDict
 
 from mg3d_jax.objectives.contrastive import info_nce, sigmoid_contrastive
 from mg3d_jax.objectives.discrimination import patient_discrimination
 from mg3d_jax.objectives.matching import sentence_matching
 from mg3d_jax.objectives.pairwise import l2_normalize, masked_mean
 from mg3d_jax.objectives.reconstruction import mean_of_sums, normalize_patches, patch_sums, sentence_sums, token_sums
+from mg3d_jax.options import Group
 
 Features = dict[str, Any]
 Batch = dict[str, jax.Array]
 Metrics = dict[str, jax.Array]
-Objective = Callable[[Features, Batch, ConfigDict], tuple[jax.Array, Metrics]]
+Objective = Callable[[Features, Batch, Any], tuple[jax.Array, Metrics]]
 
 
-def alignment(features: Features, batch: Batch, options: ConfigDict) -> tuple[jax.Array, Metrics]:
+def alignment(features: Features, batch: Batch, options: Any) -> tuple[jax.Array, Metrics]:
     """Global alignment over the global batch (method.md, loss 1): two pairs, each with its own weight.
 
     (a) volume embedding against report embedding; (b) the fused patient embedding against the two uni-modal ones side
@@ -146,13 +146,13 @@ def _mean_over_views(
     return jax.tree.map(lambda values: jnp.sum(values * shares), per_view)
 
 
-def volume_reconstruction(features: Features, batch: Batch, options: ConfigDict) -> tuple[jax.Array, Metrics]:
+def volume_reconstruction(features: Features, batch: Batch, options: Any) -> tuple[jax.Array, Metrics]:
     """Report-guided masked volume modelling (method.md, loss 2)."""
     means = mean_of_sums(features["voxel_sums"], batch["valid"])
     return means["loss"], {"patches": means["count"]}
 
 
-def report_reconstruction(features: Features, batch: Batch, options: ConfigDict) -> tuple[jax.Array, Metrics]:
+def report_reconstruction(features: Features, batch: Batch, options: Any) -> tuple[jax.Array, Metrics]:
     """Volume-guided masked report modelling with the sentence-alignment term (method.md, loss 2)."""
     tokens = mean_of_sums(features["token_sums"], batch["valid"])
     sentences = mean_of_sums(features["sentence_sums"], batch["valid"])
@@ -161,7 +161,7 @@ def report_reconstruction(features: Features, batch: Batch, options: ConfigDict)
     return tokens["loss"] + options.sentence_weight * sentences["loss"], metrics
 
 
-def matching(features: Features, batch: Batch, options: ConfigDict) -> tuple[jax.Array, Metrics]:
+def matching(features: Features, batch: Batch, options: Any) -> tuple[jax.Array, Metrics]:
     """Sentence-wise semantic matching between patients (method.md, loss 3). Scans of one patient are never paired."""
     return sentence_matching(
         features["z"],
@@ -175,7 +175,7 @@ def matching(features: Features, batch: Batch, options: ConfigDict) -> tuple[jax
     )
 
 
-def discrimination(features: Features, batch: Batch, options: ConfigDict) -> tuple[jax.Array, Metrics]:
+def discrimination(features: Features, batch: Batch, options: Any) -> tuple[jax.Array, Metrics]:
     """Patient discrimination (method.md, loss 4)."""
     return patient_discrimination(
         features["fused_volume_embedding"],
@@ -206,17 +206,17 @@ SMALL_FEATURES = (
 )  # fmt: skip
 
 
-def enabled(objectives: ConfigDict) -> tuple[str, ...]:
+def enabled(objectives: Group) -> tuple[str, ...]:
     """Names of the objectives with a positive weight, in the table's order."""
     return tuple(name for name in OBJECTIVES if objectives[name].weight > 0)
 
 
-def per_patient(features: Features, objectives: ConfigDict) -> Features:
+def per_patient(features: Features, objectives: Group) -> Features:
     """The model's features, reduced to what the losses need: embeddings, and sums of the reconstruction losses."""
     small = {name: features[name] for name in SMALL_FEATURES if name in features}
     if "voxel_prediction" in features:
         target = features["patches"]
-        if objectives.volume_reconstruction.normalize_target:
+        if objectives["volume_reconstruction"].normalize_target:
             target = normalize_patches(target)
         small["voxel_sums"] = patch_sums(features["voxel_prediction"], target, features["patch_mask"])
     if "token_logits" in features:
@@ -226,7 +226,7 @@ def per_patient(features: Features, objectives: ConfigDict) -> Features:
     return small
 
 
-def multitask_loss(features: Features, batch: Batch, objectives: ConfigDict) -> tuple[jax.Array, Metrics]:
+def multitask_loss(features: Features, batch: Batch, objectives: Group) -> tuple[jax.Array, Metrics]:
     """Sum of `weight * loss` over the enabled objectives, from the features that `per_patient` returned.
 
     The metrics carry the total as `loss`, each unweighted loss as `NAME` and its details as `NAME/...`.

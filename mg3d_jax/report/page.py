@@ -141,7 +141,7 @@ def _configuration(run: RunFiles) -> dict[str, html.Table] | None:
     """What differs from the defaults, and every key."""
     if run.config is None:
         return None
-    own, default = config_lib.flatten(run.config), config_lib.flatten(config_lib.default())
+    own, default = config_lib.flatten(run.config), config_lib.flatten(config_lib.Config())
     changed = [key for key in own if own[key] != default.get(key)]
     head = ("key", "value", "default")
 

@@ -9,9 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ml_collections import ConfigDict
-
 from mg3d_jax import config as config_lib
+from mg3d_jax.config import Config
 from mg3d_jax.data.bad_records import BAD_RECORDS_NAME
 from mg3d_jax.errors import UserError
 from mg3d_jax.files import read_json, read_lines
@@ -31,7 +30,7 @@ class RunFiles:
     """
 
     folder: Path
-    config: ConfigDict | None
+    config: Config | None
     metrics: list[dict[str, Any]]
     damaged: int
     summary: dict[str, Any]
@@ -80,7 +79,7 @@ def _document(path: Path) -> dict[str, Any]:
     return read_json(path, mend="restore it, or remove it to do without") if path.exists() else {}
 
 
-def _config(path: Path) -> ConfigDict | None:
+def _config(path: Path) -> Config | None:
     return config_lib.from_json(path.read_text()) if _document(path) else None
 
 

@@ -22,9 +22,7 @@ from dataclasses import asdict, dataclass
 from math import prod
 from typing import Any
 
-from ml_collections import ConfigDict
-
-from mg3d_jax import presets
+from mg3d_jax.config import Config
 from mg3d_jax.models.mg3d import FIXED_WORD_DIM
 from mg3d_jax.objectives.masking import masked_count
 from mg3d_jax.scaling import parts
@@ -64,7 +62,7 @@ class Pass:
     after_trained: bool = False  # its input already depends on trained parameters
 
 
-def count(config: ConfigDict, vocab_size: int | None = None) -> Cost:
+def count(config: Config, vocab_size: int | None = None) -> Cost:
     """Parameters and per-sample FLOPs of `config`. `vocab_size` is the tokenizer's (default: `data.vocab_size`)."""
     vocab_size = vocab_size or config.data.vocab_size
     inventory = parameter_parts(config, vocab_size)
@@ -116,22 +114,22 @@ def _flops(one: Pass, frozen: Sequence[str]) -> tuple[float, float, float, float
     return tuple(one.rows * value for value in (forward, training, matmul_forward, matmul_training))
 
 
-def volume_tokens(config: ConfigDict) -> int:
+def volume_tokens(config: Config) -> int:
     """Tokens of a volume."""
-    return prod(presets.token_grid(config.model))
+    return prod(config.model.token_grid())
 
 
-def visible_tokens(config: ConfigDict) -> int:
+def visible_tokens(config: Config) -> int:
     """Tokens that the masked pass of the volume encoder gives: of the patches that a ViT sees, of all with a Swin."""
     tokens = volume_tokens(config)
     if config.model.volume_encoder.kind == "swin":
         return tokens
-    return tokens - masked_count(tokens, config.objectives.volume_reconstruction.mask_ratio)
+    return tokens - masked_count(tokens, config.objectives["volume_reconstruction"].mask_ratio)
 
 
-def report_shape(config: ConfigDict) -> tuple[int, int, int]:
+def report_shape(config: Config) -> tuple[int, int, int]:
     """Texts per sample that the text tower reads for the alignment, tokens of each, and sentences of each."""
-    options, data = config.objectives.alignment, config.data
+    options, data = config.objectives["alignment"], config.data
     if options.report_view == "sentences":
         return min(options.report_sentences, data.max_sentences), options.sentence_tokens, 1
     return 1, data.max_tokens, data.max_sentences
@@ -150,17 +148,17 @@ class Enabled:
     reads_text: bool  # the voxel decoder reads the report
 
     @classmethod
-    def of(cls, config: ConfigDict) -> Enabled:
+    def of(cls, config: Config) -> Enabled:
         options = config.objectives
         on = {name: options[name].weight > 0 for name in options}
         return cls(
             alignment=on["alignment"],
-            fused_pair=on["alignment"] and options.alignment.fused_weight > 0,
+            fused_pair=on["alignment"] and options["alignment"].fused_weight > 0,
             voxels=on["volume_reconstruction"],
             words=on["report_reconstruction"],
             matching=on["matching"],
             discrimination=on["discrimination"],
-            reads_text=on["volume_reconstruction"] and options.volume_reconstruction.read_report,
+            reads_text=on["volume_reconstruction"] and options["volume_reconstruction"].read_report,
         )
 
     @property
@@ -169,14 +167,14 @@ class Enabled:
         return ("volume",) * volume + ("report",) * report
 
 
-def parameter_parts(config: ConfigDict, vocab_size: int) -> list[Part]:
+def parameter_parts(config: Config, vocab_size: int) -> list[Part]:
     """Every part with parameters, once. Both towers and their embeddings always exist: every run can be evaluated."""
     on, widths = Enabled.of(config), parts.Widths.of(config)
     shape = report_shape(config)
     found = parts.volume_tower(config, volume_tokens(config)) + parts.volume_embedding(config)
     found += parts.report_tower(config, vocab_size, shape[1]) + parts.report_embedding(config, shape[2])
     found.append(Part("logit_scale", 1))
-    if config.objectives.alignment.form == "sigmoid":
+    if config.objectives["alignment"].form == "sigmoid":
         found.append(Part("logit_bias", 1))
     if on.fusion_outputs:
         found += parts.fusion(config, config.data.max_tokens, on.fusion_outputs)
@@ -196,7 +194,7 @@ def parameter_parts(config: ConfigDict, vocab_size: int) -> list[Part]:
     return found
 
 
-def passes(config: ConfigDict, vocab_size: int) -> list[Pass]:
+def passes(config: Config, vocab_size: int) -> list[Pass]:
     """What one training step computes for a sample, as `models.mg3d.MG3D.__call__` does it."""
     on, data = Enabled.of(config), config.data
     texts, length, sentences = report_shape(config)
@@ -211,7 +209,7 @@ def passes(config: ConfigDict, vocab_size: int) -> list[Pass]:
         found.append(Pass(text + parts.report_embedding(config, sentences), rows=texts))
     if whole_report:
         means = [parts.sentence_means(config, data.max_tokens, data.max_sentences)]
-        if config.objectives.alignment.report_view == "sentences" or not on.alignment:
+        if config.objectives["alignment"].report_view == "sentences" or not on.alignment:
             found.append(Pass(parts.report_tower(config, vocab_size, data.max_tokens) + means))
         if on.matching:  # the targets are means without a gradient
             found.append(Pass(means))
@@ -224,7 +222,7 @@ def passes(config: ConfigDict, vocab_size: int) -> list[Pass]:
     return [*found, *(Pass(chain, after_trained=True) for chain in _similarities(config, on))]
 
 
-def _cross_modal(config: ConfigDict, vocab_size: int, on: Enabled) -> Iterable[list[Part]]:
+def _cross_modal(config: Config, vocab_size: int, on: Enabled) -> Iterable[list[Part]]:
     """Chains that read both towers."""
     widths, length = parts.Widths.of(config), config.data.max_tokens
     if on.matching or on.discrimination:
@@ -244,7 +242,7 @@ def _cross_modal(config: ConfigDict, vocab_size: int, on: Enabled) -> Iterable[l
         yield [projected, projected]  # of the reconstructed and of the original sentences
 
 
-def _similarities(config: ConfigDict, on: Enabled) -> Iterable[list[Part]]:
+def _similarities(config: Config, on: Enabled) -> Iterable[list[Part]]:
     """Rows of similarity matrices, which the backward pass makes again."""
     widths, batch, sentences = parts.Widths.of(config), config.data.batch_size, config.data.max_sentences
 
@@ -259,7 +257,7 @@ def _similarities(config: ConfigDict, on: Enabled) -> Iterable[list[Part]]:
     if on.discrimination:
         yield [row(batch, widths.matching)]
     if on.matching:
-        source = config.objectives.matching.sentence_source
+        source = config.objectives["matching"].sentence_source
         width = FIXED_WORD_DIM if source == "words" else widths.report
         pairs = sentences * batch * sentences
         # The similarities of the targets have no gradient, but the backward pass makes them again.

@@ -9,12 +9,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from math import prod
 
-from ml_collections import ConfigDict
-
-from mg3d_jax import presets
+from mg3d_jax.config import Config
+from mg3d_jax.models.towers.base import Sizes
+from mg3d_jax.models.towers.swin import SwinSizes
 from mg3d_jax.models.volume_encoder import patch_grid, stem_strides
 from mg3d_jax.objectives.masking import most_selected
-from mg3d_jax.presets import ReportPreset, SwinPreset, TowerPreset
 from mg3d_jax.scaling.layer_parts import (
     ADD,
     GELU_ERF,
@@ -46,48 +45,48 @@ class Widths:
     matching: int
 
     @classmethod
-    def of(cls, config: ConfigDict) -> Widths:
+    def of(cls, config: Config) -> Widths:
         volume, report = towers(config)
         return cls(volume.width, report.width, config.model.projection_dim, config.model.matching_dim)
 
 
-def towers(config: ConfigDict) -> tuple[TowerPreset | SwinPreset, ReportPreset]:
+def towers(config: Config) -> tuple[Sizes | SwinSizes, Sizes]:
     """The presets of the volume and of the report encoder."""
     model = config.model
-    return presets.volume_preset(model.volume_encoder.preset), presets.report_preset(model.report_encoder.preset)
+    return model.volume_encoder.sizes, model.report_encoder.sizes
 
 
-def volume_tower(config: ConfigDict, tokens: int, visible: int | None = None) -> list[Part]:
+def volume_tower(config: Config, tokens: int, visible: int | None = None) -> list[Part]:
     """The volume encoder up to its tokens; the blocks of a ViT see `visible` of the `tokens` patches, a Swin all."""
     encoder, (preset, _) = config.model.volume_encoder, towers(config)
-    if isinstance(preset, SwinPreset):
+    if isinstance(preset, SwinSizes):
         return swin_tower(preset, tuple(config.model.volume_size), len(config.data.windows))
     seen, root, width = tokens if visible is None else visible, "volume_encoder", preset.width
     found = _stem(config, width, tokens)
-    if encoder.positions == "learned":
+    if encoder.options.positions == "learned":
         added = each(ADD, tokens * width)
         found.append(Part(f"{root}/positions", tokens * width, elementwise=added, lookup=True))
-    if encoder.num_registers:
-        found.append(Part(f"{root}/registers", encoder.num_registers * width))
-    gelu = GELU_ERF if encoder.exact_gelu else GELU_TANH
+    if encoder.options.num_registers:
+        found.append(Part(f"{root}/registers", encoder.options.num_registers * width))
+    gelu = GELU_ERF if encoder.options.exact_gelu else GELU_TANH
     layer = block(
         f"{root}/stack/blocks/block",
-        seen + encoder.num_registers,
+        seen + encoder.options.num_registers,
         width,
         preset.num_heads,
         preset.mlp_dim,
         gelu,
-        qk_norm=encoder.qk_norm,
-        layer_scale=encoder.layer_scale,
+        qk_norm=encoder.options.qk_norm,
+        layer_scale=encoder.options.layer_scale,
     )
     return [*found, *stacked(layer, preset.depth, encoder.frozen_layers), norm(f"{root}/norm", seen, width)]
 
 
-def _stem(config: ConfigDict, width: int, tokens: int) -> list[Part]:
+def _stem(config: Config, width: int, tokens: int) -> list[Part]:
     """Patch embedding: one matrix product, or strided convolutions (each a reshape and a product) and then one."""
-    name, patch = "volume_encoder/patch_embedding", tuple(config.model.volume_encoder.patch_size)
+    name, patch = "volume_encoder/patch_embedding", tuple(config.model.volume_encoder.options.patch_size)
     channels, grid = len(config.data.windows), tuple(config.model.volume_size)
-    if config.model.volume_encoder.stem == "linear":
+    if config.model.volume_encoder.options.stem == "linear":
         return [dense(name, tokens, prod(patch) * channels, width)]
     found, strides = [], stem_strides(patch)
     for level, stride in enumerate(strides):
@@ -100,10 +99,10 @@ def _stem(config: ConfigDict, width: int, tokens: int) -> list[Part]:
     return [*found, dense(f"{name}/out", prod(grid), channels, width)]
 
 
-def volume_embedding(config: ConfigDict) -> list[Part]:
+def volume_embedding(config: Config) -> list[Part]:
     """Pooling of the volume tokens and the projection."""
     preset, _ = towers(config)
-    tokens = prod(presets.token_grid(config.model))
+    tokens = prod(config.model.token_grid())
     found = []
     if config.model.volume_encoder.pooling == "attention":
         found = pool("volume_encoder/pool", tokens, preset.width, preset.num_heads)
@@ -112,7 +111,7 @@ def volume_embedding(config: ConfigDict) -> list[Part]:
     return [*found, dense("volume_projection/out", 1, preset.width, config.model.projection_dim)]
 
 
-def report_tower(config: ConfigDict, vocab_size: int, length: int) -> list[Part]:
+def report_tower(config: Config, vocab_size: int, length: int) -> list[Part]:
     """`models.report_encoder.ReportEncoder` on one text of `length` tokens."""
     _, preset = towers(config)
     root = "report_encoder"
@@ -123,13 +122,13 @@ def report_tower(config: ConfigDict, vocab_size: int, length: int) -> list[Part]
     return found + stacked(layer, preset.depth, config.model.report_encoder.frozen_layers)
 
 
-def sentence_means(config: ConfigDict, length: int, sentences: int) -> Part:
+def sentence_means(config: Config, length: int, sentences: int) -> Part:
     """`models.heads.sentence_means`: a product with a matrix of zeros and ones."""
     _, preset = towers(config)
     return Part("sentence_means", constant=2.0 * sentences * length * preset.width)
 
 
-def report_embedding(config: ConfigDict, sentences: int) -> list[Part]:
+def report_embedding(config: Config, sentences: int) -> list[Part]:
     """Pooling of the sentences of one text and the projection."""
     _, preset = towers(config)
     projection = dense("report_projection/out", 1, preset.width, config.model.projection_dim)
@@ -146,10 +145,10 @@ def cross_attention(name: str, queries: int, keys: int, width: int, heads: int, 
     ]
 
 
-def fusion(config: ConfigDict, length: int, outputs: Sequence[str]) -> list[Part]:
+def fusion(config: Config, length: int, outputs: Sequence[str]) -> list[Part]:
     """`models.fusion.Fusion` of a volume and `length` tokens of report; the last layer updates `outputs` only."""
     (volume, report), depth = towers(config), config.model.fusion.depth
-    tokens = prod(presets.token_grid(config.model))
+    tokens = prod(config.model.token_grid())
     sides = {"volume": (tokens, volume), "report": (length, report)}
     found = []
     for number in range(depth):
@@ -173,7 +172,7 @@ def fusion(config: ConfigDict, length: int, outputs: Sequence[str]) -> list[Part
     return found + [norm(f"fusion/{stream}_norm", sides[stream][0], sides[stream][1].width) for stream in outputs]
 
 
-def fused_pair_projections(config: ConfigDict) -> list[Part]:
+def fused_pair_projections(config: Config) -> list[Part]:
     widths = Widths.of(config)
     return [
         dense("fused_volume_pair_projection/out", 1, widths.volume, widths.projection, bias=False),
@@ -181,10 +180,10 @@ def fused_pair_projections(config: ConfigDict) -> list[Part]:
     ]
 
 
-def sentence_conditioned_volume(config: ConfigDict) -> list[Part]:
+def sentence_conditioned_volume(config: Config) -> list[Part]:
     """`models.fusion.SentenceConditionedVolume`."""
     (volume, report), sentences = towers(config), config.data.max_sentences
-    tokens = prod(presets.token_grid(config.model))
+    tokens = prod(config.model.token_grid())
     name = "sentence_conditioned_volume"
     found = [norm(f"{name}/norm", sentences, report.width), norm(f"{name}/context_norm", tokens, volume.width)]
     found += attention(f"{name}/attention", sentences, tokens, report.width, report.num_heads, volume.width)
@@ -192,10 +191,10 @@ def sentence_conditioned_volume(config: ConfigDict) -> list[Part]:
     return [*found, projection]
 
 
-def voxel_decoder(config: ConfigDict, visible: int, reads_text: bool) -> list[Part]:
+def voxel_decoder(config: Config, visible: int, reads_text: bool) -> list[Part]:
     """`models.decoders.VoxelDecoder`: all patches, of which `visible` come from the encoder."""
     (volume, report), decoder = towers(config), config.model.voxel_decoder
-    tokens, name = prod(presets.token_grid(config.model)), "voxel_decoder"
+    tokens, name = prod(config.model.token_grid()), "voxel_decoder"
     found = [dense(f"{name}/embed", visible, volume.width, decoder.width)]
     if visible < tokens:
         found.append(Part(f"{name}/mask_token", decoder.width))
@@ -205,14 +204,14 @@ def voxel_decoder(config: ConfigDict, visible: int, reads_text: bool) -> list[Pa
             sizes = (tokens, config.data.max_tokens, decoder.width, decoder.num_heads, report.width)
             found += cross_attention(f"{layer}/cross_attention", *sizes)
         found += block(f"{layer}/block", tokens, decoder.width, decoder.num_heads, MLP_RATIO * decoder.width)
-    values = prod(presets.token_cell(config.model)) * len(config.data.windows)
+    values = prod(config.model.token_cell()) * len(config.data.windows)
     return [*found, norm(f"{name}/norm", tokens, decoder.width), dense(f"{name}/voxels", tokens, decoder.width, values)]
 
 
-def token_head(config: ConfigDict, vocab_size: int) -> list[Part]:
+def token_head(config: Config, vocab_size: int) -> list[Part]:
     """`models.decoders.TokenHead` on the tokens that are predicted, and the log-softmax of its logits."""
     (_, preset), name = towers(config), "token_head"
-    length = most_selected(config.data.max_tokens, config.objectives.report_reconstruction.mask_ratio)
+    length = most_selected(config.data.max_tokens, config.objectives["report_reconstruction"].mask_ratio)
     return [
         dense(f"{name}/transform", length, preset.width, preset.width),
         Part(f"{name}/gelu", elementwise=each(GELU_ERF, length * preset.width)),

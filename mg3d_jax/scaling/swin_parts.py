@@ -5,7 +5,8 @@ from __future__ import annotations
 from math import prod
 
 from mg3d_jax.models.swin import fit_window
-from mg3d_jax.presets import Grid, SwinPreset
+from mg3d_jax.models.towers.base import Grid
+from mg3d_jax.models.towers.swin import SwinSizes
 from mg3d_jax.scaling.layer_parts import ADD, GELU_ERF, LAYER_NORM, SOFTMAX, Part, dense, each, mlp, norm, residual
 
 MLP_RATIO = 4
@@ -13,7 +14,7 @@ ROOT = "volume_encoder"
 KERNEL = 27  # taps of a 3x3x3 convolution
 
 
-def swin_tower(preset: SwinPreset, volume_size: Grid, channels: int) -> list[Part]:
+def swin_tower(preset: SwinSizes, volume_size: Grid, channels: int) -> list[Part]:
     """Up to the tokens. Padded windows are computed, and counted; what the shift masks is too."""
     size = tuple(side // patch for side, patch in zip(volume_size, preset.patch_size, strict=True))
     found = [dense(f"{ROOT}/patch_embedding", prod(size), prod(preset.patch_size) * channels, preset.embed)]
@@ -30,7 +31,7 @@ def swin_tower(preset: SwinPreset, volume_size: Grid, channels: int) -> list[Par
     return [*found, Part("normalised", elementwise=each(LAYER_NORM, prod(size) * preset.width))]
 
 
-def _block(name: str, preset: SwinPreset, size: Grid, width: int, heads: int, shifted: bool) -> list[Part]:
+def _block(name: str, preset: SwinSizes, size: Grid, width: int, heads: int, shifted: bool) -> list[Part]:
     """`models.swin.SwinBlock`."""
     half = tuple(extent // 2 for extent in preset.window) if shifted else (0, 0, 0)
     window, shift = fit_window(size, preset.window, half)

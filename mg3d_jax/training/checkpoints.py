@@ -32,9 +32,9 @@ import jax
 import numpy as np
 import orbax.checkpoint as ocp
 from jax.experimental import multihost_utils
-from ml_collections import ConfigDict
 
 from mg3d_jax import config as config_lib
+from mg3d_jax.config import Config
 from mg3d_jax.errors import UserError, storage_problem
 from mg3d_jax.training import distributed
 from mg3d_jax.training.checksums import checksums
@@ -322,7 +322,7 @@ def _state_handler() -> ocp.PyTreeCheckpointHandler:
     return ocp.PyTreeCheckpointHandler(type_handler_registry=registry)
 
 
-def check_same_run(meta: dict[str, Any], config: ConfigDict) -> None:
+def check_same_run(meta: dict[str, Any], config: Config) -> None:
     """`UserError` with the list of differences when a resumed run's config changed in a way that matters."""
     old = config_lib.from_json(meta["config"])
     if differences := config_lib.resume_differences(old, config):

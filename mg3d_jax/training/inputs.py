@@ -11,8 +11,9 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from ml_collections import ConfigDict
 
+from mg3d_jax.config import Config
+from mg3d_jax.config.parts import AugmentConfig
 from mg3d_jax.objectives.masking import (
     most_selected,
     nested_patch_mask,
@@ -21,7 +22,6 @@ from mg3d_jax.objectives.masking import (
     whole_word_mask,
 )
 from mg3d_jax.objectives.multitask import enabled
-from mg3d_jax.presets import token_grid
 
 AIR_HU = -1024
 TEXT_FIELDS = ("token_ids", "token_mask", "sentence_index", "word_index")
@@ -34,7 +34,7 @@ def window(volume: jax.Array, windows: tuple[tuple[float, float], ...], dtype: j
     return jnp.stack(channels, axis=-1).astype(dtype)
 
 
-def augment(key: jax.Array, volume: jax.Array, options: ConfigDict) -> jax.Array:
+def augment(key: jax.Array, volume: jax.Array, options: AugmentConfig) -> jax.Array:
     """Random shift (voxels, filled with air), intensity scale and offset (HU), noise (HU). HU in, float32 HU out.
 
     Never a flip: reports name sides.
@@ -108,7 +108,7 @@ def sentence_views(
 def model_inputs(
     batch: dict[str, jax.Array],
     key: jax.Array,
-    config: ConfigDict,
+    config: Config,
     *,
     special: dict[str, int],
     vocab_size: int,
@@ -131,7 +131,7 @@ def model_inputs(
         volume = augment(augment_key, volume, config.data.augment)
     text = {name: batch[name] for name in TEXT_FIELDS}
     inputs = {"volume": window(volume, config.data.windows), "report": text}
-    options = config.objectives.alignment
+    options = config.objectives["alignment"]
     if options.report_view == "sentences":
         inputs["full_report"] = text
         inputs["report"] = sentence_views(
@@ -145,7 +145,7 @@ def model_inputs(
     if "volume_reconstruction" in names:
         inputs["visible"], inputs["patch_mask"] = patch_mask(patch_key, volume.shape[0], config)
     if "report_reconstruction" in names:
-        ratio = config.objectives.report_reconstruction.mask_ratio
+        ratio = config.objectives["report_reconstruction"].mask_ratio
         most = most_selected(config.data.max_tokens, ratio)
         inputs["corrupted_ids"], selected = whole_word_mask(
             word_key,
@@ -160,9 +160,9 @@ def model_inputs(
     return inputs
 
 
-def patch_mask(key: jax.Array, batch_size: int, config: ConfigDict) -> tuple[jax.Array, jax.Array]:
+def patch_mask(key: jax.Array, batch_size: int, config: Config) -> tuple[jax.Array, jax.Array]:
     """The visible patches and the mask of hidden ones, as `objectives.volume_reconstruction` says."""
-    grid, options = token_grid(config.model), config.objectives.volume_reconstruction
+    grid, options = config.model.token_grid(), config.objectives["volume_reconstruction"]
     if options.masking == "nested":
         return nested_patch_mask(key, batch_size, grid, options.mask_ratio)
     return random_patch_mask(key, batch_size, math.prod(grid), options.mask_ratio)

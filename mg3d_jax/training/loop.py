@@ -9,10 +9,10 @@ from contextlib import ExitStack
 from pathlib import Path
 
 import jax
-from ml_collections import ConfigDict
 
-from mg3d_jax import __version__, config_check, devices, sharding
+from mg3d_jax import __version__, devices, sharding
 from mg3d_jax import config as config_lib
+from mg3d_jax.config import Config, checks
 from mg3d_jax.data.order import RecordOrder
 from mg3d_jax.data.pipeline import PreparedData, cut_shares, record_names, train_batches
 from mg3d_jax.environment import environment_facts
@@ -46,8 +46,8 @@ class Trainer:
         profile_steps: traces so many steps (`Profiler`).
     """
 
-    def __init__(self, config: ConfigDict, workdir: Path, *, profile_steps: int = 0):
-        config_check.validate(config)
+    def __init__(self, config: Config, workdir: Path, *, profile_steps: int = 0):
+        checks.validate(config)
         check_writable(workdir)
         self.config, self.workdir, self.writes = config, workdir, jax.process_index() == 0
         self.mesh = sharding.make_mesh(config.mesh)
@@ -88,7 +88,7 @@ class Trainer:
         """What looks at the held-out data: its loss, pictures of reconstructions, zero-shot AUROC and recall."""
         special, config = self.tokenizer.special, self.config
         self.held_out = HeldOut(self.setup, self.tokenizer, valid, log_folder=self.workdir) if valid else None
-        draws = valid and config.objectives.volume_reconstruction.weight > 0
+        draws = valid and config.objectives["volume_reconstruction"].weight > 0
         self.pictures = Reconstructions(self.setup, special, spacing=valid.spacing) if draws else None
         evaluates = valid and config.training.evaluate_every
         self.evaluation = (
@@ -116,7 +116,7 @@ class Trainer:
             return self._finish_again()
         if self.writes:
             (self.workdir / run_folder.SUMMARY_FILE).unlink(missing_ok=True)  # of an end whose checkpoint is gone
-            write_json(self.workdir / run_folder.CONFIG_FILE, self.config.to_dict(), allow_nan=True)
+            write_json(self.workdir / run_folder.CONFIG_FILE, config_lib.to_dict(self.config), allow_nan=True)
             write_json(self.workdir / run_folder.ENVIRONMENT_FILE, environment_facts())
         self.writers = open_writers(self.workdir, self.config, resume_step=self.first)
         batches = train_batches(
@@ -212,7 +212,7 @@ class Trainer:
         with self.clock.paused():
             compiled = step_lib.train_step(self.setup, self.tokenizer.special).compile(self.setup.abstract, batch)
             if self.writes:
-                shares = cut_shares(self.data, self.tokenizer, self.config.objectives.alignment.sentence_tokens)
+                shares = cut_shares(self.data, self.tokenizer, self.config.objectives["alignment"].sentence_tokens)
                 data = {
                     "records": f"{len(self.data):,} of {self.data.patients:,} patients",
                     "text that is cut": tables.cut_text(self.config, *shares),

@@ -17,9 +17,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from ml_collections import ConfigDict
 
-from mg3d_jax import config as config_lib
+from mg3d_jax.config.parts import OptimizerConfig
 from mg3d_jax.errors import UserError
 
 FROZEN = "frozen"
@@ -48,7 +47,7 @@ def parameter_names(params: Any) -> Any:
     return jax.tree_util.tree_map_with_path(lambda path, _: "/".join(str(p.key) for p in path), params)
 
 
-def multipliers(params: Any, config: ConfigDict, trained: Rows = ()) -> Any:
+def multipliers(params: Any, config: OptimizerConfig, trained: Rows = ()) -> Any:
     """Learning-rate factor of every parameter: a float, or float32 that broadcasts to it where only some layers train.
 
     Args:
@@ -72,7 +71,7 @@ def multipliers(params: Any, config: ConfigDict, trained: Rows = ()) -> Any:
     return jax.tree.map(factors.__getitem__, names)
 
 
-def groups(params: Any, config: ConfigDict, factors: Any) -> dict[str, Group]:
+def groups(params: Any, config: OptimizerConfig, factors: Any) -> dict[str, Group]:
     """The groups by name, "x5" for a multiplier of 5 and "frozen"; each parameter is in exactly one.
 
     `factors` as `multipliers` gave them; a parameter of which some layers train is in the group of its multiplier.
@@ -85,14 +84,15 @@ def groups(params: Any, config: ConfigDict, factors: Any) -> dict[str, Group]:
     return {f"x{factor:.9g}" if factor else FROZEN: Group(factor, tuple(found)) for factor, found in ordered}
 
 
-def _factors(names: list[str], config: ConfigDict) -> dict[str, float]:
+def _factors(names: list[str], config: OptimizerConfig) -> dict[str, float]:
     """The factor of each name by the config's tables alone."""
     matching = {
-        key: [_matching(key, pattern, names) for pattern in config[key]] for key in ("freeze", "no_weight_decay")
+        key: [_matching(key, pattern, names) for pattern in getattr(config, key)]
+        for key in ("freeze", "no_weight_decay")
     }
-    harmless = set(config_lib.default().optimizer.no_weight_decay)  # a model may be without what the default spares
+    harmless = set(OptimizerConfig().no_weight_decay)  # a model may be without what the default spares
     for key, found in matching.items():
-        for pattern, matched in zip(config[key], found, strict=True):
+        for pattern, matched in zip(getattr(config, key), found, strict=True):
             if not matched and not (key == "no_weight_decay" and pattern in harmless):
                 raise UserError(f"optimizer.{key}: {pattern!r} matches no parameter; names look like {names[0]}")
     factors: dict[str, float] = {}
@@ -137,7 +137,7 @@ def trained_gradient(grads: Any, factors: Any) -> Any:
     return jax.tree.map(trained, grads, factors)
 
 
-def decay_mask(params: Any, config: ConfigDict) -> Any:
+def decay_mask(params: Any, config: OptimizerConfig) -> Any:
     """True where weight decay acts."""
     return jax.tree.map(
         lambda name: not any(re.fullmatch(pattern, name) for pattern in config.no_weight_decay), parameter_names(params)
@@ -145,7 +145,7 @@ def decay_mask(params: Any, config: ConfigDict) -> Any:
 
 
 def make_optimizer(
-    config: ConfigDict, schedule: optax.Schedule, params: Any, factors: Any
+    config: OptimizerConfig, schedule: optax.Schedule, params: Any, factors: Any
 ) -> optax.GradientTransformationExtraArgs:
     """The gradient transformation of the run: `update(grads, state, params, step=step)`.
 

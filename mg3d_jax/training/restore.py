@@ -6,11 +6,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ml_collections import ConfigDict
 from tokenizers import Tokenizer
 
 from mg3d_jax import config as config_lib
 from mg3d_jax import sharding
+from mg3d_jax.config import Config
 from mg3d_jax.data.tokens import load_tokenizer
 from mg3d_jax.errors import UserError
 from mg3d_jax.training import state as state_lib
@@ -25,7 +25,7 @@ class RestoredRun:
     `ema` says whether they are the moving average of the parameters or the raw ones.
     """
 
-    config: ConfigDict
+    config: Config
     setup: state_lib.Setup
     params: Any
     meta: dict[str, Any]
@@ -44,7 +44,7 @@ def restore_run(workdir: Path, step: int | None = None, *, ema: bool | None = No
             raise UserError(f"{workdir} is not a training run: it has no {needed}")
     config = config_lib.read(workdir / CONFIG_FILE)
     tokenizer = load_tokenizer(str(workdir / TOKENIZER_FOLDER))
-    mesh = sharding.make_mesh(config_lib.default().mesh)
+    mesh = sharding.make_mesh(sharding.MeshConfig())
     setup = state_lib.build(config, tokenizer.get_vocab_size(), mesh, steps=0)
     averaged = "ema" in setup.abstract
     if ema and not averaged:

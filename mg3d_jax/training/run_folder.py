@@ -7,9 +7,9 @@ import shutil
 from pathlib import Path
 
 import jax
-from ml_collections import ConfigDict
 from tokenizers import Tokenizer
 
+from mg3d_jax.config import Config
 from mg3d_jax.data.pipeline import PreparedData, skipped_records
 from mg3d_jax.data.records import DamagedRecordError
 from mg3d_jax.data.tokens import ReportTokenizer, load_tokenizer, save_tokenizer, train_wordpiece
@@ -21,7 +21,7 @@ SUMMARY_FILE, ENVIRONMENT_FILE = "summary.json", "environment.json"
 TOKENIZER_RECORDS = 2000
 
 
-def run_tokenizer(config: ConfigDict, workdir: Path) -> ReportTokenizer:
+def run_tokenizer(config: Config, workdir: Path) -> ReportTokenizer:
     """The tokenizer that the run keeps: made before it has a checkpoint, and only read afterwards.
 
     A start that came to no checkpoint may have been one with another `data.tokenizer` or `data.vocab_size`.
@@ -40,7 +40,7 @@ def run_tokenizer(config: ConfigDict, workdir: Path) -> ReportTokenizer:
     return ReportTokenizer(load_tokenizer(str(folder)), config.data.max_tokens, config.data.max_sentences)
 
 
-def _make_tokenizer(config: ConfigDict, workdir: Path) -> Tokenizer:
+def _make_tokenizer(config: Config, workdir: Path) -> Tokenizer:
     if config.data.tokenizer != "train":
         return load_tokenizer(config.data.tokenizer)
     data, sentences = PreparedData(config.data.train), set()

@@ -8,12 +8,12 @@ from __future__ import annotations
 import math
 
 import optax
-from ml_collections import ConfigDict
 
+from mg3d_jax.config.parts import ScheduleConfig, TrainingConfig
 from mg3d_jax.errors import UserError
 
 
-def total_steps(training: ConfigDict, batch_size: int, records: int) -> int:
+def total_steps(training: TrainingConfig, batch_size: int, records: int) -> int:
     """Steps of the run from the one of `steps`, `epochs`, `samples` that is set; at least 1."""
     if training.steps:
         return training.steps
@@ -22,15 +22,15 @@ def total_steps(training: ConfigDict, batch_size: int, records: int) -> int:
 
 
 def part_steps(
-    schedule: ConfigDict, part: str, steps: int, *, batch_size: int = 0, records: int = 0
+    schedule: ScheduleConfig, part: str, steps: int, *, batch_size: int = 0, records: int = 0
 ) -> tuple[int, str]:
     """Length of the `part` "warmup" or "cooldown", rounded to whole steps, and the config key that set it.
 
     The first of `_steps`, `_epochs`, `_samples` that is set counts, else `_percent` of the run's `steps`. `ValueError`
     where the caller left out the `batch_size` or number of `records` that the unit needs.
     """
-    unit = next((u for u in ("steps", "epochs", "samples") if schedule[f"{part}_{u}"]), "percent")
-    key, value = f"schedule.{part}_{unit}", schedule[f"{part}_{unit}"]
+    unit = next((u for u in ("steps", "epochs", "samples") if getattr(schedule, f"{part}_{u}")), "percent")
+    key, value = f"schedule.{part}_{unit}", getattr(schedule, f"{part}_{unit}")
     if unit in ("epochs", "samples") and (batch_size < 1 or (unit == "epochs" and records < 1)):
         raise ValueError(f"{key} needs the batch size and the number of records, not {batch_size} and {records}")
     if unit == "steps":
@@ -41,7 +41,7 @@ def part_steps(
 
 
 def learning_rate(
-    schedule: ConfigDict, peak: float, steps: int, *, batch_size: int = 0, records: int = 0
+    schedule: ScheduleConfig, peak: float, steps: int, *, batch_size: int = 0, records: int = 0
 ) -> optax.Schedule:
     """Warm-up from 0 to `peak`, then `linear` or `cosine` decay to `final_fraction * peak`, or `constant` with a cooldown.
 
@@ -65,7 +65,7 @@ def learning_rate(
     return optax.join_schedules([optax.linear_schedule(0.0, peak, max(warmup, 1)), decay], [warmup])
 
 
-def _cooldown(schedule: ConfigDict, warmup: int, steps: int, known: dict[str, int]) -> int:
+def _cooldown(schedule: ScheduleConfig, warmup: int, steps: int, known: dict[str, int]) -> int:
     cooldown, key = part_steps(schedule, "cooldown", steps, **known)
     # Two lengths that fill the run exactly may both have been rounded up.
     if cooldown > steps - warmup + (not key.endswith("_steps")):

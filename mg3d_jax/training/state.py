@@ -10,14 +10,13 @@ import jax
 import jax.numpy as jnp
 import optax
 from jax.sharding import Mesh
-from ml_collections import ConfigDict
 
 from mg3d_jax import batch as batch_contract
 from mg3d_jax import sharding
+from mg3d_jax.config import Config
 from mg3d_jax.data.tokens import SPECIAL_TOKENS
 from mg3d_jax.models.attention import choose_backend
 from mg3d_jax.models.mg3d import MG3D
-from mg3d_jax.presets import report_preset, volume_preset
 from mg3d_jax.training import optimizer, schedule
 from mg3d_jax.training.freezing import trained_rows
 from mg3d_jax.training.inputs import model_inputs
@@ -29,7 +28,7 @@ State = dict[str, Any]  # {"params", "opt_state", "step"}, and "ema" (like "para
 class Setup:
     """Everything that is fixed before the first step: model, optimizer, mesh, and the shape and sharding of the state."""
 
-    config: ConfigDict
+    config: Config
     model: MG3D
     mesh: Mesh
     tx: optax.GradientTransformationExtraArgs
@@ -45,15 +44,15 @@ class Setup:
         return jax.tree.map(lambda x: x.sharding, self.abstract)
 
 
-def build_model(config: ConfigDict, vocab_size: int) -> tuple[MG3D, tuple[str, str]]:
+def build_model(config: Config, vocab_size: int) -> tuple[MG3D, tuple[str, str]]:
     """The model, and the attention backend with the reason for it."""
-    preset = volume_preset(config.model.volume_encoder.preset), report_preset(config.model.report_encoder.preset)
+    preset = config.model.volume_encoder.sizes, config.model.report_encoder.sizes
     head_dim = max(p.width // p.num_heads for p in preset)
     backend = choose_backend(config.model.attention, jax.default_backend(), config.model.dtype, head_dim)
     return MG3D(config, vocab_size, backend[0]), backend
 
 
-def dummy_inputs(config: ConfigDict, batch_size: int = 1) -> dict[str, Any]:
+def dummy_inputs(config: Config, batch_size: int = 1) -> dict[str, Any]:
     """Zeros of the shapes that the model takes; enough to trace it."""
     shapes = batch_contract.shapes(batch_size, tuple(config.model.volume_size), config.data.max_tokens, 1)
     batch = {k: jax.ShapeDtypeStruct(shapes[k], field.dtype) for k, field in batch_contract.FIELDS.items()}
@@ -66,12 +65,12 @@ def dummy_inputs(config: ConfigDict, batch_size: int = 1) -> dict[str, Any]:
     return jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), inputs)
 
 
-def abstract_parameters(model: MG3D, config: ConfigDict) -> Any:
+def abstract_parameters(model: MG3D, config: Config) -> Any:
     """Shapes of the parameters with their logical axis names (boxed), without computing anything."""
     return jax.eval_shape(lambda key: model.init(key, dummy_inputs(config))["params"], jax.random.key(0))
 
 
-def build(config: ConfigDict, vocab_size: int, mesh: Mesh, steps: int, records: int = 0) -> Setup:
+def build(config: Config, vocab_size: int, mesh: Mesh, steps: int, records: int = 0) -> Setup:
     """Model, optimizer and the sharded shape of the state. Nothing is allocated.
 
     Args:
@@ -109,7 +108,7 @@ def build(config: ConfigDict, vocab_size: int, mesh: Mesh, steps: int, records: 
     return Setup(config, model, mesh, tx, rate, factors, groups, abstract, attention, steps)
 
 
-def _learning_rate(config: ConfigDict, steps: int, records: int) -> optax.Schedule:
+def _learning_rate(config: Config, steps: int, records: int) -> optax.Schedule:
     if not steps:
         return optax.constant_schedule(0.0)
     known = {"batch_size": config.data.batch_size, "records": records}

@@ -9,11 +9,11 @@ from typing import Any
 
 import jax
 from jax.sharding import Mesh, NamedSharding
-from ml_collections import ConfigDict
 from rich.console import Console
 from rich.table import Table
 
-from mg3d_jax import presets, sharding
+from mg3d_jax import sharding
+from mg3d_jax.config import Config
 from mg3d_jax.training.state import Setup, count
 
 LARGEST = 12  # arrays listed at the start
@@ -44,7 +44,7 @@ def start_table(setup: Setup, compiled: jax.stages.Compiled, *, data: Mapping[st
         table.add_row(name, value)
     for name, number in tower_parameters(setup.abstract["params"]).items():
         table.add_row(f"parameters, {name.replace('_', ' ')}", f"{number:,}")
-    patch, grid = presets.token_cell(config.model), presets.token_grid(config.model)
+    patch, grid = config.model.token_cell(), config.model.token_grid()
     table.add_row(
         "tokens per volume",
         f"{math.prod(grid)} ({' x '.join(map(str, grid))} patches of {' x '.join(map(str, patch))})",
@@ -63,9 +63,9 @@ def start_table(setup: Setup, compiled: jax.stages.Compiled, *, data: Mapping[st
     console.print(array_table(setup.abstract, setup.mesh))
 
 
-def cut_text(config: ConfigDict, reports: float, sentences: float) -> str:
+def cut_text(config: Config, reports: float, sentences: float) -> str:
     """What the shares of `pipeline.cut_shares` mean for the keys that set the limits."""
-    data, alignment = config.data, config.objectives.alignment
+    data, alignment = config.data, config.objectives["alignment"]
     text = f"{reports:.1%} of reports are longer than {data.max_tokens} tokens or {data.max_sentences} sentences"
     if alignment.weight > 0 and alignment.report_view == "sentences":
         text += f", {sentences:.1%} of single sentences than {alignment.sentence_tokens} tokens"
@@ -81,7 +81,7 @@ def memory_text(compiled: jax.stages.Compiled) -> str:
     return f"{human(arguments + temporaries, 'B')} (arguments {human(arguments, 'B')}, temporaries {human(temporaries, 'B')})"
 
 
-def mesh_text(config: ConfigDict, mesh: Mesh) -> str:
+def mesh_text(config: Config, mesh: Mesh) -> str:
     """E.g. `data 4, fsdp 8, tensor 1 in 2 slices (preset gpu-node)`."""
     text = ", ".join(f"{axis} {size}" for axis, size in mesh.shape.items())
     text += f" in {config.slices} slices" if config.slices > 1 else ""

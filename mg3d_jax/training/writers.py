@@ -15,8 +15,9 @@ from typing import Protocol
 
 import jax
 import numpy as np
-from ml_collections import ConfigDict
 
+from mg3d_jax import config as config_lib
+from mg3d_jax.config import Config
 from mg3d_jax.errors import UserError
 from mg3d_jax.files import read_lines, whole_lines, write_lines
 
@@ -56,7 +57,7 @@ class Writers:
             sink.close()
 
 
-def open_writers(workdir: Path, config: ConfigDict, *, resume_step: int) -> Writers:
+def open_writers(workdir: Path, config: Config, *, resume_step: int) -> Writers:
     """The sinks of `config.training.writers` on process 0, none on the others.
 
     Args:
@@ -74,7 +75,7 @@ def open_writers(workdir: Path, config: ConfigDict, *, resume_step: int) -> Writ
 class JsonlWriter:
     """A line per record in `metrics.jsonl`, `{"step": ..., "split": ..., NAME: value, ...}`; PNG files in `images/`."""
 
-    def __init__(self, workdir: Path, config: ConfigDict, resume_step: int):
+    def __init__(self, workdir: Path, config: Config, resume_step: int):
         self._images = workdir / IMAGES_FOLDER
         path = workdir / METRICS_FILE
         if path.exists():
@@ -105,7 +106,7 @@ class JsonlWriter:
 class TensorBoardWriter:
     """Event files in `tensorboard/`; TensorBoard hides what a resumed run writes again."""
 
-    def __init__(self, workdir: Path, config: ConfigDict, resume_step: int):
+    def __init__(self, workdir: Path, config: Config, resume_step: int):
         from tensorboardX import SummaryWriter  # slow import
 
         self._board = SummaryWriter(str(workdir / "tensorboard"), purge_step=resume_step + 1)
@@ -129,7 +130,7 @@ class WandbWriter:
     which is what a run resumed from its last checkpoint does.
     """
 
-    def __init__(self, workdir: Path, config: ConfigDict, resume_step: int):
+    def __init__(self, workdir: Path, config: Config, resume_step: int):
         try:
             import wandb
         except ImportError as error:
@@ -148,7 +149,7 @@ class WandbWriter:
                 id=file.read_text().strip(),
                 resume="allow",
                 dir=str(workdir),
-                config=config.to_dict(),
+                config=config_lib.to_dict(config),
             )
         except wandb.Error as error:
             raise UserError(f"Weights & Biases: {error}. Run `wandb login`, or set WANDB_MODE=offline") from error
@@ -165,7 +166,7 @@ class WandbWriter:
         self._run.finish()
 
 
-SINKS: dict[str, Callable[[Path, ConfigDict, int], Writer]] = {
+SINKS: dict[str, Callable[[Path, Config, int], Writer]] = {
     "jsonl": JsonlWriter,
     "tensorboard": TensorBoardWriter,
     "wandb": WandbWriter,

@@ -19,8 +19,6 @@ if __name__ == "__main__":  # pytest's conftest.py does the same
 
 from unittest import mock
 
-from ml_collections import ConfigDict
-
 from mg3d_jax import config as config_lib
 from mg3d_jax import sharding
 from mg3d_jax.training import state as state_lib
@@ -32,12 +30,12 @@ MESHES = ((8, 1, 1), (2, 4, 1), (2, 2, 2))  # data, fsdp, tensor
 VOCABULARY = 4096
 
 
-def whole_method(preset: str) -> ConfigDict:
+def whole_method(preset: str) -> config_lib.Config:
     """The default configuration with that volume encoder and every objective of the paper."""
     config = config_lib.default().unlock()
     config.model.volume_encoder.preset = preset
     config_lib.use_objectives(config, "mg3d")
-    return config.lock()
+    return config_lib.typed(config)
 
 
 def setups(preset: str) -> Iterator[state_lib.Setup]:
@@ -46,7 +44,7 @@ def setups(preset: str) -> Iterator[state_lib.Setup]:
     boxed = state_lib.abstract_parameters(state_lib.build_model(config, VOCABULARY)[0], config)
     with mock.patch.object(state_lib, "abstract_parameters", return_value=boxed):
         for sizes in MESHES:
-            mesh = sharding.make_mesh(ConfigDict(dict(zip(sharding.MESH_AXES, sizes, strict=True))))
+            mesh = sharding.make_mesh(sharding.MeshConfig(*("", *sizes)))
             yield state_lib.build(config, VOCABULARY, mesh, steps=10)
 
 

@@ -17,7 +17,7 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from mg3d_jax import config as config_lib
-from mg3d_jax import config_check
+from mg3d_jax.config import checks
 from mg3d_jax.data.records import read_manifest
 from mg3d_jax.errors import UserError
 from mg3d_jax.files import read_json, write_json
@@ -53,7 +53,7 @@ class Run:
     overrides: tuple[str, ...]
     config_hash: str
 
-    def config(self) -> ConfigDict:
+    def config(self) -> config_lib.Config:
         return config_lib.load(self.base, list(self.overrides))
 
 
@@ -74,7 +74,7 @@ def load(path: str, settings: Sequence[str] = ()) -> Sweep:
 
     Raises `UserError` for a missing file, an unknown or missing key, a value out of range, or two equal cells.
     """
-    declared = config_lib.load(path)
+    declared = config_lib.load_file(path)
     _check(path, declared)
     base = _base_path(path, declared.base)
     for setting in settings:
@@ -134,16 +134,16 @@ def _run(
     return Run(f"{name}-{digest[:8]}", model, patients, seed, base, tuple(overrides), digest)
 
 
-def _check_run(config: ConfigDict, model: str, patients: int, seed: int) -> None:
+def _check_run(config: config_lib.Config, model: str, patients: int, seed: int) -> None:
     name = f"{model}, {patients} patients, seed {seed}"
     for key in ("train", "valid"):
-        if not config.data[key]:
+        if not getattr(config.data, key):
             raise UserError(
                 f"sweep, run {name}: data.{key} is empty; a sweep needs prepared training data, and held-out data that "
                 f"no run trains on. Add --set data.{key}=FOLDER (made by mg3d prepare)"
             )
     try:
-        config_check.validate(config)
+        checks.validate(config)
     except UserError as error:
         raise UserError(f"sweep, run {name}: {error}") from error
 
@@ -156,7 +156,7 @@ def _text(value: Any) -> str:
 def data_fingerprint(sweep: Sweep) -> str:
     """Digest of the prepared folders by what they hold: they may be moved, but not exchanged."""
     configs = [run.config() for run in sweep.runs]
-    named = {(key, folder) for config in configs for key in ("train", "valid") for folder in config.data[key]}
+    named = {(key, folder) for config in configs for key in ("train", "valid") for folder in getattr(config.data, key)}
     contents = []
     for key, folder in named:
         manifest = read_manifest(Path(folder))

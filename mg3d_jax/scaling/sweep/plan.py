@@ -6,8 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from ml_collections import ConfigDict
-
+from mg3d_jax.config import Config
 from mg3d_jax.data.records import MANIFEST_NAME, read_manifest
 from mg3d_jax.errors import UserError
 from mg3d_jax.files import read_json
@@ -52,7 +51,7 @@ def plan(sweep: Sweep, workdir: Path) -> list[Planned]:
     return planned
 
 
-def data_size(config: ConfigDict) -> tuple[int, int | None]:
+def data_size(config: Config) -> tuple[int, int | None]:
     """Unique patients and records that a run trains on; records are None before the data are prepared.
 
     `UserError` where there are too few patients, or where a patient is in both the training and the held-out data.

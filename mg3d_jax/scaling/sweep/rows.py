@@ -7,9 +7,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from ml_collections import ConfigDict
-
 from mg3d_jax import config as config_lib
+from mg3d_jax.config import Config
 from mg3d_jax.files import read_json, whole_lines, write_json
 from mg3d_jax.scaling import flops
 from mg3d_jax.scaling.fit import table
@@ -106,7 +105,7 @@ def build_record(run: Run, summary: dict[str, Any], evaluations: list[dict[str, 
     }
 
 
-def _vocabulary(config: ConfigDict, summary: dict[str, Any]) -> tuple[int, int]:
+def _vocabulary(config: Config, summary: dict[str, Any]) -> tuple[int, int]:
     """The tokenizer's size, from the parameters that were built; and by how many parameters our count is then wrong."""
     declared = int(config.data.vocab_size)
     excess = int(summary["parameters"]["total"]) - flops.count(config, declared).n_total

@@ -1,0 +1,371 @@
+"""The parts of a configuration as frozen dataclasses: every key that there is, its default, and what it means.
+
+Config files see the same tree as an `ml_collections.ConfigDict` (`config.default()`); behind `config.load` functions take
+the part that they need. Defaults are the paper's (arXiv 2412.05876) where the paper has the setting. The keys of
+objectives, tasks and towers are declared in their own files and found in their registries.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, fields
+from typing import Any
+
+from mg3d_jax import options as options_lib
+from mg3d_jax.errors import UserError
+from mg3d_jax.options import Group, key, not_a_class
+from mg3d_jax.registry import OBJECTIVES, REPORT_TOWERS, TASKS, VOLUME_TOWERS, Registry
+from mg3d_jax.sharding import MeshConfig
+
+Range = tuple[float, float]
+
+
+@dataclass(frozen=True)
+class AugmentConfig:
+    """Random changes of the training volumes, drawn on the device. Never a flip: reports name sides."""
+
+    shift: int = key(0, "largest shift along each axis, in voxels; what enters is air")
+    scale: float = key(0.0, "largest relative change of the intensity above air")
+    offset: float = key(0.0, "largest offset, in HU")
+    noise: float = key(0.0, "standard deviation of the noise, in HU")
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """What is trained on, and how it becomes batches."""
+
+    train: tuple[str, ...] = key((), "folders made by `mg3d prepare`", resume_free=True)
+    valid: tuple[str, ...] = key((), "held-out folders for the loss during training; may stay empty", resume_free=True)
+    batch_size: int = key(64, "patients per step, all devices of all processes together")
+    max_patients: int = key(0, "train on the first K patients only (nested subsets); 0: all")
+    tokenizer: str = key(
+        "train", '"train": a WordPiece tokenizer of the training reports; else a Hugging Face name or folder'
+    )
+    vocab_size: int = key(4096, "of a tokenizer that is trained")
+    max_tokens: int = key(250, "tokens of a report; what does not fit is cut")
+    max_sentences: int = key(32, "sentences of a report")
+    windows: tuple[Range, ...] = key(
+        ((-1000.0, 1000.0),), "HU windows, one channel each, scaled to [0, 1] on the device"
+    )
+    shuffle_reports: bool = key(False, "control experiment: pairs every volume with another patient's report")
+    weights: tuple[float, ...] = key(
+        (), "share of each folder of `train` among the samples, e.g. (3, 1); empty: by records"
+    )
+    max_bad_records: int = key(
+        100, "records that fail their checksum are skipped, counted and named; one more ends the run", resume_free=True
+    )
+    workers: int = key(0, "grain worker processes per host; 0 reads in the main process", resume_free=True)
+    read_threads: int = key(4, "threads that read and decode ahead", resume_free=True)
+    augment: AugmentConfig = key(None, "", factory=AugmentConfig)
+
+
+@dataclass(frozen=True)
+class EncoderConfig:
+    """What every tower has. `options` are those of the tower's kind; in config files they stand beside the others."""
+
+    kind: str
+    preset: str
+    dropout: float
+    pretrained: str
+    frozen_layers: int
+    options: Any
+
+    def __post_init__(self) -> None:
+        if self.options is None:
+            object.__setattr__(self, "options", options_of(self.tower)())
+
+    def to_dict(self) -> dict[str, Any]:
+        """Flat, as config files have it: the options of the other kinds at their defaults."""
+        own = {field.name: getattr(self, field.name) for field in fields(self) if field.name != "options"}
+        return tower_defaults(self.towers()) | own | options_lib.to_dict(self.options)
+
+    @staticmethod
+    def towers() -> Registry:
+        """The registry of its kinds."""
+        raise NotImplementedError
+
+    @property
+    def tower(self) -> Any:
+        """The declared tower of this kind."""
+        return self.towers()[self.kind]
+
+    @property
+    def sizes(self) -> Any:
+        """The chosen preset: at least `width`, `depth`, `num_heads`. `UserError` names the presets of the kind."""
+        presets = self.tower.presets
+        if self.preset not in presets:
+            raise UserError(f"{self.kind} preset {self.preset!r} is unknown; choose one of {', '.join(presets)}.")
+        return presets[self.preset]
+
+
+@dataclass(frozen=True)
+class VolumeEncoderConfig(EncoderConfig):
+    """The tower of the volumes."""
+
+    kind: str = key(
+        "vit", "kind of tower: vit, swin (MONAI's SwinUNETR encoder, the paper's backbone), or one of a plug-in"
+    )
+    preset: str = key("b", "named size of that kind (docs/towers.md)")
+    pooling: str = key("attention", '"attention", "mean", or "flatten": a linear layer over all tokens, as CT-CLIP')
+    dropout: float = key(0.0, "dropout in the tower")
+    pretrained: str = key("", "a folder written by `mg3d import`")
+    frozen_layers: int = key(0, "the embedding and the first k layers are not trained; -1: the whole tower")
+    options: Any = None  # set by `__post_init__` where it is not given
+
+    @staticmethod
+    def towers() -> Registry:
+        return VOLUME_TOWERS
+
+
+@dataclass(frozen=True)
+class ReportEncoderConfig(EncoderConfig):
+    """The tower of the reports."""
+
+    kind: str = key("bert", "kind of tower: bert (also RoBERTa), or one of a plug-in", neutral="bert")
+    preset: str = key("base", "named size of that kind (docs/towers.md)")
+    max_positions: int = key(512, "longest text, in tokens")
+    dropout: float = key(0.0, "dropout in the tower")
+    pretrained: str = key(
+        "", "a BERT-type checkpoint: a folder or a name on the hub; its tokenizer goes to data.tokenizer"
+    )
+    frozen_layers: int = key(0, "the embedding and the first k layers are not trained; -1: the whole tower")
+    options: Any = None  # set by `__post_init__` where it is not given
+
+    @staticmethod
+    def towers() -> Registry:
+        return REPORT_TOWERS
+
+
+@dataclass(frozen=True)
+class FusionConfig:
+    """Cross-modal layers."""
+
+    depth: int = key(2, "number of layers")
+    kind: str = key("attention", '"attention", or "gate": the relevance gate of MG-3D\'s release')
+
+
+@dataclass(frozen=True)
+class VoxelDecoderConfig:
+    """The decoder of masked volume modelling."""
+
+    width: int = key(384, "width of its tokens")
+    depth: int = key(2, "number of layers")
+    num_heads: int = key(6, "attention heads; they divide the width")
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """Towers, heads, and how they are computed."""
+
+    volume_size: tuple[int, ...] = key((128, 128, 96), "voxels x, y, z of a volume; must be that of the prepared data")
+    volume_encoder: VolumeEncoderConfig = key(None, "", factory=VolumeEncoderConfig)
+    report_encoder: ReportEncoderConfig = key(None, "", factory=ReportEncoderConfig)
+    projection_dim: int = key(512, "length of the shared embeddings")
+    fusion: FusionConfig = key(None, "", factory=FusionConfig)
+    voxel_decoder: VoxelDecoderConfig = key(None, "", factory=VoxelDecoderConfig)
+    matching_dim: int = key(128, "width of the sentence-conditioned volume features")
+    dtype: str = key("bfloat16", "of activations: bfloat16 or float32; parameters and losses are float32")
+    remat: str = key("minimal", "what the backward pass computes again: none, minimal, full, offload", resume_free=True)
+    attention: str = key("auto", "backend of the attention; auto chooses by device", resume_free=True)
+
+    def token_cell(self) -> tuple[int, int, int]:
+        """Voxels that one volume token stands for, along each axis. Masked volume modelling hides such cells, and its
+        decoder predicts their voxels."""
+        return self.volume_encoder.tower.token_cell(self.volume_encoder)
+
+    def token_grid(self) -> tuple[int, int, int]:
+        """Volume tokens along each axis. `checks` has seen to it that the cells fill the volume."""
+        x, y, z = (size // side for size, side in zip(self.volume_size, self.token_cell(), strict=True))
+        return x, y, z
+
+
+@dataclass(frozen=True)
+class OptimizerConfig:
+    """The optimizer and which parameters it trains how."""
+
+    name: str = key("adamw", "adamw, or muon for matrices with AdamW for the rest")
+    learning_rate: float = key(1e-4, "peak of the schedule")
+    b1: float = key(0.9, "decay of Adam's first moment")
+    b2: float = key(0.98, "decay of Adam's second moment")
+    weight_decay: float = key(0.05, "decoupled weight decay")
+    clip_norm: float = key(1.0, "largest norm of the gradient; 0: no clipping")
+    accumulation: int = key(1, "micro-batches per step")
+    gradient_cache: bool = key(
+        False, "with accumulation > 1: the exact gradient of the whole batch, for one more forward pass"
+    )
+    learning_rate_multipliers: tuple[tuple[Any, ...], ...] = key(
+        ((".*", 1.0),), "(regex, factor): the first match counts, every parameter must match"
+    )
+    no_weight_decay: tuple[str, ...] = key(
+        (".*(bias|scale|position|embedding|pool/query|logit_scale|logit_bias).*",),
+        "regexes of parameters without decay",
+    )
+    freeze: tuple[str, ...] = key((), "regexes of parameters that are not trained")
+    ema: float = key(0.0, "decay of the moving average of the parameters, e.g. 0.999; 0 keeps none")
+
+
+@dataclass(frozen=True)
+class ScheduleConfig:
+    """The learning rate over the run. Of a length in several units the first that is set counts, percent last."""
+
+    kind: str = key("linear", '"linear" or "cosine" decay, or "constant" with a cooldown')
+    warmup_steps: int = key(0, "length of the warm-up, in steps")
+    warmup_epochs: float = key(0.0, "the same in epochs")
+    warmup_samples: int = key(0, "the same in samples")
+    warmup_percent: float = key(5.0, "the same in percent of the run")
+    cooldown_steps: int = key(0, 'length of the cooldown of "constant", in steps')
+    cooldown_epochs: float = key(0.0, "the same in epochs")
+    cooldown_samples: int = key(0, "the same in samples")
+    cooldown_percent: float = key(20.0, "the same in percent of the run")
+    final_fraction: float = key(0.0, "learning rate at the end, as a share of the peak")
+
+
+@dataclass(frozen=True)
+class TrainingConfig:
+    """How long a run is, and what it does beside its steps."""
+
+    steps: int = key(0, "length in steps; exactly one of steps, epochs, samples is set")
+    epochs: float = key(0.0, "length in epochs")
+    samples: int = key(0, "length in samples")
+    log_every: int = key(10, "steps between logged metrics", resume_free=True)
+    validate_every: int = key(0, "steps between held-out losses; 0: only at the end", resume_free=True)
+    evaluate_every: int = key(0, "steps between evaluations of data.valid; 0: never", resume_free=True)
+    checkpoint_every: int = key(100, "steps between checkpoints", resume_free=True)
+    keep_checkpoints: int = key(2, "how many of the newest are kept", resume_free=True)
+    best_metric: str = key(
+        "",
+        'keeps the checkpoint that is best by this too: "valid/loss", "evaluation/auroc_macro", ...',
+        resume_free=True,
+    )
+    best_mode: str = key("min", "is the best value of it the smallest (min) or the largest (max)?", resume_free=True)
+    max_skipped: int = key(
+        10, "updates with a non-finite loss or gradient are skipped; so many in a row end the run", resume_free=True
+    )
+    watchdog_minutes: float = key(
+        30.0, "a step that takes longer is reported with the stacks of every process; 0: never", resume_free=True
+    )
+    writers: tuple[str, ...] = key(
+        ("jsonl", "tensorboard"), "where metrics go: jsonl, tensorboard, wandb", resume_free=True
+    )
+
+
+@dataclass(frozen=True)
+class InitConfig:
+    """What a new run starts from instead of random parameters. Read once, before the first step."""
+
+    path: str = key("", "a run, a folder written by `mg3d import`, or an exported folder", neutral="")
+    take: tuple[str, ...] = key((".*",), "regexes of the parameters to take; each must match some", neutral=(".*",))
+    leave: tuple[str, ...] = key((), "regexes of parameters not to take, of those that `take` matches", neutral=())
+
+
+@dataclass(frozen=True)
+class Config:
+    """A whole configuration. Its functions take the parts that they need."""
+
+    name: str = key("mg3d", "what the run is called", resume_free=True)
+    seed: int = key(0, "of parameters, order of the samples, masks, views and dropout")
+    plugins: tuple[str, ...] = key((), "modules that register objectives, towers, ... of your own", neutral=())
+    init_from: InitConfig = key(None, "", factory=InitConfig, neutral=None)
+    data: DataConfig = key(None, "", factory=DataConfig)
+    model: ModelConfig = key(None, "", factory=ModelConfig)
+    objectives: Group = key(None, "", factory=lambda: _declared(OBJECTIVES))
+    tasks: Group = key(None, "", factory=lambda: _declared(TASKS), neutral=None)
+    optimizer: OptimizerConfig = key(None, "", factory=OptimizerConfig)
+    schedule: ScheduleConfig = key(None, "", factory=ScheduleConfig)
+    training: TrainingConfig = key(None, "", factory=TrainingConfig)
+    mesh: MeshConfig = key(None, "", factory=MeshConfig)
+
+    def text_tokens(self) -> int:
+        """Length of one text as the alignment shows it to the report encoder: a sentence, or a whole report."""
+        alignment = self.objectives["alignment"]
+        return alignment.sentence_tokens if alignment.report_view == "sentences" else self.data.max_tokens
+
+
+# Where a group's options are declared by what is registered.
+DECLARED: dict[str, Registry] = {"objectives": OBJECTIVES, "tasks": TASKS}
+
+
+def options_of(item: Any) -> type:
+    """The options that an objective, task or tower declares."""
+    return not_a_class(item.options)
+
+
+def _declared(registry: Registry) -> Group:
+    return Group({name: options_of(item)() for name, item in registry.items()})
+
+
+def tower_defaults(towers: Registry) -> dict[str, Any]:
+    """The options of all kinds of one tower, side by side, at their defaults."""
+    return _side_by_side(towers, lambda options: options_lib.to_dict(options()))
+
+
+def tower_neutral(towers: Registry) -> dict[str, Any]:
+    """The same at their neutral values."""
+    return _side_by_side(towers, options_lib.neutral)
+
+
+def _side_by_side(towers: Registry, values_of: Callable[[type], dict[str, Any]]) -> dict[str, Any]:
+    merged: dict[str, Any] = {}
+    for kind, tower in towers.items():
+        for name, value in values_of(options_of(tower)).items():
+            if merged.setdefault(name, value) != value:
+                raise ValueError(
+                    f"{towers.kind} {kind}: option {name!r} has another default in another kind: rename it"
+                )
+    return merged
+
+
+def assemble(values: Mapping[str, Any]) -> tuple[Config, list[str]]:
+    """The typed configuration of a nested mapping with all keys, and what is wrong with it, one line a key."""
+    problems: list[str] = []
+    custom = {
+        "objectives": _group_builder(OBJECTIVES),
+        "tasks": _group_builder(TASKS),
+        "model.volume_encoder": _encoder_builder(VolumeEncoderConfig),
+        "model.report_encoder": _encoder_builder(ReportEncoderConfig),
+    }
+    return options_lib.build(Config, values, "", problems, custom), problems
+
+
+def _group_builder(registry: Registry) -> Callable[[Any, str, list[str]], Group]:
+    """Options of everything that is registered, by name."""
+
+    def build(values: Mapping[str, Any], full: str, problems: list[str]) -> Group:
+        problems += options_lib.unknown(values, registry, f"{full}.")
+        problems += [f"{full}.{name} is missing" for name in registry if name not in values]
+        present = {name: item for name, item in registry.items() if name in values}
+        return Group({
+            name: options_lib.build(options_of(item), values[name], f"{full}.{name}.", problems)
+            for name, item in present.items()
+        })  # fmt: skip
+
+    return build
+
+
+def _encoder_builder(kind: type[EncoderConfig]) -> Callable[[Any, str, list[str]], EncoderConfig]:
+    """The keys that all towers have, and the options of the chosen kind; those of other kinds must stand at their defaults."""
+
+    def build(values: Mapping[str, Any], full: str, problems: list[str]) -> EncoderConfig:
+        towers, defaults = kind.towers(), tower_defaults(kind.towers())
+        common = {name: values[name] for name in values if name not in defaults}
+        chosen = values.get("kind", kind().kind)
+        if chosen not in towers:
+            problems += options_lib.choice(f"{full}.kind", chosen, tuple(towers))
+            return kind()
+        own = options_of(towers[chosen])
+        mine = {field.name for field in fields(own)}
+        for name in sorted(defaults.keys() - mine):
+            if options_lib.tuples(values.get(name, defaults[name])) != defaults[name]:
+                remedy = f"means nothing with kind = {chosen!r}: leave it at {defaults[name]!r}"
+                problems.append(options_lib.problem(f"{full}.{name}", values[name], remedy))
+        given = {name: values[name] for name in mine if name in values}
+        chosen_options = options_lib.build(own, given, f"{full}.", problems)
+        return options_lib.build(
+            kind,
+            common | {"options": chosen_options},
+            f"{full}.",
+            problems,
+            {f"{full}.options": lambda value, *_: value},
+        )
+
+    return build

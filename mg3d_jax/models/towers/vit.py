@@ -1,0 +1,92 @@
+"""The 3D vision transformer as a tower: presets, options, freezing."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from mg3d_jax.models.towers.base import Grid, Sizes, Tower, frozen_stack
+from mg3d_jax.models.volume_encoder import VolumeEncoder
+from mg3d_jax.options import choice, key
+
+# `ti` to `g` follow the ViT literature (Dosovitskiy et al. 2021; Touvron et al. 2021; Zhai et al. 2022 for g); `pico` and
+# `nano` are small enough for CPU tests and the quickstart.
+PRESETS: dict[str, Sizes] = {
+    "pico": Sizes(128, 2, 4, 512),
+    "nano": Sizes(128, 4, 4, 512),
+    "ti": Sizes(192, 12, 3, 768),
+    "s": Sizes(384, 12, 6, 1536),
+    "b": Sizes(768, 12, 12, 3072),
+    "l": Sizes(1024, 24, 16, 4096),
+    "h": Sizes(1280, 32, 16, 5120),
+    "g": Sizes(1408, 40, 16, 6144),
+}
+
+
+@dataclass(frozen=True)
+class VitOptions:
+    """Of a ViT."""
+
+    patch_size: tuple[int, ...] = key((16, 16, 16), "voxels x, y, z of a patch")
+    stem: str = key("linear", "how patches are embedded: linear, or conv: strided convolutions")
+    positions: str = key("sincos", "learned or sincos")
+    num_registers: int = key(0, "register tokens")
+    qk_norm: bool = key(False, "are queries and keys normalised?")
+    layer_scale: float = key(0.0, "initial scale of the residual branches; 0: none")
+    norm_epsilon: float = key(1e-6, "MONAI's ViT has 1e-5")
+    exact_gelu: bool = key(False, "the error function, as MONAI's, in place of the tanh form")
+
+
+def _build(model: Any, channels: int, attention_backend: str = "xla", **fields: Any) -> VolumeEncoder:
+    encoder, options = model.volume_encoder, model.volume_encoder.options
+    preset = PRESETS[encoder.preset]
+    given = {
+        "width": preset.width,
+        "depth": preset.depth,
+        "num_heads": preset.num_heads,
+        "mlp_ratio": preset.mlp_ratio,
+        "patch_size": tuple(options.patch_size),
+        "volume_size": tuple(model.volume_size),
+        "channels": channels,
+        "stem": options.stem,
+        "positions": options.positions,
+        "num_registers": options.num_registers,
+        "qk_norm": options.qk_norm,
+        "layer_scale": options.layer_scale or None,
+        "norm_epsilon": options.norm_epsilon,
+        "exact_gelu": options.exact_gelu,
+        "pooling": encoder.pooling,
+        "dropout": encoder.dropout,
+        "dtype": model.dtype,
+        "remat": model.remat,
+        "frozen_layers": encoder.frozen_layers,
+        "attention_backend": attention_backend,
+    }
+    return VolumeEncoder(**given | fields)
+
+
+def _token_cell(encoder: Any) -> Grid:
+    x, y, z = encoder.options.patch_size
+    return x, y, z
+
+
+def _problems(encoder: Any, model: Any) -> list[str]:
+    options = encoder.options
+    problems = [
+        *choice("model.volume_encoder.stem", options.stem, ("linear", "conv")),
+        *choice("model.volume_encoder.positions", options.positions, ("learned", "sincos")),
+    ]
+    if len(options.patch_size) != 3 or min(options.patch_size) < 1:
+        problems.append(f"model.volume_encoder.patch_size = {options.patch_size}: give three positive numbers")
+    return problems
+
+
+VIT = Tower(
+    options=VitOptions,
+    presets=PRESETS,
+    build=_build,
+    frozen=lambda preset, layers: frozen_stack(preset.depth, layers),
+    token_cell=_token_cell,
+    poolings=("attention", "mean", "flatten"),
+    problems=_problems,
+)

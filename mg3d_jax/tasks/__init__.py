@@ -1,0 +1,1 @@
+"""Downstream heads, in the same form as objectives: options, what they need of the model, loss."""
