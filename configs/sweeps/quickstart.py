@@ -6,9 +6,9 @@
 
 `mg3d sweep plan` takes the arguments of `run` and only says what it would do.
 
-`RUN/train` and `RUN/valid` are made as configs/quickstart.py says. Four runs show how it is done, and give no law: `fit` writes the
-table and the plots and refuses to name five parameters. Argument `grid` declares 4 sizes x 4 numbers of patients x 2
-seeds, enough for a law, and takes hours.
+`RUN/train` and `RUN/valid` are made as configs/quickstart.py says. Four runs show how it is done, and give no law: `fit`
+writes the table and the plots and refuses to name five parameters. Argument `grid` declares 4 sizes x 4 numbers of
+patients x 2 seeds, enough for a law, and takes hours.
 """
 
 from ml_collections import ConfigDict
