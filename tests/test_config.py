@@ -11,7 +11,7 @@ from support import ROOT, tiny_builder, tiny_config
 
 from mg3d_jax import config as config_lib
 from mg3d_jax.commands import main as cli
-from mg3d_jax.config import checks, migrations
+from mg3d_jax.config import checks, migrations, table
 from mg3d_jax.errors import UserError
 
 OLD_HASH = "025aef84cee5"
@@ -194,3 +194,10 @@ def test_only_what_matters_for_the_result_changes_the_hash():
     assert config_lib.config_hash(other) != config_lib.config_hash(config)
     (difference,) = config_lib.resume_differences(config, other)
     assert difference == "optimizer.learning_rate: 0.0001 -> 0.5"
+
+
+def test_the_table_of_all_keys_is_that_of_the_code():
+    page = (ROOT / "docs" / "configuration.md").read_text()
+    assert page == table.markdown(), "run: python -m mg3d_jax.config.table > docs/configuration.md"
+    keys = config_lib.flatten(config_lib.Config())
+    assert not [key for key in keys if f"`{key}`" not in page]

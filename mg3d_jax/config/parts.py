@@ -63,12 +63,12 @@ class DataConfig:
 class EncoderConfig:
     """What every tower has. `options` are those of the tower's kind; in config files they stand beside the others."""
 
-    kind: str
-    preset: str
-    dropout: float
-    pretrained: str
-    frozen_layers: int
-    options: Any
+    kind: str = ""
+    preset: str = ""
+    dropout: float = 0.0
+    pretrained: str = ""
+    frozen_layers: int = 0
+    options: Any = None
 
     def __post_init__(self) -> None:
         if self.options is None:
@@ -110,7 +110,6 @@ class VolumeEncoderConfig(EncoderConfig):
     dropout: float = key(0.0, "dropout in the tower")
     pretrained: str = key("", "a folder written by `mg3d import`")
     frozen_layers: int = key(0, "the embedding and the first k layers are not trained; -1: the whole tower")
-    options: Any = None  # set by `__post_init__` where it is not given
 
     @staticmethod
     def towers() -> Registry:
@@ -129,7 +128,6 @@ class ReportEncoderConfig(EncoderConfig):
         "", "a BERT-type checkpoint: a folder or a name on the hub; its tokenizer goes to data.tokenizer"
     )
     frozen_layers: int = key(0, "the embedding and the first k layers are not trained; -1: the whole tower")
-    options: Any = None  # set by `__post_init__` where it is not given
 
     @staticmethod
     def towers() -> Registry:
@@ -157,7 +155,9 @@ class VoxelDecoderConfig:
 class ModelConfig:
     """Towers, heads, and how they are computed."""
 
-    volume_size: tuple[int, ...] = key((128, 128, 96), "voxels x, y, z of a volume; must be that of the prepared data")
+    volume_size: tuple[int, int, int] = key(
+        (128, 128, 96), "voxels x, y, z of a volume; must be that of the prepared data"
+    )
     volume_encoder: VolumeEncoderConfig = key(None, "", factory=VolumeEncoderConfig)
     report_encoder: ReportEncoderConfig = key(None, "", factory=ReportEncoderConfig)
     projection_dim: int = key(512, "length of the shared embeddings")
@@ -359,7 +359,7 @@ def _encoder_builder(kind: type[EncoderConfig]) -> Callable[[Any, str, list[str]
                 remedy = f"means nothing with kind = {chosen!r}: leave it at {defaults[name]!r}"
                 problems.append(options_lib.problem(f"{full}.{name}", values[name], remedy))
         given = {name: values[name] for name in mine if name in values}
-        chosen_options = options_lib.build(own, given, f"{full}.", problems)
+        chosen_options: Any = options_lib.build(own, given, f"{full}.", problems)
         return options_lib.build(
             kind,
             common | {"options": chosen_options},

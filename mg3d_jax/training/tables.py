@@ -81,7 +81,7 @@ def memory_text(compiled: jax.stages.Compiled) -> str:
     return f"{human(arguments + temporaries, 'B')} (arguments {human(arguments, 'B')}, temporaries {human(temporaries, 'B')})"
 
 
-def mesh_text(config: Config, mesh: Mesh) -> str:
+def mesh_text(config: sharding.MeshConfig, mesh: Mesh) -> str:
     """E.g. `data 4, fsdp 8, tensor 1 in 2 slices (preset gpu-node)`."""
     text = ", ".join(f"{axis} {size}" for axis, size in mesh.shape.items())
     text += f" in {config.slices} slices" if config.slices > 1 else ""

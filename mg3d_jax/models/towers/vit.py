@@ -27,7 +27,7 @@ PRESETS: dict[str, Sizes] = {
 class VitOptions:
     """Of a ViT."""
 
-    patch_size: tuple[int, ...] = key((16, 16, 16), "voxels x, y, z of a patch")
+    patch_size: tuple[int, int, int] = key((16, 16, 16), "voxels x, y, z of a patch")
     stem: str = key("linear", "how patches are embedded: linear, or conv: strided convolutions")
     positions: str = key("sincos", "learned or sincos")
     num_registers: int = key(0, "register tokens")
