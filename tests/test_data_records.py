@@ -14,17 +14,9 @@ from array_record.python.array_record_module import ArrayRecordReader, ArrayReco
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mg3d_jax.data.records import (
-    DamagedRecordError,
-    Record,
-    RecordReader,
-    ShardWriter,
-    decode,
-    encode,
-    file_digest,
-    read_manifest,
-)
-from mg3d_jax.data.shard_reader import OpenFiles, open_shard
+from mg3d_jax.data.record import Record, decode, encode
+from mg3d_jax.data.records import RecordReader, ShardWriter, file_digest, read_manifest
+from mg3d_jax.data.shard_reader import DamagedRecordError, OpenFiles, open_shard
 from mg3d_jax.errors import UserError
 
 

@@ -45,7 +45,8 @@ def _volumes(count: int, shape: tuple[int, int, int]) -> list[np.ndarray]:
 
 def write_records(folder: Path, count: int, zstd_level: int, shape: tuple[int, int, int]) -> None:
     """A prepared folder of `count` chest-like volumes."""
-    from mg3d_jax.data.records import FORMAT_VERSION, Record, ShardWriter, encode
+    from mg3d_jax.data.record import Record, encode
+    from mg3d_jax.data.records import FORMAT_VERSION, ShardWriter
 
     folder.mkdir()
     path = folder / "records.array_record"
@@ -135,7 +136,7 @@ def limits(count: int, shape: tuple[int, int, int]) -> Tasks:
     them."""
     import zstandard
 
-    from mg3d_jax.data.records import frames_of
+    from mg3d_jax.data.record import frames_of
 
     volumes, batch = _volumes(count, shape), np.empty((BATCH, *shape), np.int16)
     compress, decompress = zstandard.ZstdCompressor(level=3).compress, zstandard.ZstdDecompressor().decompress

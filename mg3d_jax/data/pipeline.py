@@ -26,7 +26,9 @@ from mg3d_jax.batch import UNKNOWN_LABEL
 from mg3d_jax.config import Config
 from mg3d_jax.data.bad_records import BadRecords
 from mg3d_jax.data.order import RecordOrder, reports_of_others
-from mg3d_jax.data.records import DamagedRecordError, Record, RecordReader
+from mg3d_jax.data.record import Record
+from mg3d_jax.data.records import RecordReader
+from mg3d_jax.data.shard_reader import DamagedRecordError
 from mg3d_jax.data.tokens import ReportTokenizer
 from mg3d_jax.errors import UserError
 from mg3d_jax.prepare.hounsfield import AIR_HU

@@ -15,7 +15,7 @@ from jax.experimental import multihost_utils
 
 from mg3d_jax import sharding
 from mg3d_jax.data.pipeline import PreparedData, evaluation_batches, short_id
-from mg3d_jax.data.records import Record
+from mg3d_jax.data.record import Record
 from mg3d_jax.data.tokens import ReportTokenizer
 from mg3d_jax.evaluation.base import Embedded, Evaluation, Model
 from mg3d_jax.models.mg3d import MAX_LOGIT_SCALE

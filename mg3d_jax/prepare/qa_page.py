@@ -12,7 +12,8 @@ from typing import Any
 import numpy as np
 
 from mg3d_jax import html
-from mg3d_jax.data.records import Record, RecordReader
+from mg3d_jax.data.record import Record
+from mg3d_jax.data.records import RecordReader
 from mg3d_jax.files import write_text
 
 QUALITY_NAME = "qa.jsonl"  # a line per record: what was found in its file

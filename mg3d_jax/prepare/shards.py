@@ -23,7 +23,8 @@ from typing import Any
 
 import numpy as np
 
-from mg3d_jax.data.records import Record, ShardWriter, encode, file_digest
+from mg3d_jax.data.record import Record, encode
+from mg3d_jax.data.records import ShardWriter, file_digest
 from mg3d_jax.errors import UserError
 from mg3d_jax.files import read_json, remove_partials, write_json
 from mg3d_jax.prepare.fetch import FETCH_FAILED, fetched

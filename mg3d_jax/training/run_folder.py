@@ -11,7 +11,7 @@ from tokenizers import Tokenizer
 
 from mg3d_jax.config import Config
 from mg3d_jax.data.pipeline import PreparedData, skipped_records
-from mg3d_jax.data.records import DamagedRecordError
+from mg3d_jax.data.shard_reader import DamagedRecordError
 from mg3d_jax.data.tokens import ReportTokenizer, load_tokenizer, save_tokenizer, train_wordpiece
 from mg3d_jax.training import distributed
 from mg3d_jax.training.checkpoints import Checkpoints
