@@ -12,6 +12,8 @@ from dataclasses import dataclass
 import numpy as np
 
 UNKNOWN_LABEL = -1
+AIR_HU = -1024  # what lies outside of a scan, and the lowest HU of a prepared volume
+HIGHEST_HU = 3071  # and the highest: 12-bit scanners end here; beyond it is metal, which no window shows
 
 
 @dataclass(frozen=True)

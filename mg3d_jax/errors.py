@@ -1,4 +1,4 @@
-"""The one exception for mistakes that the user can mend, and how a full or read-only disk is recognised.
+"""The one exception for mistakes that the user can correct, and how a full or read-only disk is recognised.
 
 `mg3d` prints its message without a traceback. The message names the file or setting, the value found, and what to do.
 """

@@ -26,14 +26,17 @@ def remove_partials(path: Path) -> None:
         leftover.unlink(missing_ok=True)
 
 
-def write_bytes(path: Path, content: bytes) -> None:
-    """Writes through a temporary name: the file is either complete or as it was, after a crash of the machine too."""
+def write_bytes(path: Path, content: bytes, *, durable: bool = True) -> None:
+    """Writes through a temporary name: the file is either complete or as it was, even after a crash of the machine; of
+    the program alone where it is not `durable`, which saves the wait for the disk where files are many and easily remade.
+    """
     partial = partial_path(path)
     try:
         with partial.open("wb") as file:
             file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
+            if durable:
+                file.flush()
+                os.fsync(file.fileno())
         os.replace(partial, path)
     except BaseException:
         partial.unlink(missing_ok=True)
@@ -50,17 +53,17 @@ def write_json(path: Path, document: Any, *, allow_nan: bool = False) -> None:
     write_text(path, json.dumps(document, indent=1, ensure_ascii=False, allow_nan=allow_nan) + "\n")
 
 
-def read_json(path: Path, *, mend: str = "") -> dict[str, Any]:
-    """The object in a JSON file. `UserError` where it cannot be read, or where its content is none: then with `mend`."""
-    mend = f"; {mend}" if mend else ""
+def read_json(path: Path, *, remedy: str = "") -> dict[str, Any]:
+    """The object in a JSON file. `UserError` where it cannot be read, or where its content is none: then with `remedy`."""
+    remedy = f"; {remedy}" if remedy else ""
     try:
         document = json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({error.strerror or error})") from error
     except ValueError as error:
-        raise UserError(f"{path}: cannot be read as JSON ({error}){mend}") from error
+        raise UserError(f"{path}: cannot be read as JSON ({error}){remedy}") from error
     if not isinstance(document, dict):
-        raise UserError(f"{path}: holds a {type(document).__name__}, not a JSON object{mend}")
+        raise UserError(f"{path}: holds a {type(document).__name__}, not a JSON object{remedy}")
     return document
 
 

@@ -68,6 +68,11 @@ def tiny_builder(train: str = "", valid: str = "", **overrides: object) -> Confi
     return config
 
 
+def records_of(data) -> list:
+    """All records of a `PreparedData`, in order."""
+    return [data.read(index) for index in range(len(data))]
+
+
 def free_port() -> int:
     """A port for a coordinator that listens seconds later: below those that the system hands out to others meanwhile."""
     first = 20_000 + os.getpid() % 10_000

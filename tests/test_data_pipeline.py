@@ -10,7 +10,7 @@ from multiprocessing.context import SpawnProcess
 import jax
 import numpy as np
 import pytest
-from support import tiny_config
+from support import records_of, tiny_config
 
 from mg3d_jax import batch as batch_contract
 from mg3d_jax import sharding
@@ -40,7 +40,7 @@ def data(tiny_data):
 
 @pytest.fixture(scope="module")
 def tokenizer(data):
-    return ReportTokenizer(train_wordpiece([s for r in data.records() for s in r.sentences], 400), 64, 16)
+    return ReportTokenizer(train_wordpiece([s for r in records_of(data) for s in r.sentences], 400), 64, 16)
 
 
 @pytest.fixture(scope="module")
@@ -112,7 +112,7 @@ def test_batch_holds_what_the_record_says(data, tokenizer, mesh):
 
 
 def test_what_limits_cut_is_counted(data, tokenizer):
-    reports = {record.report_id: record.sentences for record in data.records()}
+    reports = {record.report_id: record.sentences for record in records_of(data)}
     lengths = [[len(ids) + 2 for ids in map(text_ids(tokenizer), sentences)] for sentences in reports.values()]
     cut = [sum(length - 2 for length in row) + 2 > 64 or len(row) > 16 for row in lengths]
     long = [length > 12 for row in lengths for length in row]
@@ -133,16 +133,16 @@ def test_evaluation_reads_every_record_once_and_pads(data, tokenizer, mesh):
 
 def test_subsets_are_nested_by_patient(tiny_data):
     subsets = [PreparedData((tiny_data["train"],), max_patients=n) for n in (4, 9, 24)]
-    names = [[r.name for r in s.records()] for s in subsets]
+    names = [[r.name for r in records_of(s)] for s in subsets]
     assert [s.patients for s in subsets] == [4, 9, 24]
     assert names[1][: len(names[0])] == names[0] and names[2][: len(names[1])] == names[1]
-    assert len({r.patient for r in subsets[0].records()}) == 4
+    assert len({r.patient for r in records_of(subsets[0])}) == 4
 
 
 def test_shuffled_reports_pair_volumes_with_other_patients(data, tokenizer, mesh):
     config = tiny_config(data__shuffle_reports=True)
     batches = [jax.device_get(b) for b in train_batches(data, tokenizer, config, mesh, start=0, stop=6)]
-    records = list(data.records())
+    records = records_of(data)
     pairs = {int(i): int(r) for b in batches for i, r in zip(b["record_index"], b["report_id"], strict=True)}
     assert len(pairs) == len(records)
     assert sorted(pairs.values()) == sorted(short_id(r.report_id) for r in records)
@@ -241,7 +241,7 @@ def test_volumes_of_many_spacings_train_as_others(tiny_data, tokenizer, mesh, tm
     assert PreparedData((tiny_data["valid"], str(tmp_path / "out"))).spacing is None
     host = jax.device_get(next(train_batches(fraction, tokenizer, tiny_config(), mesh, start=0, stop=1)))
     batch_contract.check(host)
-    affines = [record.affine for record in fraction.records()]
+    affines = [record.affine for record in records_of(fraction)]
     assert all(np.linalg.norm(affine[:3, :3], axis=0).min() > 1 for affine in affines)
     assert len({tuple(np.round(np.diag(affine), 3)) for affine in affines}) > 1
 
@@ -276,7 +276,7 @@ def test_augmentation_shifts_by_whole_voxels_and_fills_with_air():
 
 
 def test_sentence_views_are_sentences_as_the_tokenizer_would_write_them(data, tokenizer):
-    records = list(data.records())
+    records = records_of(data)
     fields = [tokenizer(r.sentences) for r in records]
     batch = {k: np.stack([f[k] for f in fields]) for k in ("token_ids", "token_mask", "sentence_index", "word_index")}
     options = {"sentences": 3, "tokens": 16, "max_sentences": 16, "special": tokenizer.special}

@@ -4,7 +4,7 @@ import jax
 import numpy as np
 import pytest
 from sklearn.metrics import roc_auc_score
-from support import tiny_config
+from support import records_of, tiny_config
 
 from mg3d_jax import sharding
 from mg3d_jax.data import pipeline
@@ -156,7 +156,7 @@ def plain_embeddings(setup, params, tokenizer, records, names):
 def test_evaluation_in_the_loop_is_a_slow_evaluation_on_one_device(tiny_data, monkeypatch):
     """13 held-out records in batches of 6, on a mesh of 2 x 1 x 2; every record is decoded once per evaluation."""
     data, config = pipeline.PreparedData((tiny_data["valid"],)), tiny_config(data__batch_size=6)
-    records, names = list(data.records()), data.label_names
+    records, names = records_of(data), data.label_names
     words = train_wordpiece({s for r in records for s in r.sentences}, 400)
     tokenizer = ReportTokenizer(words, config.data.max_tokens, config.data.max_sentences)
     mesh = sharding.make_mesh(sharding.MeshConfig(data=2, fsdp=1, tensor=2), jax.devices()[:4])

@@ -8,7 +8,7 @@ import flax.linen as nn
 import jax
 import numpy as np
 import pytest
-from support import SPECIAL, random_batch, tiny_builder, tiny_config
+from support import SPECIAL, random_batch, records_of, tiny_builder, tiny_config
 
 from mg3d_jax import config as config_lib
 from mg3d_jax import sharding
@@ -206,7 +206,7 @@ def phantom_batch(tiny_data):
     """8 phantom patients and the tokenizer of their reports."""
     data = PreparedData((tiny_data["train"],))
     config = tiny_config()
-    sentences = [s for record in data.records() for s in record.sentences]
+    sentences = [s for record in records_of(data) for s in record.sentences]
     tokenizer = ReportTokenizer(train_wordpiece(sentences, VOCAB), config.data.max_tokens, config.data.max_sentences)
     mesh = sharding.make_mesh(sharding.MeshConfig(data=1, fsdp=1, tensor=1), jax.devices()[:1])
     return next(iter(evaluation_batches(data, tokenizer, mesh, 8, threads=0))), tokenizer, mesh

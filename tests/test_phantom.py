@@ -143,7 +143,7 @@ def test_interrupted_run_goes_on_and_complete_run_is_left_alone(
     assert times == {path: path.stat().st_mtime_ns for path in out.rglob("*") if path.is_file()}
     # As a kill leaves it: half a file under its temporary name, no csv, no mark of completion.
     volume = next(out.rglob("train_2_a_1.nii.gz"))
-    volume.rename(volume.with_name(volume.name + dataset.PARTIAL)).write_bytes(b"half")
+    volume.rename(volume.with_name(f".{volume.name}.99999.partial")).write_bytes(b"half")
     next(out.rglob("train_reports.csv")).unlink()
     marker = out / dataset.MARKER
     marker.write_text(marker.read_text().replace("true", "false"))

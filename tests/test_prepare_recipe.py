@@ -145,19 +145,8 @@ def of_version_0_1_0(name: str, folder: Path) -> Path:
 
 
 def command(out: Path, split: str = "train", *more: str) -> list[str]:
-    line = [
-        "prepare",
-        "--source",
-        "ctrate",
-        "--root",
-        "phantoms",
-        "--split",
-        split,
-        "--out",
-        str(out),
-        "--workers",
-        "1",
-    ]
+    line = ["prepare", "--source", "ctrate", "--root", "phantoms", "--split", split, "--out", str(out)]
+    line += ["--workers", "1", "--qa-samples", "0"]
     return [*line, "--size", "16", "16", "16", "--spacing", "20", "18", "20", *more]
 
 

@@ -1,7 +1,7 @@
 """How fast prepared records load, beside what is possible and beside MONAI's `PersistentDataset`: `mg3d bench data`.
 
-Throughput: every contestant has a process on one and the same core, and they take turns, round by round, so that whatever
-else the machine does meets them all alike; the median round counts, in CPU seconds. Waiting: a loop that asks for a batch
+Throughput: each way of loading has a process on one and the same core, and they take turns, round by round, so that what
+else the machine does slows all of them alike; the median round counts, in CPU seconds. Waiting: a loop that asks for a batch
 and then sleeps for as long as a step computes, as on an accelerator; which share of its time does it wait?
 """
 
@@ -19,6 +19,8 @@ from typing import Any
 
 import numpy as np
 
+from mg3d_jax.batch import AIR_HU, HIGHEST_HU
+
 GRID = (128, 128, 96)
 BATCH = 8
 WAITING_WORKERS = 2  # of the contestants' data loaders: threads of ours, processes of torch's
@@ -34,7 +36,7 @@ def chest_like(shape: tuple[int, int, int], seed: int = 0) -> np.ndarray:
     lungs = np.minimum(((x - 0.42) / 0.28) ** 2 + (y / 0.5) ** 2, ((x + 0.42) / 0.28) ** 2 + (y / 0.5) ** 2)
     for k, z in enumerate(np.linspace(-1, 1, shape[2])):
         hu = np.select([lungs + z**2 < 1, body < 0.85, body < 1], [-860.0, 40.0, -100.0], -1000.0)
-        out[..., k] = np.clip(np.rint(hu + rng.normal(0, 12, shape[:2])), -1024, 3071)
+        out[..., k] = np.clip(np.rint(hu + rng.normal(0, 12, shape[:2])), AIR_HU, HIGHEST_HU)
     return out
 
 

@@ -1,4 +1,4 @@
-"""`mg3d bench data`: how fast are preparation and loading, beside what the field uses and beside what is possible.
+"""`mg3d bench data`: how fast are preparation and loading, beside common tools and beside what is possible.
 
 - preparation: `mg3d`'s reader against the usual script (nibabel `get_fdata`, clip, torch `interpolate`) on one
   512 x 512 x 300 int16 `.nii.gz`, to the same 0.75 x 0.75 x 1.5 mm grid; seconds and peak memory, each in a process of its
@@ -88,7 +88,7 @@ def _prepare_ours(path: str, size: tuple[int, ...], repeats: int) -> dict[str, f
 
 
 def _prepare_usual(path: str, size: tuple[int, ...], repeats: int) -> dict[str, float]:
-    """What preprocessing scripts of the field do."""
+    """What preprocessing scripts commonly do: nibabel's floats, clipped, interpolated by torch."""
     import nibabel as nib
     import torch
 

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
-import sys
 import threading
 from pathlib import Path
 from typing import Any
@@ -12,11 +12,13 @@ from typing import Any
 from mg3d_jax.errors import UserError
 from mg3d_jax.files import read_lines
 
+logger = logging.getLogger(__name__)
+
 BAD_RECORDS_NAME = "bad_records.jsonl"
 
 
 class BadRecords:
-    """Names each bad record once, on stderr and as a line of `folder / "bad_records.jsonl"`.
+    """Names each bad record once, in a warning and as a line of `folder / "bad_records.jsonl"`.
 
     Threads, data workers and the processes of a run share the file (a line is one appending write) and count by it, also
     over a resume. Without a folder every process counts for itself.
@@ -53,7 +55,7 @@ class BadRecords:
                 )
 
     def _write(self, line: dict[str, Any]) -> None:
-        print(f"skipped in training: {line['reason']}", file=sys.stderr, flush=True)
+        logger.warning("skipped in training: %s", line["reason"])
         if self._path is None:
             return
         self._path.parent.mkdir(parents=True, exist_ok=True)

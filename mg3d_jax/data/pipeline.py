@@ -1,7 +1,7 @@
 """Prepared records -> grain -> host batches -> global arrays on the mesh.
 
 The data position is one integer, the step: batch N holds positions `N * B ... (N + 1) * B - 1` of an endless, seeded,
-per-epoch shuffled order of the records (see `order`), whatever the number of processes, workers or devices. Each
+per-epoch shuffled order of the records (see `order`), for any number of processes, workers or devices. Each
 process reads only the rows that lie on its own devices; starting at step N means building the iterator there, nothing is
 replayed. A record that turns out damaged keeps its row, with `valid = False` (see `bad_records`).
 """
@@ -22,7 +22,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from mg3d_jax import sharding
-from mg3d_jax.batch import UNKNOWN_LABEL
+from mg3d_jax.batch import AIR_HU, UNKNOWN_LABEL
 from mg3d_jax.config import Config
 from mg3d_jax.data.bad_records import BadRecords
 from mg3d_jax.data.order import RecordOrder, reports_of_others
@@ -31,7 +31,6 @@ from mg3d_jax.data.records import RecordReader
 from mg3d_jax.data.shard_reader import DamagedRecordError
 from mg3d_jax.data.tokens import ReportTokenizer
 from mg3d_jax.errors import UserError
-from mg3d_jax.prepare.hounsfield import AIR_HU
 
 PREFETCHED_BATCHES = 2
 SAMPLED_REPORTS = 200
@@ -113,10 +112,6 @@ class PreparedData:
         """Tells `bad` that record `index` is damaged."""
         reader, number = self.locate(index)
         bad.add(reader.folder, number, reader.name(number), str(error))
-
-    def records(self) -> Iterator[Record]:
-        """All records in order; a damaged one is an error."""
-        return map(self.read, range(len(self)))
 
 
 def record_names(data: PreparedData, indices: Iterable[int]) -> list[str]:
@@ -310,7 +305,7 @@ def train_batches(
 ) -> Iterator[dict]:  # fmt: skip
     """Global batches of steps `start ... stop - 1`, as sharded arrays. Read ahead in threads, or in `workers` processes.
 
-    The folders mix by `data.weights`. Damaged records are skipped (`valid = False`) and named on stderr and in
+    The folders mix by `data.weights`. Damaged records are skipped (`valid = False`) and named in a warning and in
     `bad_records.jsonl` of `log_folder`, which all processes of the run share; more than `data.max_bad_records`, or more than
     half of all records, raise `UserError`.
     """

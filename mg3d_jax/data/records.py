@@ -66,7 +66,7 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     path = Path(folder) / MANIFEST_NAME
     if not path.exists():
         raise UserError(f"{path} does not exist: run `mg3d prepare ... --out {folder}` to its end first")
-    manifest = read_json(path, mend="prepare the folder again")
+    manifest = read_json(path, remedy="prepare the folder again")
     version = manifest.get("format_version")
     if version != FORMAT_VERSION:
         raise UserError(
@@ -76,8 +76,9 @@ def read_manifest(folder: Path) -> dict[str, Any]:
 
 
 def _keep_large_blocks() -> None:
-    """Tells glibc to keep freed blocks of some MB for reuse. By default each of them is a fresh mapping, whose page
-    faults cost more than reading the record (measured: 150 -> 1,070 records/s). Elsewhere it does nothing."""
+    """Tells glibc to keep freed blocks of some MB for reuse, instead of mapping fresh pages for every volume and batch.
+    On one core the pipeline makes 25 % (zstd) to 30 % (raw) more volumes of 128 x 128 x 96 per second by it. Without glibc
+    it does nothing."""
     mmap_threshold, trim_threshold, bytes_kept = -3, -1, 1 << 30
     try:
         mallopt = ctypes.CDLL(None).mallopt
@@ -182,7 +183,7 @@ class RecordReader:
             raise DamagedRecordError(f"{message}; copy or prepare that shard again") from error
 
     def name(self, index: int) -> str:
-        """Name of the volume of record `index`, also where the record itself cannot be read. Not for the hot path."""
+        """Name of the volume of record `index`, also where the record itself cannot be read. Slow: for messages."""
         path = self.folder / INDEX_NAME
         if path.is_file():
             with open(path, encoding="utf-8") as file:

@@ -1,10 +1,13 @@
-"""Shards read without detours: a record's bytes go from the page cache straight to where they belong.
+"""Parts of a record read from its shard straight into the arrays where they belong.
 
 A shard is an ArrayRecord file, and that is a Riegeli file: blocks of 64 KiB that each open with a 24-byte header, and
 chunks (40-byte header, then data) that run across them. With one record per chunk, a record is the logical bytes of its
-chunk, so that a gathering read fetches them and leaves the block headers out. The general reader copies every byte several
-times and hashes it twice; records carry a checksum of their own. Whatever does not look exactly like what
-`records.ShardWriter` writes is left to the general reader.
+chunk, so that a gathering read fetches them and leaves the block headers out. A file that does not look exactly like what
+`records.ShardWriter` writes is left to `array_record`'s own reader, which reads any ArrayRecord file.
+
+Why not always that reader: it gives whole records only, copied and hashed more than once, while records have a checksum of
+their own. On one core it decodes 15 to 26 % fewer zstd records of 128 x 128 x 96 voxels per second and 65 % fewer raw
+ones, and it reads all voxels of a data set (1.3 MB per record) where a tokenizer is trained on its texts (16 KB).
 """
 
 from __future__ import annotations
@@ -158,7 +161,7 @@ def _advance(position: int, size: int) -> int:
     return position - position % _BLOCK + blocks * _BLOCK + _BLOCK_HEADER + rest + 1
 
 
-_skipped = bytearray(_BLOCK_HEADER)  # block headers are read to here; nobody looks
+_skipped = bytearray(_BLOCK_HEADER)  # block headers are read to here, and not used
 
 
 def _read(file: io.FileIO, position: int, out: np.ndarray | bytearray) -> None:

@@ -15,9 +15,9 @@ from tokenizers import Encoding, Tokenizer, decoders, models, normalizers, pre_t
 from mg3d_jax.errors import UserError
 from mg3d_jax.files import write_json
 
-# Roles of special tokens. They bear BERT's names here, whatever the tokenizer calls them ("<s>", "<pad>", ...).
+# Roles of special tokens. They have BERT's names here, however the tokenizer calls them ("<s>", "<pad>", ...).
 SPECIAL_TOKENS = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
-MAX_LENGTH = 512  # written for transformers' users
+MAX_LENGTH = 512  # tokens; written into `tokenizer_config.json`, where transformers looks for it
 
 
 def _blank_wordpiece(model: models.WordPiece) -> Tokenizer:
@@ -50,7 +50,7 @@ def train_wordpiece(sentences: Iterable[str], vocab_size: int) -> Tokenizer:
 
 
 def load_tokenizer(name_or_folder: str) -> Tokenizer:
-    """A fast tokenizer from a folder with `tokenizer.json`, or whatever else transformers can read, or by hub name."""
+    """A fast tokenizer from a folder with `tokenizer.json`, or of any other kind that transformers reads, or by hub name."""
     folder = Path(name_or_folder)
     if (folder / "tokenizer.json").is_file():
         return Tokenizer.from_file(str(folder / "tokenizer.json"))

@@ -103,7 +103,7 @@ def _parse_config(folder: Path) -> tuple[BertConfig, int]:
     path = folder / "config.json"
     if not path.is_file():
         raise UserError(f"{folder}: no config.json; give the folder that transformers' save_pretrained wrote.")
-    raw = read_json(path, mend="download or save it again")
+    raw = read_json(path, remedy="download or save it again")
     model_type = raw.get("model_type", "bert")
     if model_type not in POSITION_OFFSETS:
         raise UserError(f"{path}: model_type {model_type!r}; loadable are {', '.join(POSITION_OFFSETS)}.")

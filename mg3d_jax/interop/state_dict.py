@@ -32,7 +32,7 @@ def read_state_dict(path: Path) -> dict[str, np.ndarray]:
     if not path.is_file():
         raise UserError(f"{path}: no such file.")
     if path.name.endswith(".index.json"):
-        weight_map = read_json(path, mend="download it again").get("weight_map")
+        weight_map = read_json(path, remedy="download it again").get("weight_map")
         if not isinstance(weight_map, dict):
             raise UserError(f"{path}: has no weight_map, which says in which file each weight lies; download it again")
         shards = sorted(set(weight_map.values()))

@@ -12,7 +12,7 @@ import itertools
 import numpy as np
 
 Point = np.ndarray | tuple[float, float, float]
-AIR_HU = -1000.0
+ROOM_AIR_HU = -1000.0
 
 
 def soft(distance: np.ndarray, edge: float) -> np.ndarray:
@@ -30,7 +30,7 @@ class Canvas:
         self.axes = tuple(np.asarray(axis, np.float32) for axis in (x, y, z))
         self.spacing = tuple(float(axis[1] - axis[0]) for axis in self.axes)
         self.edge = float(np.mean(self.spacing))
-        self.hu = np.full([len(axis) for axis in self.axes], AIR_HU, np.float32)
+        self.hu = np.full([len(axis) for axis in self.axes], ROOM_AIR_HU, np.float32)
         self.lung = np.zeros_like(self.hu)
 
     @property

@@ -22,11 +22,11 @@ import numpy as np
 
 from mg3d_jax.data.abnormalities import ABNORMALITIES
 from mg3d_jax.errors import UserError
+from mg3d_jax.files import remove_partials, write_bytes
 from mg3d_jax.phantom import patients as phantoms
 from mg3d_jax.progress import track
 
 MARKER = "phantom.json"
-PARTIAL = ".partial"  # suffix of files being written
 REPORT_COLUMNS = ("VolumeName", "ClinicalInformation_EN", "Technique_EN", "Findings_EN", "Impressions_EN")
 _LONG_SPLIT = {"train": "train", "valid": "validation"}  # CT-RATE's two spellings
 
@@ -52,11 +52,9 @@ def nifti_bytes(hu: np.ndarray, affine: np.ndarray) -> bytes:
 
 
 def _write(path: Path, content: bytes) -> None:
-    """All or nothing: a reader never sees half a file."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(path.name + PARTIAL)
-    partial.write_bytes(content)
-    os.replace(partial, path)
+    remove_partials(path)
+    write_bytes(path, content, durable=False)
 
 
 Rows = dict[str, list[dict[str, str]]]
@@ -118,7 +116,8 @@ def _open_folder(out: Path, settings: dict[str, int]) -> bool:
     if out.exists() and not out.is_dir():
         raise UserError(f"{out} is a file. Name a folder to write to.")
     if not marker.exists():
-        if out.is_dir() and any(entry.name != MARKER + PARTIAL for entry in out.iterdir()):
+        remove_partials(marker)
+        if out.is_dir() and any(out.iterdir()):
             raise UserError(
                 f"{out} is not empty and holds no {MARKER}: it is not a phantom data set. Name a new folder."
             )

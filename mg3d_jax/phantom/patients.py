@@ -10,6 +10,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from mg3d_jax.batch import AIR_HU, HIGHEST_HU
 from mg3d_jax.data.abnormalities import ABNORMALITIES
 from mg3d_jax.phantom.abnormalities import CHRONIC, FINDINGS, adapt_anatomy, sample_presence
 from mg3d_jax.phantom.anatomy import Anatomy, draw_anatomy, sample_anatomy
@@ -70,7 +71,7 @@ class Reconstruction:
         rng = np.random.default_rng(self.noise_seed)
         hu = canvas.hu
         hu += np.float32(self.noise_hu) * rng.standard_normal(hu.shape, np.float32)
-        stored = np.clip(np.rint(hu), -1024, 3071).astype(np.int16)
+        stored = np.clip(np.rint(hu), AIR_HU, HIGHEST_HU).astype(np.int16)
         return stored[::-1, ::-1] if self.orientation == "LPS" else stored
 
 

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import nibabel as nib
 import numpy as np
 
-from mg3d_jax.prepare.hounsfield import AIR_HU
+from mg3d_jax.batch import AIR_HU
 from mg3d_jax.prepare.nifti import StoredVolume, VolumeError
 from mg3d_jax.prepare.resample import AxisMap, resample
 

@@ -14,8 +14,6 @@ import numpy as np
 
 from mg3d_jax.prepare.nifti import VolumeError
 
-AIR_HU = -1024
-HIGHEST_HU = 3071  # 12-bit scanners end here; beyond it is metal, which no window shows
 _BIN_HU = 10
 _SAME_HU = 1.5  # two mappings that differ by less on every voxel are one
 

@@ -90,6 +90,7 @@ def page(manifest: dict[str, Any], quality: list[dict[str, Any]], png: bytes) ->
         "distinct reports": manifest["unique_reports"],
         "grid": _times(manifest["grid"]),
         "spacing, mm": _times(manifest["spacing"]) if manifest["spacing"] else "varies",
+        "recipe version": manifest["recipe_version"],
         "with warnings": len(warned),
         "bad": len(bad),
     }

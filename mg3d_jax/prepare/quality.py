@@ -8,8 +8,8 @@ import nibabel as nib
 import numpy as np
 from scipy import ndimage
 
+from mg3d_jax.batch import AIR_HU
 from mg3d_jax.prepare.geometry import Metadata, voxel_spacing
-from mg3d_jax.prepare.hounsfield import AIR_HU
 
 _SHORT_MM = 150.0  # a chest is longer
 _LEAST_LUNG = 0.03  # share of the voxels; bowel gas is less

@@ -130,9 +130,9 @@ def read_dicom(files: list[Path]) -> StoredVolume:
             if file.suffix.lower() == ".dcm":
                 raise VolumeError(f"slice {file.name} is no DICOM, or only the start of one") from None
             continue
-        except Exception as error:  # pydicom raises whatever it likes
+        except Exception as error:  # pydicom raises exceptions of many kinds
             raise VolumeError(f"slice {file.name} is unreadable: {type(error).__name__}: {error}") from error
-        # pydicom reads a file that ends early without a word. One that does not even say what it is ended early.
+        # pydicom gives no error for a file that ends early. One that does not even say what it is ended early.
         kind = dataset.file_meta.get("MediaStorageSOPClassUID") or dataset.get("SOPClassUID", CTImageStorage)
         if "PixelData" not in dataset and kind == CTImageStorage:
             raise VolumeError(f"slice {file.name} is truncated: it ends before its pixels")
@@ -168,7 +168,7 @@ def _stack_dicom(slices: list, warnings: list[str]) -> StoredVolume:
         raise VolumeError(f"missing slices: gaps of {gaps.min():.2f} to {gaps.max():.2f} mm in the DICOM series")
     try:
         planes = [_dicom_hu(dataset) for dataset in slices]
-    except Exception as error:  # pydicom's decoders raise whatever they like
+    except Exception as error:  # pydicom's decoders raise exceptions of many kinds
         raise VolumeError(f"the pixels of the DICOM series cannot be decoded: {error}") from error
     filled = [planes[0]]
     for index, count in enumerate(counts):

@@ -57,7 +57,7 @@ def open_folder(out: Path, plan: dict[str, Any]) -> dict[str, Any] | None:
     path.parent.mkdir(parents=True, exist_ok=True)
     if not path.is_file():
         write_json(path, plan | {"recipe_version": RECIPE_VERSION, "code": code()})
-    found = migrated(read_json(path, mend=f"delete {out} to start anew"))
+    found = migrated(read_json(path, remedy=f"delete {out} to start anew"))
     version, finished = found.get("recipe_version"), (out / MANIFEST_NAME).is_file()
     if not isinstance(version, int):
         raise UserError(f"{path}: recipe_version is {version!r}, not a number: delete {out} to start anew")

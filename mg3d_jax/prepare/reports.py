@@ -2,7 +2,7 @@
 
 The rules are for radiology reports as they are: machine-translated (CT-RATE from Turkish, CTRG from Chinese), with
 stray quotes that once were bullets, decimals, image references such as "img117", ordinals such as "3. rib", and
-numbered lists. `tests/test_data_reports.py` keeps the hard cases.
+numbered lists. `tests/test_prepare_reports.py` has the hard cases.
 """
 
 from __future__ import annotations

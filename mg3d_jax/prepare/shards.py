@@ -1,4 +1,4 @@
-"""The engine of `mg3d prepare`: examples in worker processes -> shards with sidecars, resumable at every shard.
+"""Examples -> records in worker processes -> shards, each with a sidecar (a JSON file about it), resumable at every shard.
 
 Which example goes into which shard follows from the input alone, so that a run that was killed and started again, or
 split over machines, gives the same bytes. A shard whose sidecar lies in `work/` is done, unless a volume it lost may
@@ -80,7 +80,7 @@ def prepare_example(example: Example, recipe: Recipe) -> Outcome:
     try:
         with fetched(example, recipe.fetch) as path:
             prepared = prepare_volume(path, recipe.grid, example.metadata)
-    except Exception as error:  # one odd file must not end a run of days: it is listed, with its path
+    except Exception as error:  # one unusual file must not end a run of days: it is listed, with its path
         reason = str(error) if isinstance(error, VolumeError) else f"failed with {type(error).__name__}: {error}"
         return Outcome(None, entry, None, f"{SYSTEM_FAILED}: {reason}" if _may_pass(error) else reason)
     record = Record(

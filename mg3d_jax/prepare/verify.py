@@ -1,4 +1,4 @@
-"""`mg3d prepare --verify`: is a prepared folder what its manifest says?"""
+"""Is a prepared folder what its manifest says? `mg3d prepare --verify`."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
 """One volume file -> checked HU -> RAS+ -> target spacing -> fixed grid, int16, with its affine and a QA record.
 
-    formats.read_volume -> geometry.resolve_geometry -> hounsfield.decide -> geometry.place -> PreparedVolume
+    reading.read_volume -> geometry.resolve_geometry -> hounsfield.decide -> geometry.place -> PreparedVolume
 
 Cropping comes before resampling and everything is done slab by slab, so that memory stays near the size of the file's
 own voxels.
@@ -14,8 +14,9 @@ from typing import Any
 
 import numpy as np
 
+from mg3d_jax.batch import AIR_HU, HIGHEST_HU
 from mg3d_jax.prepare.geometry import Grid, Metadata, place, resolve_geometry
-from mg3d_jax.prepare.hounsfield import AIR_HU, HIGHEST_HU, Mapping, decide
+from mg3d_jax.prepare.hounsfield import Mapping, decide
 from mg3d_jax.prepare.nifti import StoredVolume, VolumeError
 from mg3d_jax.prepare.quality import measure
 from mg3d_jax.prepare.reading import read_volume

@@ -76,7 +76,7 @@ def read_run(folder: Path) -> RunFiles:
 
 
 def _document(path: Path) -> dict[str, Any]:
-    return read_json(path, mend="restore it, or remove it to do without") if path.exists() else {}
+    return read_json(path, remedy="restore it, or remove it to do without") if path.exists() else {}
 
 
 def _config(path: Path) -> Config | None:

@@ -12,6 +12,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from mg3d_jax.batch import AIR_HU
 from mg3d_jax.config import Config
 from mg3d_jax.config.parts import AugmentConfig
 from mg3d_jax.objectives.masking import (
@@ -23,7 +24,6 @@ from mg3d_jax.objectives.masking import (
 )
 from mg3d_jax.objectives.multitask import enabled
 
-AIR_HU = -1024
 TEXT_FIELDS = ("token_ids", "token_mask", "sentence_index", "word_index")
 
 
