@@ -1,5 +1,6 @@
-"""The house rules that a program can check: ruff, no path of a machine (imports: `test_floors.py`)."""
+"""Rules that a program can check: ruff, logging, no path of a machine. Imports: `test_floors.py`; types: `test_typing.py`."""
 
+import ast
 import re
 import subprocess
 import sys
@@ -12,6 +13,28 @@ from support import ROOT
 def test_ruff(command):
     done = subprocess.run([sys.executable, "-m", "ruff", *command, "."], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
+
+
+# Modules that print still: take a line out once the module logs.
+PRINTING = {
+    "data/bad_records.py", "evaluation/attend.py", "interop/export.py", "scaling/sweep/runner.py", "training/checkpoints.py",
+    "training/distributed.py", "training/loop.py", "training/profiler.py", "training/stopping.py", "training/watchdog.py",
+}  # fmt: skip
+
+
+def test_library_code_logs_and_commands_print():
+    allowed = ("commands/", "benchmarks/", "log.py", "progress.py")
+    printing = {
+        name
+        for path in (ROOT / "mg3d_jax").rglob("*.py")
+        if not (name := path.relative_to(ROOT / "mg3d_jax").as_posix()).startswith(allowed)
+        and any(
+            isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == "print"
+            for node in ast.walk(ast.parse(path.read_text()))
+        )
+    }
+    assert printing - PRINTING == set(), "use logger = logging.getLogger(__name__), or return it to the command"
+    assert PRINTING - printing == set(), "fixed: take these out of PRINTING"
 
 
 def test_no_path_of_a_machine_is_committed():
