@@ -55,7 +55,9 @@ def indices(batches):
 def test_each_epoch_is_a_different_permutation_of_all_records(data, tokenizer, mesh):
     config, epochs = tiny_config(), 3
     steps = epochs * len(data) // config.data.batch_size
-    flat = list(itertools.chain(*indices(train_batches(data, tokenizer, config, mesh, start=0, stop=steps))))
+    flat = list(
+        itertools.chain(*indices(train_batches(data, tokenizer, config.data, mesh, seed=0, start=0, stop=steps)))
+    )
     first, second = flat[: len(data)], flat[len(data) : 2 * len(data)]
     assert sorted(first) == sorted(second) == list(range(len(data)))
     assert first != second
@@ -64,8 +66,8 @@ def test_each_epoch_is_a_different_permutation_of_all_records(data, tokenizer, m
 @pytest.mark.parametrize("workers", [0, 2])
 def test_seeking_gives_the_same_batches_as_reading_on(data, tokenizer, mesh, workers):
     config = tiny_config(data__workers=workers)
-    whole = indices(train_batches(data, tokenizer, tiny_config(), mesh, start=0, stop=9))
-    assert indices(train_batches(data, tokenizer, config, mesh, start=4, stop=9)) == whole[4:]
+    whole = indices(train_batches(data, tokenizer, tiny_config().data, mesh, seed=0, start=0, stop=9))
+    assert indices(train_batches(data, tokenizer, config.data, mesh, seed=0, start=4, stop=9)) == whole[4:]
 
 
 def test_workers_outlive_a_sigterm_to_the_whole_group(data, tokenizer, mesh, monkeypatch):
@@ -78,7 +80,7 @@ def test_workers_outlive_a_sigterm_to_the_whole_group(data, tokenizer, mesh, mon
         os.kill(process.pid, signal.SIGTERM)  # before it has imported anything
 
     monkeypatch.setattr(SpawnProcess, "start", start_and_signal)
-    batches = train_batches(data, tokenizer, tiny_config(data__workers=2), mesh, start=0, stop=30)
+    batches = train_batches(data, tokenizer, tiny_config(data__workers=2).data, mesh, seed=0, start=0, stop=30)
     next(batches)
     assert len(workers) == 2
     assert signal.SIGTERM not in signal.pthread_sigmask(signal.SIG_BLOCK, ())  # the trainer itself gets it
@@ -100,7 +102,7 @@ def test_rows_do_not_depend_on_how_processes_share_them(data, tokenizer):
 
 
 def test_batch_holds_what_the_record_says(data, tokenizer, mesh):
-    batch = next(train_batches(data, tokenizer, tiny_config(), mesh, start=0, stop=1))
+    batch = next(train_batches(data, tokenizer, tiny_config().data, mesh, seed=0, start=0, stop=1))
     host = jax.device_get(batch)
     batch_contract.check(host)
     for row, index in enumerate(host["record_index"]):
@@ -141,7 +143,7 @@ def test_subsets_are_nested_by_patient(tiny_data):
 
 def test_shuffled_reports_pair_volumes_with_other_patients(data, tokenizer, mesh):
     config = tiny_config(data__shuffle_reports=True)
-    batches = [jax.device_get(b) for b in train_batches(data, tokenizer, config, mesh, start=0, stop=6)]
+    batches = [jax.device_get(b) for b in train_batches(data, tokenizer, config.data, mesh, seed=0, start=0, stop=6)]
     records = records_of(data)
     pairs = {int(i): int(r) for b in batches for i, r in zip(b["record_index"], b["report_id"], strict=True)}
     assert len(pairs) == len(records)
@@ -155,12 +157,12 @@ def test_folders_mix_by_weight(tiny_data, data, tokenizer, mesh):
     """3 : 1 in every batch although the folders hold 24 and 8 patients, from wherever the run starts."""
     both = PreparedData((tiny_data["train"], tiny_data["valid"]))
     config = tiny_config(data__train=(tiny_data["train"], tiny_data["valid"]), data__weights=(1, 3))
-    walked = indices(train_batches(both, tokenizer, config, mesh, start=0, stop=8))
+    walked = indices(train_batches(both, tokenizer, config.data, mesh, seed=0, start=0, stop=8))
     assert [sum(i >= len(data) for i in batch) for batch in walked] == [6] * 8
     seen = [i for batch in walked for i in batch if i >= len(data)]
     held_out = len(both) - len(data)
     assert sorted(seen[:held_out]) == list(range(len(data), len(both)))  # its own epoch first, then again
-    assert indices(train_batches(both, tokenizer, config, mesh, start=5, stop=8)) == walked[5:]
+    assert indices(train_batches(both, tokenizer, config.data, mesh, seed=0, start=5, stop=8)) == walked[5:]
     names = record_names(both, [0, len(both) - 1])
     assert names == [
         f"{tiny_data['train']}: {both.read(0).name}",
@@ -191,8 +193,8 @@ def test_a_damaged_record_is_skipped_counted_and_named(damaged, data, tokenizer,
     folder, name = damaged
     broken, config = PreparedData((folder,)), tiny_config(data__workers=workers, data__max_bad_records=1)
     steps = 3 * len(data) // config.data.batch_size
-    got = list(train_batches(broken, tokenizer, config, mesh, start=0, stop=steps, log_folder=tmp_path))
-    sound = list(train_batches(data, tokenizer, tiny_config(), mesh, start=0, stop=steps))
+    got = list(train_batches(broken, tokenizer, config.data, mesh, seed=0, start=0, stop=steps, log_folder=tmp_path))
+    sound = list(train_batches(data, tokenizer, tiny_config().data, mesh, seed=0, start=0, stop=steps))
     times = 0
     for ours, theirs in zip(map(jax.device_get, got), map(jax.device_get, sound), strict=True):
         batch_contract.check(ours)
@@ -216,7 +218,7 @@ def test_a_damaged_record_is_skipped_counted_and_named(damaged, data, tokenizer,
 def test_too_many_damaged_records_end_the_run(damaged, data, tokenizer, mesh, tmp_path, workers):
     broken, config = PreparedData((damaged[0],)), tiny_config(data__workers=workers, data__max_bad_records=0)
     with pytest.raises(UserError, match=r"1 damaged records.*more than data.max_bad_records = 0.*record 5"):
-        list(train_batches(broken, tokenizer, config, mesh, start=0, stop=12, log_folder=tmp_path))
+        list(train_batches(broken, tokenizer, config.data, mesh, seed=0, start=0, stop=12, log_folder=tmp_path))
 
 
 def test_verify_and_evaluation_name_the_same_record(damaged, tokenizer, mesh, capsys):
@@ -239,7 +241,7 @@ def test_volumes_of_many_spacings_train_as_others(tiny_data, tokenizer, mesh, tm
     fraction = PreparedData((str(tmp_path / "out"),), volume_size=(16, 16, 16))
     assert fraction.spacing is None
     assert PreparedData((tiny_data["valid"], str(tmp_path / "out"))).spacing is None
-    host = jax.device_get(next(train_batches(fraction, tokenizer, tiny_config(), mesh, start=0, stop=1)))
+    host = jax.device_get(next(train_batches(fraction, tokenizer, tiny_config().data, mesh, seed=0, start=0, stop=1)))
     batch_contract.check(host)
     affines = [record.affine for record in records_of(fraction)]
     assert all(np.linalg.norm(affine[:3, :3], axis=0).min() > 1 for affine in affines)
@@ -254,7 +256,7 @@ def test_wrong_grids_and_sizes_are_errors(tiny_data, data, tokenizer, mesh):
     with pytest.raises(UserError, match="no prepared data"):
         PreparedData(())
     with pytest.raises(UserError, match="multiple of 8"):
-        next(train_batches(data, tokenizer, tiny_config(data__batch_size=12), mesh, start=0, stop=1))
+        next(train_batches(data, tokenizer, tiny_config(data__batch_size=12).data, mesh, seed=0, start=0, stop=1))
 
 
 def test_windows_scale_and_clip():

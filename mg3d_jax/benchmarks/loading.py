@@ -239,14 +239,15 @@ def bench_loading(folder: Path, count: int = 64, repeats: int = 5) -> dict[str, 
 
 def our_batches(folder: str, batches: int) -> Any:
     """Batches on the device, as training gets them."""
-    from mg3d_jax import config as config_lib
     from mg3d_jax import sharding
+    from mg3d_jax.config.parts import DataConfig
     from mg3d_jax.data.pipeline import PreparedData, train_batches
 
-    config = config_lib.default().unlock()
-    config.data.update(batch_size=BATCH, read_threads=WAITING_WORKERS)
-    mesh = sharding.make_mesh(sharding.MeshConfig())
-    return train_batches(PreparedData((folder,)), _tokenizer(), config_lib.typed(config), mesh, start=0, stop=batches)
+    options, mesh = (
+        DataConfig(batch_size=BATCH, read_threads=WAITING_WORKERS),
+        sharding.make_mesh(sharding.MeshConfig()),
+    )
+    return train_batches(PreparedData((folder,)), _tokenizer(), options, mesh, seed=0, start=0, stop=batches)
 
 
 def monai_batches(folder: str, batches: int, count: int, shape: tuple[int, int, int]) -> Any:

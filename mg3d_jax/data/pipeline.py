@@ -23,7 +23,7 @@ from jax.sharding import Mesh
 
 from mg3d_jax import sharding
 from mg3d_jax.batch import AIR_HU, UNKNOWN_LABEL
-from mg3d_jax.config import Config
+from mg3d_jax.config.parts import DataConfig
 from mg3d_jax.data.bad_records import BadRecords
 from mg3d_jax.data.order import RecordOrder, reports_of_others
 from mg3d_jax.data.record import Record
@@ -300,28 +300,29 @@ def host_batches(
 
 
 def train_batches(
-    data: PreparedData, tokenizer: ReportTokenizer, config: Config, mesh: Mesh, *, start: int, stop: int,
-    log_folder: Path | None = None,
+    data: PreparedData, tokenizer: ReportTokenizer, options: DataConfig, mesh: Mesh, *, seed: int, start: int, stop: int,
+    accumulation: int = 1, log_folder: Path | None = None,
 ) -> Iterator[dict]:  # fmt: skip
     """Global batches of steps `start ... stop - 1`, as sharded arrays. Read ahead in threads, or in `workers` processes.
 
-    The folders mix by `data.weights`. Damaged records are skipped (`valid = False`) and named in a warning and in
-    `bad_records.jsonl` of `log_folder`, which all processes of the run share; more than `data.max_bad_records`, or more than
-    half of all records, raise `UserError`.
+    The order follows from `seed`; the folders mix by `data.weights`. A batch must be divisible by the devices of the mesh's
+    batch axis times `accumulation`, the parts in which the step takes it. Damaged records are skipped (`valid = False`) and
+    named in a warning and in `bad_records.jsonl` of `log_folder`, which all processes of the run share; more than
+    `data.max_bad_records`, or more than half of all records, raise `UserError`.
     """
-    size, parts = config.data.batch_size, sharding.batch_shards(mesh) * config.optimizer.accumulation
+    size, parts = options.batch_size, sharding.batch_shards(mesh) * accumulation
     if size % parts:
         raise UserError(
             f"data.batch_size = {size} is not divisible by the mesh's data * fsdp * accumulation = {parts}: "
             f"use a multiple of {parts}"
         )
     source = LocalBatches(
-        BatchReader(data, tokenizer, skipped_records(data, log_folder, config.data.max_bad_records)),
-        RecordOrder(data.lengths, config.data.weights, seed=config.seed),
+        BatchReader(data, tokenizer, skipped_records(data, log_folder, options.max_bad_records)),
+        RecordOrder(data.lengths, options.weights, seed=seed),
         sharding.local_rows(mesh, size), size, start=start, stop=stop,
-        report_of=reports_of_others(data.records_of_patients, seed=config.seed) if config.data.shuffle_reports else None,
+        report_of=reports_of_others(data.records_of_patients, seed=seed) if options.shuffle_reports else None,
     )  # fmt: skip
-    batches = host_batches(source, threads=config.data.read_threads, workers=config.data.workers)
+    batches = host_batches(source, threads=options.read_threads, workers=options.workers)
     try:
         for local in batches:
             yield sharding.to_global(local, mesh, size)

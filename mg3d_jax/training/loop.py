@@ -122,10 +122,12 @@ class Trainer:
         batches = train_batches(
             self.data,
             self.tokenizer,
-            self.config,
+            self.config.data,
             self.mesh,
+            seed=self.config.seed,
             start=self.first,
             stop=self.steps,
+            accumulation=self.config.optimizer.accumulation,
             log_folder=self.workdir,
         )
         stop = StopRequest(self.checkpoints, self.first)
