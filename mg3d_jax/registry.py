@@ -11,7 +11,7 @@ from __future__ import annotations
 import difflib
 import importlib
 from collections.abc import Iterator, Mapping
-from typing import Generic, TypeVar
+from typing import Any, Generic, TypeVar
 
 from mg3d_jax.errors import UserError
 
@@ -85,10 +85,10 @@ def load_plugins(modules: tuple[str, ...] | list[str]) -> None:
             ) from error
 
 
-OBJECTIVES: Registry = Registry("objective", home="mg3d_jax.objectives")
-TASKS: Registry = Registry("task", home="mg3d_jax.tasks")
-VOLUME_TOWERS: Registry = Registry("volume tower", home="mg3d_jax.models.towers")
-REPORT_TOWERS: Registry = Registry("report tower", home="mg3d_jax.models.towers")
-EVALUATIONS: Registry = Registry("evaluation", home="mg3d_jax.evaluation")
-SOURCES: Registry = Registry("source", home="mg3d_jax.prepare.sources")
-COMMANDS: Registry = Registry("command", home="mg3d_jax.commands")
+OBJECTIVES: Registry[Any] = Registry("objective", home="mg3d_jax.objectives")
+TASKS: Registry[Any] = Registry("task", home="mg3d_jax.tasks")
+VOLUME_TOWERS: Registry[Any] = Registry("volume tower", home="mg3d_jax.models.towers")
+REPORT_TOWERS: Registry[Any] = Registry("report tower", home="mg3d_jax.models.towers")
+EVALUATIONS: Registry[Any] = Registry("evaluation", home="mg3d_jax.evaluation")
+SOURCES: Registry[Any] = Registry("source", home="mg3d_jax.prepare.sources")
+COMMANDS: Registry[Any] = Registry("command", home="mg3d_jax.commands")
