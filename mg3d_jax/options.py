@@ -173,7 +173,7 @@ def neutral(kind: type) -> dict[str, Any]:
     return found
 
 
-def walk(kind: type, prefix: str = "") -> Iterator[tuple[str, Any, dataclasses.Field]]:
+def walk(kind: type, prefix: str = "") -> Iterator[tuple[str, Any, dataclasses.Field[Any]]]:
     """`(full key, type, field)` of every plain option below a dataclass, in the order of declaration."""
     for field in dataclasses.fields(kind):
         wanted = types_of(kind)[field.name]

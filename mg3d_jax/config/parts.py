@@ -80,7 +80,7 @@ class EncoderConfig:
         return tower_defaults(self.towers()) | own | options_lib.to_dict(self.options)
 
     @staticmethod
-    def towers() -> Registry:
+    def towers() -> Registry[Any]:
         """The registry of its kinds."""
         raise NotImplementedError
 
@@ -112,7 +112,7 @@ class VolumeEncoderConfig(EncoderConfig):
     frozen_layers: int = key(0, "the embedding and the first k layers are not trained; -1: the whole tower")
 
     @staticmethod
-    def towers() -> Registry:
+    def towers() -> Registry[Any]:
         return VOLUME_TOWERS
 
 
@@ -130,7 +130,7 @@ class ReportEncoderConfig(EncoderConfig):
     frozen_layers: int = key(0, "the embedding and the first k layers are not trained; -1: the whole tower")
 
     @staticmethod
-    def towers() -> Registry:
+    def towers() -> Registry[Any]:
         return REPORT_TOWERS
 
 
@@ -282,7 +282,7 @@ class Config:
 
 
 # Where a group's options are declared by what is registered.
-DECLARED: dict[str, Registry] = {"objectives": OBJECTIVES, "tasks": TASKS}
+DECLARED: dict[str, Registry[Any]] = {"objectives": OBJECTIVES, "tasks": TASKS}
 
 
 def options_of(item: Any) -> type:
@@ -290,21 +290,21 @@ def options_of(item: Any) -> type:
     return not_a_class(item.options)
 
 
-def _declared(registry: Registry) -> Group:
+def _declared(registry: Registry[Any]) -> Group:
     return Group({name: options_of(item)() for name, item in registry.items()})
 
 
-def tower_defaults(towers: Registry) -> dict[str, Any]:
+def tower_defaults(towers: Registry[Any]) -> dict[str, Any]:
     """The options of all kinds of one tower, side by side, at their defaults."""
     return _side_by_side(towers, lambda options: options_lib.to_dict(options()))
 
 
-def tower_neutral(towers: Registry) -> dict[str, Any]:
+def tower_neutral(towers: Registry[Any]) -> dict[str, Any]:
     """The same at their neutral values."""
     return _side_by_side(towers, options_lib.neutral)
 
 
-def _side_by_side(towers: Registry, values_of: Callable[[type], dict[str, Any]]) -> dict[str, Any]:
+def _side_by_side(towers: Registry[Any], values_of: Callable[[type], dict[str, Any]]) -> dict[str, Any]:
     merged: dict[str, Any] = {}
     for kind, tower in towers.items():
         for name, value in values_of(options_of(tower)).items():
@@ -327,7 +327,7 @@ def assemble(values: Mapping[str, Any]) -> tuple[Config, list[str]]:
     return options_lib.build(Config, values, "", problems, custom), problems
 
 
-def _group_builder(registry: Registry) -> Callable[[Any, str, list[str]], Group]:
+def _group_builder(registry: Registry[Any]) -> Callable[[Any, str, list[str]], Group]:
     """Options of everything that is registered, by name."""
 
     def build(values: Mapping[str, Any], full: str, problems: list[str]) -> Group:
