@@ -37,7 +37,7 @@ def pytest_unconfigure() -> None:
 
 LONGEST = (  # files that take minutes: begun first, so that no process is left with one at the end
     "test_training_faults.py", "test_objectives_multitask.py", "test_launch.py", "test_training_run.py",
-    "test_training_step.py", "test_scaling_flops.py", "test_models_mg3d.py", "test_benchmarks_step.py",
+    "test_training_step.py", "test_flops.py", "test_training_cost.py", "test_models_mg3d.py", "test_benchmarks_step.py",
     "test_scaling_sweep_real.py",
 )  # fmt: skip
 

@@ -10,10 +10,10 @@ import sys
 from contextlib import suppress
 from pathlib import Path
 
-import numpy as np
 from ml_collections import ConfigDict
 
 from mg3d_jax import config as config_lib
+from mg3d_jax.benchmarks.patients import random_batch  # noqa: F401  (tests take it from here)
 from mg3d_jax.config import Config
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -81,28 +81,6 @@ def free_port() -> int:
             candidate.bind(("localhost", port))
             return port
     raise RuntimeError("no port is free")
-
-
-def random_batch(config: Config, vocab_size: int = 400, labels: int = 18, seed: int = 0) -> dict[str, np.ndarray]:
-    """A batch of random volumes and reports of three sentences, with the dtypes and shapes of `mg3d_jax.batch`."""
-    rng = np.random.default_rng(seed)
-    size, tokens = config.data.batch_size, config.data.max_tokens
-    lengths = rng.integers(12, tokens + 1, size)
-    position = np.arange(tokens)[None, :]
-    mask = position < lengths[:, None]
-    inside = (position > 0) & (position < lengths[:, None] - 1)
-    return {
-        "volume": rng.integers(-1024, 600, (size, *config.model.volume_size)).astype(np.int16),
-        "token_ids": np.where(mask, rng.integers(5, vocab_size, (size, tokens)), 0).astype(np.int32),
-        "token_mask": mask,
-        "sentence_index": np.where(inside, 1 + np.minimum(3 * position // lengths[:, None], 2), 0).astype(np.int32),
-        "word_index": np.where(inside, position, 0).astype(np.int32),
-        "labels": rng.integers(0, 2, (size, labels)).astype(np.int8),
-        "report_id": np.arange(size, dtype=np.int32),
-        "patient_id": np.arange(size, dtype=np.int32),
-        "valid": np.ones(size, np.bool_),
-        "record_index": np.arange(size, dtype=np.int32),
-    }
 
 
 def environment(devices: int = 1, **extra: str) -> dict[str, str]:

@@ -52,7 +52,6 @@ KNOWN: set[tuple[str, str]] = {
     ("evaluation", "interop"),
     ("training", "evaluation"),
     ("training", "interop"),
-    ("training", "scaling"),
 }
 
 

@@ -19,13 +19,13 @@ from mg3d_jax import config as config_lib
 from mg3d_jax.commands.main import main
 from mg3d_jax.data.records import FORMAT_VERSION
 from mg3d_jax.errors import UserError
-from mg3d_jax.scaling import flops
 from mg3d_jax.scaling.fit import table
 from mg3d_jax.scaling.sweep import declaration as sweep
 from mg3d_jax.scaling.sweep import plan as planning
 from mg3d_jax.scaling.sweep import rows as records
 from mg3d_jax.scaling.sweep import runner as runs
 from mg3d_jax.scaling.sweep import states
+from mg3d_jax.training import cost as step_cost
 
 FAKE = Path(__file__).parent / "reference" / "fake_trainer.py"
 SWEEP_FILE = """
@@ -86,7 +86,7 @@ def declared(project: Path, argument: str = "", more: tuple[str, ...] = ()) -> s
 
 def outcome(run: sweep.Run, *, steps: int = 6, seconds: float = 0.0, **trouble) -> dict:
     """What the fake trainer shall leave: a loss that follows a law of size and data."""
-    cost = flops.count(run.config())
+    cost = step_cost.of_config(run.config()).sizes
     loss = 0.5 + 30 / cost.n_active**0.3 + 4 / run.patients**0.5
     valid = {"alignment": loss, "loss": 2 * loss}
     summary = {
@@ -148,10 +148,10 @@ def test_ids_are_stable_and_follow_the_configuration(project):
 def test_the_plan_counts_data_parameters_and_flops(project, capsys):
     planned = planning.plan(declared(project), project / "work")
     for one in planned:
-        cost = flops.count(one.run.config())
+        cost = step_cost.of_config(one.run.config())
         assert (one.patients, one.records) == (one.run.patients, 2 * one.run.patients)
         assert one.steps == 2 * one.records // 8
-        assert one.training_flops == one.steps * 8 * cost.training_flops
+        assert one.training_flops == one.steps * 8 * cost.training.total
         assert one.seconds is None and one.status.action == "run"
     arguments = ["--config", str(project / "sweep.py"), "--workdir", str(project / "work")]
     assert main(["sweep", "plan", *arguments, *(x for s in settings(project) for x in ("--set", s))]) == 0
@@ -338,7 +338,7 @@ def test_four_runs_are_collected_and_no_law_is_named(project, capsys):
     for row, run in zip(rows, one.runs, strict=True):
         wanted = outcome(run)["summary"]
         assert float(row["loss"]) == wanted["final"]["valid/alignment"]
-        assert float(row["N"]) == flops.count(run.config()).n_active
+        assert float(row["N"]) == step_cost.of_config(run.config()).sizes.n_active
         assert (float(row["D"]), int(row["unique_records"])) == (run.patients, 2 * run.patients)
     assert "no law" in capsys.readouterr().err
 
@@ -397,7 +397,7 @@ def test_a_missing_metric_or_a_wrong_parameter_count_excludes_a_run(project):
 def test_a_smaller_vocabulary_than_declared_is_counted(project):
     run = declared(project).runs[0]
     config = run.config()
-    real = flops.count(config, 777)
+    real = step_cost.of_config(config, 777).sizes
     summary = outcome(run)["summary"] | {"parameters": {"total": real.n_total}}
     record = records.build_record(run, summary, [])
     assert (record["vocab_size"], record["parameters_mismatch"]) == (777, 0)

@@ -14,9 +14,9 @@ from support import environment, mg3d, tiny_config
 
 from mg3d_jax import config as config_lib
 from mg3d_jax.commands.main import main
-from mg3d_jax.scaling import flops
 from mg3d_jax.scaling.sweep import declaration as sweep
 from mg3d_jax.scaling.sweep import states
+from mg3d_jax.training import cost as step_cost
 
 PATIENCE = 1200.0  # seconds; about a minute on two idle cores
 pytestmark = [pytest.mark.processes, pytest.mark.slow, pytest.mark.timeout(3 * PATIENCE)]
@@ -78,9 +78,9 @@ def test_every_run_leaves_a_record(project):
         record = json.loads((states.run_folder(project["folder"] / "whole", run) / "record.json").read_text())
         assert (record["unique_patients"], record["steps"], record["samples_seen"]) == (run.patients, 24, 24 * 8)
         assert record["parameters_mismatch"] == 0
-        cost = flops.count(run.config(), record["vocab_size"])
-        assert record["n_total"] == record["parameters"]["total"] == cost.n_total
-        assert record["training_flops"] == 24 * 8 * cost.training_flops
+        cost = step_cost.of_config(run.config(), record["vocab_size"])
+        assert record["n_total"] == record["parameters"]["total"] == cost.sizes.n_total
+        assert record["training_flops"] == 24 * 8 * cost.training.total
         assert record["evaluations"][-1]["alignment"] == record["final"]["valid/alignment"]
     _, document = fit(project["folder"] / "whole")
     assert document["rows"] == {"used": 4, "excluded": 0, "missing": 0}

@@ -15,7 +15,7 @@ from typing import Any
 
 import jax
 
-from mg3d_jax.benchmarks.hlo import COLLECTIVES
+from mg3d_jax.benchmarks.hlo import COLLECTIVES, Instruction
 
 # The first pattern that is found in an operation's path names its part.
 PARTS: tuple[tuple[str, str], ...] = (
@@ -56,7 +56,10 @@ def phase_of(path: str, opcode: str = "") -> str:
 
 def trace_operations(run: Callable[[], Any]) -> dict[str, float]:
     """Runs `run` under the profiler. Busy seconds of every HLO operation by name, without those nested in it, summed over
-    devices or, on a CPU, threads. `run` must block until its results are there."""
+    devices or, on a CPU, threads. `run` must block until its results are there.
+
+    The trace is read by JAX's own `ProfileData`; the tables of the package `xprof` have no operations of a CPU.
+    """
     options = jax.profiler.ProfileOptions()
     options.python_tracer_level = 0
     with tempfile.TemporaryDirectory() as folder:
@@ -83,7 +86,7 @@ def _operation(event: Any, line: str) -> str:
 
 def own_times(events: Iterable[tuple[float, float, str]]) -> list[tuple[str, float]]:
     """`(start, duration, name)` of events that nest on one thread -> their names with the time not spent in inner ones.
-    Events without a name count as time of nobody."""
+    The time of events without a name is left out."""
     found: list[tuple[str, float]] = []
     open_events: list[list] = []  # [end, name, own time]
 
@@ -102,12 +105,10 @@ def own_times(events: Iterable[tuple[float, float, str]]) -> list[tuple[str, flo
     return found
 
 
-def by_part_and_phase(
-    seconds: Mapping[str, float], paths: Mapping[str, str], opcodes: Mapping[str, str]
-) -> dict[tuple[str, str], float]:
-    """Busy seconds summed by `(part, phase)`."""
+def by_part_and_phase(seconds: Mapping[str, float], program: Mapping[str, Instruction]) -> dict[tuple[str, str], float]:
+    """Busy seconds of operations, by name, summed by `(part, phase)`; `program` has the operations by name."""
     total: dict[tuple[str, str], float] = defaultdict(float)
     for name, value in seconds.items():
-        path = paths.get(name, "")
-        total[part_of(path), phase_of(path, opcodes.get(name, ""))] += value
+        path, opcode = (program[name].path, program[name].opcode) if name in program else ("", "")
+        total[part_of(path), phase_of(path, opcode)] += value
     return dict(total)

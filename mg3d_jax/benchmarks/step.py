@@ -1,17 +1,15 @@
 """`mg3d bench step`: where the time, the memory and the FLOPs of one training step go.
 
 The program is the one that trains, on this machine's devices, with a batch of random patients. Its own trace says how its
-time is spent; see `op_times`. FLOPs are counted in the program as XLA gets it, loops included, and set beside the count
-from the configuration (`scaling.flops`).
+time is spent; see `op_times`. FLOPs are counted in the losses and their gradient as JAX traces them (`training.cost`).
 """
 
 from __future__ import annotations
 
 import argparse
-import dataclasses
 import time
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,43 +18,19 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
-from mg3d_jax import batch as batch_contract
 from mg3d_jax import config as config_lib
 from mg3d_jax import devices, sharding
-from mg3d_jax.benchmarks import op_times
+from mg3d_jax.benchmarks import hlo, op_times
 from mg3d_jax.benchmarks import step_cases as bench_cases
-from mg3d_jax.benchmarks.hlo import Program
+from mg3d_jax.benchmarks.patients import random_batch
 from mg3d_jax.config import Config, checks
 from mg3d_jax.data.tokens import SPECIAL_TOKENS
 from mg3d_jax.errors import UserError
 from mg3d_jax.files import write_json
-from mg3d_jax.scaling import flops
-from mg3d_jax.training import optimizer
 from mg3d_jax.training import state as state_lib
 from mg3d_jax.training import step as step_lib
+from mg3d_jax.training.cost import StepCost
 from mg3d_jax.training.tables import LOG_WIDTH, human, mesh_text, tower_parameters
-
-SENTENCE_TOKENS = 20  # of the random reports
-
-
-def random_batch(config: Config, vocab_size: int, seed: int = 0) -> dict[str, np.ndarray]:
-    """Random patients as the pipeline would give them (`mg3d_jax.batch`): reports fill their tokens with sentences."""
-    rng, size, length = np.random.default_rng(seed), config.data.batch_size, config.data.max_tokens
-    shapes = batch_contract.shapes(size, tuple(config.model.volume_size), length, labels=18)
-    place = np.arange(length)
-    inside = np.broadcast_to((place > 0) & (place < length - 1), (size, length))
-    sentence = np.minimum(1 + place // SENTENCE_TOKENS, config.data.max_sentences)
-    values = {
-        "volume": rng.integers(-1024, 1000, shapes["volume"]),
-        "token_ids": rng.integers(len(SPECIAL_TOKENS), vocab_size, (size, length)),
-        "token_mask": np.ones((size, length)),
-        "sentence_index": np.where(inside, sentence, 0),
-        "word_index": np.where(inside, place, 0),
-        "labels": rng.integers(0, 2, shapes["labels"]),
-        "valid": np.ones(size),
-    }
-    values |= dict.fromkeys(("report_id", "patient_id", "record_index"), np.arange(size))
-    return {name: values[name].astype(field.dtype) for name, field in batch_contract.FIELDS.items()}
 
 
 def measure(config: Config, *, steps: int = 3) -> dict[str, Any]:
@@ -95,11 +69,11 @@ def measure(config: Config, *, steps: int = 3) -> dict[str, Any]:
         one()
     result |= {"first_step_seconds": whole[0], "data_seconds": float(np.median(data[1:]))}
     result["seconds"] = float(np.median(whole[1:]))
-    program = Program.parse(compiled.as_text())
+    program = hlo.instructions(compiled.as_text())
     result |= _breakdown(op_times.trace_operations(one), program, result["seconds"] - result["data_seconds"])
     result["memory"] = memory(compiled)
-    result["collectives"] = program.collectives()
-    result["flops"] = count_flops(setup, special, load()) | {"cost_analysis": _cost_analysis(compiled)}
+    result["collectives"] = hlo.collectives(program)
+    result["flops"] = count_flops(StepCost(setup)) | {"cost_analysis": _cost_analysis(compiled)}
     for part, value in result["flops"].pop("by_part").items():
         result["parts"].setdefault(part, {"seconds": 0.0})["flops"] = value
     peak, source = devices.peak_flops(config.model.dtype)
@@ -117,10 +91,9 @@ def measure(config: Config, *, steps: int = 3) -> dict[str, Any]:
     }
 
 
-def _breakdown(busy: Mapping[str, float], program: Program, seconds: float) -> dict[str, Any]:
+def _breakdown(busy: Mapping[str, float], program: Sequence[hlo.Instruction], seconds: float) -> dict[str, Any]:
     """`parts` and `phases` of `seconds`, in proportion to the busy time of their operations."""
-    opcodes = {i.name: i.opcode for body in program.computations.values() for i in body}
-    table = op_times.by_part_and_phase(busy, program.paths(), opcodes)
+    table = op_times.by_part_and_phase(busy, {one.name: one for one in program})
     scale = seconds / max(sum(table.values()), 1e-12)
     parts: dict[str, dict[str, float]] = defaultdict(lambda: {"seconds": 0.0})
     phases: dict[str, float] = defaultdict(float)
@@ -144,33 +117,16 @@ def memory(compiled: jax.stages.Compiled) -> dict[str, int] | None:
     }
 
 
-def count_flops(setup: state_lib.Setup, special: dict[str, int], batch: Mapping[str, Any]) -> dict[str, Any]:
-    """Matrix-product FLOPs of the gradient of one batch, whole mesh: `xla` in the program that XLA is given, with nothing
-    recomputed, `analytic` from the configuration, `recomputed` what `model.remat` adds, and `by_part` of the model.
-
-    Only traced, not compiled; products inside attention kernels are not seen (use `model.attention = "xla"`).
-    """
-
-    def products(config: Config) -> dict[str, float]:
-        model, _ = state_lib.build_model(config, setup.model.vocab_size)
-        losses = step_lib.Losses(dataclasses.replace(setup, config=config, model=model), special, train=True)
-
-        def loss(params: Any, batch: Any) -> Any:
-            return losses(optimizer.freeze(params, setup.factors), batch, jax.random.key(0))
-
-        with sharding.in_mesh(setup.mesh):
-            lowered = jax.jit(jax.grad(loss, has_aux=True)).lower(setup.abstract["params"], batch)
-        return Program.parse(lowered.as_text("hlo", debug_info=True)).matmul_flops()
-
-    found = products(config_lib.replace(setup.config, {"model.remat": "none"}))
-    recomputed = 0.0
-    if setup.config.model.remat != "none":
-        recomputed = sum(products(setup.config).values()) - sum(found.values())
-    by_part: dict[str, float] = defaultdict(float)
-    for path, value in found.items():
-        by_part[op_times.part_of(path)] += value
-    analytic = flops.count(setup.config, setup.model.vocab_size).matmul_training_flops * setup.config.data.batch_size
-    return {"xla": sum(found.values()), "analytic": analytic, "recomputed": recomputed, "by_part": dict(by_part)}
+def count_flops(cost: StepCost) -> dict[str, Any]:
+    """Matrix-product FLOPs of the gradient of one batch, whole mesh: `model`, with nothing recomputed, `recomputed`, what
+    `model.remat` adds, and `by_part` of the model, without what is recomputed."""
+    found, recomputed = defaultdict(float), 0.0
+    for path, one in cost.by_path.items():
+        if op_times.phase_of(path) == op_times.RECOMPUTED:
+            recomputed += one.products * cost.losses_per_batch
+        elif one.products:
+            found[op_times.part_of(path)] += one.products * cost.losses_per_batch
+    return {"model": sum(found.values()), "recomputed": recomputed, "by_part": dict(found)}
 
 
 def _cost_analysis(compiled: jax.stages.Compiled) -> float | None:
@@ -191,7 +147,7 @@ def print_report(result: Mapping[str, Any]) -> None:
         f"compiled in {result['compile_seconds']:.1f} s)"
     )
     if result["peak_flops"]:
-        share = result["flops"]["analytic"] / seconds / result["peak_flops"]
+        share = result["flops"]["model"] / seconds / result["peak_flops"]
         peak = f"{human(result['peak_flops'], 'FLOP/s')}, {result['peak_source']}"
         console.print(f"model-FLOPs utilisation {share:.1%} of {peak}")
     table = Table(title="time of a step", title_justify="left")
@@ -228,11 +184,7 @@ def _parts_table(result: Mapping[str, Any]) -> Table:
 
 
 def _flops_text(counted: Mapping[str, Any]) -> str:
-    difference = counted["analytic"] / counted["xla"] - 1
-    text = (
-        f"matrix products of a step: {human(counted['xla'], 'FLOP')} in XLA's program, "
-        f"{human(counted['analytic'], 'FLOP')} from the configuration ({difference:+.1%})"
-    )
+    text = f"matrix products of a step: {human(counted['model'], 'FLOP')}"
     if counted["recomputed"]:
         text += f"; recomputed under remat: {human(counted['recomputed'], 'FLOP')}"
     if counted["cost_analysis"]:

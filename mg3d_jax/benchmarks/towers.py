@@ -46,18 +46,6 @@ class Case:
         return prod(side // patch for side, patch in zip(self.volume_size, self.patch_size, strict=True))
 
 
-def training_matmul_flops(case: Case) -> float:
-    """FLOPs of the matrix products of one volume's forward and backward pass (2 per multiply-add, nothing recomputed).
-
-    The backward pass costs twice the forward, except in the patch embedding, whose input needs no gradient.
-    """
-    preset, tokens = PRESETS[case.preset], case.tokens
-    embedding = 2 * tokens * prod(case.patch_size) * preset.width
-    dense = 2 * tokens * (4 * preset.width**2 + 2 * preset.width * preset.mlp_dim)
-    attention = 4 * tokens**2 * preset.width
-    return 2 * embedding + 3 * preset.depth * (dense + attention)
-
-
 def parser() -> argparse.ArgumentParser:
     """Options of `mg3d bench model`."""
     model = argparse.ArgumentParser(
@@ -101,9 +89,10 @@ def main(argv: list[str]) -> int:
     peak = in_own_process(replace(base, framework="peak"))
     print(_HEADER, flush=True)
     for preset in args.preset:
+        work = in_own_process(replace(base, preset=preset, framework="flops"))["flops"]
         for framework in frameworks:
             case = replace(base, preset=preset, framework=framework)
-            results.append(with_rates(case, in_own_process(case), peak))
+            results.append(with_rates(case, in_own_process(case), work, peak))
             print(_line(results[-1]), flush=True)
     print(*_remarks(results), sep="\n")
     if args.json:
@@ -156,10 +145,10 @@ def work(case: str) -> None:
     print(json.dumps(WORKERS[fields["framework"]](Case(**fields))))
 
 
-def with_rates(case: Case, measured: dict[str, Any], peak: dict[str, Any]) -> dict[str, Any]:
-    """One row of the results: the case, what was measured, and samples/s, FLOP/s and MFU."""
+def with_rates(case: Case, measured: dict[str, Any], work: float, peak: dict[str, Any]) -> dict[str, Any]:
+    """One row of the results: the case, what was measured, and samples/s, FLOP/s and MFU. `work` is FLOPs per volume."""
     rate = case.batch / measured["seconds"]
-    flops = rate * training_matmul_flops(case)
+    flops = rate * work
     rates = {
         "samples_per_second": rate,
         "flops_per_second": flops,
@@ -183,18 +172,13 @@ def _process_memory() -> tuple[int, str]:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit, "peak of the whole process"
 
 
-def time_jax(case: Case) -> dict[str, Any]:
-    """Our encoder in this process."""
-    import flax.linen as nn
-    import jax
+def _encoder_and_loss(case: Case, backend: str) -> tuple[Any, Callable]:
+    """Our encoder, and the scalar `(parameters, volume [B, X, Y, Z, 1]) -> loss` whose gradient is timed."""
     import jax.numpy as jnp
 
-    from mg3d_jax.models.attention import choose_backend
     from mg3d_jax.models.volume_encoder import VolumeEncoder
 
     preset = PRESETS[case.preset]
-    head_dim = preset.width // preset.num_heads
-    backend, reason = choose_backend(case.attention, jax.default_backend(), case.dtype, head_dim)
     encoder = VolumeEncoder(
         preset.width,
         preset.depth,
@@ -207,12 +191,40 @@ def time_jax(case: Case) -> dict[str, Any]:
         remat=case.remat,
         attention_backend=backend,
     )
-    volume = jax.random.uniform(jax.random.key(0), (case.batch, *case.volume_size, 1))
-    params = nn.unbox(jax.jit(encoder.init)(jax.random.key(1), volume)["params"])
 
-    def loss(p: Any, v: jax.Array) -> jax.Array:
+    def loss(p: Any, v: Any) -> Any:
         return jnp.sum(encoder.apply({"params": p}, v, train=True)["tokens"].astype(jnp.float32) ** 2)
 
+    return encoder, loss
+
+
+def count_flops(case: Case) -> dict[str, float]:
+    """FLOPs of the matrix products of one volume's forward and backward pass (2 per multiply-add, nothing recomputed)."""
+    import flax.linen as nn
+    import jax
+    import jax.numpy as jnp
+
+    from mg3d_jax import flops
+
+    encoder, loss = _encoder_and_loss(replace(case, remat="none"), "xla")
+    volume = jax.ShapeDtypeStruct((1, *case.volume_size, 1), jnp.float32)
+    params = nn.unbox(jax.eval_shape(encoder.init, jax.random.key(1), volume)["params"])
+    return {"flops": flops.count(jax.value_and_grad(loss), params, volume).products}
+
+
+def time_jax(case: Case) -> dict[str, Any]:
+    """Our encoder in this process."""
+    import flax.linen as nn
+    import jax
+
+    from mg3d_jax.models.attention import choose_backend
+
+    preset = PRESETS[case.preset]
+    head_dim = preset.width // preset.num_heads
+    backend, reason = choose_backend(case.attention, jax.default_backend(), case.dtype, head_dim)
+    encoder, loss = _encoder_and_loss(case, backend)
+    volume = jax.random.uniform(jax.random.key(0), (case.batch, *case.volume_size, 1))
+    params = nn.unbox(jax.jit(encoder.init)(jax.random.key(1), volume)["params"])
     gradient = jax.jit(jax.grad(loss))
     times = _time(lambda: jax.block_until_ready(gradient(params, volume)), case.steps)
     statistics = jax.devices()[0].memory_stats() or {}
@@ -267,4 +279,6 @@ def find_peak(case: Case) -> dict[str, Any]:
     return {"device": jax.devices()[0].device_kind, "peak": peak, "peak_source": source}
 
 
-WORKERS: dict[str, Callable[[Case], dict[str, Any]]] = {"jax": time_jax, "monai": time_monai, "peak": find_peak}
+WORKERS: dict[str, Callable[[Case], dict[str, Any]]] = {
+    "jax": time_jax, "monai": time_monai, "flops": count_flops, "peak": find_peak,
+}  # fmt: skip

@@ -96,7 +96,15 @@ def main(argv: list[str]) -> int:
     return {"plan": _plan, "run": _run, "status": _status, "fit": _fit, "compare": _compare}[args.command](args)
 
 
+def _leave_accelerators_alone() -> None:
+    """What a sweep counts, it traces on the CPU: the accelerators belong to its trainers, which are other processes."""
+    import jax
+
+    jax.config.update("jax_platforms", "cpu")
+
+
 def _plan(args: argparse.Namespace) -> int:
+    _leave_accelerators_alone()
     from mg3d_jax.scaling.sweep import declaration as sweep
     from mg3d_jax.scaling.sweep import plan as planning
 
@@ -106,6 +114,7 @@ def _plan(args: argparse.Namespace) -> int:
 
 
 def _run(args: argparse.Namespace) -> int:
+    _leave_accelerators_alone()
     from mg3d_jax.scaling.sweep import declaration as sweep
     from mg3d_jax.scaling.sweep import plan as planning
     from mg3d_jax.scaling.sweep import runner as runs
@@ -171,6 +180,7 @@ def _fit_table(args: argparse.Namespace) -> tuple[dict, Path]:
 
 
 def _fit_sweep(args: argparse.Namespace) -> tuple[dict, Path]:
+    _leave_accelerators_alone()
     from mg3d_jax.scaling.fit import outputs as report
     from mg3d_jax.scaling.sweep import declaration as sweep
     from mg3d_jax.scaling.sweep import rows as records

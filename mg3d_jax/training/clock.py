@@ -48,7 +48,7 @@ class Clock:
         """Another step of so many samples and tokens, of all devices together.
 
         Tokens are what a sample shows the towers once: the patches of its volume and the positions of the text that the
-        alignment reads, padding included, because it is computed too (`scaling.flops.Cost.volume_tokens` and
+        alignment reads, padding included, because it is computed too (`cost.StepCost.volume_tokens` and
         `.report_tokens`). Further passes of the same sample (masked ones) do not count again.
         """
         self._samples += samples
@@ -59,7 +59,7 @@ class Clock:
 
         Args:
             flops_per_sample: matrix products of the forward and backward pass of one sample, nothing recomputed
-                (`scaling.flops.Cost.matmul_training_flops`).
+                (`cost.StepCost.training.products`).
             peak_flops: of one device, FLOP/s (`devices.known_peak`); None where it is not known: no `mfu` then.
             devices: of the whole run.
         """

@@ -22,13 +22,13 @@ from mg3d_jax.evaluation.reconstructions import Reconstructions
 from mg3d_jax.files import write_json
 from mg3d_jax.interop.warm_start import load_pretrained
 from mg3d_jax.progress import Progress
-from mg3d_jax.scaling import flops
 from mg3d_jax.training import clock as clock_lib
 from mg3d_jax.training import distributed, run_folder, tables
 from mg3d_jax.training import state as state_lib
 from mg3d_jax.training import step as step_lib
 from mg3d_jax.training.checkpoints import Checkpoints, check_writable
 from mg3d_jax.training.clock import Clock
+from mg3d_jax.training.cost import StepCost
 from mg3d_jax.training.held_out import HeldOut
 from mg3d_jax.training.profiler import Profiler
 from mg3d_jax.training.schedule import total_steps
@@ -66,9 +66,8 @@ class Trainer:
             best_mode=config.training.best_mode,
         )
         self.state, self.first, self.clock = self._start()
-        # Counted from the config: XLA's own figure takes the body of a scan over layers once, whatever its length.
-        self.cost = flops.count(config, self.tokenizer.vocab_size)
-        self.flops = self.cost.training_flops * config.data.batch_size
+        self.cost = StepCost(self.setup)
+        self.flops = self.cost.training.total * config.data.batch_size
         self.peak_flops = devices.known_peak(jax.devices()[0].device_kind, config.model.dtype)
         self.profiler = Profiler(workdir, profile_steps)
         self.skipped = SkippedUpdates(workdir, config.training.max_skipped, self._records_of, resume_step=self.first)
@@ -239,7 +238,7 @@ class Trainer:
     def _log(self, step: int, metrics: dict) -> str:
         """Writes the metrics of this step; returns the note beside the progress bar."""
         values = {name: float(value) for name, value in jax.device_get(metrics).items()}
-        rates = self.clock.rates(self.cost.matmul_training_flops, self.peak_flops, self.mesh.size)
+        rates = self.clock.rates(self.cost.training.products, self.peak_flops, self.mesh.size)
         values |= rates | clock_lib.device_memory()
         values |= {"samples_seen": step * self.config.data.batch_size, "skipped_updates": self.skipped.total}
         self.writers.scalars(step, "train", values)

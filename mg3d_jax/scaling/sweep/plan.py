@@ -11,12 +11,13 @@ from mg3d_jax.data.records import MANIFEST_NAME, read_manifest
 from mg3d_jax.errors import UserError
 from mg3d_jax.files import read_json
 from mg3d_jax.progress import format_seconds
-from mg3d_jax.scaling import flops
 from mg3d_jax.scaling.fit.plots import format_size
 from mg3d_jax.scaling.sweep import rows as records
 from mg3d_jax.scaling.sweep import states
 from mg3d_jax.scaling.sweep.declaration import Run, Sweep
 from mg3d_jax.scaling.sweep.states import Status
+from mg3d_jax.training import cost as step_cost
+from mg3d_jax.training.cost import StepCost
 from mg3d_jax.training.schedule import total_steps
 
 
@@ -25,7 +26,7 @@ class Planned:
     """One run and its cost. `records`, `steps`, `samples` and FLOPs are None while the data are not prepared."""
 
     run: Run
-    cost: flops.Cost
+    cost: StepCost
     status: Status
     patients: int
     records: int | None
@@ -41,11 +42,11 @@ def plan(sweep: Sweep, workdir: Path) -> list[Planned]:
     planned = []
     for run in sweep.runs:
         config = run.config()
-        cost = flops.count(config)
+        cost = step_cost.of_config(config)
         patients, count = data_size(config)
         steps = None if count is None else total_steps(config.training, config.data.batch_size, count)
         samples = None if steps is None else steps * config.data.batch_size
-        work = None if samples is None else samples * cost.training_flops
+        work = None if samples is None else samples * cost.training.total
         seconds = work / speed if work and speed else None
         planned.append(Planned(run, cost, states.status(workdir, run), patients, count, steps, samples, work, seconds))
     return planned
@@ -86,7 +87,8 @@ def plan_table(sweep: Sweep, planned: Sequence[Planned]) -> str:
     head = ["run", "N", "vision", "text", "patients", "records", "samples", "steps", "FLOPs", "time", "action"]
     lines = [head]
     for one in planned:
-        sizes = (getattr(one.cost, sweep.model_size), one.cost.n_vision, one.cost.n_text)
+        counted = one.cost.sizes
+        sizes = (getattr(counted, sweep.model_size), counted.n_vision, counted.n_text)
         data = (one.patients, one.records, one.samples, one.steps)
         lines.append(
             [

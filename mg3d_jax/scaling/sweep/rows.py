@@ -4,17 +4,18 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from mg3d_jax import config as config_lib
 from mg3d_jax.config import Config
 from mg3d_jax.files import read_json, whole_lines, write_json
-from mg3d_jax.scaling import flops
 from mg3d_jax.scaling.fit import table
 from mg3d_jax.scaling.fit.table import Row
 from mg3d_jax.scaling.sweep import states
 from mg3d_jax.scaling.sweep.declaration import Run, Sweep
+from mg3d_jax.training import cost as step_cost
 
 RECORD_FILE = "record.json"
 # What must be equal for losses to be comparable: the schedule (a run must end where its decay ends), the number of
@@ -67,10 +68,10 @@ def write_record(workdir: Path, run: Run) -> dict[str, Any]:
 
 
 def build_record(run: Run, summary: dict[str, Any], evaluations: list[dict[str, Any]]) -> dict[str, Any]:
-    """The record of a run: identity, sizes, cost, recipe, outcome. FLOPs are analytic (see `flops`)."""
+    """The record of a run: identity, sizes, cost, recipe, outcome. FLOPs are counted, not measured (`training.cost`)."""
     config = run.config()
     vocabulary, mismatch = _vocabulary(config, summary)
-    cost = flops.count(config, vocabulary)
+    cost = step_cost.of_config(config, vocabulary)
     samples, steps = int(summary["samples_seen"]), int(summary["step"])
     seconds = summary.get("trained_seconds")
     return {
@@ -81,7 +82,7 @@ def build_record(run: Run, summary: dict[str, Any], evaluations: list[dict[str, 
         "state": summary["state"],
         "config_hash": summary["config_hash"],
         "code_version": summary["code_version"],
-        **{key: value for key, value in cost.as_dict().items() if key.startswith("n_")},
+        **asdict(cost.sizes),
         "vocab_size": vocabulary,
         "parameters": summary["parameters"],
         "parameters_mismatch": mismatch,
@@ -90,9 +91,9 @@ def build_record(run: Run, summary: dict[str, Any], evaluations: list[dict[str, 
         "samples_seen": samples,
         "volume_tokens_seen": samples * cost.volume_tokens,
         "report_tokens_seen": samples * cost.report_tokens,
-        "training_flops": samples * cost.training_flops,
-        "training_flops_per_sample": cost.training_flops,
-        "forward_flops_per_sample": cost.forward_flops,
+        "training_flops": samples * cost.training.total,
+        "training_flops_per_sample": cost.training.total,
+        "forward_flops_per_sample": cost.forward.total,
         "steps": steps,
         "trained_seconds": seconds,
         "step_seconds": seconds / steps if seconds and steps else None,
@@ -108,8 +109,11 @@ def build_record(run: Run, summary: dict[str, Any], evaluations: list[dict[str, 
 def _vocabulary(config: Config, summary: dict[str, Any]) -> tuple[int, int]:
     """The tokenizer's size, from the parameters that were built; and by how many parameters our count is then wrong."""
     declared = int(config.data.vocab_size)
-    excess = int(summary["parameters"]["total"]) - flops.count(config, declared).n_total
-    row = flops.count(config, declared + 1).n_total - flops.count(config, declared).n_total
+    counted = step_cost.of_config(config, declared).sizes.n_total
+    excess = int(summary["parameters"]["total"]) - counted
+    if not excess:
+        return declared, 0
+    row = step_cost.of_config(config, declared + 1).sizes.n_total - counted  # parameters per entry of the vocabulary
     rows = round(excess / row)
     return declared + rows, excess - rows * row
 

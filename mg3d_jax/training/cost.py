@@ -1,0 +1,145 @@
+"""What one training step costs per patient: parameters, FLOPs and tokens, from the step's own losses and gradient.
+
+The losses are traced with the shapes of the configuration, which allocates and compiles nothing (`mg3d_jax.flops` says how
+operations count). Frozen parameters get no backward pass there either. Not counted: augmentation, dropout, the optimizer,
+and what is computed a second time to save memory (`model.remat`, `optimizer.gradient_cache`). Padding is computed, and counted.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from math import prod
+from typing import Any
+
+import jax
+
+from mg3d_jax import batch as batch_contract
+from mg3d_jax import config as config_lib
+from mg3d_jax import flops, sharding
+from mg3d_jax.config import Config
+from mg3d_jax.data.tokens import SPECIAL_TOKENS
+from mg3d_jax.flops import Flops
+from mg3d_jax.training import optimizer
+from mg3d_jax.training import state as state_lib
+from mg3d_jax.training.step import Losses
+
+# Keys of the configuration, or beginnings of keys, that change neither the model nor its losses.
+IRRELEVANT = (
+    "name", "seed", "training.", "schedule.", "mesh.", "data.train", "data.valid", "data.weights", "data.max_patients",
+    "optimizer.learning_rate", "optimizer.weight_decay",
+)  # fmt: skip
+RECOMPUTED = "rematted_computation"  # in the path of what is computed again in the backward pass
+FUSION, DECODER = ("fusion", "sentence_conditioned_volume"), ("voxel_decoder", "token_head")
+_found: dict[tuple[str, int], StepCost] = {}
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """Numbers of parameters, in total and by part of the model."""
+
+    n_total: int
+    n_vision: int  # volume encoder
+    n_text: int  # report encoder, embedding tables included
+    n_fusion: int  # cross-modal layers, sentence-conditioned volume features
+    n_decoder: int  # voxel decoder, token head
+    n_heads: int  # the rest: pooling of sentences, projections, temperature
+    n_embedding: int  # look-up tables within n_text and n_vision
+    n_active: int  # n_total without look-up tables: the parameters that do arithmetic
+
+    @classmethod
+    def of(cls, params: Mapping[str, Any]) -> Sizes:
+        """From the parameters, or their shapes."""
+        parts = {name: state_lib.count(part) for name, part in params.items()}
+        total = sum(parts.values())
+        named = {
+            "n_vision": parts["volume_encoder"],
+            "n_text": parts["report_encoder"],
+            "n_fusion": sum(parts.get(name, 0) for name in FUSION),
+            "n_decoder": sum(parts.get(name, 0) for name in DECODER),
+        }
+        tables = state_lib.count(params["volume_encoder"].get("positions", ()))
+        tables += sum(state_lib.count(v) for k, v in params["report_encoder"].items() if k.endswith("_embedding"))
+        heads = total - sum(named.values())
+        return cls(n_total=total, **named, n_heads=heads, n_embedding=tables, n_active=total - tables)
+
+
+class StepCost:
+    """The cost of a step of `setup`; FLOPs are of one patient, traced when they are first asked for."""
+
+    def __init__(self, setup: state_lib.Setup):
+        # Fused attention kernels cannot be looked into; the plain form has the same products.
+        model = setup.model.clone(attention_backend="xla")
+        self._setup = dataclasses.replace(setup, model=model)
+        self.sizes = Sizes.of(setup.abstract["params"])
+
+    @cached_property
+    def forward(self) -> Flops:
+        """Of the losses alone."""
+        return self._per_patient(flops.by_path(lambda *of: self._loss(*of)[0], *self._arguments))
+
+    @cached_property
+    def training(self) -> Flops:
+        """Of the losses and their gradient."""
+        return self._per_patient(self.by_path)
+
+    @cached_property
+    def by_path(self) -> dict[str, Flops]:
+        """Of the losses and their gradient for all rows of `batch_rows`, by the names that made them (`flops.by_path`)."""
+        return flops.by_path(jax.grad(self._loss, has_aux=True), *self._arguments)
+
+    @property
+    def batch_rows(self) -> int:
+        """Patients that a loss sees at once: the batch, or a micro-batch of it."""
+        options = self._setup.config.optimizer
+        return self._setup.config.data.batch_size // (1 if options.gradient_cache else options.accumulation)
+
+    @property
+    def losses_per_batch(self) -> int:
+        """Micro-batches that are walked one after another: 1, or as `optimizer.accumulation` says."""
+        return self._setup.config.data.batch_size // self.batch_rows
+
+    @property
+    def volume_tokens(self) -> int:
+        """Of one volume."""
+        return prod(self._setup.config.model.token_grid())
+
+    @cached_property
+    def report_tokens(self) -> int:
+        """Of one patient, that the alignment reads, padding included."""
+        inputs = jax.eval_shape(lambda: state_lib.dummy_inputs(self._setup.config))
+        return prod(inputs["report"]["token_ids"].shape[1:])
+
+    def _per_patient(self, found: dict[str, Flops]) -> Flops:
+        whole = sum((one for path, one in found.items() if RECOMPUTED not in path), Flops())
+        return whole * (1 / self.batch_rows)
+
+    def _loss(self, params: Any, batch: Any, key: jax.Array) -> tuple[jax.Array, dict]:
+        losses = Losses(self._setup, dict.fromkeys(SPECIAL_TOKENS, 0), train=False)
+        return losses(optimizer.freeze(params, self._setup.factors), batch, key)
+
+    @property
+    def _arguments(self) -> tuple[Any, Any, Any]:
+        """Shapes of the parameters, a batch and a random key."""
+        config = self._setup.config
+        x, y, z = config.model.volume_size
+        shapes = batch_contract.shapes(self.batch_rows, (x, y, z), config.data.max_tokens, 1)
+        batch = {name: jax.ShapeDtypeStruct(shapes[name], one.dtype) for name, one in batch_contract.FIELDS.items()}
+        params = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), self._setup.abstract["params"])
+        return params, batch, jax.eval_shape(lambda: jax.random.key(0))
+
+
+def of_config(config: Config, vocab_size: int | None = None) -> StepCost:
+    """The cost of a step of `config`, whatever devices there are. `vocab_size` is the tokenizer's (`data.vocab_size`).
+
+    Configurations of one model share their count: many runs of a sweep differ in data and seed only.
+    """
+    vocab_size = vocab_size or config.data.vocab_size
+    relevant = {key: value for key, value in config_lib.flatten(config).items() if not key.startswith(IRRELEVANT)}
+    key = repr(sorted(relevant.items())), vocab_size
+    if key not in _found:
+        mesh = sharding.make_mesh(sharding.MeshConfig(), jax.devices()[:1])
+        _found[key] = StepCost(state_lib.build(config, vocab_size, mesh, steps=0))
+    return _found[key]
