@@ -12,7 +12,7 @@ import multiprocessing
 import os
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -175,7 +175,7 @@ def _serve(make: Callable[..., Tasks], arguments: tuple, pipe: Any) -> None:
 
 
 @contextmanager
-def one_thread_each():
+def one_thread_each() -> Iterator[None]:
     """Processes started inside use one thread in their libraries, and JAX on the CPU."""
     names = {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "JAX_PLATFORMS": "cpu"}
     old = {name: os.environ.get(name) for name in names}
@@ -276,7 +276,9 @@ def bench_waiting(folder: Path, count: int, milliseconds: float, steps: int = 20
     """Share of a step's time for which it waits for a batch of `BATCH`, all of this process's cores at work. `folder` is
     as `bench_loading` left it."""
     context, share = multiprocessing.get_context("spawn"), {}
-    contestants = {name: (our_batches, (str(folder / name), steps + 2)) for name in ("raw", "zstd")}
+    contestants: dict[str, tuple[Callable[..., Any], tuple]] = {
+        name: (our_batches, (str(folder / name), steps + 2)) for name in ("raw", "zstd")
+    }
     contestants["MONAI"] = (monai_batches, (str(folder / "monai"), steps + 2, count, GRID))
     for name, (make, arguments) in contestants.items():
         here, there = context.Pipe()

@@ -76,18 +76,19 @@ def _status_mb(field: str) -> float:
         return next(int(line.split()[1]) / 1024 for line in file if line.startswith(field))
 
 
-def _target_size(shape: tuple[int, ...]) -> tuple[int, ...]:
-    return tuple(round(n * a / b) for n, a, b in zip(shape, _SPACING, _TARGET, strict=True))
+def _target_size(shape: tuple[int, int, int]) -> tuple[int, int, int]:
+    x, y, z = (round(n * a / b) for n, a, b in zip(shape, _SPACING, _TARGET, strict=True))
+    return x, y, z
 
 
-def _prepare_ours(path: str, size: tuple[int, ...], repeats: int) -> dict[str, float]:
+def _prepare_ours(path: str, size: tuple[int, int, int], repeats: int) -> dict[str, float]:
     from mg3d_jax.prepare.geometry import Grid
     from mg3d_jax.prepare.volumes import prepare_volume
 
     return _measure(lambda: prepare_volume(Path(path), Grid(size, _TARGET)), repeats)
 
 
-def _prepare_usual(path: str, size: tuple[int, ...], repeats: int) -> dict[str, float]:
+def _prepare_usual(path: str, size: tuple[int, int, int], repeats: int) -> dict[str, float]:
     """What preprocessing scripts commonly do: nibabel's floats, clipped, interpolated by torch."""
     import nibabel as nib
     import torch
@@ -95,7 +96,8 @@ def _prepare_usual(path: str, size: tuple[int, ...], repeats: int) -> dict[str, 
     torch.set_num_threads(1)
 
     def run() -> None:
-        data = np.clip(nib.load(path).get_fdata(), -1000, 1000)
+        image: Any = nib.load(path)
+        data = np.clip(image.get_fdata(), -1000, 1000)
         tensor = torch.tensor(data).float()[None, None]
         torch.nn.functional.interpolate(tensor, size=size, mode="trilinear", align_corners=False)
 

@@ -7,6 +7,7 @@ import dataclasses
 import os
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 from mg3d_jax.errors import UserError
 from mg3d_jax.prepare import Settings, prepare, summary
@@ -34,8 +35,8 @@ def _load_plugins(argv: list[str]) -> None:
     load_plugins(first.parse_known_args(argv)[0].plugins)
 
 
-_XYZ = {"nargs": 3, "metavar": ("X", "Y", "Z")}
-_LOW_HIGH = {"nargs": 2, "type": float, "metavar": ("LOW", "HIGH")}
+_XYZ: dict[str, Any] = {"nargs": 3, "metavar": ("X", "Y", "Z")}
+_LOW_HIGH: dict[str, Any] = {"nargs": 2, "type": float, "metavar": ("LOW", "HIGH")}
 _DEFAULT = {field.name: field.default for field in dataclasses.fields(Settings)}
 
 
@@ -110,7 +111,9 @@ def main(argv: list[str]) -> int:
         return 0
     if missing := [f"--{name}" for name in ("source", "root", "split") if arguments[name] is None]:
         raise UserError(f"{', '.join(missing)} missing; see mg3d prepare --help")
-    values = {name: tuple(value) if isinstance(value, list) else value for name, value in arguments.items()}
+    values: dict[str, Any] = {
+        name: tuple(value) if isinstance(value, list) else value for name, value in arguments.items()
+    }
     settings = Settings(**values)
     manifest = prepare(settings)
     if manifest is None:

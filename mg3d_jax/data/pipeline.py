@@ -12,10 +12,11 @@ import hashlib
 import itertools
 import math
 import signal
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext, suppress
 from multiprocessing import resource_tracker
 from pathlib import Path
+from typing import Any
 
 import grain
 import numpy as np
@@ -34,6 +35,7 @@ from mg3d_jax.errors import UserError
 
 PREFETCHED_BATCHES = 2
 SAMPLED_REPORTS = 200
+Row = dict[str, Any]  # what a batch holds of one record, without its volume: arrays and NumPy scalars
 
 
 class PreparedData:
@@ -162,28 +164,28 @@ class BatchReader:
         on_record: Callable[[Record], None] | None = None,
     ):
         self.data, self.tokenizer, self.bad, self.on_record = data, tokenizer, bad, on_record
-        self._tokens: dict[str, dict[str, np.ndarray]] = {}
-        self._other_texts: dict[int, dict[str, np.ndarray] | None] = {}
+        self._tokens: dict[str, Row] = {}
+        self._other_texts: dict[int, Row | None] = {}
 
     def __call__(self, indices: Sequence[int], reports: Sequence[int] | None = None) -> dict[str, np.ndarray]:
         """One batch of the records `indices`; with `reports` their texts come from those records instead."""
         volumes = np.empty((len(indices), *self.data.grid), np.int16)
-        rows = []
+        rows: list[Row] = []
         for row, index in enumerate(indices):
             record = self.data.read_unless_bad(index, self.bad, volumes[row])
             text = None
-            if record is not None and self.on_record is not None:
-                self.on_record(record)
             if record is not None:
+                if self.on_record is not None:
+                    self.on_record(record)
                 text = self._text(record) if reports is None else self._text_of(reports[row])
-            if text is None:
+            if record is None or text is None:
                 volumes[row] = AIR_HU
                 rows.append(self._empty_row(index))
             else:
                 rows.append(text | self._facts(record, index))
         return {name: np.stack([row[name] for row in rows]) for name in rows[0]} | {"volume": volumes}
 
-    def _facts(self, record: Record, index: int) -> dict[str, np.ndarray]:
+    def _facts(self, record: Record, index: int) -> Row:
         return {
             "labels": record.labels,
             "patient_id": short_id(record.patient),
@@ -191,7 +193,7 @@ class BatchReader:
             "record_index": np.int32(index),
         }
 
-    def _empty_row(self, index: int) -> dict[str, np.ndarray]:
+    def _empty_row(self, index: int) -> Row:
         return self.tokenizer(()) | {
             "report_id": np.int32(-1),  # no text's and no patient's id is negative
             "labels": np.full(len(self.data.label_names), UNKNOWN_LABEL, np.int8),
@@ -200,17 +202,17 @@ class BatchReader:
             "record_index": np.int32(index),
         }
 
-    def _text(self, record: Record) -> dict[str, np.ndarray]:
+    def _text(self, record: Record) -> Row:
         if record.report_id not in self._tokens:
             fields = self.tokenizer(record.sentences)
             self._tokens[record.report_id] = fields | {"report_id": short_id(record.report_id)}
         return self._tokens[record.report_id]
 
-    def _text_of(self, index: int) -> dict[str, np.ndarray] | None:
+    def _text_of(self, index: int) -> Row | None:
         """The text of record `index` alone, None if it is damaged. Kept by index: the record is read once only."""
         if index not in self._other_texts:
             record = self.data.read_unless_bad(index, self.bad)
-            self._other_texts[index] = record and self._text(record)
+            self._other_texts[index] = None if record is None else self._text(record)
         return self._other_texts[index]
 
 
@@ -273,7 +275,7 @@ def _sigterm_blocked() -> Iterator[None]:
 
 def host_batches(
     source: LocalBatches | EvaluationBatches, *, threads: int, workers: int
-) -> Iterator[dict[str, np.ndarray]]:
+) -> Generator[dict[str, np.ndarray]]:
     """The batches of `source` in order, read ahead in `threads` threads, in each of `workers` processes if there are any.
     Close the iterator where it is left early."""
     # The elements are whole batches: threads and workers take turns by them, so the order stays.

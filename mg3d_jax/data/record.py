@@ -64,7 +64,7 @@ def encode(record: Record, window: tuple[float, float] | None = None, *, zstd_le
     metadata = {"format": "mg3d-record", "version": _RECORD_VERSION, "volume": json.dumps(about)}
     metadata |= {name: getattr(record, name) for name in _TEXT_FIELDS}
     metadata["sentences"] = json.dumps(list(record.sentences), ensure_ascii=False)
-    tensors = {
+    tensors: dict[str, np.ndarray] = {
         "affine": np.ascontiguousarray(record.affine, dtype=np.float64),
         "checksum": np.zeros(1, np.uint64),
         "volume": volume,
@@ -151,7 +151,7 @@ def _pieces(stored: np.ndarray, frames: list[int]) -> Iterator[np.ndarray]:
     """The unpacked pieces of `frames_of`, as uint8; each is consumed while it is in the processor's cache."""
     if not hasattr(_local, "decompress"):
         _local.decompress = zstandard.ZstdDecompressor().decompress
-    start, packed = 0, memoryview(stored)
+    start, packed = 0, stored.data
     for size in frames:
         yield np.frombuffer(_local.decompress(packed[start : start + size]), np.uint8)
         start += size
@@ -183,8 +183,8 @@ def decode(data: Encoded, out: np.ndarray | None = None) -> Record:
 
     With `out` (int16, C-ordered, of the grid's shape) the volume is decoded into it, a row of a batch for example, with no
     copy in between; what `out` holds after an error is not defined."""
-    data = data if isinstance(data, StoredRecord) else RecordBytes(data)
-    header, metadata, places = _parse(data)
+    stored = data if isinstance(data, StoredRecord) else RecordBytes(data)
+    header, metadata, places = _parse(stored)
     checksum, position, tensors = isal_zlib.crc32(header), len(header), {}
     try:
         about = json.loads(metadata["volume"])
@@ -197,7 +197,7 @@ def decode(data: Encoded, out: np.ndarray | None = None) -> Record:
             raise DamagedRecordError(f"a volume of {places['volume']} is said to be int16 {shape}")
         for name, (dtype, array_shape) in places.items():
             tensors[name] = out if direct and name == "volume" else np.empty(array_shape, dtype)
-            found = data.read(position, flat_bytes(tensors[name]), checksum)
+            found = stored.read(position, flat_bytes(tensors[name]), checksum)
             checksum = checksum if name == "checksum" else found
             position += tensors[name].nbytes
         if checksum != tensors["checksum"][0]:

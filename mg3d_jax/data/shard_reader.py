@@ -78,7 +78,7 @@ class StoredRecord:
         came before: made piece by piece while the bytes are in the processor's cache. Raises `DamagedRecordError`."""
         for start in range(0, len(out), _PIECE):
             piece = out[start : start + _PIECE]
-            _read(self._file, _advance(self._start, first + start), piece)
+            _read(self._file, _advance(self._start, first + start), piece.data)
             checksum = isal_zlib.crc32(piece, checksum)
         return checksum
 
@@ -113,7 +113,8 @@ class OpenFiles:
 
 def open_shard(path: Path, records: int) -> Shard | None:
     """A fast reader of the shard, or `None` where its structure is not that of `records` records, each in a chunk."""
-    places, position = [], 0
+    places: list[tuple[int, int]] = []
+    position = 0
     with io.FileIO(path) as file:
         end = os.fstat(file.fileno()).st_size
         try:
@@ -164,10 +165,11 @@ def _advance(position: int, size: int) -> int:
 _skipped = bytearray(_BLOCK_HEADER)  # block headers are read to here, and not used
 
 
-def _read(file: io.FileIO, position: int, out: np.ndarray | bytearray) -> None:
-    """Fills `out` (bytes) with the logical bytes from file position `position` on, as a rule in one system call."""
+def _read(file: io.FileIO, position: int, out: memoryview) -> None:
+    """Fills `out` with the logical bytes from file position `position` on, as a rule in one system call."""
     position += _BLOCK_HEADER * (position % _BLOCK == 0)
-    room, view, vectors = _BLOCK - position % _BLOCK, memoryview(out), []
+    vectors: list[bytearray | memoryview] = []
+    room, view = _BLOCK - position % _BLOCK, out
     while len(view):
         vectors += [_skipped, view[:room]] if vectors else [view[:room]]
         view, room = view[room:], _BLOCK - _BLOCK_HEADER
@@ -177,7 +179,9 @@ def _read(file: io.FileIO, position: int, out: np.ndarray | bytearray) -> None:
         except OSError as error:
             raise DamagedRecordError(f"byte {position} of its file cannot be read ({error})") from error
         if not got:
-            raise DamagedRecordError(f"its file ends at byte {position}, {sum(map(len, vectors))} too early")
+            raise DamagedRecordError(
+                f"its file ends at byte {position}, {sum(len(vector) for vector in vectors)} too early"
+            )
         position += got
         while vectors and got >= len(vectors[0]):  # network disks may give less than was asked for
             got -= len(vectors.pop(0))

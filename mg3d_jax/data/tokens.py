@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from tokenizers import Encoding, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
@@ -112,7 +113,9 @@ class ReportTokenizer:
 
     def __init__(self, tokenizer: Tokenizer, max_tokens: int, max_sentences: int):
         self.tokenizer, self.max_tokens, self.max_sentences = tokenizer, max_tokens, max_sentences
-        self.special = {role: tokenizer.token_to_id(token) for role, token in special_tokens(tokenizer).items()}
+        self.special: dict[str, Any] = {
+            role: tokenizer.token_to_id(token) for role, token in special_tokens(tokenizer).items()
+        }
         self.vocab_size = tokenizer.get_vocab_size()
 
     def _encode(self, sentences: Sequence[str]) -> list[Encoding]:
@@ -124,7 +127,7 @@ class ReportTokenizer:
         for number, encoding in enumerate(self._encode(sentences[: self.max_sentences]), start=1):
             ids += encoding.ids
             sentence_of += [number] * len(encoding.ids)
-            word_of += [words + 1 + w for w in encoding.word_ids]
+            word_of += [words + 1 + w for w in encoding.word_ids]  # type: ignore[operator]  # None: special tokens
             words = max(words, word_of[-1])
         keep = self.max_tokens - 1
         ids, sentence_of, word_of = [*ids[:keep], self.special["[SEP]"]], [*sentence_of[:keep], 0], [*word_of[:keep], 0]
@@ -136,7 +139,7 @@ class ReportTokenizer:
         }
 
     def _padded(self, values: list, dtype: type, fill: int) -> np.ndarray:
-        array = np.full(self.max_tokens, fill, dtype)
+        array: np.ndarray = np.full(self.max_tokens, fill, dtype)
         array[: len(values)] = values
         return array
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 
@@ -70,7 +71,7 @@ def sample_presence(rng: np.random.Generator, age: int, keep: dict[str, bool] | 
 
 def adapt_anatomy(rng: np.random.Generator, a: Anatomy, presence: dict[str, bool]) -> Anatomy:
     """The chest whose shape shows the findings that change it: heart size, pericardium, diaphragm."""
-    changes: dict[str, object] = {}
+    changes: dict[str, Any] = {}
     if presence["Cardiomegaly"]:
         factor = rng.uniform(1.28, 1.45)
         x, y, z = a.heart_centre

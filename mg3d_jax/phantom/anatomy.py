@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from mg3d_jax.phantom.canvas import Canvas, soft
+from mg3d_jax.phantom.canvas import Canvas, soft, triple
 
 LOBES = ("right upper lobe", "right middle lobe", "right lower lobe", "left upper lobe", "left lower lobe")
 FLOOR_Z = -128.0  # the deepest costophrenic recess
@@ -115,15 +115,15 @@ def hilum(side: int) -> np.ndarray:
 
 def _sample_airways(rng: np.random.Generator, cage: tuple[float, float]) -> tuple[Branch, ...]:
     branches = []
-    for lobe, ends in _SEGMENT_ENDS.items():
+    for lobe, shares in _SEGMENT_ENDS.items():
         root = hilum(1 if lobe.startswith("right") else -1)
-        ends = np.array([(x * cage[0], y * cage[1], z) for x, y, z in ends]) + rng.normal(0, 4, (len(ends), 3))
+        ends = np.array([(x * cage[0], y * cage[1], z) for x, y, z in shares]) + rng.normal(0, 4, (len(shares), 3))
         fork = root + 0.38 * (ends.mean(0) - root)
-        branches.append(Branch(lobe, 0, tuple(root), tuple(fork), 4.0))
+        branches.append(Branch(lobe, 0, triple(root), triple(fork), 4.0))
         for end in ends:
             middle = fork + 0.55 * (end - fork) + rng.normal(0, 3, 3)
-            branches.append(Branch(lobe, 1, tuple(fork), tuple(middle), 2.6))
-            branches.append(Branch(lobe, 2, tuple(middle), tuple(end), 1.6))
+            branches.append(Branch(lobe, 1, triple(fork), triple(middle), 2.6))
+            branches.append(Branch(lobe, 2, triple(middle), triple(end), 1.6))
     return tuple(branches)
 
 
@@ -135,7 +135,7 @@ def _sample_twigs(rng: np.random.Generator, airways: tuple[Branch, ...]) -> tupl
             for _ in range(4):
                 root = start + rng.uniform(0.2, 1.0) * (end - start)
                 tip = root + 0.5 * (end - start) + rng.normal(0, 16, 3)
-                twigs.append(Branch(branch.lobe, 3, tuple(root), tuple(tip), float(rng.uniform(1.1, 1.7))))
+                twigs.append(Branch(branch.lobe, 3, triple(root), triple(tip), float(rng.uniform(1.1, 1.7))))
     return tuple(twigs)
 
 

@@ -1,18 +1,26 @@
 """A grid of Hounsfield units in millimetre coordinates, and the few shapes that phantoms are drawn with.
 
 Every shape is drawn only inside its bounding box and with an edge about one voxel wide, so that a structure thinner
-than a voxel still has the right mean (the partial volume effect) and two reconstructions of one scan agree whatever
-their spacing. Nothing here calls BLAS: the result must not depend on the number of threads.
+than a voxel still has the right mean (the partial volume effect) and two reconstructions of one scan agree at any
+spacing. Nothing here calls BLAS: the result must not depend on the number of threads.
 """
 
 from __future__ import annotations
 
 import itertools
+from collections.abc import Iterable
 
 import numpy as np
 
-Point = np.ndarray | tuple[float, float, float]
+Triple = tuple[float, float, float]
+Point = np.ndarray | Triple
 ROOM_AIR_HU = -1000.0
+
+
+def triple(values: Iterable[float]) -> Triple:
+    """Three numbers as a tuple, as they are."""
+    x, y, z = values
+    return x, y, z
 
 
 def soft(distance: np.ndarray, edge: float) -> np.ndarray:

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from mg3d_jax.phantom.anatomy import LOBES, Anatomy, place_in_lobe
+from mg3d_jax.phantom.canvas import triple
 
 
 @dataclass(frozen=True)
@@ -72,7 +73,8 @@ def blobs_in_lobes(
         for _ in range(int(rng.integers(per_lobe[0], per_lobe[1] + 1))):
             size = float(rng.uniform(*radius))
             centre = place_in_lobe(rng, a, lobe, min(size, 22.0))
-            blobs.append(Blob(tuple(map(float, centre)), tuple(float(size * s) for s in rng.uniform(0.85, 1.1, 3))))
+            radii = triple(float(size * s) for s in rng.uniform(0.85, 1.1, 3))
+            blobs.append(Blob(triple(map(float, centre)), radii))
     return tuple(blobs)
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from mg3d_jax.phantom.anatomy import Anatomy, heart_distance
-from mg3d_jax.phantom.canvas import Canvas, soft
+from mg3d_jax.phantom.canvas import Canvas, soft, triple
 from mg3d_jax.phantom.finding import Blob, Finding, diameters, new_seed
 
 
@@ -38,7 +38,7 @@ def draw_material(canvas: Canvas, a: Anatomy, f: Finding) -> None:
         canvas.ellipsoid(pocket, (15, 9, 15), 2600.0)
         path = [pocket, (sign * 40, 30, 106), *cava]
         radius = 2.5
-    canvas.tube(np.array([tuple(map(float, point)) for point in path]), radius, 2800.0)
+    canvas.tube(np.array([triple(map(float, point)) for point in path]), radius, 2800.0)
 
 
 def sample_arterial(rng: np.random.Generator, a: Anatomy) -> Finding:
@@ -53,7 +53,7 @@ def sample_arterial(rng: np.random.Generator, a: Anatomy) -> Finding:
         direction = (line[piece + 1] - line[piece]) / np.linalg.norm(line[piece + 1] - line[piece])
         outward -= direction * (outward @ direction)
         centre = centre + outward / np.linalg.norm(outward) * a.aorta_radius
-        blobs.append(Blob(tuple(map(float, centre)), tuple(map(float, rng.uniform(4.0, 7.5, 3)))))
+        blobs.append(Blob(triple(map(float, centre)), triple(map(float, rng.uniform(4.0, 7.5, 3)))))
     return Finding("Arterial wall calcification", severity=severity, blobs=tuple(blobs))
 
 
@@ -74,7 +74,7 @@ def sample_coronary(rng: np.random.Generator, a: Anatomy) -> Finding:
             # Walk out to the surface of the heart along the direction.
             steps = centre + direction * np.linspace(0, 1.6 * radii.max(), 80)[:, None]
             surface = steps[int(np.argmax(heart_distance(a, *steps.T) > 0))]
-            blobs.append(Blob(tuple(map(float, surface)), tuple(map(float, rng.uniform(4.4, 6.4, 3)))))
+            blobs.append(Blob(triple(map(float, surface)), triple(map(float, rng.uniform(4.4, 6.4, 3)))))
     return Finding("Coronary artery wall calcification", kind=kind, severity=severity, blobs=tuple(blobs))
 
 
@@ -139,7 +139,7 @@ def sample_nodes(rng: np.random.Generator, a: Anatomy) -> Finding:
     for index in chosen:
         for _ in range(int(rng.integers(1, 3))):
             centre = np.array(_STATIONS[names[index]]) + rng.normal(0, 4, 3)
-            blobs.append(Blob(tuple(map(float, centre)), tuple(map(float, rng.uniform(10, 15, 3)))))
+            blobs.append(Blob(triple(map(float, centre)), triple(map(float, rng.uniform(10, 15, 3)))))
     stations = ", ".join(names[index] for index in chosen[:2])
     return Finding("Lymphadenopathy", kind=stations, sizes_mm=diameters(tuple(blobs)), blobs=tuple(blobs))
 

@@ -14,7 +14,7 @@ from mg3d_jax.batch import AIR_HU, HIGHEST_HU
 from mg3d_jax.data.abnormalities import ABNORMALITIES
 from mg3d_jax.phantom.abnormalities import CHRONIC, FINDINGS, adapt_anatomy, sample_presence
 from mg3d_jax.phantom.anatomy import Anatomy, draw_anatomy, sample_anatomy
-from mg3d_jax.phantom.canvas import Canvas
+from mg3d_jax.phantom.canvas import Canvas, triple
 from mg3d_jax.phantom.finding import Finding
 from mg3d_jax.phantom.reports import Report, write_report
 
@@ -149,7 +149,7 @@ def _sample_reconstruction(
     origin = tuple(float(np.round(c - s * (n - 1) / 2, 3)) for c, n, s in zip(shift, shape, spacing, strict=True))
     orientation = ("RAS", "LPS")[int(rng.integers(2))]
     sharp = bool(rng.random() < 0.4)
-    grid = Grid(shape, spacing, origin)
+    grid = Grid((shape[0], shape[1], shape[2]), spacing, triple(origin))
     noise = float(rng.uniform(28, 40) if sharp else rng.uniform(10, 20))
     seed = int(rng.integers(2**31))
     blank = Reconstruction(name, grid, orientation, noise, seed, anatomy, findings, {})

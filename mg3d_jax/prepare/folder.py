@@ -75,7 +75,7 @@ class Settings:
 
     @property
     def grid(self) -> Grid:
-        return Grid(tuple(self.size), tuple(self.spacing), self.policy, tuple(self.fraction))
+        return Grid(self.size, self.spacing, self.policy, self.fraction)
 
     def plan(self) -> dict[str, Any]:
         """The settings that decide the bytes of the records."""

@@ -5,8 +5,9 @@ Millimetres and axes are RAS+ throughout (x to the patient's right, y anterior, 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import TypeGuard
 
 import nibabel as nib
 import numpy as np
@@ -72,14 +73,14 @@ def table_affine(metadata: Metadata) -> np.ndarray | None:
     return np.diag([-1.0, -1.0, 1.0, 1.0]) @ affine
 
 
-def _usable(affine: np.ndarray | None) -> bool:
+def _usable(affine: np.ndarray | None) -> TypeGuard[np.ndarray]:
     """Finite, with three directions that span space, and the voxel size of a body CT."""
     if affine is None or not np.isfinite(affine).all():
         return False
     spacing = voxel_spacing(affine)
     if not (SPACING_LIMITS[0] <= spacing.min() and spacing.max() <= SPACING_LIMITS[1]):
         return False
-    return abs(np.linalg.det(affine[:3, :3] / spacing)) > 0.3
+    return bool(abs(np.linalg.det(affine[:3, :3] / spacing)) > 0.3)
 
 
 def resolve_geometry(stored: StoredVolume, metadata: Metadata, warnings: list[str]) -> np.ndarray:
@@ -118,8 +119,8 @@ def ras_order(affine: np.ndarray) -> tuple[tuple[int, int, int], np.ndarray]:
     orientation = nib.io_orientation(affine)
     if np.isnan(orientation).any():
         raise VolumeError(f"the affine does not give every axis a direction: {affine[:3].round(3).tolist()}")
-    order = tuple(int(np.flatnonzero(orientation[:, 0] == axis)[0]) for axis in range(3))
-    return order, orientation[list(order), 1]
+    x, y, z = (int(np.flatnonzero(orientation[:, 0] == axis)[0]) for axis in range(3))
+    return (x, y, z), orientation[[x, y, z], 1]
 
 
 def obliqueness(affine: np.ndarray) -> float:
@@ -165,7 +166,9 @@ def anatomy_box(data: np.ndarray, affine: np.ndarray, to_hu: Callable, policy: s
     )
 
 
-def _layout(data: np.ndarray, affine: np.ndarray, grid: Grid, to_hu: Callable, warnings: list[str]):
+def _layout(
+    data: np.ndarray, affine: np.ndarray, grid: Grid, to_hu: Callable, warnings: list[str]
+) -> tuple[np.ndarray, np.ndarray]:
     """(centre in source voxels, spacing in mm RAS+): where the grid lies on the volume."""
     order, _ = ras_order(affine)
     shape, spacing = np.array(data.shape), voxel_spacing(affine)
@@ -204,10 +207,19 @@ def place(
     return _place_axes(data, affine, order, signs, grid.size, spacing, centre, to_hu)
 
 
-def _place_axes(data, affine, order, signs, size, spacing, centre, to_hu) -> tuple[np.ndarray, np.ndarray]:
+def _place_axes(
+    data: np.ndarray,
+    affine: np.ndarray,
+    order: tuple[int, int, int],
+    signs: np.ndarray,
+    size: Sequence[int] | np.ndarray,
+    spacing: np.ndarray,
+    centre: np.ndarray,
+    to_hu: Callable,
+) -> tuple[np.ndarray, np.ndarray]:
     """Separable resampling along the volume's own axes."""
     source_spacing = voxel_spacing(affine)
-    axes: list[AxisMap | None] = [None, None, None]
+    axes: dict[int, AxisMap] = {}
     to_source = np.zeros((4, 4))  # output voxel -> source voxel
     to_source[3, 3] = 1
     for target, source in enumerate(order):
@@ -215,10 +227,17 @@ def _place_axes(data, affine, order, signs, size, spacing, centre, to_hu) -> tup
         start = centre[source] - step * (size[target] - 1) / 2
         axes[source] = AxisMap(int(size[target]), float(start), float(step))
         to_source[source, target], to_source[source, 3] = step, start
-    return resample(data, tuple(axes), order, to_hu, AIR_HU), affine @ to_source
+    return resample(data, (axes[0], axes[1], axes[2]), order, to_hu, AIR_HU), affine @ to_source
 
 
-def _straighten(data, affine, size, spacing, centre, to_hu) -> tuple[np.ndarray, np.ndarray]:
+def _straighten(
+    data: np.ndarray,
+    affine: np.ndarray,
+    size: tuple[int, int, int],
+    spacing: np.ndarray,
+    centre: np.ndarray,
+    to_hu: Callable,
+) -> tuple[np.ndarray, np.ndarray]:
     """Area averaging along the volume's own axes where the grid is coarser, then one linear interpolation onto the
     scanner's axes."""
     from scipy import ndimage

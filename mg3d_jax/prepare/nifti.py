@@ -7,7 +7,9 @@ from __future__ import annotations
 
 import zlib
 from dataclasses import dataclass, field
+from io import BufferedIOBase
 from pathlib import Path
+from typing import Any, cast
 
 import nibabel as nib
 import numpy as np
@@ -16,7 +18,7 @@ from nibabel.filebasedimages import ImageFileError
 from nibabel.spatialimages import HeaderDataError
 
 _CHUNK_BYTES = 1 << 20
-_STREAM_ERRORS = (OSError, EOFError, zlib.error, isal_zlib.error)
+_STREAM_ERRORS: tuple[Any, ...] = (OSError, EOFError, zlib.error, isal_zlib.error)
 
 
 class VolumeError(ValueError):
@@ -35,16 +37,16 @@ class StoredVolume:
     warnings: list[str] = field(default_factory=list)
 
 
-def _open(path: Path):
+def _open(path: Path) -> BufferedIOBase:
     with open(path, "rb") as file:
         compressed = file.read(2) == b"\x1f\x8b"
-    return igzip.open(path, "rb") if compressed else open(path, "rb")
+    return cast(BufferedIOBase, igzip.open(path, "rb")) if compressed else open(path, "rb")
 
 
 def _read_voxels(path: Path, offset: int, shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
     """The voxels, Fortran-ordered. Reads to the end of the stream, so that the gzip checksum is verified."""
     flat = np.empty(int(np.prod(shape, dtype=np.int64)), dtype)
-    target = memoryview(flat).cast("B")
+    target = flat.data.cast("B")
     done = 0
     with _open(path) as stream:
         if len(stream.read(offset)) < offset:
@@ -72,7 +74,7 @@ def read_nifti(path: Path) -> StoredVolume:
     try:
         with open(path, "rb") as file:
             file.read(1)  # nibabel would call a file that the system fails to read one of unknown type
-        image = nib.load(path)
+        image: Any = nib.load(path)
         header = image.header
         affine = np.asarray(image.affine, np.float64)
         stored = tuple(int(n) for n in image.shape)

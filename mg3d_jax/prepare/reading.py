@@ -8,6 +8,7 @@ from __future__ import annotations
 import re
 import zipfile
 from pathlib import Path
+from typing import Any
 
 import nibabel as nib
 import numpy as np
@@ -188,7 +189,7 @@ def _stack_dicom(slices: list, warnings: list[str]) -> StoredVolume:
     return StoredVolume(data, np.diag([-1.0, -1.0, 1.0, 1.0]) @ affine, None, has_orientation=True, warnings=warnings)
 
 
-def _dicom_hu(dataset) -> np.ndarray:
+def _dicom_hu(dataset: Any) -> np.ndarray:
     """float32 [rows, columns] of one slice, its own slope and intercept applied (they may differ between slices)."""
     slope, intercept = float(dataset.get("RescaleSlope", 1) or 1), float(dataset.get("RescaleIntercept", 0) or 0)
     return dataset.pixel_array.astype(np.float32) * np.float32(slope) + np.float32(intercept)

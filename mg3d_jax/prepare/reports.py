@@ -136,7 +136,8 @@ def _ends_sentence(before: str, stop: str, after: str) -> bool:
         return following[0].isupper()
     if word[-1:].isdigit():
         if following[0].isdigit():  # "0.8", "12.03.2020", "0. 8 cm"; but "image 129. 2 nodules"
-            return spaced and len(re.search(r"\d+$", word)[0]) > 2
+            digits = re.search(r"\d+$", word)
+            return spaced and digits is not None and len(digits[0]) > 2
         if following[0].islower():  # "3. rib", "5. and 6. ribs": an ordinal; "image 129. there are": an end
             return spaced and (len(word) > 2 or not word.isdigit()) and not re.fullmatch(r"[a-z]{1,2}\d{1,2}", word)
         return True
@@ -159,7 +160,8 @@ def split_sentences(text: str) -> tuple[str, ...]:
         if inside[match.start()]:
             continue
         if _ends_sentence(text[start : match.start()], match[0], text[match.end() :]):
-            end = match.end() + len(re.match(r"[)']*", text[match.end() :])[0])
+            rest = text[match.end() :]
+            end = match.end() + len(rest) - len(rest.lstrip(")'"))
             pieces.append(text[start:end])
             start = end
     pieces.append(text[start:])

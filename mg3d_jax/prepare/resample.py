@@ -97,7 +97,14 @@ def resample(
     return output
 
 
-def _resample_stack(stack, mk, mj, mi, to_hu, out) -> None:
+def _resample_stack(
+    stack: np.ndarray,
+    mk: sparse.csr_matrix,
+    mj: sparse.csr_matrix,
+    mi: sparse.csr_matrix,
+    to_hu: Callable[[np.ndarray], np.ndarray],
+    out: np.ndarray,
+) -> None:
     """Fills `out` [K', J', I'] from `stack` [K, J, I]: slices in the plane first, then along k, both slab by slab.
 
     Only the in-plane results that later output slices still need are kept."""

@@ -112,6 +112,9 @@ def _exit_with_parent() -> None:
     """In a worker: end when the main process is gone, however it went (SIGKILL leaves it no time to say so)."""
     parent = multiprocessing.parent_process()
 
+    if parent is None:  # not a worker
+        return
+
     def watch() -> None:
         parent.join()
         os._exit(1)
@@ -131,8 +134,8 @@ def outcomes(examples: list[Example], recipe: Recipe, workers: int) -> Iterator[
     waiting = iter(examples)
     try:
         while True:
-            while len(pending) < 3 * workers and (example := next(waiting, None)) is not None:
-                pending.append((example, pool.submit(prepare_example, example, recipe)))
+            while len(pending) < 3 * workers and (following := next(waiting, None)) is not None:
+                pending.append((following, pool.submit(prepare_example, following, recipe)))
             if not pending:
                 return
             example, future = pending.popleft()

@@ -75,13 +75,15 @@ def dicom_metadata(row: Row) -> Metadata:
     slices = numbers(row.get("NumberofSlices", ""))
     if plane is not None and len(plane) == 1:
         plane = plane * 2
-    known_spacing = plane is not None and between is not None and min(*plane, *between) > 0
+    spacing = None
+    if plane is not None and between is not None and min(*plane, *between) > 0:
+        spacing = (plane[1], plane[0], between[0])
     kernel = " ".join(str(row.get(name, "")).strip() for name in ("ConvolutionKernel", "SeriesDescription")).strip()
     return Metadata(
         scaling=(slope[0] if slope else 1.0, intercept[0]) if intercept else None,
-        spacing=(plane[1], plane[0], between[0]) if known_spacing else None,
+        spacing=spacing,
         orientation=orientation if orientation and len(orientation) == 6 else None,
-        position=position if position and len(position) == 3 else None,
+        position=(position[0], position[1], position[2]) if position and len(position) == 3 else None,
         slices=int(slices[0]) if slices else None,
         kernel=kernel or None,
     )

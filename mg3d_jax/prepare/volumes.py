@@ -8,6 +8,7 @@ own voxels.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -51,7 +52,7 @@ def _check_finite(data: np.ndarray, warnings: list[str]) -> None:
         warnings.append(f"{bad} voxels are NaN or infinite: taken for air")
 
 
-def to_hounsfield(mapping: Mapping):
+def to_hounsfield(mapping: Mapping) -> Callable[[np.ndarray], np.ndarray]:
     """Function from a slab of stored numbers to float32 HU in [AIR_HU, HIGHEST_HU]; what is not finite becomes air."""
     slope, intercept = np.float32(mapping.slope), np.float32(mapping.intercept)
 
@@ -75,7 +76,7 @@ def prepare_stored(stored: StoredVolume, grid: Grid, metadata: Metadata | None =
     affine = resolve_geometry(stored, metadata, warnings)
     _check_finite(stored.data, warnings)
     sample = sample_voxels(stored.data)
-    if stored.windowed:
+    if stored.windowed and stored.scaling:
         mapping = Mapping(*stored.scaling, "8-bit grey values of a given window")
     else:
         mapping = decide(sample[np.isfinite(sample)], stored.scaling, metadata.scaling)
