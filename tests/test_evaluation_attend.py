@@ -7,15 +7,20 @@ import jax.numpy as jnp
 import nibabel as nib
 import numpy as np
 import pytest
-from flax.linen import unbox
 from support import tiny_config
 
-from mg3d_jax.data.tokens import save_tokenizer, train_wordpiece
+from mg3d_jax import api, sharding
+from mg3d_jax import config as config_lib
+from mg3d_jax.commands import attend as command
+from mg3d_jax.data.tokens import train_wordpiece
 from mg3d_jax.errors import UserError
 from mg3d_jax.evaluation import attend
-from mg3d_jax.interop.export_run import Run, reference_model
+from mg3d_jax.evaluation.scans import Scan, read_scan
 from mg3d_jax.models.volume_encoder import patchify
-from mg3d_jax.training.state import dummy_inputs
+from mg3d_jax.prepare.geometry import Grid
+from mg3d_jax.training import inputs as step_inputs
+from mg3d_jax.training import state as state_lib
+from mg3d_jax.training.restore import RestoredRun, exact_model
 
 SPACING = (20.0, 18.0, 20.0)
 
@@ -25,13 +30,15 @@ def run(request, tmp_path_factory):
     """An untrained run; with the matching objective it has the sentence-conditioned head."""
     overrides = {"objectives__matching__weight": 0.1} if request.param else {}
     config = tiny_config(**overrides)
-    folder = tmp_path_factory.mktemp("tokenizer")
-    save_tokenizer(train_wordpiece(["right pleural effusion", "no nodule"] * 5, 60), folder)
-    draft = Run(config, {}, folder, 7, SPACING, ())
-    model, exact = reference_model(config, draft.tokenizer.vocab_size)
-    inputs = dummy_inputs(exact)
-    params = unbox(jax.jit(model.init)(jax.random.key(0), inputs)["params"])
-    return Run(config, jax.tree.map(np.asarray, params), folder, 7, SPACING, ())
+    tokenizer = train_wordpiece(["right pleural effusion", "no nodule"] * 5, 60)
+    mesh = sharding.make_mesh(config_lib.default().mesh)
+    setup = state_lib.build(config, tokenizer.get_vocab_size(), mesh, steps=0)
+    params, meta = state_lib.initialize(setup)["params"], {"step": 7, "spacing": SPACING}
+    return RestoredRun(tmp_path_factory.mktemp("run"), config, setup, params, meta, tokenizer, ema=False)
+
+
+def on_the_grid(volume):
+    return Scan(volume, np.eye(4), volume.shape, np.eye(4), np.eye(4))
 
 
 def scan_file(folder, orientation):
@@ -56,7 +63,7 @@ def scan_file(folder, orientation):
 def test_map_lies_in_the_scans_own_space(tmp_path, orientation):
     """The patch that holds the block is marked; in the scan's space the marked voxels surround the block."""
     path, centre = scan_file(tmp_path, orientation)
-    prepared = attend.prepare_volume(path, attend.Grid((16, 16, 16), SPACING))
+    prepared = read_scan(path, Grid((16, 16, 16), SPACING))
     values = np.asarray(patchify(prepared.volume[None, ..., None].astype(np.float32), (4, 4, 4)))[0].max(axis=1)
     patches = (values > 150).astype(np.float32).reshape(4, 4, 4)
     scan = nib.load(path)
@@ -78,21 +85,21 @@ def test_voxels_outside_the_models_view_are_zero():
 
 def test_occlusion_equals_occluding_by_hand(run):
     volume = np.random.default_rng(0).integers(-1000, 400, (16, 16, 16)).astype(np.int16)
-    found = attend.relevance(run, volume, "right pleural effusion", "occlusion")
+    found = attend.SentenceMaps(run)(on_the_grid(volume), "right pleural effusion", "occlusion")
     assert found.patches.shape == (2, 2, 2)
-    model, config = reference_model(run.config, run.tokenizer.vocab_size)
-    row = run.tokenizer(["right pleural effusion"])
+    model = exact_model(run.config, run.tokenizer.get_vocab_size())
+    row = run.view_tokenizer(["right pleural effusion"])
     fields = {name: row[name][None] for name in ("token_ids", "token_mask", "sentence_index")}
 
     @jax.jit
     def cosine(hounsfield):
-        windowed = attend.step_inputs.window(hounsfield[None], config.data.windows)
+        windowed = step_inputs.window(hounsfield[None], run.config.data.windows)
         image = model.apply({"params": run.params}, windowed, method="embed_volume")["volume_embedding"][0]
         text = model.apply({"params": run.params}, fields, method="embed_report")["report_embedding"][0]
         return image @ text / jnp.linalg.norm(image) / jnp.linalg.norm(text)
 
     occluded = volume.copy()
-    occluded[8:, :8, 8:] = attend.step_inputs.AIR_HU
+    occluded[8:, :8, 8:] = step_inputs.AIR_HU
     assert found.patches[1, 0, 1] == pytest.approx(float(cosine(volume) - cosine(occluded)), abs=1e-5)
 
 
@@ -100,18 +107,18 @@ def test_attention_is_relative_to_even_attention(run):
     volume = np.random.default_rng(0).integers(-1000, 400, (16, 16, 16)).astype(np.int16)
     if attend.ATTENTION_HEAD not in run.params:
         with pytest.raises(UserError, match="--method occlusion"):
-            attend.relevance(run, volume, "right pleural effusion", "attention")
+            attend.SentenceMaps(run)(on_the_grid(volume), "right pleural effusion", "attention")
         return
-    found = attend.relevance(run, volume, "right pleural effusion")
+    found = attend.SentenceMaps(run)(on_the_grid(volume), "right pleural effusion")
     assert found.method == "attention"
     assert found.patches.mean() == pytest.approx(1, abs=1e-5)
     assert found.patches.min() > 0
 
 
 def test_command_writes_map_and_overlay(run, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(attend, "load_run", lambda *_: run)
+    monkeypatch.setattr(api, "restore_run", lambda *_, **__: run)
     path, _ = scan_file(tmp_path, "LPS")
-    command = [
+    options = [
         "--workdir",
         "run",
         "--volume",
@@ -121,11 +128,11 @@ def test_command_writes_map_and_overlay(run, tmp_path, monkeypatch, capsys):
         "--out",
         str(tmp_path / "o"),
     ]
-    assert attend.main(command) == 0
+    assert command.main(options) == 0
     found = nib.load(tmp_path / "o" / "map.nii.gz")
     np.testing.assert_allclose(found.affine, nib.load(path).affine)
     assert found.shape == (32, 32, 32)
     assert (tmp_path / "o" / "overlay.png").stat().st_size > 10_000
     assert "mm (RAS+)" in capsys.readouterr().out
     with pytest.raises(UserError, match="cannot be used"):
-        attend.main([*command[:3], str(tmp_path / "none.nii.gz"), *command[4:]])
+        command.main([*options[:3], str(tmp_path / "none.nii.gz"), *options[4:]])

@@ -25,7 +25,7 @@ for _name, _module, _summary in (
     ("train", "mg3d_jax.commands.train", "train from a config; the same command resumes"),
     ("report", "mg3d_jax.commands.report", "one HTML page of a run: curves, slices, evaluations, configuration"),
     ("evaluate", "mg3d_jax.commands.evaluate", "zero-shot AUROC and retrieval of a trained run"),
-    ("attend", "mg3d_jax.evaluation.attend", "where in a scan a sentence looks: NIfTI map and overlay"),
+    ("attend", "mg3d_jax.commands.attend", "where in a scan a sentence looks: NIfTI map and overlay"),
     ("sweep", "mg3d_jax.commands.sweep", "scaling-law sweeps: plan, run, status, fit"),
     ("import", "mg3d_jax.commands.import_", "read published weights: BERT types, MONAI's ViT and Swin"),
     ("export", "mg3d_jax.interop.export", "write a run's weights for PyTorch and Hugging Face users"),

@@ -12,7 +12,6 @@ from rich.table import Table
 
 from mg3d_jax.evaluation.base import sections
 from mg3d_jax.files import write_json
-from mg3d_jax.registry import load_plugins
 
 
 def main(argv: list[str]) -> int:
@@ -24,7 +23,6 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--workdir", required=True, type=Path, help="a run of `mg3d train`")
     parser.add_argument("--data", required=True, nargs="+", help="prepared folder(s), not used in training")
     parser.add_argument("--only", nargs="+", metavar="NAME", help="these evaluations (default: all)")
-    parser.add_argument("--plugins", nargs="+", default=[], metavar="MODULE", help="modules that register evaluations")
     parser.add_argument("--step", type=int, help="which checkpoint (default: the newest)")
     parser.add_argument("--out", type=Path, help="where to write (default: WORKDIR/evaluation)")
     parser.add_argument("--batch-size", type=int, default=16, help="volumes per call (default: %(default)s)")
@@ -36,11 +34,11 @@ def main(argv: list[str]) -> int:
     args = parser.parse_args(argv)
     if args.batch_size < 1:
         parser.error(f"--batch-size {args.batch_size}: must be at least 1")
-    load_plugins(args.plugins)
-    from mg3d_jax.evaluation.evaluate import evaluate, plot  # imports JAX
+    from mg3d_jax.api import load  # imports JAX
+    from mg3d_jax.evaluation.evaluate import plot
 
-    options = {"step": args.step, "batch_size": args.batch_size, "raw_weights": args.raw_weights, "only": args.only}
-    result = evaluate(args.workdir, tuple(args.data), **options)
+    run = load(args.workdir, args.step, ema=False if args.raw_weights else None)
+    result = run.evaluate(args.data, only=args.only, batch_size=args.batch_size)
     out = args.out or args.workdir / "evaluation"
     out.mkdir(parents=True, exist_ok=True)
     written = [out / "evaluation.json", out / "evaluation.png"]

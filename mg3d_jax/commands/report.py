@@ -8,7 +8,6 @@ from pathlib import Path
 from mg3d_jax.errors import UserError
 from mg3d_jax.evaluation.base import sections
 from mg3d_jax.files import write_text
-from mg3d_jax.registry import load_plugins
 from mg3d_jax.report.page import render
 from mg3d_jax.report.run_files import read_run
 
@@ -22,9 +21,7 @@ def main(argv: list[str]) -> int:
     )
     parser.add_argument("run", type=Path, help="the --workdir of an `mg3d train`")
     parser.add_argument("--out", type=Path, metavar="FILE", help="where to write (default: RUN/report.html)")
-    parser.add_argument("--plugins", nargs="+", default=[], metavar="MODULE", help="modules that register evaluations")
     args = parser.parse_args(argv)
-    load_plugins(args.plugins)
     out = args.out or args.run / "report.html"
     run = read_run(args.run)
     document = render(run, sections(run.evaluation).values())

@@ -1,4 +1,4 @@
-"""`mg3d attend`: where in a scan a sentence looks, as a NIfTI in the scan's own space and a PNG overlay.
+"""Where in a scan a sentence looks: one number for each patch, and the same as a map in the scan's own space.
 
 Two maps. `attention`: the weights with which the sentence, as query, reads the volume's patches (the head of the
 matching and discrimination objectives; only runs trained with one of them have it). `occlusion`: by how much the
@@ -8,24 +8,22 @@ head and shows what the embedding depends on. Neither is a segmentation.
 
 from __future__ import annotations
 
-import argparse
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-import nibabel as nib
 import numpy as np
 from scipy import ndimage
 
 from mg3d_jax.errors import UserError
-from mg3d_jax.interop.export_run import Run, load_run, reference_model
+from mg3d_jax.evaluation.scans import Scan
 from mg3d_jax.models.volume_encoder import patchify, unpatchify
-from mg3d_jax.prepare.geometry import POLICIES, Grid
-from mg3d_jax.prepare.nifti import VolumeError
-from mg3d_jax.prepare.volumes import PreparedVolume, prepare_volume
+from mg3d_jax.objectives.pairwise import l2_normalize
+from mg3d_jax.presets import token_cell, token_grid
 from mg3d_jax.training import inputs as step_inputs
+from mg3d_jax.training.restore import RestoredRun, exact_model
 
 ATTENTION_HEAD = "sentence_conditioned_volume"
 METHODS = ("auto", "attention", "occlusion")
@@ -36,82 +34,111 @@ DISPLAY_WINDOW = (-1000.0, 400.0)  # HU
 
 @dataclass(frozen=True)
 class Relevance:
-    """One number per patch, [gx, gy, gz] in RAS+ order, and how it was found."""
+    """How much each part of a scan matters to a sentence."""
 
-    patches: np.ndarray
-    method: str
+    patches: np.ndarray  # float32 [gx, gy, gz]: one number per patch, RAS+
+    method: str  # "attention" or "occlusion"
+    text: str
+    scan: Scan
+    cell: tuple[int, int, int]  # voxels of the grid in a patch
 
+    @property
+    def affine(self) -> np.ndarray:
+        """[4, 4], patch centres -> mm."""
+        return patch_affine(self.scan.affine, self.cell)
 
-def relevance(run: Run, volume: np.ndarray, text: str, method: str = "auto") -> Relevance:
-    """How much each patch of `volume` (int16 HU [X, Y, Z] on the run's grid) matters to the sentence `text`.
+    @property
+    def map(self) -> np.ndarray:
+        """float32 of the scan's own shape, trilinear between patch centres. Voxels that the model did not see are 0."""
+        return in_scan_space(self.patches, self.affine, self.scan.shape, self.scan.scan_affine)
 
-    "attention" maps are relative to even attention: 1 everywhere if the sentence looks nowhere in particular.
-    "occlusion" maps are differences of cosine similarity: positive where the patch supports the sentence.
+    @property
+    def peak(self) -> tuple[int, int, int]:
+        """Where the map is strongest, in mm (RAS+)."""
+        place = (self.affine @ [*np.unravel_index(np.argmax(self.patches), self.patches.shape), 1.0])[:3]
+        return tuple(int(mm) for mm in place.round())
 
-    Raises:
-        UserError: the method is unknown, or the run has no head for "attention".
-    """
-    if method not in METHODS:
-        raise UserError(f"--method {method!r}: choose one of {', '.join(METHODS)}.")
-    has_head = ATTENTION_HEAD in run.params
-    if method == "attention" and not has_head:
-        raise UserError(
-            "--method attention needs a run trained with objectives.matching or objectives.discrimination; "
-            "use --method occlusion."
-        )
-    if method == "auto":
-        method = "attention" if has_head else "occlusion"
-    tokenizer = run.tokenizer
-    model, config = reference_model(run.config, tokenizer.vocab_size)
-    row = tokenizer([text])
-    fields = {name: jnp.asarray(row[name])[None] for name in ("token_ids", "token_mask", "sentence_index")}
-    find = _attention if method == "attention" else _occlusion
-    values = find(model, config, run.params, volume, fields, config.model.token_cell())
-    return Relevance(np.asarray(values, np.float32).reshape(config.model.token_grid()), method)
+    def save(self, path: str | Path) -> None:
+        """Writes `map` as a NIfTI file with the header geometry of the scan."""
+        import nibabel as nib
+
+        nib.save(nib.Nifti1Image(self.map, self.scan.header_affine), path)
 
 
-def _attention(model: Any, config: Any, params: Any, volume: np.ndarray, fields: dict, patch_size: tuple) -> np.ndarray:
-    def weights(params: Any, volume: jax.Array) -> jax.Array:
+class SentenceMaps:
+    """`(scan, sentence) -> Relevance` for one run, in float32 whatever the run computed in; compiled once per method."""
+
+    def __init__(self, run: RestoredRun):
+        self.params, self.tokenizer = run.params, run.view_tokenizer
+        self.model, self.options = exact_model(run.config, self.tokenizer.vocab_size), run.config.model
+        self.windows = run.config.data.windows
+        self._weights = jax.jit(self._weights_of)
+        self._similarity = jax.jit(self._similarity_of)
+
+    def __call__(self, scan: Scan, text: str, method: str = "auto") -> Relevance:
+        """How much each patch of the scan matters to the sentence `text`.
+
+        "attention" maps are relative to even attention: 1 everywhere if the sentence looks nowhere in particular.
+        "occlusion" maps are differences of cosine similarity: positive where the patch supports the sentence. "auto" is
+        "attention" where the run has that head.
+
+        Raises:
+            UserError: the method is unknown, or the run has no head for "attention".
+        """
+        if method not in METHODS:
+            raise UserError(f"--method {method!r}: choose one of {', '.join(METHODS)}.")
+        has_head = ATTENTION_HEAD in self.params
+        if method == "attention" and not has_head:
+            raise UserError(
+                "--method attention needs a run trained with objectives.matching or objectives.discrimination; "
+                "use --method occlusion."
+            )
+        if method == "auto":
+            method = "attention" if has_head else "occlusion"
+        row = self.tokenizer([text])
+        fields = {name: jnp.asarray(row[name])[None] for name in ("token_ids", "token_mask", "sentence_index")}
+        cell, grid = token_cell(self.options), token_grid(self.options)
+        values = self._attention(scan, fields) if method == "attention" else self._occlusion(scan, fields, cell)
+        return Relevance(np.asarray(values, np.float32).reshape(grid), method, text, scan, cell)
+
+    def _attention(self, scan: Scan, fields: dict[str, jax.Array]) -> np.ndarray:
+        """[N], times N."""
+        found = np.asarray(self._weights(self.params, jnp.asarray(scan.volume), fields))
+        return found * found.size
+
+    def _weights_of(self, params: Any, volume: jax.Array, fields: dict[str, jax.Array]) -> jax.Array:
         variables = {"params": params}
-        windowed = step_inputs.window(volume[None], config.data.windows)
-        tokens = model.apply(variables, windowed, method="embed_volume")["volume_tokens"]
-        sentences = model.apply(variables, fields, method="embed_report")["sentences"]
+        windowed = step_inputs.window(volume[None], self.windows)
+        tokens = self.model.apply(variables, windowed, method="embed_volume")["volume_tokens"]
+        sentences = self.model.apply(variables, fields, method="embed_report")["sentences"]
 
         def read(bound: Any, sentences: jax.Array, tokens: jax.Array) -> jax.Array:
             return getattr(bound, ATTENTION_HEAD)(sentences, tokens)
 
-        _, captured = model.apply(variables, sentences, tokens, method=read, mutable="intermediates")
+        _, captured = self.model.apply(variables, sentences, tokens, method=read, mutable="intermediates")
         by_head = captured["intermediates"][ATTENTION_HEAD]["attention"]["attention"][0]  # [1, H, S, N]
         return by_head[0, :, 0].mean(axis=0)
 
-    found = jax.device_get(jax.jit(weights)(params, jnp.asarray(volume)))
-    return found * found.size
+    def _occlusion(self, scan: Scan, fields: dict[str, jax.Array], cell: tuple[int, int, int]) -> np.ndarray:
+        """[N]: by how much the similarity falls without each patch."""
+        whole = np.asarray(patchify(scan.volume[None, ..., None], cell))[0]  # [N, voxels]
+        count, values = len(whole), np.zeros(len(whole))
+        before = float(self._similarity(self.params, np.repeat(whole[None], OCCLUSIONS_PER_CALL, axis=0), fields)[0])
+        for first in range(0, count, OCCLUSIONS_PER_CALL):
+            # The last call repeats some: one shape to compile.
+            chosen = np.arange(first, first + OCCLUSIONS_PER_CALL) % count
+            occluded = np.repeat(whole[None], OCCLUSIONS_PER_CALL, axis=0)
+            occluded[np.arange(OCCLUSIONS_PER_CALL), chosen] = step_inputs.AIR_HU
+            values[chosen] = before - np.asarray(self._similarity(self.params, occluded, fields))
+        return values
 
-
-def _occlusion(model: Any, config: Any, params: Any, volume: np.ndarray, fields: dict, patch_size: tuple) -> np.ndarray:
-    size = tuple(config.model.volume_size)
-
-    def similarity(params: Any, patches: jax.Array) -> jax.Array:
-        volumes = unpatchify(patches, patch_size, size)[..., 0]
-        windowed = step_inputs.window(volumes, config.data.windows)
-        image = model.apply({"params": params}, windowed, method="embed_volume")["volume_embedding"]
-        text = model.apply({"params": params}, fields, method="embed_report")["report_embedding"]
-        norms = jnp.linalg.norm(image, axis=-1) * jnp.linalg.norm(text, axis=-1)
-        return jnp.sum(image * text, axis=-1) / jnp.maximum(norms, 1e-12)
-
-    similarity = jax.jit(similarity)
-    whole = np.asarray(patchify(volume[None, ..., None], patch_size))[0]  # [N, voxels]
-    count = len(whole)
-    values = np.zeros(count)
-    before = float(similarity(params, np.repeat(whole[None], OCCLUSIONS_PER_CALL, axis=0))[0])
-    for first in range(0, count, OCCLUSIONS_PER_CALL):
-        chosen = (
-            np.arange(first, first + OCCLUSIONS_PER_CALL) % count
-        )  # the last call repeats some: one shape to compile
-        occluded = np.repeat(whole[None], OCCLUSIONS_PER_CALL, axis=0)
-        occluded[np.arange(OCCLUSIONS_PER_CALL), chosen] = step_inputs.AIR_HU
-        values[chosen] = before - np.asarray(similarity(params, occluded))
-    return values
+    def _similarity_of(self, params: Any, patches: jax.Array, fields: dict[str, jax.Array]) -> jax.Array:
+        """Cosine similarity [B] of volumes, given as patches [B, N, voxels], to one text."""
+        volumes = unpatchify(patches, token_cell(self.options), tuple(self.options.volume_size))[..., 0]
+        windowed = step_inputs.window(volumes, self.windows)
+        image = self.model.apply({"params": params}, windowed, method="embed_volume")["volume_embedding"]
+        text = self.model.apply({"params": params}, fields, method="embed_report")["report_embedding"]
+        return jnp.sum(l2_normalize(image) * l2_normalize(text), axis=-1)
 
 
 def patch_affine(affine: np.ndarray, patch_size: tuple[int, int, int]) -> np.ndarray:
@@ -135,19 +162,16 @@ def in_scan_space(
     return np.where(seen > 0.5, smooth, 0).astype(np.float32)
 
 
-def write_overlay(path: Path, prepared: PreparedVolume, found: Relevance, patch_size: tuple, text: str) -> None:
+def write_overlay(path: Path, found: Relevance) -> None:
     """Axial, coronal and sagittal slices through the strongest patch, the patient's right on the left.
 
     The colour fades where the map says nothing (occlusion: 0; attention: as much as even attention or less), so that the
     CT stays readable there.
     """
-    import matplotlib
+    from matplotlib.figure import Figure
 
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    volume, spacing = prepared.volume, np.sqrt((prepared.affine[:3, :3] ** 2).sum(axis=0))
-    to_voxel = np.linalg.inv(patch_affine(np.eye(4), patch_size))
+    volume, spacing = found.scan.volume, np.sqrt((found.scan.affine[:3, :3] ** 2).sum(axis=0))
+    to_voxel = np.linalg.inv(patch_affine(np.eye(4), found.cell))
     heat = ndimage.affine_transform(
         found.patches, to_voxel[:3, :3], to_voxel[:3, 3], output_shape=volume.shape, order=1, mode="nearest"
     )
@@ -156,10 +180,10 @@ def write_overlay(path: Path, prepared: PreparedVolume, found: Relevance, patch_
     if found.method == "attention":
         strength = np.where(heat > neutral, strength, 0)
     peak = np.unravel_index(np.argmax(found.patches), found.patches.shape)
-    centre = [int((index + 0.5) * patch) for index, patch in zip(peak, patch_size, strict=True)]
+    centre = [int((index + 0.5) * side) for index, side in zip(peak, found.cell, strict=True)]
     extent = np.array(volume.shape) * spacing
-    widths = [extent[0], extent[0], extent[1]]
-    figure, panels = plt.subplots(1, 3, figsize=(12, 4.5), width_ratios=widths, layout="constrained")
+    figure = Figure(figsize=(12, 4.5), layout="constrained")
+    panels = figure.subplots(1, 3, width_ratios=[extent[0], extent[0], extent[1]])
     for axis, panel, name in zip((2, 1, 0), panels, ("axial", "coronal", "sagittal"), strict=True):
         across, up = (i for i in range(3) if i != axis)
         options = {"origin": "lower", "aspect": spacing[up] / spacing[across]}
@@ -175,9 +199,8 @@ def write_overlay(path: Path, prepared: PreparedVolume, found: Relevance, patch_
         panel.text(0.01, 0.98, side, transform=panel.transAxes, color="white", va="top")
     label = "attention / even attention" if found.method == "attention" else "fall of similarity without the patch"
     figure.colorbar(colours, ax=panels, label=label, shrink=0.8)
-    figure.suptitle(text)
+    figure.suptitle(found.text)
     figure.savefig(path, dpi=120)
-    plt.close(figure)
 
 
 def _colours(found: Relevance) -> tuple[Any, float]:
@@ -189,47 +212,3 @@ def _colours(found: Relevance) -> tuple[Any, float]:
         return ScalarMappable(Normalize(1.0, max(float(found.patches.max()), 1.0 + 1e-6)), "inferno"), 1.0
     limit = max(float(np.abs(found.patches).max()), 1e-6)  # supports the sentence: red; speaks against it: blue
     return ScalarMappable(Normalize(-limit, limit), "coolwarm"), 0.0
-
-
-def parser() -> argparse.ArgumentParser:
-    """Options of `mg3d attend`."""
-    root = argparse.ArgumentParser(
-        prog="mg3d attend",
-        description="Writes where in a scan a sentence looks: OUT/map.nii.gz in the scan's own space, OUT/overlay.png.",
-    )
-    root.add_argument("--workdir", type=Path, required=True, help="the run")
-    root.add_argument("--volume", type=Path, required=True, metavar="FILE", help="CT as .nii or .nii.gz")
-    root.add_argument("--text", required=True, help='one sentence, e.g. "right pleural effusion"')
-    root.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder to write")
-    root.add_argument("--method", choices=METHODS, default="auto", help="auto: attention where the run has that head")
-    root.add_argument("--step", type=int, help="which checkpoint (default: the newest)")
-    root.add_argument(
-        "--spacing", type=float, nargs=3, metavar=("X", "Y", "Z"), help="mm per voxel that the run was trained with"
-    )
-    root.add_argument("--policy", choices=sorted(POLICIES), default="center", help="grid policy of `mg3d prepare`")
-    return root
-
-
-def main(argv: list[str]) -> int:
-    """Runs the command and prints where the map is strongest."""
-    args = parser().parse_args(argv)
-    run = load_run(args.workdir, args.step, None if args.spacing is None else tuple(args.spacing))
-    size, patch_size = tuple(run.config.model.volume_size), run.config.model.token_cell()
-    try:
-        prepared = prepare_volume(args.volume, Grid(size, run.spacing, args.policy))
-        scan = nib.load(args.volume)
-    except (VolumeError, OSError, nib.filebasedimages.ImageFileError) as error:
-        raise UserError(f"{args.volume}: cannot be used ({error}).") from error
-    found = relevance(run, prepared.volume, args.text, args.method)
-    affine = patch_affine(prepared.affine, patch_size)
-    args.out.mkdir(parents=True, exist_ok=True)
-    whole = in_scan_space(found.patches, affine, scan.shape[:3], scan.affine)
-    nib.save(nib.Nifti1Image(whole, scan.affine), args.out / "map.nii.gz")
-    write_overlay(args.out / "overlay.png", prepared, found, patch_size, args.text)
-    peak = np.unravel_index(np.argmax(found.patches), found.patches.shape)
-    place = (affine @ [*peak, 1.0])[:3].round().astype(int)
-    low, high = found.patches.min(), found.patches.max()
-    print(f"{found.method} map of {args.text!r} at step {run.step}: {low:.4g} to {high:.4g}")
-    print(f"strongest around {tuple(int(mm) for mm in place)} mm (RAS+)")
-    print(f"written: {args.out / 'map.nii.gz'}, {args.out / 'overlay.png'}")
-    return 0

@@ -65,7 +65,8 @@ class Embedder:
     def _volume_features(self, params: Any, batch: dict[str, jax.Array]) -> dict[str, jax.Array]:
         windowed = step_inputs.window(batch["volume"], self.config.data.windows)
         features = self.setup.model.apply({"params": params}, windowed, method="embed_volume")
-        return {"embedding": l2_normalize(features["volume_embedding"])} | {name: batch[name] for name in FACTS}
+        facts = {name: array for name, array in batch.items() if name != "volume"}
+        return {"embedding": l2_normalize(features["volume_embedding"])} | facts
 
     def _text_features(self, params: Any, text: dict[str, jax.Array]) -> jax.Array:
         features = self.setup.model.apply({"params": params}, text, method="embed_report")
@@ -97,6 +98,14 @@ class Embedder:
             if progress is not None:
                 progress.advance(int(rows["valid"].sum()))
         return {name: np.concatenate([rows[name] for rows in found]) for name in names}
+
+    def volume(self, params: Any, hounsfield: np.ndarray) -> np.ndarray:
+        """The embedding [k] of one volume, int16 HU [X, Y, Z]. Every device embeds it."""
+        size = sharding.batch_shards(self.setup.mesh)
+        local = np.broadcast_to(hounsfield, (len(sharding.local_rows(self.setup.mesh, size)), *hounsfield.shape))
+        batch = sharding.to_global({"volume": local}, self.setup.mesh, size)
+        with sharding.in_mesh(self.setup.mesh):
+            return _fetch(self._embed_volumes(params, batch))["embedding"][0]
 
     def tokenize(self, entries: Sequence[Sequence[Sentences]]) -> TokenizedTexts:
         """Each entry is some texts, each text some sentences. At least one entry, each of at least one text."""
@@ -164,7 +173,7 @@ class DataEmbedder:
             self._tokenize(from_all_processes(seen) if "reports" in self.needs else {})
         rows = self.embedder.texts(params, self._texts) if self._texts else np.zeros((0, width), np.float32)
         reports, *texts = np.split(rows, self._ends)[:-1]
-        scale = float(np.exp(np.asarray(jax.device_get(params["logit_scale"]), np.float64)))
+        scale = logit_scale(params)
         return {
             name: Embedded(
                 volumes=found["embedding"],
@@ -175,7 +184,7 @@ class DataEmbedder:
                 reports=reports,
                 report_ids=np.array(list(self._reports), np.int32),
                 texts=own,
-                logit_scale=min(scale, MAX_LOGIT_SCALE),
+                logit_scale=scale,
                 model=Model(self.embedder, params, self.data) if "model" in evaluation.needs else None,
             )
             for (name, evaluation), own in zip(self.evaluations.items(), texts, strict=True)
@@ -187,6 +196,11 @@ class DataEmbedder:
         self._ends = np.cumsum([len(part) for part in parts])
         self._texts = self.embedder.tokenize([entry for part in parts for entry in part]) if self._ends[-1] else None
         self._reports = reports
+
+
+def logit_scale(params: Any) -> float:
+    """1 / temperature, within the limit of training."""
+    return min(float(np.exp(np.asarray(jax.device_get(params["logit_scale"]), np.float64))), MAX_LOGIT_SCALE)
 
 
 def _fetch(tree: Any) -> Any:

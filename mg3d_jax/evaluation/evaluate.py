@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,34 +13,23 @@ from mg3d_jax.data.tokens import ReportTokenizer
 from mg3d_jax.evaluation.base import chosen, sections
 from mg3d_jax.evaluation.embed import DataEmbedder, Embedder
 from mg3d_jax.progress import Progress
-from mg3d_jax.training.restore import restore_run
+from mg3d_jax.training.restore import RestoredRun
 
 
 def evaluate(
-    workdir: Path,
-    data_folders: tuple[str, ...],
-    *,
-    only: Iterable[str] | None = None,
-    step: int | None = None,
-    batch_size: int = 16,
-    raw_weights: bool = False,
+    run: RestoredRun, data_folders: Sequence[str], *, only: Iterable[str] | None = None, batch_size: int = 16
 ) -> dict[str, Any]:
     """Embeds the data once and gives it to all evaluations, or to those of the names `only`. Every number's protocol is in
-    the result.
-
-    A run that keeps an average of its weights is scored by it, unless `raw_weights`.
-    """
-    evaluations = chosen(only)
-    run = restore_run(workdir, step, ema=False if raw_weights else None)
-    config = run.config
-    data = PreparedData(data_folders, volume_size=tuple(config.model.volume_size))
+    the result."""
+    evaluations, config = chosen(only), run.config
+    data = PreparedData(tuple(data_folders), volume_size=tuple(config.model.volume_size))
     tokenizer = ReportTokenizer(run.tokenizer, config.data.max_tokens, config.data.max_sentences)
     with Progress("embed", len(data), unit="volumes") as progress:
         found = DataEmbedder(Embedder(run.setup, tokenizer, batch_size), data, evaluations)(run.params, progress)
     patients = next(iter(found.values())).patient_id  # shared; empty where no evaluation needs embeddings
     return {
-        "run": str(workdir),
-        "step": int(run.meta["step"]),
+        "run": str(run.folder),
+        "step": run.step,
         "weights": "average" if run.ema else "raw",
         "data": list(data_folders),
         "volumes": len(data),

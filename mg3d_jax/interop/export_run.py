@@ -13,17 +13,19 @@ import jax
 import numpy as np
 
 from mg3d_jax import config as config_lib
+<<<<<<< HEAD
 from mg3d_jax.config import Config
 from mg3d_jax.data.records import read_manifest
+=======
+>>>>>>> 3fd4ff6 (A Python API: load a run, embed, zero-shot and attend, which the commands use too; attention maps of a sentence are a library without interop)
 from mg3d_jax.data.tokens import ReportTokenizer, load_tokenizer
 from mg3d_jax.errors import UserError
-from mg3d_jax.models.mg3d import MG3D
 from mg3d_jax.phantom import patients as phantoms
 from mg3d_jax.phantom.dataset import nifti_bytes
 from mg3d_jax.prepare.reports import report_sentences
 from mg3d_jax.prepare.volumes import Grid, prepare_volume
 from mg3d_jax.training import inputs as step_inputs
-from mg3d_jax.training.restore import restore_run
+from mg3d_jax.training.restore import exact_model, restore_run
 from mg3d_jax.training.run_folder import TOKENIZER_FOLDER
 
 PHANTOM_SEED = 20_241_205
@@ -54,17 +56,16 @@ def load_run(workdir: Path, step: int | None = None, spacing: Spacing | None = N
     Raises `UserError` where there is none, and where nothing says which spacing the volumes had.
     """
     run = restore_run(workdir, step)
-    config, meta = run.config, run.meta
     params = jax.tree.map(lambda x: np.asarray(x, np.float32), jax.device_get(run.params))
-    if spacing is None:
-        spacing = meta.get("spacing") or _manifest_value(config, "spacing")
+    spacing = spacing or run.prepared("spacing")
     if spacing is None:
         raise UserError(
-            f"neither the checkpoint nor a manifest in data.train = {tuple(config.data.train)} says which spacing "
+            f"neither the checkpoint nor a manifest in data.train = {tuple(run.config.data.train)} says which spacing "
             "the volumes have: give --spacing X Y Z in mm"
         )
-    source = meta.get("source") or _manifest_value(config, "source")
+    source = run.prepared("source")
     sources = (source,) if source else ()
+<<<<<<< HEAD
     return Run(config, params, workdir / TOKENIZER_FOLDER, int(meta["step"]), tuple(spacing), sources)
 
 
@@ -75,6 +76,9 @@ def _manifest_value(config: Config, key: str) -> Any:
         return read_manifest(Path(folders[0]))[key] if folders else None
     except UserError:
         return None
+=======
+    return Run(run.config, params, workdir / TOKENIZER_FOLDER, run.step, tuple(spacing), sources)
+>>>>>>> 3fd4ff6 (A Python API: load a run, embed, zero-shot and attend, which the commands use too; attention maps of a sentence are a library without interop)
 
 
 @dataclass(frozen=True)
@@ -99,21 +103,24 @@ def phantom_inputs(size: tuple[int, int, int], spacing: Spacing, count: int = 4)
     return Inputs(np.stack(volumes), tuple(reports))
 
 
+<<<<<<< HEAD
 def reference_model(config: Config, vocab_size: int) -> tuple[MG3D, Config]:
     """The Linen model computing in float32, whatever the run computed in, and its config."""
     exact = config_lib.replace(config, {"model.dtype": "float32", "model.attention": "xla", "model.remat": "none"})
     return MG3D(exact, vocab_size, "xla"), exact
 
 
+=======
+>>>>>>> 3fd4ff6 (A Python API: load a run, embed, zero-shot and attend, which the commands use too; attention maps of a sentence are a library without interop)
 def reference_features(run: Run, volumes: np.ndarray, reports: Sequence[Sequence[str]]) -> dict[str, np.ndarray]:
     """Every feature of the Linen model in float32: embeddings `[n, k]` l2-normalised, `volume_tokens [n, N, d]`, ..."""
     tokenizer = run.tokenizer
-    model, config = reference_model(run.config, tokenizer.vocab_size)
+    model = exact_model(run.config, tokenizer.vocab_size)
     rows = [tokenizer(report) for report in reports]
     text = {name: np.stack([row[name] for row in rows]) for name in ("token_ids", "token_mask", "sentence_index")}
 
     def features(params: Any) -> dict[str, jax.Array]:
-        windowed = step_inputs.window(volumes, config.data.windows)
+        windowed = step_inputs.window(volumes, run.config.data.windows)
         volume = model.apply({"params": params}, windowed, method="embed_volume")
         return volume | model.apply({"params": params}, text, method="embed_report")
 

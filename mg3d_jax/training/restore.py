@@ -10,9 +10,15 @@ from tokenizers import Tokenizer
 
 from mg3d_jax import config as config_lib
 from mg3d_jax import sharding
+<<<<<<< HEAD
 from mg3d_jax.config import Config
 from mg3d_jax.data.tokens import load_tokenizer
+=======
+from mg3d_jax.data.records import read_manifest
+from mg3d_jax.data.tokens import ReportTokenizer, load_tokenizer
+>>>>>>> 3fd4ff6 (A Python API: load a run, embed, zero-shot and attend, which the commands use too; attention maps of a sentence are a library without interop)
 from mg3d_jax.errors import UserError
+from mg3d_jax.models.mg3d import MG3D
 from mg3d_jax.training import state as state_lib
 from mg3d_jax.training.checkpoints import Checkpoints
 from mg3d_jax.training.run_folder import CONFIG_FILE, TOKENIZER_FOLDER
@@ -20,17 +26,51 @@ from mg3d_jax.training.run_folder import CONFIG_FILE, TOKENIZER_FOLDER
 
 @dataclass(frozen=True)
 class RestoredRun:
-    """`params` lie on a data-parallel mesh over the devices that are here; `meta` is what the checkpoint says of itself.
+    """What a folder of `mg3d train` holds, at one of its checkpoints.
+
+    `params` lie on a data-parallel mesh over the devices that are here; `meta` is what the checkpoint says of itself.
 
     `ema` says whether they are the moving average of the parameters or the raw ones.
     """
 
+<<<<<<< HEAD
     config: Config
+=======
+    folder: Path
+    config: ConfigDict
+>>>>>>> 3fd4ff6 (A Python API: load a run, embed, zero-shot and attend, which the commands use too; attention maps of a sentence are a library without interop)
     setup: state_lib.Setup
     params: Any
     meta: dict[str, Any]
     tokenizer: Tokenizer
     ema: bool
+
+    @property
+    def step(self) -> int:
+        return int(self.meta["step"])
+
+    @property
+    def view_tokenizer(self) -> ReportTokenizer:
+        """With the token limit that training used for a view of a report."""
+        return ReportTokenizer(self.tokenizer, config_lib.text_tokens(self.config), self.config.data.max_sentences)
+
+    def prepared(self, key: str) -> Any:
+        """What is known of the data that the run was trained on, e.g. its "spacing", "source" or "settings": as the
+        checkpoint says, else the manifest of the first training folder if it is still there, else None."""
+        if self.meta.get(key) is not None:
+            return self.meta[key]
+        folders = (self.config.data.train,) if isinstance(self.config.data.train, str) else self.config.data.train
+        try:
+            return read_manifest(Path(folders[0])).get(key) if folders else None
+        except UserError:
+            return None
+
+
+def exact_model(config: ConfigDict, vocab_size: int) -> MG3D:
+    """The model computing in float32, whatever the run computed in."""
+    exact = config.copy_and_resolve_references().unlock()
+    exact.model.dtype, exact.model.attention, exact.model.remat = "float32", "xla", "none"
+    return MG3D(exact, vocab_size, "xla")
 
 
 def restore_run(workdir: Path, step: int | None = None, *, ema: bool | None = None) -> RestoredRun:
@@ -54,4 +94,4 @@ def restore_run(workdir: Path, step: int | None = None, *, ema: bool | None = No
     checkpoints = Checkpoints(workdir)
     state, meta = checkpoints.restore(setup, step, only=wanted)
     checkpoints.close()
-    return RestoredRun(config, setup, state[wanted], meta, tokenizer, ema)
+    return RestoredRun(workdir, config, setup, state[wanted], meta, tokenizer, ema)
