@@ -12,8 +12,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from ml_collections import ConfigDict
 
+from mg3d_jax.config import Config
 from mg3d_jax.data.abnormalities import ABNORMALITIES
 from mg3d_jax.data.tokens import ReportTokenizer
 from mg3d_jax.errors import UserError
@@ -73,7 +73,7 @@ class Run:
         self._embedder = Embedder(restored.setup, whole_reports, TEXTS_PER_CALL)
 
     @property
-    def config(self) -> ConfigDict:
+    def config(self) -> Config:
         """The configuration that it was trained with."""
         return self.restored.config
 

@@ -10,7 +10,6 @@ import pytest
 from support import tiny_config
 
 from mg3d_jax import api, sharding
-from mg3d_jax import config as config_lib
 from mg3d_jax.commands import attend as command
 from mg3d_jax.data.tokens import train_wordpiece
 from mg3d_jax.errors import UserError
@@ -31,7 +30,7 @@ def run(request, tmp_path_factory):
     overrides = {"objectives__matching__weight": 0.1} if request.param else {}
     config = tiny_config(**overrides)
     tokenizer = train_wordpiece(["right pleural effusion", "no nodule"] * 5, 60)
-    mesh = sharding.make_mesh(config_lib.default().mesh)
+    mesh = sharding.make_mesh(sharding.MeshConfig())
     setup = state_lib.build(config, tokenizer.get_vocab_size(), mesh, steps=0)
     params, meta = state_lib.initialize(setup)["params"], {"step": 7, "spacing": SPACING}
     return RestoredRun(tmp_path_factory.mktemp("run"), config, setup, params, meta, tokenizer, ema=False)

@@ -21,7 +21,6 @@ from mg3d_jax.errors import UserError
 from mg3d_jax.evaluation.scans import Scan
 from mg3d_jax.models.volume_encoder import patchify, unpatchify
 from mg3d_jax.objectives.pairwise import l2_normalize
-from mg3d_jax.presets import token_cell, token_grid
 from mg3d_jax.training import inputs as step_inputs
 from mg3d_jax.training.restore import RestoredRun, exact_model
 
@@ -55,8 +54,8 @@ class Relevance:
     @property
     def peak(self) -> tuple[int, int, int]:
         """Where the map is strongest, in mm (RAS+)."""
-        place = (self.affine @ [*np.unravel_index(np.argmax(self.patches), self.patches.shape), 1.0])[:3]
-        return tuple(int(mm) for mm in place.round())
+        x, y, z, _ = self.affine @ [*np.unravel_index(np.argmax(self.patches), self.patches.shape), 1.0]
+        return round(x), round(y), round(z)
 
     def save(self, path: str | Path) -> None:
         """Writes `map` as a NIfTI file with the header geometry of the scan."""
@@ -97,7 +96,7 @@ class SentenceMaps:
             method = "attention" if has_head else "occlusion"
         row = self.tokenizer([text])
         fields = {name: jnp.asarray(row[name])[None] for name in ("token_ids", "token_mask", "sentence_index")}
-        cell, grid = token_cell(self.options), token_grid(self.options)
+        cell, grid = self.options.token_cell(), self.options.token_grid()
         values = self._attention(scan, fields) if method == "attention" else self._occlusion(scan, fields, cell)
         return Relevance(np.asarray(values, np.float32).reshape(grid), method, text, scan, cell)
 
@@ -121,7 +120,7 @@ class SentenceMaps:
 
     def _occlusion(self, scan: Scan, fields: dict[str, jax.Array], cell: tuple[int, int, int]) -> np.ndarray:
         """[N]: by how much the similarity falls without each patch."""
-        whole = np.asarray(patchify(scan.volume[None, ..., None], cell))[0]  # [N, voxels]
+        whole = np.asarray(patchify(jnp.asarray(scan.volume)[None, ..., None], cell))[0]  # [N, voxels]
         count, values = len(whole), np.zeros(len(whole))
         before = float(self._similarity(self.params, np.repeat(whole[None], OCCLUSIONS_PER_CALL, axis=0), fields)[0])
         for first in range(0, count, OCCLUSIONS_PER_CALL):
@@ -134,7 +133,7 @@ class SentenceMaps:
 
     def _similarity_of(self, params: Any, patches: jax.Array, fields: dict[str, jax.Array]) -> jax.Array:
         """Cosine similarity [B] of volumes, given as patches [B, N, voxels], to one text."""
-        volumes = unpatchify(patches, token_cell(self.options), tuple(self.options.volume_size))[..., 0]
+        volumes = unpatchify(patches, self.options.token_cell(), self.options.volume_size)[..., 0]
         windowed = step_inputs.window(volumes, self.windows)
         image = self.model.apply({"params": params}, windowed, method="embed_volume")["volume_embedding"]
         text = self.model.apply({"params": params}, fields, method="embed_report")["report_embedding"]

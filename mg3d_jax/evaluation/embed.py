@@ -54,7 +54,7 @@ class Embedder:
         self.setup, self.config, self.tokenizer = setup, setup.config, tokenizer
         shards = sharding.batch_shards(setup.mesh)
         self.batch_size = math.ceil(batch_size / shards) * shards
-        places = {
+        places: dict[str, Any] = {
             "in_shardings": (setup.shardings["params"], sharding.batch_sharding(setup.mesh)),
             "out_shardings": sharding.replicated(setup.mesh),
         }
@@ -144,6 +144,15 @@ class Embedder:
         return np.asarray(l2_normalize(jnp.asarray(sums)))
 
 
+@dataclass(frozen=True)
+class _Texts:
+    """All texts of a data set: reports first, then those of each evaluation."""
+
+    report_ids: np.ndarray
+    tokenized: TokenizedTexts | None  # None where there is no text at all
+    ends: np.ndarray  # of the reports' entries, and of each evaluation's
+
+
 class DataEmbedder:
     """`params -> {name: Embedded}`: one data set for several evaluations, each with its own texts; the rest is shared.
 
@@ -156,23 +165,21 @@ class DataEmbedder:
     ):
         self.embedder, self.data, self.evaluations, self.bad_records = embedder, data, evaluations, bad_records
         self.needs = {need for evaluation in evaluations.values() for need in evaluation.needs}
-        self._reports: dict[int, Sentences] | None = None
-        self._texts: TokenizedTexts | None = None
-        self._ends: np.ndarray = np.zeros(0, int)  # of the rows of reports and of each evaluation's texts
+        self._texts: _Texts | None = None
 
     def __call__(self, params: Any, progress: Progress | None = None) -> dict[str, Embedded]:
-        width, count = self.embedder.width, len(self.data.label_names)
-        found = {"embedding": np.zeros((0, width), np.float32), "labels": np.zeros((0, count), np.int8)}
-        found |= {"patient_id": np.zeros(0, np.int32), "report_id": np.zeros(0, np.int32)}
-        first = self._reports is None
         seen: dict[int, Sentences] = {}
+
+        def keep(record: Record) -> None:
+            seen[int(short_id(record.report_id))] = record.sentences
+
+        found = self._no_volumes()
         if self.needs & {"volumes", "reports"}:
-            keep = (lambda record: seen.update({int(short_id(record.report_id)): record.sentences})) if first else None
-            found = self.embedder.volumes(params, self.data, progress, on_record=keep, **self.bad_records)
-        if first:
-            self._tokenize(from_all_processes(seen) if "reports" in self.needs else {})
-        rows = self.embedder.texts(params, self._texts) if self._texts else np.zeros((0, width), np.float32)
-        reports, *texts = np.split(rows, self._ends)[:-1]
+            on_record = keep if self._texts is None else None
+            found = self.embedder.volumes(params, self.data, progress, on_record=on_record, **self.bad_records)
+        if self._texts is None:
+            self._texts = self._tokenize(from_all_processes(seen) if "reports" in self.needs else {})
+        reports, *texts = self._embed_texts(params, self._texts)
         scale = logit_scale(params)
         return {
             name: Embedded(
@@ -182,7 +189,7 @@ class DataEmbedder:
                 patient_id=found["patient_id"],
                 report_id=found["report_id"],
                 reports=reports,
-                report_ids=np.array(list(self._reports), np.int32),
+                report_ids=self._texts.report_ids,
                 texts=own,
                 logit_scale=scale,
                 model=Model(self.embedder, params, self.data) if "model" in evaluation.needs else None,
@@ -190,12 +197,27 @@ class DataEmbedder:
             for (name, evaluation), own in zip(self.evaluations.items(), texts, strict=True)
         }
 
-    def _tokenize(self, reports: dict[int, Sentences]) -> None:
+    def _no_volumes(self) -> dict[str, np.ndarray]:
+        return {
+            "embedding": np.zeros((0, self.embedder.width), np.float32),
+            "labels": np.zeros((0, len(self.data.label_names)), np.int8),
+            "patient_id": np.zeros(0, np.int32),
+            "report_id": np.zeros(0, np.int32),
+        }
+
+    def _tokenize(self, reports: dict[int, Sentences]) -> _Texts:
+        parts: list[list[Sequence[Sentences]]]
         parts = [[self.embedder.report_texts(sentences) for sentences in reports.values()]]
         parts += [[[text] for text in one.texts(self.data.label_names)] for one in self.evaluations.values()]
-        self._ends = np.cumsum([len(part) for part in parts])
-        self._texts = self.embedder.tokenize([entry for part in parts for entry in part]) if self._ends[-1] else None
-        self._reports = reports
+        entries = [entry for part in parts for entry in part]
+        tokenized = self.embedder.tokenize(entries) if entries else None
+        return _Texts(np.array(list(reports), np.int32), tokenized, np.cumsum([len(part) for part in parts]))
+
+    def _embed_texts(self, params: Any, texts: _Texts) -> list[np.ndarray]:
+        """The rows of the reports, then those of each evaluation's texts."""
+        if texts.tokenized is None:
+            return [np.zeros((0, self.embedder.width), np.float32) for _ in texts.ends]
+        return np.split(self.embedder.texts(params, texts.tokenized), texts.ends[:-1])
 
 
 def logit_scale(params: Any) -> float:

@@ -22,7 +22,7 @@ def evaluate(
     """Embeds the data once and gives it to all evaluations, or to those of the names `only`. Every number's protocol is in
     the result."""
     evaluations, config = chosen(only), run.config
-    data = PreparedData(tuple(data_folders), volume_size=tuple(config.model.volume_size))
+    data = PreparedData(tuple(data_folders), volume_size=config.model.volume_size)
     tokenizer = ReportTokenizer(run.tokenizer, config.data.max_tokens, config.data.max_sentences)
     with Progress("embed", len(data), unit="volumes") as progress:
         found = DataEmbedder(Embedder(run.setup, tokenizer, batch_size), data, evaluations)(run.params, progress)

@@ -22,7 +22,7 @@ Batch = dict[str, jax.Array]
 PATIENTS = 3
 COLUMNS = ("original", "seen", "reconstructed")
 # name, axis that the slice is across, the letters of its left, right and upper edge
-PLANES = (("axial", 2, "RLA"), ("coronal", 1, "RLS"), ("sagittal", 0, "APS"))
+PLANES = (("axial", 2, ("R", "L", "A")), ("coronal", 1, ("R", "L", "S")), ("sagittal", 0, ("A", "P", "S")))
 HIDDEN = np.array([92, 100, 132], np.uint8)  # a bluish grey: 0 HU is plain grey in a symmetric window
 LONG_SIDE = 192  # pixels of the longest side of a slice
 MARGIN, TITLE = 4, 14
@@ -67,9 +67,10 @@ class Reconstructions:
     def _compute(self, params: Any, batch: Batch) -> dict[str, Any]:
         """The middle slices [K, ., .] by plane and column, and which of the K rows are patients."""
         config, model = self.setup.config, self.setup.model
-        size, cell = tuple(config.model.volume_size), config.model.token_cell()
-        options = {"special": self.special, "vocab_size": model.vocab_size, "train": False}
-        inputs = model_inputs(batch, jax.random.key(0), config, **options)
+        size, cell = config.model.volume_size, config.model.token_cell()
+        inputs = model_inputs(
+            batch, jax.random.key(0), config, special=self.special, vocab_size=model.vocab_size, train=False
+        )
         features = model.apply({"params": params}, inputs)
         rows, shown = distinct_patients(batch["patient_id"], batch["valid"], PATIENTS)
         patches, prediction, mask = (
@@ -139,7 +140,9 @@ def montage(planes: dict[str, dict[str, np.ndarray]], spacing: tuple[float, floa
     return np.asarray(sheet)
 
 
-def _tile(pixels: np.ndarray, hidden: np.ndarray, column: str, size: tuple[int, int], edges: str) -> Image.Image:
+def _tile(
+    pixels: np.ndarray, hidden: np.ndarray, column: str, size: tuple[int, int], edges: tuple[str, str, str]
+) -> Image.Image:
     """One slice with the letters of its edges. Voxels stay sharp where they are enlarged."""
     grey = np.round(np.clip(np.nan_to_num(pixels.astype(np.float32)), 0.0, 1.0) * 255).astype(np.uint8)
     colored = np.repeat(grey[..., None], 3, axis=-1)

@@ -45,14 +45,14 @@ def run_grid(run: RestoredRun, spacing: Spacing | None = None, policy: str | Non
     policy = policy or settings.get("policy") or "center"
     if policy not in POLICIES:
         raise UserError(f"policy {policy!r}: choose one of {', '.join(POLICIES)}")
-    spacing = spacing or run.prepared("spacing")
+    spacing = tuple(spacing or run.prepared("spacing") or ()) or None
     if spacing is None and policy != "fraction":
         raise UserError(
             f"neither the checkpoint nor a manifest in data.train = {tuple(run.config.data.train)} says which spacing the "
             "volumes have: give it in mm (spacing, or --spacing X Y Z)"
         )
     fraction = {"fraction": tuple(settings["fraction"])} if settings.get("fraction") else {}
-    return Grid(tuple(run.config.model.volume_size), tuple(spacing or (1.0, 1.0, 1.0)), policy, **fraction)
+    return Grid(run.config.model.volume_size, spacing or (1.0, 1.0, 1.0), policy, **fraction)
 
 
 def read_scan(source: ScanSource, grid: Grid) -> Scan:

@@ -12,12 +12,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from mg3d_jax import config as config_lib
-<<<<<<< HEAD
 from mg3d_jax.config import Config
-from mg3d_jax.data.records import read_manifest
-=======
->>>>>>> 3fd4ff6 (A Python API: load a run, embed, zero-shot and attend, which the commands use too; attention maps of a sentence are a library without interop)
 from mg3d_jax.data.tokens import ReportTokenizer, load_tokenizer
 from mg3d_jax.errors import UserError
 from mg3d_jax.phantom import patients as phantoms
@@ -65,20 +60,7 @@ def load_run(workdir: Path, step: int | None = None, spacing: Spacing | None = N
         )
     source = run.prepared("source")
     sources = (source,) if source else ()
-<<<<<<< HEAD
-    return Run(config, params, workdir / TOKENIZER_FOLDER, int(meta["step"]), tuple(spacing), sources)
-
-
-def _manifest_value(config: Config, key: str) -> Any:
-    """What the first prepared training folder says, if it is still there."""
-    folders = config.data.train
-    try:
-        return read_manifest(Path(folders[0]))[key] if folders else None
-    except UserError:
-        return None
-=======
     return Run(run.config, params, workdir / TOKENIZER_FOLDER, run.step, tuple(spacing), sources)
->>>>>>> 3fd4ff6 (A Python API: load a run, embed, zero-shot and attend, which the commands use too; attention maps of a sentence are a library without interop)
 
 
 @dataclass(frozen=True)
@@ -103,15 +85,6 @@ def phantom_inputs(size: tuple[int, int, int], spacing: Spacing, count: int = 4)
     return Inputs(np.stack(volumes), tuple(reports))
 
 
-<<<<<<< HEAD
-def reference_model(config: Config, vocab_size: int) -> tuple[MG3D, Config]:
-    """The Linen model computing in float32, whatever the run computed in, and its config."""
-    exact = config_lib.replace(config, {"model.dtype": "float32", "model.attention": "xla", "model.remat": "none"})
-    return MG3D(exact, vocab_size, "xla"), exact
-
-
-=======
->>>>>>> 3fd4ff6 (A Python API: load a run, embed, zero-shot and attend, which the commands use too; attention maps of a sentence are a library without interop)
 def reference_features(run: Run, volumes: np.ndarray, reports: Sequence[Sequence[str]]) -> dict[str, np.ndarray]:
     """Every feature of the Linen model in float32: embeddings `[n, k]` l2-normalised, `volume_tokens [n, N, d]`, ..."""
     tokenizer = run.tokenizer

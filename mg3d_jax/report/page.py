@@ -98,14 +98,14 @@ def _objectives_by_name(metrics: Iterable[Mapping[str, Any]]) -> list[str]:
 def _slices(name: str, by_step: Mapping[int, Path]) -> dict[str, Any]:
     """The newest image of a name, and small ones over time where there are several."""
     steps = list(by_step)
-    chosen = np.unique(np.linspace(0, len(steps) - 1, STEPS_SHOWN).round().astype(int)) if len(steps) > 1 else []
+    chosen = np.unique(np.linspace(0, len(steps) - 1, STEPS_SHOWN).round().astype(int))
     newest = max(steps)
     return {
         "name": name,
         "newest": by_step[newest].read_bytes(),
         "caption": f"{name}, step {newest:,}",
         "count": len(steps),
-        "small": [(f"step {steps[i]:,}", _thumbnail(by_step[steps[i]])) for i in chosen],
+        "small": [(f"step {steps[i]:,}", _thumbnail(by_step[steps[i]])) for i in chosen] if len(steps) > 1 else [],
     }
 
 

@@ -10,13 +10,9 @@ from tokenizers import Tokenizer
 
 from mg3d_jax import config as config_lib
 from mg3d_jax import sharding
-<<<<<<< HEAD
 from mg3d_jax.config import Config
-from mg3d_jax.data.tokens import load_tokenizer
-=======
 from mg3d_jax.data.records import read_manifest
 from mg3d_jax.data.tokens import ReportTokenizer, load_tokenizer
->>>>>>> 3fd4ff6 (A Python API: load a run, embed, zero-shot and attend, which the commands use too; attention maps of a sentence are a library without interop)
 from mg3d_jax.errors import UserError
 from mg3d_jax.models.mg3d import MG3D
 from mg3d_jax.training import state as state_lib
@@ -33,12 +29,8 @@ class RestoredRun:
     `ema` says whether they are the moving average of the parameters or the raw ones.
     """
 
-<<<<<<< HEAD
-    config: Config
-=======
     folder: Path
-    config: ConfigDict
->>>>>>> 3fd4ff6 (A Python API: load a run, embed, zero-shot and attend, which the commands use too; attention maps of a sentence are a library without interop)
+    config: Config
     setup: state_lib.Setup
     params: Any
     meta: dict[str, Any]
@@ -52,24 +44,23 @@ class RestoredRun:
     @property
     def view_tokenizer(self) -> ReportTokenizer:
         """With the token limit that training used for a view of a report."""
-        return ReportTokenizer(self.tokenizer, config_lib.text_tokens(self.config), self.config.data.max_sentences)
+        return ReportTokenizer(self.tokenizer, self.config.text_tokens(), self.config.data.max_sentences)
 
     def prepared(self, key: str) -> Any:
         """What is known of the data that the run was trained on, e.g. its "spacing", "source" or "settings": as the
         checkpoint says, else the manifest of the first training folder if it is still there, else None."""
         if self.meta.get(key) is not None:
             return self.meta[key]
-        folders = (self.config.data.train,) if isinstance(self.config.data.train, str) else self.config.data.train
+        folders = self.config.data.train
         try:
             return read_manifest(Path(folders[0])).get(key) if folders else None
         except UserError:
             return None
 
 
-def exact_model(config: ConfigDict, vocab_size: int) -> MG3D:
+def exact_model(config: Config, vocab_size: int) -> MG3D:
     """The model computing in float32, whatever the run computed in."""
-    exact = config.copy_and_resolve_references().unlock()
-    exact.model.dtype, exact.model.attention, exact.model.remat = "float32", "xla", "none"
+    exact = config_lib.replace(config, {"model.dtype": "float32", "model.attention": "xla", "model.remat": "none"})
     return MG3D(exact, vocab_size, "xla")
 
 
