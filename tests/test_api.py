@@ -40,7 +40,10 @@ def data(tmp_path_factory):
     assert main(command) == 0
     files = {path.name: path for path in (folder / "raw").rglob("*.nii.gz")}
     prepared = PreparedData((str(folder / "valid"),))
-    return {"files": [files[record.name] for record in prepared.records()], "folder": folder / "valid"}
+    return {
+        "files": [files[record.name] for record in map(prepared.read, range(len(prepared)))],
+        "folder": folder / "valid",
+    }
 
 
 @pytest.fixture(scope="module")
@@ -66,7 +69,8 @@ def test_voxels_with_an_affine_are_the_same_scan(run, data):
 
 
 def test_reports_and_prompts_are_embedded_as_by_evaluate(run, data, embedded):
-    records = {record.report_id: record.sentences for record in PreparedData((str(data["folder"]),)).records()}
+    prepared = PreparedData((str(data["folder"]),))
+    records = {record.report_id: record.sentences for record in map(prepared.read, range(len(prepared)))}
     found = run.embed_texts([list(sentences) for sentences in records.values()])
     reports = embedded["retrieval"].reports
     closest = np.abs(found[:, None] - reports[None]).max(axis=-1).min(axis=1)
