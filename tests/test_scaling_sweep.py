@@ -2,6 +2,8 @@
 
 import csv
 import dataclasses
+import errno
+import fcntl
 import json
 import os
 import shutil
@@ -9,6 +11,7 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -165,7 +168,7 @@ def test_done_runs_are_skipped_and_give_time_estimates(project, capsys):
     assert run_all(one, workdir) == 0
     assert run_all(one, workdir, fail=True) == 0
     assert [starts(workdir, run) for run in one.runs] == [[0]] * 4
-    assert capsys.readouterr().out.count("done before, skipped") == 4
+    assert capsys.readouterr().err.count("done before, skipped") == 4
     planned = planning.plan(one, workdir)
     assert {p.status.action for p in planned} == {"skip"}
     rates = [p.training_flops / p.seconds for p in planned]
@@ -187,7 +190,7 @@ def test_a_failed_run_does_not_stop_the_others_and_is_tried_again(project, capsy
     assert fit["missing"] == [{"run": bad, "reason": "failed at step 3: exit code 3: ValueError: the loss is nan"}]
     assert run_all(one, workdir) == 0
     assert starts(workdir, one.runs[1]) == [0, 3]
-    assert "is tried again" in capsys.readouterr().out
+    assert "is tried again" in capsys.readouterr().err
 
 
 def test_exit_code_75_means_run_me_again(project):
@@ -222,7 +225,7 @@ def wait_for(condition, seconds: float = 90.0) -> None:
 
 
 @pytest.mark.processes
-@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="the trainer follows a killed sweep on Linux only")
+@pytest.mark.skipif(not runs._told_when_we_die(), reason="the trainer follows a killed sweep on Linux only")
 def test_sigkill_in_the_middle_gives_the_same_table(project, capsys):
     one, whole, killed = declared(project), project / "whole", project / "killed"
     assert run_all(one, whole) == 0
@@ -265,39 +268,63 @@ def test_two_sweeps_share_the_work_and_never_a_run(project):
     assert [starts(workdir, run) for run in one.runs] == [[0]] * 4
 
 
+HOLD = """
+import subprocess, sys, time
+from pathlib import Path
+from mg3d_jax.scaling.sweep.states import HeldLease
+
+lease = HeldLease.acquire(Path(sys.argv[1]))
+trainer = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"], pass_fds=(lease.descriptor,))
+lease.name_trainer(trainer.pid)
+print(trainer.pid, flush=True)
+time.sleep(60)
+"""
+
+
 def test_a_living_lease_is_respected_and_a_dead_one_taken_over(tmp_path):
+    """By a sweep in another process: it holds its lease as long as its trainer lives, also when it is itself dead."""
     folder = tmp_path / "run"
     held = states.HeldLease.acquire(folder)
-    assert states.HeldLease.acquire(folder) is None
+    assert states.HeldLease.acquire(folder) is None and states.holder(folder).pid == os.getpid()
     with held:
         pass
-    assert not (folder / states.LEASE_FILE).exists()
-    other = {"owner": "x", "run": "run", "host": "elsewhere", "pid": 1, "trainer": None}
-    (folder / states.LEASE_FILE).write_text(json.dumps(other))
-    assert states.HeldLease.acquire(folder) is None  # its heartbeat is young
-    old = time.time() - 2 * states.LEASE_SECONDS
-    os.utime(folder / states.LEASE_FILE, (old, old))
-    assert states.HeldLease.acquire(folder) is not None
-    assert not list(folder.glob(".*"))
-
-
-def test_a_trainer_whose_sweep_is_only_stopped_is_left_alone(tmp_path):
-    """Ctrl-Z stops a sweep and its heartbeat, but not its trainer, which has a session of its own."""
-    folder = tmp_path / "run"
-    folder.mkdir()
-    program = [sys.executable, "-c", "import time; time.sleep(60)", "runs/run"]
-    with subprocess.Popen(program) as trainer:
-        lease = {"owner": "x", "run": "run", "host": socket.gethostname(), "pid": os.getpid(), "trainer": trainer.pid}
-        (folder / states.LEASE_FILE).write_text(json.dumps(lease))
-        old = time.time() - 2 * states.LEASE_SECONDS
-        os.utime(folder / states.LEASE_FILE, (old, old))
-        wait_for(
-            lambda: states.process_exists(trainer.pid, mentions="run")
-        )  # the kernel shows its command a little later
+    assert states.holder(folder) is None
+    command = [sys.executable, "-c", HOLD, str(folder)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment()) as other:
+        trainer = int(other.stdout.readline())
         assert states.HeldLease.acquire(folder) is None
-        trainer.kill()
-        trainer.wait()
-        assert states.HeldLease.acquire(folder) is not None
+        assert states.holder(folder) == states.Lease(socket.gethostname(), other.pid, trainer)
+        assert states.holder(folder).orphan() is None
+        other.send_signal(signal.SIGSTOP)  # Ctrl-Z
+        assert states.HeldLease.acquire(folder) is None
+        other.kill()
+        other.wait()
+    assert states.HeldLease.acquire(folder) is None
+    assert states.holder(folder).orphan() == trainer
+    os.kill(trainer, signal.SIGKILL)
+    wait_for(lambda: states.holder(folder) is None)
+    with states.HeldLease.acquire(folder):
+        assert not list(folder.glob(".*"))
+
+
+def test_a_glance_at_a_lease_does_not_keep_others_from_it(tmp_path):
+    with states.HeldLease.acquire(tmp_path):
+        pass
+    with (tmp_path / states.LEASE_FILE).open() as file:
+        fcntl.flock(file, fcntl.LOCK_SH)
+        timer = threading.Timer(0.2, file.close)
+        timer.start()
+        with states.HeldLease.acquire(tmp_path):
+            timer.join()
+
+
+def test_a_disk_without_locks_is_a_clear_error(tmp_path, monkeypatch):
+    def refuse(*_: object) -> None:
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(fcntl, "flock", refuse)
+    with pytest.raises(UserError, match=r"sweep_lease\.json cannot be locked.*Put --workdir on a disk"):
+        states.HeldLease.acquire(tmp_path)
 
 
 def test_a_sweep_goes_on_only_with_the_data_it_was_started_with(project):

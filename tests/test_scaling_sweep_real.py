@@ -64,7 +64,7 @@ def project(tiny_data, tmp_path_factory) -> dict:
     done = mg3d(*command, timeout=PATIENCE, **compiled)
     assert done.returncode == 0, done.stdout + done.stderr
     declared = sweep.load(str(folder / "sweep.py"))
-    return {"folder": folder, "sweep": declared, "environment": compiled, "output": done.stdout}
+    return {"folder": folder, "sweep": declared, "environment": compiled, "output": done.stderr}
 
 
 def fit(workdir: Path) -> tuple[bytes, dict]:
@@ -101,7 +101,7 @@ def test_sigkill_of_sweep_and_trainer_gives_the_same_table(project):
     while states.last_step(folder) < 8:
         assert process.poll() is None and time.monotonic() < deadline
         time.sleep(0.01)
-    trainer = states.read_lease(folder).trainer
+    trainer = states.holder(folder).trainer
     os.kill(trainer, signal.SIGSTOP)  # or it might save and leave when the sweep dies
     os.kill(process.pid, signal.SIGKILL)
     os.kill(trainer, signal.SIGKILL)
@@ -112,6 +112,6 @@ def test_sigkill_of_sweep_and_trainer_gives_the_same_table(project):
     assert (before.state, before.action) == ("interrupted", "resume") and before.step < 24
     again = mg3d(*command[3:], timeout=PATIENCE, **project["environment"])
     assert again.returncode == 0, again.stdout + again.stderr
-    assert again.stdout.count("skipped") == 3 and "goes on after step" in again.stdout
+    assert again.stderr.count("skipped") == 3 and "goes on after step" in again.stderr
     assert "resuming after step" in (folder / "train.log").read_text()
     assert fit(killed) == fit(whole)

@@ -2,19 +2,18 @@
 
 Each run is a subprocess `mg3d train` in its own folder, which resumes by itself. Runs that are done are skipped, runs
 that somebody else is at are left alone, a run that fails does not stop the others. If this process is killed, its
-trainer is told to save and stop (on Linux); the next start waits for it and goes on.
+trainer is told to save and stop (on Linux, by `setpriv` of util-linux); the next start waits for it and goes on.
 """
 
 from __future__ import annotations
 
-import ctypes
-import os
+import logging
+import shutil
 import signal
 import subprocess
 import sys
 import time
 from collections.abc import Callable
-from functools import partial
 from pathlib import Path
 from types import FrameType
 
@@ -23,6 +22,8 @@ from mg3d_jax.scaling.sweep import rows as records
 from mg3d_jax.scaling.sweep import states
 from mg3d_jax.scaling.sweep.declaration import Run, Sweep
 from mg3d_jax.scaling.sweep.states import HeldLease
+
+logger = logging.getLogger(__name__)
 
 LOG_FILE = "train.log"
 RUN_ME_AGAIN = 75  # exit code of a trainer that was asked to stop and has saved everything
@@ -64,15 +65,15 @@ def run_all(sweep: Sweep, workdir: Path, trainer: Trainer = train_command) -> in
             label = f"[{number}/{len(sweep.runs)}] {run.id}"
             outcomes[run.id] = _one(sweep, run, workdir, trainer, stop, label)
             if stop.asked:
-                print(f"asked to stop at {label}; the same command goes on", flush=True)
+                logger.info(f"asked to stop at {label}; the same command goes on")
                 return RUN_ME_AGAIN
     finally:
         stop.restore()
     failed = [run for run, outcome in outcomes.items() if outcome.state != states.DONE]
     held = [run for run in failed if outcomes[run].state == states.RUNNING]
-    print(f"{len(outcomes) - len(failed)} of {len(outcomes)} runs done", flush=True)
+    logger.info(f"{len(outcomes) - len(failed)} of {len(outcomes)} runs done")
     for run in failed:
-        print(f"  {run}: {outcomes[run].state}, {outcomes[run].detail}", flush=True)
+        logger.info(f"  {run}: {outcomes[run].state}, {outcomes[run].detail}")
     return 1 if len(failed) > len(held) else 0
 
 
@@ -82,14 +83,14 @@ def _one(sweep: Sweep, run: Run, workdir: Path, trainer: Trainer, stop: Stop, la
     before = _wait_for_orphan(workdir, run, stop, label)
     if before.state == states.DONE:
         records.write_record(workdir, run)
-        print(f"{label}: done before, skipped", flush=True)
+        logger.info(f"{label}: done before, skipped")
         return before
     lease = None if before.state == states.RUNNING or stop.asked else HeldLease.acquire(folder)
     if lease is None:
-        print(f"{label}: left alone, {before.detail or 'somebody else has just started it'}", flush=True)
+        logger.info(f"{label}: left alone, {before.detail or 'somebody else has just started it'}")
         return states.Status(states.RUNNING, before.step, before.detail)
     verb = {"run": "starts", "resume": f"goes on after step {before.step}", "retry": "is tried again"}[before.action]
-    print(f"{label}: {verb}", flush=True)
+    logger.info(f"{label}: {verb}")
     start = time.monotonic()
     with lease:
         if states.summary_problem(folder, run) is not None:  # else somebody has finished it since we looked
@@ -98,9 +99,9 @@ def _one(sweep: Sweep, run: Run, workdir: Path, trainer: Trainer, stop: Stop, la
     took = format_seconds(time.monotonic() - start)
     if after.state == states.DONE:
         final = records.write_record(workdir, run)["final"].get(sweep.loss)
-        print(f"{label}: done in {took}, {sweep.loss} {'absent' if final is None else f'{final:.5g}'}", flush=True)
+        logger.info(f"{label}: done in {took}, {sweep.loss} {'absent' if final is None else f'{final:.5g}'}")
     else:
-        print(f"{label}: {after.state} after {took}: {after.detail}; see {folder / LOG_FILE}", flush=True)
+        logger.info(f"{label}: {after.state} after {took}: {after.detail}; see {folder / LOG_FILE}")
     return after
 
 
@@ -110,12 +111,12 @@ def _wait_for_orphan(workdir: Path, run: Run, stop: Stop, label: str) -> states.
     deadline = time.monotonic() + ORPHAN_SECONDS
     told = False
     while not stop.asked and time.monotonic() < deadline:
-        lease = states.read_lease(folder)
+        lease = states.holder(folder)
         orphan = None if lease is None else lease.orphan()
         if orphan is None:
             break
         if not told:
-            print(f"{label}: waiting for process {orphan} of a killed sweep to save", flush=True)
+            logger.info(f"{label}: waiting for process {orphan} of a killed sweep to save")
             told = True
         time.sleep(POLL_SECONDS)
     return states.status(workdir, run)
@@ -147,37 +148,31 @@ def _train(run: Run, folder: Path, trainer: Trainer, lease: HeldLease, stop: Sto
 
 
 def _subprocess(command: list[str], log: Path, lease: HeldLease, stop: Stop) -> int:
-    """Exit code of `command`, its output appended to `log`; keeps the lease alive meanwhile."""
+    """Exit code of `command`, its output appended to `log`. It inherits the lease."""
     with log.open("a") as output:
         output.write(f"\n$ {' '.join(command)}\n")
         output.flush()
         process = subprocess.Popen(
-            command,
+            [*_told_when_we_die(), *command],
             stdout=output,
             stderr=subprocess.STDOUT,
             stdin=subprocess.DEVNULL,
             start_new_session=True,  # Ctrl-C reaches us only; we pass it on as a request to save
-            preexec_fn=partial(_die_with_parent, os.getpid()) if sys.platform == "linux" else None,
+            pass_fds=(lease.descriptor,),
         )
     stop.trainer = process
     lease.name_trainer(process.pid)
     if stop.asked:  # the signal came between the last check and the start
         process.terminate()
-    beat = time.monotonic()
     while process.poll() is None:
         time.sleep(POLL_SECONDS)
-        if time.monotonic() - beat > states.HEARTBEAT_SECONDS:
-            lease.beat()
-            beat = time.monotonic()
     stop.trainer = None
     return process.returncode
 
 
-def _die_with_parent(sweep: int) -> None:
-    """In the child, before it becomes the trainer: SIGTERM when the sweep dies, however it dies (PR_SET_PDEATHSIG)."""
-    ctypes.CDLL(None).prctl(1, signal.SIGTERM)
-    if os.getppid() != sweep:  # it has died already
-        os._exit(1)
+def _told_when_we_die() -> list[str]:
+    """Beginning of a command line whose process gets SIGTERM when this one dies, however it dies; empty where it cannot."""
+    return ["setpriv", "--pdeathsig", "TERM"] if sys.platform == "linux" and shutil.which("setpriv") else []
 
 
 def _last_line(log: Path) -> str:

@@ -1,20 +1,25 @@
 """Where each run of a sweep stands, on disk, so that any later process can tell and go on.
 
-A run's folder holds, beside what `mg3d train` writes, `sweep_state.json` (what happened last), `sweep_lease.json`
-(somebody is at it: its time stamp is the heartbeat) and `record.json` (the outcome). All are written whole or not at
-all. A lease whose heartbeat is old, or whose owner is dead, may be taken over.
+A run's folder holds, beside what `mg3d train` writes, `sweep_state.json` (what happened last), `sweep_lease.json` (who is
+at it) and `record.json` (the outcome). Whoever works on a run holds a lock on its lease file.
+
+The lock is `flock`'s: the kernel frees it when its last holder ends, however it ends, so there is no time after which a
+lease counts as old. The trainer inherits it, and keeps it if its sweep dies. It holds between hosts too where the disk is
+NFS (version 4, or 3 with lockd), GPFS or Lustre (mounted with `flock`). `filelock` takes the same lock, but keeps the
+descriptor that the trainer must inherit to itself; `flufl.lock` needs a clock that all hosts share.
 """
 
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import json
 import os
 import socket
 import time
-import uuid
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import TextIO
 
 from mg3d_jax.errors import UserError
 from mg3d_jax.files import read_json, write_json
@@ -26,8 +31,7 @@ STATE_FILE, LEASE_FILE, SUMMARY_FILE, METRICS_FILE = (
     "summary.json",
     "metrics.jsonl",
 )
-HEARTBEAT_SECONDS = 5.0
-LEASE_SECONDS = 90.0
+TRIES, TRY_SECONDS = 20, 0.05  # for a lease: a glance of `status` holds it for a moment
 DONE, RUNNING, FAILED, INTERRUPTED, NOT_STARTED = "done", "running", "failed", "interrupted", "not started"
 ACTIONS = {DONE: "skip", RUNNING: "wait", FAILED: "retry", INTERRUPTED: "resume", NOT_STARTED: "run"}
 
@@ -56,8 +60,7 @@ def status(workdir: Path, run: Run) -> Status:
     if summary_problem(folder, run) is None:
         return Status(DONE, int(read_json(folder / SUMMARY_FILE)["step"]))
     step = last_step(folder)
-    lease = read_lease(folder)
-    if lease is not None and lease.alive():
+    if (lease := holder(folder)) is not None:
         return Status(RUNNING, step, f"process {lease.pid} on {lease.host}")
     if not (folder / STATE_FILE).is_file():
         return Status(NOT_STARTED)
@@ -118,118 +121,90 @@ def last_step(folder: Path) -> int:
 
 @dataclass(frozen=True)
 class Lease:
-    """Who is at a run. `trainer` is the process that trains, once it is started."""
+    """Who is at a run: a sweep, and the process that trains once it is started."""
 
-    owner: str
-    run: str
     host: str
     pid: int
-    trainer: int | None
-    heartbeat: float  # seconds since the epoch
-
-    def alive(self) -> bool:
-        """Is the owner or its trainer still there? On another host only the heartbeat can tell."""
-        here = self.host == socket.gethostname()
-        if here and self.trainer is not None and process_exists(self.trainer, mentions=self.run):
-            return True  # it trains, whatever became of its sweep, which may be dead or only stopped (Ctrl-Z)
-        return time.time() - self.heartbeat < LEASE_SECONDS and (not here or process_exists(self.pid))
+    trainer: int | None = None
 
     def orphan(self) -> int | None:
-        """The process that still trains though its sweep is dead, on this host."""
-        here = self.host == socket.gethostname()
-        if not here or process_exists(self.pid) or self.trainer is None:
-            return None
-        return self.trainer if process_exists(self.trainer, mentions=self.run) else None
+        """The process that still trains though its sweep, on this host, is dead."""
+        return None if self.host != socket.gethostname() or process_exists(self.pid) else self.trainer
 
 
-def process_exists(pid: int, mentions: str = "") -> bool:
-    """Is there a living process of that number, with `mentions` in its command line (where the system shows it)?"""
+def process_exists(pid: int) -> bool:
+    """Is there a living process of that number on this host?"""
     try:
         os.kill(pid, 0)
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
     except ProcessLookupError:
         return False
     except PermissionError:
         return True
-    try:
-        zombie = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] == "Z"
-        return not zombie and mentions in Path(f"/proc/{pid}/cmdline").read_text(errors="replace")
     except OSError:  # no /proc on this system, or the process has just ended
         return not Path("/proc/self").exists()
 
 
-def read_lease(folder: Path) -> Lease | None:
-    path = folder / LEASE_FILE
+def holder(folder: Path) -> Lease | None:
+    """Who holds the lease of a run; None if nobody does."""
     try:
-        return Lease(**json.loads(path.read_text()), heartbeat=path.stat().st_mtime)
+        file = (folder / LEASE_FILE).open(encoding="utf-8")
     except FileNotFoundError:
         return None
-    except (ValueError, TypeError) as error:
-        raise UserError(f"{path} is damaged ({error}); delete it if no sweep is running there") from error
+    with file:
+        if _lock(file, fcntl.LOCK_SH):
+            return None
+        with contextlib.suppress(ValueError, TypeError):
+            return Lease(**json.load(file))
+        return Lease("unknown", 0)  # it has the lock, and has not yet said who it is
 
 
 class HeldLease:
-    """The right to work on a run, for this process; a context manager that gives it back."""
+    """The right to work on a run, for this process and the trainer that inherits it; a context manager that gives it back."""
 
-    def __init__(self, folder: Path, owner: str):
-        self.folder, self.owner = folder, owner
+    def __init__(self, file: TextIO):
+        self._file = file
+        self.name_trainer(None)
 
     @classmethod
     def acquire(cls, folder: Path) -> HeldLease | None:
-        """The lease of `folder`, or None while somebody else is alive at it."""
+        """The lease of `folder`, or None while somebody else has it. `UserError` where the disk has no locks."""
         folder.mkdir(parents=True, exist_ok=True)
-        held = cls(folder, uuid.uuid4().hex)
-        fresh = folder / f".{LEASE_FILE}.{held.owner}"
-        fresh.write_text(held._text(None))
-        try:
-            for _ in range(3):
-                try:
-                    os.link(fresh, folder / LEASE_FILE)  # atomic: fails if there is a lease
-                    return held
-                except FileExistsError:
-                    if not _remove_stale(folder):
-                        return None
-            return None
-        finally:
-            fresh.unlink(missing_ok=True)
+        file = (folder / LEASE_FILE).open("a+", encoding="utf-8")
+        for _ in range(TRIES):
+            if _lock(file, fcntl.LOCK_EX):
+                return cls(file)
+            time.sleep(TRY_SECONDS)
+        file.close()
+        return None
 
-    def _text(self, trainer: int | None) -> str:
-        here = {"host": socket.gethostname(), "pid": os.getpid(), "trainer": trainer}
-        return json.dumps({"owner": self.owner, "run": self.folder.name} | here)
+    @property
+    def descriptor(self) -> int:
+        """What the trainer inherits: it has the lease as long as this is open there."""
+        return self._file.fileno()
 
-    def name_trainer(self, pid: int) -> None:
-        """Notes which process trains: it may outlive this one, and must not get a second one beside it."""
-        partial = self.folder / f".{LEASE_FILE}.{self.owner}"
-        partial.write_text(self._text(pid))
-        os.replace(partial, self.folder / LEASE_FILE)
-
-    def beat(self) -> None:
-        with contextlib.suppress(FileNotFoundError):
-            os.utime(self.folder / LEASE_FILE)
+    def name_trainer(self, pid: int | None) -> None:
+        """Notes which process trains."""
+        self._file.truncate(0)
+        self._file.write(json.dumps(asdict(Lease(socket.gethostname(), os.getpid(), pid))))
+        self._file.flush()
 
     def __enter__(self) -> HeldLease:
         return self
 
     def __exit__(self, *_: object) -> None:
-        lease = read_lease(self.folder)
-        if lease is not None and lease.owner == self.owner:
-            (self.folder / LEASE_FILE).unlink(missing_ok=True)
+        self._file.close()
 
 
-def _remove_stale(folder: Path) -> bool:
-    """Removes a dead owner's lease; False if the lease is alive."""
-    lease = read_lease(folder)
-    if lease is None:
-        return True
-    if lease.alive():
-        return False
-    aside = folder / f".{LEASE_FILE}.stale.{uuid.uuid4().hex}"
+def _lock(file: TextIO, kind: int) -> bool:
+    """Takes the lock of an open file, unless somebody else has it."""
     try:
-        os.rename(folder / LEASE_FILE, aside)  # one of several takers wins
-    except FileNotFoundError:
+        fcntl.flock(file, kind | fcntl.LOCK_NB)
         return True
-    taken = json.loads(aside.read_text())
-    if taken["owner"] != lease.owner:  # somebody took over between our look and our rename: give it back
-        with contextlib.suppress(FileExistsError):
-            os.link(aside, folder / LEASE_FILE)
-    aside.unlink()
-    return True
+    except BlockingIOError:
+        return False
+    except OSError as error:
+        raise UserError(
+            f"{file.name} cannot be locked ({error}): two sweeps could train the same run. Put --workdir on a disk with file "
+            "locks (Lustre: mounted with the option flock)"
+        ) from error
