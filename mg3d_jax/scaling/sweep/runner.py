@@ -43,7 +43,8 @@ class Stop:
     """SIGTERM and SIGINT ask the trainer to save and stop; a second one kills it."""
 
     def __init__(self) -> None:
-        self.asked, self.trainer = False, None
+        self.asked = False
+        self.trainer: subprocess.Popen[bytes] | None = None
         self._old = {number: signal.signal(number, self._on_signal) for number in (signal.SIGTERM, signal.SIGINT)}
 
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
@@ -72,8 +73,8 @@ def run_all(sweep: Sweep, workdir: Path, trainer: Trainer = train_command) -> in
     failed = [run for run, outcome in outcomes.items() if outcome.state != states.DONE]
     held = [run for run in failed if outcomes[run].state == states.RUNNING]
     logger.info(f"{len(outcomes) - len(failed)} of {len(outcomes)} runs done")
-    for run in failed:
-        logger.info(f"  {run}: {outcomes[run].state}, {outcomes[run].detail}")
+    for name in failed:
+        logger.info(f"  {name}: {outcomes[name].state}, {outcomes[name].detail}")
     return 1 if len(failed) > len(held) else 0
 
 
