@@ -174,7 +174,7 @@ def test_a_split_without_volumes_names_the_splits_there_are(tmp_path):
 
 def test_other_settings_in_the_same_folder_are_refused(tmp_path):
     write_ctrate(tmp_path / "root", 2)
-    prepare(settings(tmp_path / "root", tmp_path / "out"))
+    prepare(settings(str(tmp_path / "root"), str(tmp_path / "out")))  # paths may be strings
     with pytest.raises(UserError, match="size"):
         prepare(settings(tmp_path / "root", tmp_path / "out", size=(8, 8, 8)))
 

@@ -47,31 +47,36 @@ _SHOWN_BAD = 10
 
 @dataclass(frozen=True)
 class Settings:
-    """One preparation. `size` in voxels, `spacing` in mm, RAS+ order; see `mg3d prepare --help` for the rest."""
+    """One preparation. Axes are in RAS+ order: x to the patient's right, y anterior, z superior."""
 
-    source: str
-    root: Path
+    source: str  # layout of the data set: a name in `mg3d_jax.registry.SOURCES`
+    root: Path  # where it lies
     split: str
-    out: Path
-    size: tuple[int, int, int] = (128, 128, 96)
-    spacing: tuple[float, float, float] = (2.8, 2.8, 3.5)
-    policy: str = "center"
-    fraction: tuple[float, float, float] = PAPER_FRACTION
-    workers: int = 1
-    max_bad_share: float = 0.1
-    shard_records: int = 256
-    zstd_level: int = 3
-    window: tuple[float, float] | None = None
-    reconstructions: str = "all"
-    exclude: Path | None = None
-    array_spacing: tuple[float, float, float] | None = None
-    array_axes: str | None = None
-    slice_window: tuple[float, float] | None = None
-    fetch: str | None = None
-    shard: tuple[int, int] = (0, 1)
-    against: tuple[Path, ...] = ()
-    allow_leak: tuple[str, ...] = ()
-    qa_samples: int = 8
+    out: Path  # folder for the records
+    size: tuple[int, int, int] = (128, 128, 96)  # of the grid, voxels
+    spacing: tuple[float, float, float] = (2.8, 2.8, 3.5)  # mm per voxel
+    policy: str = "center"  # which part of a volume the grid is laid on: a name in `geometry.POLICIES`
+    fraction: tuple[float, float, float] = PAPER_FRACTION  # share of each axis that the policy "fraction" keeps
+    workers: int = 1  # processes
+    max_bad_share: float = 0.1  # more bad files than this are an error
+    shard_records: int = 256  # records per shard
+    zstd_level: int = 3  # 0 stores volumes as they are
+    window: tuple[float, float] | None = None  # HU: store uint8 steps of this window instead of int16
+    reconstructions: str = "all"  # of one scan: "all", "first", "best"
+    exclude: Path | None = None  # text file of volumes, scans or patients to leave out, one a line
+    array_spacing: tuple[float, float, float] | None = None  # of arrays and slices: mm of the three index axes
+    array_axes: str | None = None  # of arrays and slices: where the index axes point, such as "LPS"
+    slice_window: tuple[float, float] | None = None  # of 8-bit slices: HU of grey 0 and 255
+    fetch: str | None = None  # shell command that brings a volume (see `fetch`)
+    shard: tuple[int, int] = (0, 1)  # (i, n): do every n-th shard from the i-th
+    against: tuple[Path, ...] = ()  # prepared folders to check for leaks
+    allow_leak: tuple[str, ...] = ()  # leaks that are meant: names in `leaks.LEAKS`
+    qa_samples: int = 8  # volumes drawn in qa.html
+
+    def __post_init__(self) -> None:
+        for name in ("root", "out", "exclude"):  # strings are paths, too
+            if getattr(self, name) is not None:
+                object.__setattr__(self, name, Path(getattr(self, name)))
 
     @property
     def grid(self) -> Grid:
@@ -120,7 +125,7 @@ class Settings:
 def list_examples(settings: Settings) -> Listing:
     """What the source holds, after its own rules."""
     options = SourceOptions(
-        root=Path(settings.root),
+        root=settings.root,
         split=settings.split,
         reconstructions=settings.reconstructions,
         exclude=settings.exclude,
@@ -221,9 +226,15 @@ def _nothing_listed(settings: Settings, listing: Listing) -> str:
 
 
 def prepare(settings: Settings) -> dict[str, Any] | None:
-    """Prepares a whole data set and returns its manifest; `None` where `--shard i/n` left shards to other processes.
-    Called again after an interruption it goes on where it was. Raises `UserError` for a missing table, other settings
-    in `out`, a leak, nothing left, or too large a bad share."""
+    """Prepares a whole data set. Called again after an interruption it goes on where it was.
+
+    Returns:
+        The manifest; None where `settings.shard` left shards that other processes have not finished.
+
+    Raises:
+        UserError: the source lacks a table or holds nothing, too large a share is bad, patients or volumes leak between
+            splits, or `settings.out` holds a preparation with other settings or of another recipe.
+    """
     settings.check()
     listing = list_examples(settings)
     total = len(listing.examples) + len(listing.bad)

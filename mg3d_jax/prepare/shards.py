@@ -154,7 +154,10 @@ def shard_names(count: int) -> list[str]:
 
 
 def input_digest(examples: list[Example], root: Path) -> str:
-    """Digest of everything that the sources said, paths relative to the root: a moved data set is the same input."""
+    """Digest of everything that the sources said, paths relative to the root: a moved data set is the same input.
+
+    Begun preparations hold it, so the text that goes into it stays: a field that is added to `Metadata` is declared with
+    `field(repr=False)`, and joined to the text where a source sets it."""
     digest = hashlib.sha256()
     for e in examples:
         path = os.path.relpath(e.path, root)
