@@ -23,11 +23,10 @@ from mg3d_jax.commands.main import main
 from mg3d_jax.data.records import FORMAT_VERSION
 from mg3d_jax.errors import UserError
 from mg3d_jax.scaling.fit import table
+from mg3d_jax.scaling.sweep import collect, states
 from mg3d_jax.scaling.sweep import declaration as sweep
 from mg3d_jax.scaling.sweep import plan as planning
-from mg3d_jax.scaling.sweep import rows as records
 from mg3d_jax.scaling.sweep import runner as runs
-from mg3d_jax.scaling.sweep import states
 from mg3d_jax.training import cost as step_cost
 
 FAKE = Path(__file__).parent / "reference" / "fake_trainer.py"
@@ -172,7 +171,7 @@ def test_done_runs_are_skipped_and_give_time_estimates(project, capsys):
     planned = planning.plan(one, workdir)
     assert {p.status.action for p in planned} == {"skip"}
     rates = [p.training_flops / p.seconds for p in planned]
-    done = [records.write_record(workdir, run) for run in one.runs]
+    done = [collect.write_record(workdir, run) for run in one.runs]
     assert rates == pytest.approx([sum(r["training_flops"] for r in done) / 8.0] * 4)
     assert main(["sweep", "status", "--workdir", str(workdir)]) == 0
     assert "4 done" in capsys.readouterr().out
@@ -414,7 +413,7 @@ def test_a_missing_metric_or_a_wrong_parameter_count_excludes_a_run(project):
     path = states.run_folder(workdir, one.runs[2]) / "summary.json"
     summary = json.loads(path.read_text())
     path.write_text(json.dumps(summary | {"final": {"valid/alignment": float("nan")}}))
-    found = records.rows(workdir, one, one.loss)
+    found = collect.rows(workdir, one, one.loss)
     assert [row.status for row in found] == [table.EXCLUDED] * 3 + [table.USED]
     assert found[0].reason == "no metric 'valid/alignment' in summary.json; it has valid/loss"
     assert "+1 parameters" in found[1].reason
@@ -426,7 +425,7 @@ def test_a_smaller_vocabulary_than_declared_is_counted(project):
     config = run.config()
     real = step_cost.of_config(config, 777).sizes
     summary = outcome(run)["summary"] | {"parameters": {"total": real.n_total}}
-    record = records.build_record(run, summary, [])
+    record = collect.build_record(run, summary, [])
     assert (record["vocab_size"], record["parameters_mismatch"]) == (777, 0)
     assert record["n_text"] == real.n_text
 

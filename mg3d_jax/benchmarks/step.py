@@ -20,8 +20,7 @@ from rich.table import Table
 
 from mg3d_jax import config as config_lib
 from mg3d_jax import devices, sharding
-from mg3d_jax.benchmarks import hlo, op_times
-from mg3d_jax.benchmarks import step_cases as bench_cases
+from mg3d_jax.benchmarks import hlo, op_times, step_cases
 from mg3d_jax.benchmarks.patients import random_batch
 from mg3d_jax.config import Config, checks
 from mg3d_jax.data.tokens import SPECIAL_TOKENS
@@ -133,7 +132,7 @@ def _cost_analysis(compiled: jax.stages.Compiled) -> float | None:
     return (compiled.cost_analysis() or {}).get("flops")
 
 
-def print_report(result: Mapping[str, Any]) -> None:
+def print_tables(result: Mapping[str, Any]) -> None:
     """The tables on stdout."""
     console, seconds, patients = Console(), result["seconds"], result["patients"]
     console = console if console.is_terminal else Console(width=LOG_WIDTH)
@@ -197,7 +196,7 @@ def parse(argv: list[str]) -> tuple[argparse.Namespace, Config]:
     parser = argparse.ArgumentParser(prog="mg3d bench step", description=__doc__)
     config_lib.add_arguments(parser, required=False)
     parser.add_argument(
-        "--case", choices=sorted(bench_cases.CASES), help="a named configuration instead of --config FILE (mg3d-b)"
+        "--case", choices=sorted(step_cases.CASES), help="a named configuration instead of --config FILE (mg3d-b)"
     )
     parser.add_argument("--batch", type=int, metavar="B", help="patients per step, of all devices together")
     parser.add_argument("--steps", type=int, default=3, help="timed steps after the first; the median counts (3)")
@@ -209,11 +208,11 @@ def parse(argv: list[str]) -> tuple[argparse.Namespace, Config]:
         raise UserError(f"give --config {args.config} or --case {args.case}, not both")
     if args.steps < 1:
         raise UserError(f"--steps {args.steps} must be at least 1")
-    config = config_lib.load(args.config or f"{bench_cases.__file__}:{args.case or 'mg3d-b'}", overrides)
+    config = config_lib.load(args.config or f"{step_cases.__file__}:{args.case or 'mg3d-b'}", overrides)
     changes: dict[str, Any] = {"training.steps": 1000, "training.epochs": 0.0, "training.samples": 0}
     changes["data.batch_size"] = args.batch or config.data.batch_size
     if args.report_frozen:
-        changes["optimizer.freeze"] = tuple(dict.fromkeys((*config.optimizer.freeze, bench_cases.FROZEN_REPORT)))
+        changes["optimizer.freeze"] = tuple(dict.fromkeys((*config.optimizer.freeze, step_cases.FROZEN_REPORT)))
     changes["data.train"] = config.data.train or ("random patients",)
     config = config_lib.replace(config, changes)
     checks.validate(config)
@@ -223,7 +222,7 @@ def parse(argv: list[str]) -> tuple[argparse.Namespace, Config]:
 def main(argv: list[str]) -> int:
     args, config = parse(argv)
     result = measure(config, steps=args.steps)
-    print_report(result)
+    print_tables(result)
     if args.json:
         write_json(args.json, result)
     return 0

@@ -1,4 +1,4 @@
-"""`mg3d bench WHAT`: one table of benchmarks, each in the module that it measures."""
+"""`mg3d bench WHAT`: the table of benchmarks; each is a module of `benchmarks`."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import sys
 BENCHMARKS = {
     "data": (
         "mg3d_jax.benchmarks.preparation",
-        "preparation and loading, beside the field's script and MONAI's PersistentDataset",
+        "preparation and loading, beside the usual script and MONAI's PersistentDataset",
     ),
     "model": ("mg3d_jax.benchmarks.towers", "a volume encoder's training step, beside MONAI's ViT in PyTorch"),
     "step": ("mg3d_jax.benchmarks.step", "a training step: its time by part, memory, FLOPs, collectives"),

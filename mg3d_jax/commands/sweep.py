@@ -105,44 +105,39 @@ def _leave_accelerators_alone() -> None:
 
 def _plan(args: argparse.Namespace) -> int:
     _leave_accelerators_alone()
-    from mg3d_jax.scaling.sweep import declaration as sweep
-    from mg3d_jax.scaling.sweep import plan as planning
+    from mg3d_jax.scaling.sweep import declaration, plan
 
-    declared = sweep.load(args.config, args.settings)
-    print(planning.plan_table(declared, planning.plan(declared, args.workdir)))
+    declared = declaration.load(args.config, args.settings)
+    print(plan.plan_table(declared, plan.plan(declared, args.workdir)))
     return 0
 
 
 def _run(args: argparse.Namespace) -> int:
     _leave_accelerators_alone()
-    from mg3d_jax.scaling.sweep import declaration as sweep
-    from mg3d_jax.scaling.sweep import plan as planning
-    from mg3d_jax.scaling.sweep import runner as runs
+    from mg3d_jax.scaling.sweep import declaration, plan, runner
 
-    declared = sweep.load(args.config, args.settings)
-    planned = planning.plan(declared, args.workdir)
-    print(planning.plan_table(declared, planned), flush=True)
+    declared = declaration.load(args.config, args.settings)
+    planned = plan.plan(declared, args.workdir)
+    print(plan.plan_table(declared, planned), flush=True)
     if any(one.records is None for one in planned):
         raise UserError("data.train or data.valid is not a prepared folder (no manifest.json): run mg3d prepare first")
-    declared = dataclasses.replace(declared, data=sweep.data_fingerprint(declared))
-    sweep.write_declaration(args.workdir, declared)
-    return runs.run_all(declared, args.workdir)
+    declared = dataclasses.replace(declared, data=declaration.data_fingerprint(declared))
+    declaration.write_declaration(args.workdir, declared)
+    return runner.run_all(declared, args.workdir)
 
 
 def _status(args: argparse.Namespace) -> int:
-    from mg3d_jax.scaling.sweep import declaration as sweep
-    from mg3d_jax.scaling.sweep import plan as planning
+    from mg3d_jax.scaling.sweep import declaration, plan
 
-    print(planning.status_table(args.workdir, sweep.read_declaration(args.workdir)))
+    print(plan.status_table(args.workdir, declaration.read_declaration(args.workdir)))
     return 0
 
 
 def _compare(args: argparse.Namespace) -> int:
-    from mg3d_jax.scaling.sweep import compare
-    from mg3d_jax.scaling.sweep import declaration as sweep
+    from mg3d_jax.scaling.sweep import compare, declaration
 
     metrics = tuple(args.metric) or compare.METRICS
-    found, missing = compare.finals(args.workdir, sweep.read_declaration(args.workdir))
+    found, missing = compare.finals(args.workdir, declaration.read_declaration(args.workdir))
     rows = compare.compare(found, metrics)
     out = args.out or args.workdir / "compare"
     names = compare.write(out, rows, metrics)
@@ -159,9 +154,9 @@ def _fit(args: argparse.Namespace) -> int:
     if (args.table is None) == (args.workdir is None):
         raise UserError("give either --table T.csv (with --n, --d, --loss, --out) or --workdir DIR")
     document, out = _fit_table(args) if args.table else _fit_sweep(args)
-    from mg3d_jax.scaling.fit import outputs as report
+    from mg3d_jax.scaling.fit import outputs
 
-    print(report.summary(document))
+    print(outputs.summary(document))
     print(f"wrote {out}/fit.json, runs.csv" + "".join(f", {name}" for name in document["plots"]))
     if document["refusal"]:
         print(f"mg3d sweep fit: no law: {document['refusal']}", file=sys.stderr)
@@ -169,35 +164,33 @@ def _fit(args: argparse.Namespace) -> int:
 
 
 def _fit_table(args: argparse.Namespace) -> tuple[dict, Path]:
-    from mg3d_jax.scaling.fit import outputs as report
-    from mg3d_jax.scaling.fit import table
+    from mg3d_jax.scaling.fit import outputs, table
 
     if absent := [f"--{name}" for name in ("n", "d", "loss", "out") if getattr(args, name) is None]:
         raise UserError(f"--table needs {', '.join(absent)} too")
     rows = table.read_table(args.table, args.n, args.d, args.loss, args.group)
     names = {"N": args.n, "D": args.d, "loss": args.loss, "source": args.table.name}
-    return report.write_report(args.out, rows, names, draws=args.draws, seed=args.seed), args.out
+    return outputs.write(args.out, rows, names, draws=args.draws, seed=args.seed), args.out
 
 
 def _fit_sweep(args: argparse.Namespace) -> tuple[dict, Path]:
     _leave_accelerators_alone()
-    from mg3d_jax.scaling.fit import outputs as report
-    from mg3d_jax.scaling.sweep import declaration as sweep
-    from mg3d_jax.scaling.sweep import rows as records
+    from mg3d_jax.scaling.fit import outputs
+    from mg3d_jax.scaling.sweep import collect, declaration
 
     if given := [f"--{name}" for name in ("n", "d", "group") if getattr(args, name)]:
         raise UserError(f"{', '.join(given)} only go with --table; a sweep declares its model_size and data_size")
-    declared = sweep.read_declaration(args.workdir)
+    declared = declaration.read_declaration(args.workdir)
     loss, out = args.loss or declared.loss, args.out or args.workdir / "fit"
-    rows = records.rows(args.workdir, declared, loss)
+    rows = collect.rows(args.workdir, declared, loss)
     names = {"N": declared.model_size, "D": declared.data_size, "loss": loss, "source": f"sweep {declared.name}"}
-    document = report.write_report(
+    document = outputs.write(
         out,
         rows,
         names,
         draws=args.draws,
         seed=args.seed,
-        refusal=records.incomparable(declared, rows),
-        warnings=records.versions_warning(rows),
+        refusal=collect.incomparable(declared, rows),
+        warnings=collect.versions_warning(rows),
     )
     return document, out

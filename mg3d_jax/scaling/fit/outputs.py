@@ -106,7 +106,7 @@ def write_runs(path: Path, rows: Sequence[Row], fit: Fit) -> None:
         csv.writer(file).writerows([head + extra, *lines])
 
 
-def write_report(
+def write(
     out: Path,
     rows: Sequence[Row],
     names: Mapping[str, str],

@@ -17,8 +17,7 @@ from scipy import stats
 
 from mg3d_jax.errors import UserError
 from mg3d_jax.files import write_json
-from mg3d_jax.scaling.sweep import rows as records
-from mg3d_jax.scaling.sweep import states
+from mg3d_jax.scaling.sweep import collect, states
 from mg3d_jax.scaling.sweep.declaration import Sweep
 
 METRICS = (
@@ -72,7 +71,7 @@ def finals(workdir: Path, sweep: Sweep) -> tuple[dict[str, dict[int, dict[str, f
         if states.status(workdir, run).state != states.DONE:
             missing.append(run.id)
             continue
-        final = records.write_record(workdir, run)["final"]
+        final = collect.write_record(workdir, run)["final"]
         found[run.model][run.seed] = {k: math.nan if v is None else float(v) for k, v in final.items()}
     if not any(found.values()):
         raise UserError(f"{workdir}: no run is done yet; train them with `mg3d sweep run`")

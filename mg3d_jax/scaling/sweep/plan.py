@@ -12,8 +12,7 @@ from mg3d_jax.errors import UserError
 from mg3d_jax.files import read_json
 from mg3d_jax.progress import format_seconds
 from mg3d_jax.scaling.fit.plots import format_size
-from mg3d_jax.scaling.sweep import rows as records
-from mg3d_jax.scaling.sweep import states
+from mg3d_jax.scaling.sweep import collect, states
 from mg3d_jax.scaling.sweep.declaration import Run, Sweep
 from mg3d_jax.scaling.sweep.states import Status
 from mg3d_jax.training import cost as step_cost
@@ -76,7 +75,7 @@ def data_size(config: Config) -> tuple[int, int | None]:
 
 def _flops_per_second(workdir: Path, sweep: Sweep) -> float | None:
     """Training speed of the finished runs of this sweep; None before the first."""
-    done = [states.run_folder(workdir, run) / records.RECORD_FILE for run in sweep.runs]
+    done = [states.run_folder(workdir, run) / collect.RECORD_FILE for run in sweep.runs]
     found = [read_json(path) for path in done if path.is_file()]
     seconds = sum(one["trained_seconds"] or 0.0 for one in found)
     return sum(one["training_flops"] for one in found) / seconds if seconds else None
@@ -114,7 +113,7 @@ def plan_table(sweep: Sweep, planned: Sequence[Planned]) -> str:
 
 
 def status_table(workdir: Path, sweep: Sweep) -> str:
-    """Every declared run with its state and, where it is done, its loss; and folders that are not declared any more."""
+    """Every declared run with its state and, where it is done, its loss; and folders that the sweep does not declare."""
     lines = [["run", "state", "step", sweep.loss, "detail"]]
     counts: dict[str, int] = {}
     for run in sweep.runs:

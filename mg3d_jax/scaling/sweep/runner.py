@@ -18,8 +18,7 @@ from pathlib import Path
 from types import FrameType
 
 from mg3d_jax.progress import format_seconds
-from mg3d_jax.scaling.sweep import rows as records
-from mg3d_jax.scaling.sweep import states
+from mg3d_jax.scaling.sweep import collect, states
 from mg3d_jax.scaling.sweep.declaration import Run, Sweep
 from mg3d_jax.scaling.sweep.states import HeldLease
 
@@ -83,7 +82,7 @@ def _one(sweep: Sweep, run: Run, workdir: Path, trainer: Trainer, stop: Stop, la
     folder = states.run_folder(workdir, run)
     before = _wait_for_orphan(workdir, run, stop, label)
     if before.state == states.DONE:
-        records.write_record(workdir, run)
+        collect.write_record(workdir, run)
         logger.info(f"{label}: done before, skipped")
         return before
     lease = None if before.state == states.RUNNING or stop.asked else HeldLease.acquire(folder)
@@ -99,7 +98,7 @@ def _one(sweep: Sweep, run: Run, workdir: Path, trainer: Trainer, stop: Stop, la
     after = states.status(workdir, run)
     took = format_seconds(time.monotonic() - start)
     if after.state == states.DONE:
-        final = records.write_record(workdir, run)["final"].get(sweep.loss)
+        final = collect.write_record(workdir, run)["final"].get(sweep.loss)
         logger.info(f"{label}: done in {took}, {sweep.loss} {'absent' if final is None else f'{final:.5g}'}")
     else:
         logger.info(f"{label}: {after.state} after {took}: {after.detail}; see {folder / LOG_FILE}")

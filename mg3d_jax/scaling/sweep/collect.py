@@ -1,4 +1,4 @@
-"""One JSON record per finished run, and the rows that the fit reads: every declared run with its state."""
+"""What finished runs leave: `record.json` of each, and the rows that the fit reads, one per declared run."""
 
 from __future__ import annotations
 
