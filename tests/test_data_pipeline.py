@@ -30,6 +30,7 @@ from mg3d_jax.data.pipeline import (
 from mg3d_jax.data.shard_reader import open_shard
 from mg3d_jax.data.tokens import ReportTokenizer, train_wordpiece
 from mg3d_jax.errors import UserError
+from mg3d_jax.objectives.alignment import sentence_views
 from mg3d_jax.training import inputs as step_inputs
 
 
@@ -282,8 +283,8 @@ def test_sentence_views_are_sentences_as_the_tokenizer_would_write_them(data, to
     fields = [tokenizer(r.sentences) for r in records]
     batch = {k: np.stack([f[k] for f in fields]) for k in ("token_ids", "token_mask", "sentence_index", "word_index")}
     options = {"sentences": 3, "tokens": 16, "max_sentences": 16, "special": tokenizer.special}
-    views = jax.device_get(step_inputs.sentence_views(jax.random.key(0), batch, **options))
-    other = jax.device_get(step_inputs.sentence_views(jax.random.key(1), batch, **options))
+    views = jax.device_get(sentence_views(jax.random.key(0), batch, **options))
+    other = jax.device_get(sentence_views(jax.random.key(1), batch, **options))
     assert np.any(views["token_ids"] != other["token_ids"])
     alone = ReportTokenizer(tokenizer.tokenizer, 16, 1)
     ids = {}
@@ -306,5 +307,5 @@ def test_short_reports_leave_views_empty(tokenizer):
     fields = tokenizer(["No nodule."])
     batch = {k: v[None] for k, v in fields.items()}
     options = {"sentences": 4, "tokens": 16, "max_sentences": 16, "special": tokenizer.special}
-    views = jax.device_get(step_inputs.sentence_views(jax.random.key(0), batch, **options))
+    views = jax.device_get(sentence_views(jax.random.key(0), batch, **options))
     assert views["sentence_index"].any(axis=-1).tolist() == [[True, False, False, False]]

@@ -7,7 +7,7 @@ from support import SPECIAL, random_batch, tiny_config
 
 from mg3d_jax import sharding
 from mg3d_jax.evaluation.reconstructions import HIDDEN, Reconstructions, montage, undo_normalization
-from mg3d_jax.objectives.reconstruction import normalize_patches
+from mg3d_jax.objectives.volume_reconstruction import normalize_patches
 from mg3d_jax.training import state as state_lib
 
 SIDE, MARGIN, TOP = 192, 4, 18  # of a tile, between tiles, above the first

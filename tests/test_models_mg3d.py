@@ -18,8 +18,8 @@ from mg3d_jax import config as config_lib
 from mg3d_jax import sharding
 from mg3d_jax.config import checks
 from mg3d_jax.errors import UserError
-from mg3d_jax.models.mg3d import MG3D
-from mg3d_jax.objectives.multitask import multitask_loss, per_patient
+from mg3d_jax.models import mg3d
+from mg3d_jax.objectives.multitask import multitask_loss
 from mg3d_jax.training import optimizer
 from mg3d_jax.training.freezing import trained_rows
 from mg3d_jax.training.inputs import model_inputs
@@ -44,7 +44,7 @@ def make_config(**overrides):
 
 def losses(config):
     """The model, fresh parameters' shapes, and `(params, batch) -> (loss, metrics)` as the step computes it."""
-    model = MG3D(config, VOCAB)
+    model = mg3d.build(config, VOCAB)
 
     def inputs(batch, train=False):
         return model_inputs(batch, jax.random.key(1), config, special=SPECIAL, vocab_size=VOCAB, train=train)
@@ -52,7 +52,7 @@ def losses(config):
     def loss(params, batch):
         features = model.apply({"params": params}, inputs(batch, True), train=True, rngs={"dropout": jax.random.key(2)})
         logits = model.apply({"params": params}, method="logits")
-        return multitask_loss(per_patient(features, config.objectives) | logits, batch, config.objectives)
+        return multitask_loss(features, logits, batch, model.on)
 
     def init(batch):
         return model.init(jax.random.key(0), inputs(batch))["params"]
@@ -120,7 +120,7 @@ def test_a_swin_on_a_mesh_gives_what_it_gives_on_one_device():
 
 def test_a_swin_does_not_see_what_is_hidden():
     config = make_config(**SWIN)
-    model, params = MG3D(config, VOCAB), parameters(swin=True)
+    model, params = mg3d.build(config, VOCAB), parameters(swin=True)
     volume = jax.random.uniform(jax.random.key(0), (1, 16, 16, 16, 1))
     visible = jnp.array([[0, 3, 6]])  # of 2 x 2 x 2 cells
 
@@ -143,7 +143,7 @@ def test_a_swin_does_not_see_what_is_hidden():
     ("overrides", "words"),
     [
         ({VOLUME + "pooling": "flatten"}, "pooling = 'flatten'"),
-        ({VOLUME + "positions": "learned"}, "positions = 'learned' means nothing with kind = 'swin'"),
+        ({VOLUME + "positions": "learned"}, "positions = 'learned': means nothing with kind = 'swin'"),
         ({"model__volume_size": (20, 16, 16)}, "X = 20 is not divisible by the swin-nano cell X = 8"),
         ({VOLUME + "frozen_layers": 4}, "frozen_layers = 4: from 0"),
         ({VOLUME + "preset": "b"}, "preset = 'b'"),

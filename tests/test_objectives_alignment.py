@@ -8,8 +8,10 @@ from reference import contrastive as reference
 from support import SPECIAL, random_batch, tiny_config
 
 from mg3d_jax import sharding
+from mg3d_jax.objectives.alignment import embedding_statistics
+from mg3d_jax.objectives.alignment import loss as alignment
+from mg3d_jax.objectives.base import CENTERS
 from mg3d_jax.objectives.contrastive import info_nce
-from mg3d_jax.objectives.multitask import CENTERS, alignment, embedding_statistics
 from mg3d_jax.training import state as state_lib
 from mg3d_jax.training import step as step_lib
 
@@ -26,7 +28,7 @@ def features(batch=6, views=3, dim=8, seed=0):
     mask = rng.random((batch, views)) < 0.8
     mask[:, 0] = True
     ids = rng.integers(0, 4, (batch, views)).astype(np.int32)
-    return found | {"view_mask": mask, "view_id": ids, "report_has_text": mask.any(1), "logit_scale": np.float32(SCALE)}
+    return found | {"view_mask": mask, "view_id": ids, "logit_scale": np.float32(SCALE)}
 
 
 def batch_of(count, report_ids=None):

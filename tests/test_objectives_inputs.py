@@ -10,7 +10,9 @@ from mg3d_jax.objectives.contrastive import info_nce, sigmoid_contrastive
 from mg3d_jax.objectives.discrimination import patient_discrimination
 from mg3d_jax.objectives.masking import whole_word_mask
 from mg3d_jax.objectives.matching import sentence_matching
-from mg3d_jax.objectives.reconstruction import masked_patch_mse, masked_token_cross_entropy, sentence_alignment
+from mg3d_jax.objectives.report_reconstruction import sentence_sums, token_sums
+from mg3d_jax.objectives.sums import mean_of_sums
+from mg3d_jax.objectives.volume_reconstruction import patch_sums
 
 B, S, K, N, V = 4, 3, 5, 6, 7
 RNG = np.random.default_rng(0)
@@ -44,13 +46,16 @@ LOSSES = {
         lambda **a: patient_discrimination(temperature=0.1, **a)[0],
         {"volume": X, "z": Z, "mask": MASK},
     ),
-    "patches": (lambda **a: masked_patch_mse(**a)[0], {"prediction": PATCHES, "target": PATCHES + 1, "mask": HIDDEN}),
+    "patches": (
+        lambda **a: mean_of_sums(patch_sums(**a))["loss"],
+        {"prediction": PATCHES, "target": PATCHES + 1, "mask": HIDDEN},
+    ),
     "tokens": (
-        lambda **a: masked_token_cross_entropy(**a)[0],
+        lambda **a: mean_of_sums(token_sums(**a))["loss"],
         {"logits": LOGITS, "labels": LABELS, "mask": HIDDEN},
     ),
     "sentences": (
-        lambda **a: sentence_alignment(**a)[0],
+        lambda **a: mean_of_sums(sentence_sums(**a))["loss"],
         {"reconstructed": Z, "original": Z + 1, "mask": MASK},
     ),
 }
@@ -69,7 +74,7 @@ def test_shapes_that_would_broadcast_are_refused(name, key, change):
 
 def test_the_message_names_the_array_and_both_shapes():
     with pytest.raises(UserError, match=r"mask has the shape \(1, 6\) instead of \(4, 6\): prediction and target"):
-        masked_patch_mse(PATCHES, PATCHES, HIDDEN[:1])
+        patch_sums(PATCHES, PATCHES, HIDDEN[:1])
     with pytest.raises(UserError, match=r"temperature has the shape \(5,\)"):
         info_nce(X, Y, temperature=np.ones(K))
     with pytest.raises(UserError, match=r"group_ids has the shape \(8,\) instead of \(4,\)"):

@@ -16,7 +16,8 @@ from mg3d_jax.config import checks
 from mg3d_jax.data.pipeline import PreparedData, evaluation_batches
 from mg3d_jax.data.tokens import ReportTokenizer, train_wordpiece
 from mg3d_jax.errors import UserError
-from mg3d_jax.objectives.multitask import OBJECTIVES, enabled
+from mg3d_jax.objectives.base import enabled
+from mg3d_jax.registry import OBJECTIVES
 from mg3d_jax.training import optimizer
 from mg3d_jax.training import state as state_lib
 from mg3d_jax.training import step as step_lib
@@ -88,6 +89,11 @@ def loss_and_gradients(config, *sizes, batch=None):
     return run(random_batch(config, VOCAB) if batch is None else batch)
 
 
+def names_of(config):
+    """Of the objectives that are on."""
+    return {one.name for one in enabled(config.objectives)}
+
+
 def moved_names(gradients):
     """Names of the parameters with a gradient.
 
@@ -107,7 +113,7 @@ def test_a_gradient_reaches_every_parameter_of_what_is_enabled_and_no_other(obje
     moved, names = moved_names(gradients)
     expected = {name for name in names if re.fullmatch(TRAINS[objectives], name)}
     assert moved == expected
-    assert np.isfinite(loss) and set(metrics) >= set(enabled(make_config(objectives).objectives))
+    assert np.isfinite(loss) and set(metrics) >= names_of(make_config(objectives))
 
 
 def test_the_default_form_trains_all_but_what_single_sentences_and_centring_leave_out():
@@ -135,7 +141,7 @@ def test_a_disabled_objective_has_no_parameters(objective):
     config = config_lib.replace(make_config("mg3d"), {f"objectives.{objective}.weight": 0.0})
     model, _ = state_lib.build_model(config, VOCAB)
     names = set(state_lib.abstract_parameters(model, config))
-    on = set(enabled(config.objectives))
+    on = names_of(config)
     assert {head for head in HEADS if head in names} == {head for head, users in HEADS.items() if users & on}
     assert names >= {"volume_projection", "report_projection"}  # every run can be evaluated
 

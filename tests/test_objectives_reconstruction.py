@@ -8,12 +8,19 @@ import torch
 from reference import reconstruction as reference
 from reference.tools import MESH_SHAPES, fake_mesh, numerical_gradient, shard_rows
 
-from mg3d_jax.objectives.reconstruction import (
-    masked_patch_mse,
-    masked_token_cross_entropy,
-    normalize_patches,
-    sentence_alignment,
-)
+from mg3d_jax.objectives.report_reconstruction import sentence_sums, token_sums
+from mg3d_jax.objectives.sums import mean_of_sums
+from mg3d_jax.objectives.volume_reconstruction import normalize_patches, patch_sums
+
+
+def loss_of(sums):
+    """`(prediction, target, mask) -> (loss, means)` of one of the functions that sum per patient."""
+
+    def loss(prediction, target, mask):
+        means = mean_of_sums(sums(prediction, target, mask))
+        return means["loss"], means
+
+    return loss
 
 
 def make_case(name, seed=0):
@@ -21,12 +28,12 @@ def make_case(name, seed=0):
     rng = np.random.default_rng(seed)
     mask = rng.random((3, 5)) < 0.4
     if name == "voxels":
-        return masked_patch_mse, reference.masked_patch_mse, *rng.normal(size=(2, 3, 5, 6)).astype(np.float32), mask
+        return loss_of(patch_sums), reference.masked_patch_mse, *rng.normal(size=(2, 3, 5, 6)).astype(np.float32), mask
     if name == "tokens":
         labels = rng.integers(0, 6, (3, 5)).astype(np.int32)
         logits = rng.normal(size=(3, 5, 6)).astype(np.float32)
-        return masked_token_cross_entropy, reference.masked_token_cross_entropy, logits, labels, mask
-    return sentence_alignment, reference.sentence_alignment, *rng.normal(size=(2, 3, 5, 6)).astype(np.float32), mask
+        return loss_of(token_sums), reference.masked_token_cross_entropy, logits, labels, mask
+    return loss_of(sentence_sums), reference.sentence_alignment, *rng.normal(size=(2, 3, 5, 6)).astype(np.float32), mask
 
 
 names = pytest.mark.parametrize("name", ["voxels", "tokens", "sentences"])
@@ -78,10 +85,10 @@ def test_tokens_equal_torch_with_ignored_labels():
     _, _, logits, labels, mask = make_case("tokens", seed=4)
     torch_labels = torch.tensor(np.where(mask, labels, -100).reshape(-1).astype(np.int64))
     expected = torch.nn.functional.cross_entropy(torch.tensor(logits).reshape(-1, 6), torch_labels)
-    loss, metrics = masked_token_cross_entropy(logits, labels, mask)
-    assert float(loss) == pytest.approx(expected.item(), abs=1e-6)
-    assert float(metrics["accuracy"]) == pytest.approx(np.mean(logits.argmax(-1)[mask] == labels[mask]))
-    assert float(metrics["tokens"]) == mask.sum()
+    means = mean_of_sums(token_sums(logits, labels, mask))
+    assert float(means["loss"]) == pytest.approx(expected.item(), abs=1e-6)
+    assert float(means["accuracy"]) == pytest.approx(np.mean(logits.argmax(-1)[mask] == labels[mask]))
+    assert float(means["count"]) == mask.sum()
 
 
 def test_normalized_patches_have_mean_zero_and_variance_one():

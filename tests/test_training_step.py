@@ -107,11 +107,13 @@ def test_accumulation_averages_the_gradients_of_its_micro_batches():
 NAN_LOSS, NAN_GRADIENT = -32768, -32767  # HU values of the first voxel that make `poisoned_loss` misbehave
 
 
-def poisoned_loss(features, batch, objectives):
-    loss, metrics = multitask_loss(features, batch, objectives)
+def poisoned_loss(features, logits, batch, on):
+    loss, metrics = multitask_loss(features, logits, batch, on)
     voxel = batch["volume"][0, 0, 0, 0]
     spike = voxel == NAN_GRADIENT  # the root of 0 is 0, its derivative times 0 is not
-    root = jnp.sqrt(jnp.where(spike, 0.0 * jnp.sum(features["volume_embedding"]), 1.0)) - jnp.where(spike, 0.0, 1.0)
+    root = jnp.sqrt(jnp.where(spike, 0.0 * jnp.sum(features["alignment"]["volume_embedding"]), 1.0)) - jnp.where(
+        spike, 0.0, 1.0
+    )
     loss = jnp.where(voxel == NAN_LOSS, jnp.nan, loss + root)
     return loss, metrics | {"loss": loss}
 

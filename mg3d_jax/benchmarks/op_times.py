@@ -25,10 +25,10 @@ PARTS: tuple[tuple[str, str], ...] = (
     (r"_reconstruct_report/report_encoder", "report tower, corrupted report"),
     (r"report_encoder|_encode_report|embed_report", "report tower, whole report"),
     (r"_reconstruct_report/fusion", "fusion with the corrupted report"),
-    (r"fusion|_fused_embeddings", "fusion with the whole report"),
+    (r"fusion|_fused", "fusion with the whole report"),
     (r"sentence_conditioned_volume", "sentence-conditioned volume"),
     (r"voxel_decoder", "voxel decoder"),
-    (r"_reconstruct_report", "word and sentence heads"),
+    (r"_reconstruct_report|token_head|sentence_projection|_token_logits", "word and sentence heads"),
     (r"jvp\(", "inputs and objectives"),
     (r"jit\(", "optimizer"),
 )

@@ -13,7 +13,7 @@ from PIL import Image, ImageDraw
 
 from mg3d_jax import sharding
 from mg3d_jax.models.volume_encoder import unpatchify
-from mg3d_jax.objectives.multitask import enabled
+from mg3d_jax.objectives.base import Enabled, enabled
 from mg3d_jax.training.inputs import model_inputs
 from mg3d_jax.training.state import Setup
 
@@ -44,7 +44,9 @@ class Reconstructions:
     def __init__(self, setup: Setup, special: dict[str, int], *, spacing: tuple[float, float, float] | None = None):
         self.setup, self.special, self.spacing = setup, special, spacing or (1.0, 1.0, 1.0)
         self._slices: Callable[[Any, Batch], dict] | None = None
-        if "volume_reconstruction" in enabled(setup.config.objectives):
+        on = {one.name: one for one in enabled(setup.config.objectives)}
+        if "volume_reconstruction" in on:
+            self._objective: Enabled = on["volume_reconstruction"]
             self._slices = jax.jit(
                 self._compute,
                 in_shardings=(setup.shardings["params"], sharding.batch_sharding(setup.mesh)),
@@ -71,13 +73,11 @@ class Reconstructions:
         inputs = model_inputs(
             batch, jax.random.key(0), config, special=self.special, vocab_size=model.vocab_size, train=False
         )
-        features = model.apply({"params": params}, inputs)
+        features = model.apply({"params": params}, inputs, self._objective.needs, method="compute")
         rows, shown = distinct_patients(batch["patient_id"], batch["valid"], PATIENTS)
-        patches, prediction, mask = (
-            jnp.take(features[name], rows, axis=0) for name in ("patches", "voxel_prediction", "patch_mask")
-        )
+        prediction, patches, mask = (jnp.take(features[name], rows, axis=0) for name in self._objective.needs)
         prediction = prediction.astype(jnp.float32)
-        if config.objectives["volume_reconstruction"].normalize_target:
+        if self._objective.options.normalize_target:
             prediction = undo_normalization(prediction, patches)
         hidden = jnp.broadcast_to(mask[..., None], patches.shape)
         filled = jnp.where(hidden, prediction, patches)
@@ -98,7 +98,8 @@ def distinct_patients(patient_id: jax.Array, valid: jax.Array, count: int) -> tu
 
 
 def undo_normalization(prediction: jax.Array, patches: jax.Array, epsilon: float = 1e-6) -> jax.Array:
-    """Turns predictions of `objectives.reconstruction.normalize_patches` back, with the statistics of `patches` [B, N, P]."""
+    """Turns predictions of normalised patches (`objectives.volume_reconstruction`) back, with the statistics of `patches`
+    [B, N, P]."""
     patches = patches.astype(jnp.float32)
     deviation = jnp.sqrt(jnp.var(patches, axis=-1, keepdims=True) + epsilon)
     return prediction * deviation + jnp.mean(patches, axis=-1, keepdims=True)

@@ -1,8 +1,10 @@
-"""The two towers and their heads, assembled: what turns a batch into the features that the objectives read."""
+"""The two towers and their heads, assembled: what turns a batch into the features that objectives and tasks need."""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
+from dataclasses import dataclass
 from typing import Any
 
 import flax.linen as nn
@@ -10,70 +12,148 @@ import jax
 import jax.numpy as jnp
 
 from mg3d_jax.config import Config
+from mg3d_jax.errors import UserError
 from mg3d_jax.models.decoders import TokenHead, VoxelDecoder
 from mg3d_jax.models.fusion import Fusion, SentenceConditionedVolume
 from mg3d_jax.models.heads import AttentionPool, Projection, mean_pool, sentence_means
 from mg3d_jax.models.volume_encoder import patchify
+from mg3d_jax.objectives.base import Context, Enabled, enabled
+from mg3d_jax.options import Group
 
 MAX_LOGIT_SCALE = 100.0  # temperature 0.01: CLIP's clip
-FIXED_WORD_DIM = 256  # of the random word vectors that `matching.sentence_source = "words"` compares
+FIXED_WORD_DIM = 256  # length of the random word vectors of `sentence_words`
 INITIAL_LOGIT_BIAS = -10.0  # SigLIP's: at the start nearly every pair is called negative
 
 
-class MG3D(nn.Module):
-    """Volume encoder, report encoder, their embeddings, and the fusion and heads of the enabled objectives.
+@dataclass(frozen=True)
+class Step:
+    """One computation of the model: the method, the features that it gives, the features and inputs that it reads."""
+
+    method: str
+    gives: tuple[str, ...]
+    reads: tuple[str, ...]
+
+
+# Every feature that there is, [B, ...]. They are computed in this order, whoever needs them, so that the random numbers of
+# dropout in a module that is called several times do not depend on which objectives are on. Inputs are those of
+# `training.inputs.model_inputs`: `volume`, `report`, and what the objectives draw.
+STEPS: tuple[Step, ...] = (
+    Step("_embed_views", ("view_embeddings", "view_mask", "view_id"), ("views",)),
+    Step("_encode_report", ("report_tokens", "report_input_embeddings"), ("report",)),
+    Step("_sentences", ("sentences", "sentence_mask"), ("report_tokens", "report")),
+    Step("_report_embedding", ("report_embedding",), ("sentences", "sentence_mask")),
+    Step("_sentence_embeddings", ("sentence_embeddings",), ("report_input_embeddings", "report")),
+    Step("_sentence_words", ("sentence_words",), ("report",)),
+    Step("_volume", ("volume_tokens", "volume_pooled"), ("volume",)),
+    Step("_volume_embedding", ("volume_embedding",), ("volume_pooled",)),
+    Step("_sentence_conditioned", ("z",), ("sentences", "volume_tokens")),
+    Step("_fused", ("fused_volume", "fused_report"), ("volume_tokens", "report_tokens", "report")),
+    Step("_fused_volume_embedding", ("fused_volume_embedding",), ("fused_volume",)),
+    Step("_fused_embedding", ("fused_embedding",), ("fused_volume", "fused_report")),
+    Step("_patches", ("patches",), ("volume",)),
+    Step("_reconstruct_volume", ("voxel_prediction",), ("volume", "visible", "report_tokens", "report")),
+    Step("_reconstruct_volume", ("voxel_prediction_without_report",), ("volume", "visible")),
+    Step("_reconstruct_report", ("reconstructed_tokens",), ("corrupted_ids", "volume_tokens", "report")),
+    Step("_token_logits", ("token_logits", "token_labels"), ("reconstructed_tokens", "predicted", "report")),
+    Step("_reconstructed_sentences", ("reconstructed_sentences",), ("reconstructed_tokens", "report")),
+    Step("_original_sentences", ("original_sentences",), ("sentences",)),
+)
+# The towers and their embeddings always have parameters, so that every run can be evaluated.
+ALWAYS = ("volume_embedding", "report_embedding")
+
+
+def steps_for(needed: Iterable[str]) -> tuple[Step, ...]:
+    """What has to be computed for these features, in order."""
+    wanted, chosen = set(needed), []
+    for step in reversed(STEPS):
+        if wanted & set(step.gives):
+            chosen.append(step)
+            wanted |= set(step.reads)
+    return tuple(reversed(chosen))
+
+
+def build(config: Config, vocab_size: int, attention_backend: str = "xla") -> MG3D:
+    """The model of a configuration.
 
     Args:
-        config: the whole configuration (`config.model`, `config.data`, `config.objectives` are read).
         vocab_size: of the run's tokenizer.
         attention_backend: `config.model.attention`, resolved for the device (never "auto").
     """
+    context = Context(config.data, config.model, vocab_size, Group({}))
+    alignment = config.objectives["alignment"]
+    return MG3D(
+        context,
+        enabled(config.objectives, config.tasks),
+        temperature=alignment.temperature,
+        learn_temperature=alignment.learn_temperature,
+        sigmoid=alignment.form == "sigmoid",
+        attention_backend=attention_backend,
+    )
 
-    config: Config
-    vocab_size: int
+
+class MG3D(nn.Module):
+    """Volume encoder, report encoder, their embeddings, and the fusion and heads that `on` needs.
+
+    Args:
+        on: objectives and tasks.
+        temperature: of the similarities at the start.
+        sigmoid: has the similarity a bias, as SigLIP's form has?
+    """
+
+    context: Context
+    on: tuple[Enabled, ...]
+    temperature: float = 0.1
+    learn_temperature: bool = False
+    sigmoid: bool = False
     attention_backend: str = "xla"
 
+    @property
+    def vocab_size(self) -> int:
+        """Of the run's tokenizer."""
+        return self.context.vocab_size
+
     def setup(self) -> None:
-        model, objective = self.config.model, self.config.objectives["alignment"]
-        volume = model.volume_encoder.sizes
+        model, backend = self.context.model, self.attention_backend
         report = model.report_encoder.sizes
-        common = {"dtype": model.dtype, "remat": model.remat, "attention_backend": self.attention_backend}
-        channels = len(self.config.data.windows)
-        self.volume_encoder = model.volume_encoder.tower.build(model, channels, self.attention_backend)
-        self.report_encoder = model.report_encoder.tower.build(model, self.vocab_size, self.attention_backend)
+        self.volume_encoder = model.volume_encoder.tower.build(model, len(self.context.data.windows), backend)
+        self.report_encoder = model.report_encoder.tower.build(model, self.vocab_size, backend)
         self.volume_projection = Projection(model.projection_dim, dtype=model.dtype, use_bias=True)
         self.report_pool = AttentionPool(report.num_heads, dtype=model.dtype)
         self.report_projection = Projection(model.projection_dim, dtype=model.dtype, use_bias=True)
-        largest = min(1.0 / objective.temperature, MAX_LOGIT_SCALE)
+        largest = min(1.0 / self.temperature, MAX_LOGIT_SCALE)
         self.logit_scale = self.param("logit_scale", lambda _: jnp.log(jnp.float32(largest)))
-        if objective.form == "sigmoid":
+        if self.sigmoid:
             self.logit_bias = self.param("logit_bias", lambda _: jnp.float32(INITIAL_LOGIT_BIAS))
-        self._setup_objectives(volume.num_heads, report.num_heads, common)
+        self._setup_heads(model.volume_encoder.sizes.num_heads, report.num_heads)
+        own = {one.name: one.objective.modules(one.options, self.context) for one in self.on}
+        for name, module in (pair for modules in own.values() for pair in modules.items()):
+            setattr(self, name, module)
+        self.own_modules = {name: tuple(modules) for name, modules in own.items()}
 
-    def _setup_objectives(self, volume_heads: int, report_heads: int, common: dict[str, Any]) -> None:
-        """What only some objectives need. A module that is never called has no parameters."""
-        model, dtype = self.config.model, self.config.model.dtype
-        attention = {"dtype": dtype, "attention_backend": self.attention_backend}
-        wanted = {
-            "volume": self._on("discrimination") or self._fused_pair(),
-            "report": self._on("report_reconstruction"),
-        }
-        wanted["report"] |= self._fused_pair()
+    def _setup_heads(self, volume_heads: int, report_heads: int) -> None:
+        """What only some features need. A module that is never called has no parameters."""
+        model, dtype = self.context.model, self.context.model.dtype
+        common = {"dtype": dtype, "remat": model.remat, "attention_backend": self.attention_backend}
+        needed = self._needed()
+        read = {*needed, *(name for step in steps_for(needed) for name in step.reads)}
+        streams = {"volume": {"fused_volume"}, "report": {"fused_report", "reconstructed_tokens"}}
         self.fusion = Fusion(
             depth=model.fusion.depth,
             num_heads=volume_heads,
             report_num_heads=report_heads,
             kind=model.fusion.kind,
-            outputs=tuple(name for name, on in wanted.items() if on),
+            outputs=tuple(name for name, readers in streams.items() if readers & read),
             **common,
         )
         self.fused_volume_projection = Projection(model.matching_dim, dtype=dtype)
         self.fused_volume_pair_projection = Projection(model.projection_dim, dtype=dtype)
         self.fused_report_pair_projection = Projection(model.projection_dim, dtype=dtype)
-        self.sentence_conditioned_volume = SentenceConditionedVolume(report_heads, model.matching_dim, **attention)
+        self.sentence_conditioned_volume = SentenceConditionedVolume(
+            report_heads, model.matching_dim, dtype, self.attention_backend
+        )
         self.voxel_decoder = VoxelDecoder(
             grid=model.token_grid(),
-            patch_values=math.prod(model.token_cell()) * len(self.config.data.windows),
+            patch_values=math.prod(model.token_cell()) * len(self.context.data.windows),
             width=model.voxel_decoder.width,
             depth=model.voxel_decoder.depth,
             num_heads=model.voxel_decoder.num_heads,
@@ -82,43 +162,46 @@ class MG3D(nn.Module):
         self.token_head = TokenHead(self.vocab_size, dtype)
         self.sentence_projection = Projection(model.matching_dim, dtype=dtype)
 
-    def _on(self, *names: str) -> bool:
-        """Is any of these objectives enabled?"""
-        return any(self.config.objectives[name].weight > 0 for name in names)
+    def _needed(self) -> tuple[str, ...]:
+        return tuple(dict.fromkeys(name for one in self.on for name in one.needs))
 
-    def _fused_pair(self) -> bool:
-        return self._on("alignment") and self.config.objectives["alignment"].fused_weight > 0
+    def __call__(self, inputs: dict[str, Any], *, train: bool = False) -> dict[str, dict[str, Any]]:
+        """What each loss reads, by the name of its objective or task: trees of arrays, one row per patient.
 
-    def embed_volume(self, volume: jax.Array, *, train: bool = False) -> dict[str, jax.Array]:
+        Args:
+            inputs: what `training.inputs.model_inputs` makes of a batch.
+        """
+        needed = self._needed() + (ALWAYS if self.is_initializing() else ())
+        values = self.compute(inputs, needed, train=train)
+        found = {}
+        for one in self.on:
+            modules = {name: getattr(self, name) for name in self.own_modules[one.name]}
+            needs = {name: values[name] for name in one.needs}
+            found[one.name] = one.objective.features(modules, needs, one.options)
+        return found
+
+    def compute(self, inputs: dict[str, Any], names: tuple[str, ...], *, train: bool = False) -> dict[str, Any]:
+        """These features and inputs by name, see `STEPS`. `UserError` where there is none of that name."""
+        values = dict(inputs)
+        for step in steps_for(names):
+            if missing := [name for name in step.reads if name not in values]:
+                raise UserError(f"{', '.join(step.gives)} need {missing}, which no objective that is on draws")
+            found = getattr(self, step.method)(*(values[name] for name in step.reads), train=train)
+            values |= dict(zip(step.gives, found, strict=True))
+        if missing := [name for name in names if name not in values]:
+            known = sorted({name for step in STEPS for name in step.gives} | inputs.keys())
+            raise UserError(f"the model has no features {missing}; it has {', '.join(known)}")
+        return {name: values[name] for name in names}
+
+    def embed_volume(self, volume: jax.Array) -> dict[str, jax.Array]:
         """Windowed volume [B, X, Y, Z, C] -> `volume_tokens` [B, N, d], `volume_embedding` [B, k] (float32, any length)."""
-        encoded = self.volume_encoder(volume, train=train)
-        embedding = self.volume_projection(encoded["pooled"]).astype(jnp.float32)
-        return {"volume_tokens": encoded["tokens"], "volume_embedding": embedding}
+        return self.compute({"volume": volume}, ("volume_tokens", "volume_embedding"))
 
-    def embed_report(
-        self, report: dict[str, jax.Array], *, train: bool = False, max_sentences: int | None = None
-    ) -> dict[str, jax.Array]:
+    def embed_report(self, report: dict[str, jax.Array]) -> dict[str, jax.Array]:
         """Text fields of a batch -> `report_tokens` [B, T, d], `sentences` [B, S, d], `sentence_mask` [B, S],
         `report_embedding` [B, k] (float32, any length; zero for a report without sentences)."""
-        encoded = self._encode_report(report, train=train, max_sentences=max_sentences)
-        embedding = self.report_projection(self.report_pool(encoded["sentences"], encoded["sentence_mask"]))
-        return encoded | {"report_embedding": embedding.astype(jnp.float32)}
-
-    def _encode_report(
-        self, report: dict[str, jax.Array], *, train: bool, max_sentences: int | None = None
-    ) -> dict[str, jax.Array]:
-        encoded = self.report_encoder(report["token_ids"], report["token_mask"], train=train)
-        count = max_sentences or self.config.data.max_sentences
-        sentences, mask = sentence_means(encoded["tokens"], report["sentence_index"], count)
-        features = {"report_tokens": encoded["tokens"], "sentences": sentences, "sentence_mask": mask}
-        source, targets = self.config.objectives["matching"].sentence_source, encoded["tokens"]
-        if source == "embeddings":
-            targets = encoded["embeddings"]
-        if source == "words":
-            table = jax.random.normal(jax.random.key(0), (self.vocab_size, FIXED_WORD_DIM))
-            targets = jnp.take(table, report["token_ids"], axis=0)
-        targets = sentence_means(jax.lax.stop_gradient(targets), report["sentence_index"], count)[0]
-        return features | {"sentence_targets": targets}
+        names = ("report_tokens", "sentences", "sentence_mask", "report_embedding")
+        return self.compute({"report": report}, names)
 
     def logits(self) -> dict[str, jax.Array]:
         """`logit_scale` (1 / temperature) and, for the sigmoid form, `logit_bias`: scalars, not per patient.
@@ -127,103 +210,108 @@ class MG3D(nn.Module):
         above, and stay there.
         """
         scale = jnp.exp(self.logit_scale)
-        if not self.config.objectives["alignment"].learn_temperature:
+        if not self.learn_temperature:
             scale = jax.lax.stop_gradient(scale)
-        bias = {"logit_bias": self.logit_bias} if self.config.objectives["alignment"].form == "sigmoid" else {}
-        return {"logit_scale": scale} | bias
+        return {"logit_scale": scale} | ({"logit_bias": self.logit_bias} if self.sigmoid else {})
 
-    def __call__(self, inputs: dict[str, Any], *, train: bool = False) -> dict[str, jax.Array]:
-        """Features of the enabled objectives, by name, one row per patient (`objectives.multitask` says who reads what).
+    # The steps: `(what the row of STEPS reads, train) -> what it gives`.
 
-        Args:
-            inputs: what `training.inputs.model_inputs` makes of a batch: `volume` windowed; `report`, the text fields that
-                the report embedding reads; where needed `full_report`, `visible`, `patch_mask`, `corrupted_ids`,
-                `predicted`, `selected`.
-        """
-        features: dict[str, jax.Array] = {}
-        # The towers and their embeddings always have parameters, so that every run can be evaluated.
-        embeds = self._on("alignment") or self.is_initializing()
-        full = inputs.get("full_report", inputs["report"])
-        text: dict[str, jax.Array] = {}
-        if embeds:
-            if "full_report" in inputs:
-                features |= self._embed_views(inputs["report"], train)
-            else:
-                text = self.embed_report(inputs["report"], train=train)
-                features["report_embedding"] = text["report_embedding"]
-                features["report_has_text"] = jnp.any(text["sentence_mask"], axis=1)
-        reads_text = self._on("volume_reconstruction") and self.config.objectives["volume_reconstruction"].read_report
-        if self._on("report_reconstruction", "matching", "discrimination") or self._fused_pair() or reads_text:
-            text = text or self._encode_report(full, train=train)
-            features |= {name: text[name] for name in ("sentence_mask", "sentence_targets")}
-        if embeds or self._on("report_reconstruction", "matching", "discrimination"):
-            features |= self.embed_volume(inputs["volume"], train=train)
-        if self._on("matching", "discrimination"):
-            z = self.sentence_conditioned_volume(text["sentences"], features["volume_tokens"])
-            features["z"] = z.astype(jnp.float32)
-        if self._on("discrimination") or self._fused_pair():
-            features |= self._fused_embeddings(features["volume_tokens"], text, full["token_mask"], train)
-        if self._on("volume_reconstruction"):
-            features |= self._reconstruct_volume(inputs, text if reads_text else {}, full["token_mask"], train)
-        if self._on("report_reconstruction"):
-            features |= self._reconstruct_report(inputs, full, text, features["volume_tokens"], train)
-        return features
-
-    def _embed_views(self, views: dict[str, jax.Array], train: bool) -> dict[str, jax.Array]:
-        """Single sentences [B, K, L], each embedded as a report of its own: `view_embeddings` [B, K, k], `view_mask` and
-        `view_id` [B, K], with `report_has_text` [B]."""
+    def _embed_views(self, views: dict[str, jax.Array], train: bool) -> tuple[jax.Array, ...]:
+        """Single sentences [B, K, L], each embedded as a report of its own: [B, K, k], with mask and id [B, K]."""
         batch, count, length = views["token_ids"].shape
-        rows = {
-            name: views[name].reshape(batch * count, length) for name in ("token_ids", "token_mask", "sentence_index")
-        }
-        embedded = self.embed_report(rows, train=train, max_sentences=1)
-        embeddings = embedded["report_embedding"].reshape(batch, count, -1)
-        mask = jnp.any(embedded["sentence_mask"], axis=1).reshape(batch, count)
-        return {
-            "view_embeddings": embeddings,
-            "view_mask": mask,
-            "view_id": views["view_id"],
-            "report_has_text": jnp.any(mask, axis=1),
-        }
+        names = ("token_ids", "token_mask", "sentence_index")
+        rows = {name: views[name].reshape(batch * count, length) for name in names}
+        tokens, _ = self._encode_report(rows, train=train)
+        sentences, mask = sentence_means(tokens, rows["sentence_index"], 1)
+        (embeddings,) = self._report_embedding(sentences, mask, train=train)
+        embeddings = embeddings.reshape(batch, count, -1)
+        return embeddings, jnp.any(mask, axis=1).reshape(batch, count), views["view_id"]
 
-    def _fused_embeddings(
-        self, volume_tokens: jax.Array, text: dict[str, jax.Array], mask: jax.Array, train: bool
-    ) -> dict[str, jax.Array]:
-        """`fused_volume_embedding` [B, matching_dim] and, for the fused pair, `fused_embedding` [B, 2 k], float32."""
-        fused, embeddings = self.fusion(volume_tokens, text["report_tokens"], mask, train), {}
-        volume = mean_pool(fused["volume"])
-        if self._on("discrimination"):
-            embeddings["fused_volume_embedding"] = self.fused_volume_projection(volume).astype(jnp.float32)
-        if self._fused_pair():
-            report = self.fused_report_pair_projection(mean_pool(fused["report"], mask))
-            pair = jnp.concatenate([report, self.fused_volume_pair_projection(volume)], axis=-1)
-            embeddings["fused_embedding"] = pair.astype(jnp.float32)
-        return embeddings
+    def _encode_report(self, report: dict[str, jax.Array], train: bool) -> tuple[jax.Array, ...]:
+        encoded = self.report_encoder(report["token_ids"], report["token_mask"], train=train)
+        return encoded["tokens"], encoded["embeddings"]
+
+    def _sentences(self, tokens: jax.Array, report: dict[str, jax.Array], train: bool) -> tuple[jax.Array, ...]:
+        return sentence_means(tokens, report["sentence_index"], self.context.data.max_sentences)
+
+    def _report_embedding(self, sentences: jax.Array, mask: jax.Array, train: bool) -> tuple[jax.Array, ...]:
+        return (self.report_projection(self.report_pool(sentences, mask)).astype(jnp.float32),)
+
+    def _sentence_embeddings(
+        self, embeddings: jax.Array, report: dict[str, jax.Array], train: bool
+    ) -> tuple[jax.Array, ...]:
+        """[B, S, d]: means of what enters the report encoder."""
+        return self._sentences(embeddings, report, train)[:1]
+
+    def _sentence_words(self, report: dict[str, jax.Array], train: bool) -> tuple[jax.Array, ...]:
+        """[B, S, FIXED_WORD_DIM]: means of word vectors that are random, but the same in every run."""
+        table = jax.random.normal(jax.random.key(0), (self.vocab_size, FIXED_WORD_DIM))
+        return self._sentences(jnp.take(table, report["token_ids"], axis=0), report, train)[:1]
+
+    def _volume(self, volume: jax.Array, train: bool) -> tuple[jax.Array, ...]:
+        encoded = self.volume_encoder(volume, train=train)
+        return encoded["tokens"], encoded["pooled"]
+
+    def _volume_embedding(self, pooled: jax.Array, train: bool) -> tuple[jax.Array, ...]:
+        return (self.volume_projection(pooled).astype(jnp.float32),)
+
+    def _sentence_conditioned(
+        self, sentences: jax.Array, volume_tokens: jax.Array, train: bool
+    ) -> tuple[jax.Array, ...]:
+        return (self.sentence_conditioned_volume(sentences, volume_tokens).astype(jnp.float32),)
+
+    def _fused(
+        self, volume_tokens: jax.Array, report_tokens: jax.Array, report: dict[str, jax.Array], train: bool
+    ) -> tuple[jax.Array | None, ...]:
+        """Means [B, d] over the fused tokens of both; None for the one that nobody reads."""
+        mask = report["token_mask"]
+        fused = self.fusion(volume_tokens, report_tokens, mask, train)
+        volume = mean_pool(fused["volume"]) if "volume" in fused else None
+        return volume, mean_pool(fused["report"], mask) if "report" in fused else None
+
+    def _fused_volume_embedding(self, volume: jax.Array, train: bool) -> tuple[jax.Array, ...]:
+        return (self.fused_volume_projection(volume).astype(jnp.float32),)
+
+    def _fused_embedding(self, volume: jax.Array, report: jax.Array, train: bool) -> tuple[jax.Array, ...]:
+        pair = self.fused_report_pair_projection(report), self.fused_volume_pair_projection(volume)
+        return (jnp.concatenate(pair, axis=-1).astype(jnp.float32),)
+
+    def _patches(self, volume: jax.Array, train: bool) -> tuple[jax.Array, ...]:
+        return (patchify(volume, self.context.model.token_cell()),)
 
     def _reconstruct_volume(
-        self, inputs: dict[str, Any], text: dict[str, jax.Array], mask: jax.Array, train: bool
-    ) -> dict[str, jax.Array]:
-        """The encoder sees the visible patches only; the decoder also reads the whole report."""
-        encoded = self.volume_encoder(inputs["volume"], inputs["visible"], train=train)
-        report_tokens = text.get("report_tokens")
-        prediction = self.voxel_decoder(encoded["tokens"], encoded.get("places"), report_tokens, mask, train)
-        patches = patchify(inputs["volume"], self.config.model.token_cell())
-        return {"voxel_prediction": prediction, "patches": patches, "patch_mask": inputs["patch_mask"]}
+        self,
+        volume: jax.Array,
+        visible: jax.Array,
+        report_tokens: jax.Array | None = None,
+        report: dict[str, jax.Array] | None = None,
+        *,
+        train: bool,
+    ) -> tuple[jax.Array, ...]:
+        """The encoder sees the visible patches only; the decoder also reads the whole report, where it is given."""
+        encoded = self.volume_encoder(volume, visible, train=train)
+        mask = None if report is None else report["token_mask"]
+        return (self.voxel_decoder(encoded["tokens"], encoded.get("places"), report_tokens, mask, train),)
 
     def _reconstruct_report(
-        self, inputs: dict[str, Any], full: dict, text: dict[str, jax.Array], volume_tokens: jax.Array, train: bool
-    ) -> dict[str, jax.Array]:
-        """The tokens of the corrupted report read the whole volume; hidden words and their sentences are predicted."""
-        mask = full["token_mask"]
-        tokens = self.report_encoder(inputs["corrupted_ids"], mask, train=train)["tokens"]
-        tokens = self.fusion(volume_tokens, tokens, mask, train)["report"]
-        sentences, _ = sentence_means(tokens, full["sentence_index"], self.config.data.max_sentences)
-        # Logits over the vocabulary are large: only of the tokens that are predicted.
-        predicted = jnp.take_along_axis(tokens, inputs["predicted"][..., None], axis=1)
-        return {
-            "token_logits": self.token_head(predicted),
-            "token_labels": jnp.take_along_axis(full["token_ids"], inputs["predicted"], axis=1),
-            "token_selected": inputs["selected"],
-            "reconstructed_sentences": self.sentence_projection(sentences),
-            "original_sentences": self.sentence_projection(text["sentences"]),
-        }
+        self, corrupted_ids: jax.Array, volume_tokens: jax.Array, report: dict[str, jax.Array], train: bool
+    ) -> tuple[jax.Array, ...]:
+        """The tokens of the corrupted report read the whole volume: [B, T, d]."""
+        mask = report["token_mask"]
+        tokens = self.report_encoder(corrupted_ids, mask, train=train)["tokens"]
+        return (self.fusion(volume_tokens, tokens, mask, train)["report"],)
+
+    def _token_logits(
+        self, tokens: jax.Array, predicted: jax.Array, report: dict[str, jax.Array], train: bool
+    ) -> tuple[jax.Array, ...]:
+        """[B, N, vocab] and the ids [B, N]. Logits over the vocabulary are large: only of the tokens that are predicted."""
+        logits = self.token_head(jnp.take_along_axis(tokens, predicted[..., None], axis=1))
+        return logits, jnp.take_along_axis(report["token_ids"], predicted, axis=1)
+
+    def _reconstructed_sentences(
+        self, tokens: jax.Array, report: dict[str, jax.Array], train: bool
+    ) -> tuple[jax.Array, ...]:
+        return (self.sentence_projection(self._sentences(tokens, report, train)[0]),)
+
+    def _original_sentences(self, sentences: jax.Array, train: bool) -> tuple[jax.Array, ...]:
+        return (self.sentence_projection(sentences),)

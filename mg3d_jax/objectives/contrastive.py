@@ -2,11 +2,10 @@
 
 Both see every pair of the batch through `pairwise.walk`: the B x B matrix of similarities never exists, on any device.
 
-Rows that share a group id (two reconstructions of one scan share a report) are MASKED: they are left out of each
-other's negatives, and each row keeps its own partner as its only positive. The alternative, several positives per row,
-was not taken: the partners in one group carry the same report, so it adds no information, while its floor (the log of
-the number of positives) would move with the number of duplicates that a batch happens to hold. Masked, the loss of a
-batch with duplicates means the same as that of a batch without.
+Rows that share a group id (two reconstructions of one scan share a report) are masked: they are left out of each
+other's negatives, and each row keeps its own partner as its only positive. Several positives per row would add no
+information, since they carry the same report, and the floor of the loss (the log of their number) would move with the
+number of duplicates that a batch happens to hold.
 """
 
 from __future__ import annotations
@@ -18,6 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from mg3d_jax.errors import UserError
+from mg3d_jax.objectives.base import Metrics
 from mg3d_jax.objectives.pairwise import (
     Tree,
     check_shapes,
@@ -29,19 +29,8 @@ from mg3d_jax.objectives.pairwise import (
     zero_unless,
 )
 
-Metrics = dict[str, jax.Array]
-
 NO_NEGATIVES = -1e30  # log-sum-exp of nothing: finite, so that no infinity meets a zero
 _dot = partial(jnp.matmul, precision=jax.lax.Precision.HIGHEST)  # a TPU would otherwise multiply in bfloat16
-
-
-def _keys(batch_size: int, group_ids: jax.Array | None, valid: jax.Array | None) -> Tree:
-    groups = default_ids(group_ids, batch_size)
-    return {
-        "index": jnp.arange(batch_size, dtype=jnp.int32),
-        "group": groups if groups.ndim > 1 else groups[:, None],
-        "valid": jnp.ones(batch_size, jnp.bool_) if valid is None else jnp.asarray(valid).astype(jnp.bool_),
-    }
 
 
 def _inputs(
@@ -61,7 +50,12 @@ def _inputs(
     for name, number in found.items():
         if number.size != 1:
             raise UserError(f"{name} has the shape {number.shape}: it is one number")
-    keys = _keys(batch_size, group_ids, valid)
+    groups = default_ids(group_ids, batch_size)
+    keys = {
+        "index": jnp.arange(batch_size, dtype=jnp.int32),
+        "group": groups if groups.ndim > 1 else groups[:, None],
+        "valid": jnp.ones(batch_size, jnp.bool_) if valid is None else jnp.asarray(valid).astype(jnp.bool_),
+    }
     x, y = (l2_normalize(zero_unless(keys["valid"], side)) for side in (x, y))
     return x, y, keys, [number.reshape(()) for number in found.values()]
 

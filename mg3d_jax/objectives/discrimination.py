@@ -2,12 +2,25 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from mg3d_jax.objectives.contrastive import Metrics, info_nce
+from mg3d_jax.objectives.base import Batch, Features, Metrics, Objective
+from mg3d_jax.objectives.contrastive import info_nce
 from mg3d_jax.objectives.pairwise import check_shapes, zero_unless
+from mg3d_jax.options import key
+
+
+@dataclass(frozen=True)
+class DiscriminationOptions:
+    """Patient discrimination."""
+
+    weight: float = key(0.0, "weight in the loss; 0: off")
+    temperature: float = key(0.1, "of the softmax")
+    block_size: int = key(0, "columns of the similarity matrix at a time; 0 chooses by size")
 
 
 def patient_discrimination(
@@ -38,3 +51,23 @@ def patient_discrimination(
     has_sentences = jnp.any(mask, axis=1)
     valid = has_sentences if valid is None else jnp.asarray(valid).astype(jnp.bool_) & has_sentences
     return info_nce(volume, mean, temperature=temperature, group_ids=group_ids, valid=valid, block_size=block_size)
+
+
+def loss(features: Features, batch: Batch, options: DiscriminationOptions) -> tuple[jax.Array, Metrics]:
+    """Fused volume against what its sentences find, over the global batch; scans that share a report are no negatives."""
+    return patient_discrimination(
+        features["fused_volume_embedding"],
+        features["z"],
+        features["sentence_mask"],
+        temperature=options.temperature,
+        group_ids=batch["report_id"],
+        valid=batch["valid"],
+        block_size=options.block_size or None,
+    )
+
+
+DISCRIMINATION = Objective(
+    options=DiscriminationOptions,
+    needs=lambda options: ("fused_volume_embedding", "z", "sentence_mask"),
+    loss=loss,
+)

@@ -10,20 +10,53 @@ The B S x B S matrix of similarities never exists: every device walks blocks of 
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from mg3d_jax.errors import UserError
+from mg3d_jax.objectives.base import Batch, Features, Metrics, Objective
 from mg3d_jax.objectives.pairwise import Tree, check_shapes, default_ids, l2_normalize, pair_sum, zero_unless
-
-Metrics = dict[str, jax.Array]
+from mg3d_jax.options import choice, key
 
 AVERAGES = ("pairs", "patients")
+# `sentence_source` -> the feature of the model that holds the report side of each sentence.
+SENTENCE_SOURCES = {"encoder": "sentences", "embeddings": "sentence_embeddings", "words": "sentence_words"}
 ROUNDING = 1e-6  # of a cosine of unit vectors in float32
 _cosines = partial(jnp.einsum, "isk,jtk->isjt", precision=jax.lax.Precision.HIGHEST)
+
+
+@dataclass(frozen=True)
+class MatchingOptions:
+    """Sentence-wise semantic matching between patients."""
+
+    weight: float = key(0.0, "weight in the loss; 0: off")
+    high: float = key(0.9, "report-side cosine from which sentences of two patients attract")
+    low: float = key(0.6, "and up to which they repel")
+    average: str = key("pairs", 'over "pairs" of sentences, or "patients" as MG-3D\'s release')
+    sentence_source: str = key(
+        "encoder",
+        'compared on the report side: means of the report encoder\'s output ("encoder") or input ("embeddings"), fixed only '
+        'where it is frozen; or "words", fixed random word vectors',
+    )
+    block_size: int = key(0, "patients at a time; 0 chooses by size")
+
+
+def problems(options: MatchingOptions, config: Any) -> list[str]:
+    """Unknown choices, and thresholds that are no cosines."""
+    found = [
+        *choice("objectives.matching.average", options.average, AVERAGES),
+        *choice("objectives.matching.sentence_source", options.sentence_source, tuple(SENTENCE_SOURCES)),
+    ]
+    if not -1 <= options.low < options.high <= 1:
+        found.append(
+            f"objectives.matching.low = {options.low}, high = {options.high}: cosines with low < high are needed"
+        )
+    return found
 
 
 def _tile(rows: Tree, columns: Tree, row_keys: Tree, column_keys: Tree, *, high: float, low: float) -> Tree:
@@ -109,3 +142,31 @@ def sentence_matching(
         "repel_fraction": ratio(total["repel_pairs"], total["pairs"]),
     }
     return loss, jax.lax.stop_gradient(metrics)
+
+
+def needs(options: MatchingOptions) -> tuple[str, ...]:
+    """What sentences find in the volume, and the sentences themselves as the options say."""
+    return "z", SENTENCE_SOURCES[options.sentence_source], "sentence_mask"
+
+
+def features(modules: Any, needed: Features, options: MatchingOptions) -> Features:
+    """The report side only says which pairs there are: it gets no gradient."""
+    targets = jax.lax.stop_gradient(needed[SENTENCE_SOURCES[options.sentence_source]])
+    return {"z": needed["z"], "sentence_targets": targets, "sentence_mask": needed["sentence_mask"]}
+
+
+def loss(features: Features, batch: Batch, options: MatchingOptions) -> tuple[jax.Array, Metrics]:
+    """Over the sentences of the global batch. Scans of one patient are never paired."""
+    return sentence_matching(
+        features["z"],
+        features["sentence_targets"],
+        features["sentence_mask"] & batch["valid"][:, None],
+        group_ids=batch["patient_id"],
+        high=options.high,
+        low=options.low,
+        average=options.average,
+        block_size=options.block_size or None,
+    )
+
+
+MATCHING = Objective(options=MatchingOptions, needs=needs, loss=loss, features=features, problems=problems)

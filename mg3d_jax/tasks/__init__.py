@@ -1,1 +1,6 @@
-"""Downstream heads, in the same form as objectives: options, what they need of the model, loss."""
+"""Downstream tasks that are trained with the objectives or alone, declared in the same form (`objectives.base.Objective`)."""
+
+from mg3d_jax.registry import TASKS
+from mg3d_jax.tasks.classification import CLASSIFICATION
+
+TASKS.register("classification", CLASSIFICATION)

@@ -15,6 +15,7 @@ from mg3d_jax import batch as batch_contract
 from mg3d_jax import sharding
 from mg3d_jax.config import Config
 from mg3d_jax.data.tokens import SPECIAL_TOKENS
+from mg3d_jax.models import mg3d
 from mg3d_jax.models.attention import choose_backend
 from mg3d_jax.models.mg3d import MG3D
 from mg3d_jax.training import optimizer, schedule
@@ -49,7 +50,7 @@ def build_model(config: Config, vocab_size: int) -> tuple[MG3D, tuple[str, str]]
     preset = config.model.volume_encoder.sizes, config.model.report_encoder.sizes
     head_dim = max(p.width // p.num_heads for p in preset)
     backend = choose_backend(config.model.attention, jax.default_backend(), config.model.dtype, head_dim)
-    return MG3D(config, vocab_size, backend[0]), backend
+    return mg3d.build(config, vocab_size, backend[0]), backend
 
 
 def dummy_inputs(config: Config, batch_size: int = 1) -> dict[str, Any]:

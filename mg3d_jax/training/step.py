@@ -19,8 +19,9 @@ import optax
 
 from mg3d_jax import sharding
 from mg3d_jax.models.mg3d import MAX_LOGIT_SCALE
+from mg3d_jax.objectives.base import CENTERS
 from mg3d_jax.objectives.gradient_cache import cached_value_and_grad
-from mg3d_jax.objectives.multitask import CENTERS, multitask_loss, per_patient
+from mg3d_jax.objectives.multitask import multitask_loss
 from mg3d_jax.training import inputs as step_inputs
 from mg3d_jax.training import optimizer
 from mg3d_jax.training.state import Setup, State
@@ -45,17 +46,16 @@ class Losses:
         self.model, self.config, self.special, self.train = setup.model, setup.config, special, train
 
     def features(self, params: Any, batch: Batch, key: jax.Array) -> dict[str, Any]:
-        """What the objectives need to know of each patient."""
+        """What the losses need to know of each patient, by the name of the objective or task."""
         input_key, dropout_key = jax.random.split(key)
         common = {"special": self.special, "vocab_size": self.model.vocab_size, "train": self.train}
         inputs = step_inputs.model_inputs(batch, input_key, self.config, **common)
-        features = self.model.apply({"params": params}, inputs, train=self.train, rngs={"dropout": dropout_key})
-        return per_patient(features, self.config.objectives)
+        return self.model.apply({"params": params}, inputs, train=self.train, rngs={"dropout": dropout_key})
 
     def objectives(self, params: Any, features: dict[str, Any], batch: Batch) -> tuple[jax.Array, dict]:
         """Loss and metrics of the whole batch."""
         logits = self.model.apply({"params": params}, method="logits")
-        return multitask_loss(features | logits, batch, self.config.objectives)
+        return multitask_loss(features, logits, batch, self.model.on)
 
     def __call__(self, params: Any, batch: Batch, key: jax.Array) -> tuple[jax.Array, dict]:
         return self.objectives(params, self.features(params, batch, key), batch)
@@ -175,7 +175,7 @@ def _trained(tree: dict, factors: Any) -> dict:
 
 
 def follow_centers(params: Any, metrics: dict, factors: Any) -> tuple[Any, dict]:
-    """Moves the biases of the projections against the batch means that the alignment subtracted; see `multitask.CENTERS`.
+    """Moves the biases of projections against the batch means that a loss subtracted; see `objectives.base.CENTERS`.
 
     Returns the parameters, and the metrics without those means. A frozen projection stays.
     """

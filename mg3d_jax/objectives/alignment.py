@@ -1,0 +1,244 @@
+"""Global alignment of volume and report (MG-3D, arXiv 2412.05876): InfoNCE, or SigLIP's sigmoid form.
+
+Two pairs: (a) the volume's embedding against the report's, which makes zero-shot classification and retrieval possible;
+(b) the fused embedding of a patient against the two of (a) side by side.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from mg3d_jax.objectives.base import CENTERS, Batch, Context, Features, Metrics, Objective
+from mg3d_jax.objectives.contrastive import info_nce, sigmoid_contrastive
+from mg3d_jax.objectives.pairwise import l2_normalize, masked_mean
+from mg3d_jax.options import choice, key
+
+
+@dataclass(frozen=True)
+class AlignmentOptions:
+    """Global alignment of volume and report."""
+
+    weight: float = key(1.0, "weight in the loss; 0: off")
+    temperature: float = key(0.1, "of the softmax, at the start where it is learned")
+    learn_temperature: bool = key(False, "is the temperature trained?")
+    report_view: str = key(
+        "sentences", '"report": the whole report; "sentences": random sentences of it, each a text of its own'
+    )
+    report_sentences: int = key(8, 'sentences drawn per report and step, for the view "sentences"')
+    sentence_tokens: int = key(48, "length of one, [CLS] and [SEP] included; what does not fit is cut")
+    center: bool = key(True, "subtract the mean of the batch from the embeddings; the projections' biases follow it")
+    form: str = key("softmax", '"softmax": InfoNCE; "sigmoid": SigLIP, with a learned bias')
+    volume_report_weight: float = key(1.0, "weight of pair (a): volume against report")
+    fused_weight: float = key(0.0, "weight of pair (b): fused patient against its two embeddings")
+    block_size: int = key(0, "columns of the similarity matrix at a time; 0 chooses by size")
+
+
+def problems(options: AlignmentOptions, config: Any) -> list[str]:
+    """Unknown choices, and views that no report encoder can read."""
+    found = [
+        *choice("objectives.alignment.form", options.form, ("softmax", "sigmoid")),
+        *choice("objectives.alignment.report_view", options.report_view, ("report", "sentences")),
+    ]
+    if options.report_sentences < 1:
+        found.append(f"objectives.alignment.report_sentences = {options.report_sentences}: must be at least 1")
+    most = config.model.report_encoder.max_positions
+    if not 3 <= options.sentence_tokens <= most:
+        found.append(
+            f"objectives.alignment.sentence_tokens = {options.sentence_tokens}: from 3 to "
+            f"model.report_encoder.max_positions = {most}"
+        )
+    return found
+
+
+def sentence_views(
+    rng: jax.Array,
+    text: dict[str, jax.Array],
+    *,
+    sentences: int,
+    tokens: int,
+    max_sentences: int,
+    special: dict[str, int],
+) -> dict[str, jax.Array]:
+    """A random choice of each report's sentences, each as a text of its own: [CLS] sentence [SEP].
+
+    Prompts are single sentences, and so are these views: a text tower that only ever saw whole reports is not at home
+    with a prompt (`docs/objectives.md` compares them).
+
+    Args:
+        text: the text fields of a batch, [B, T].
+        sentences: how many to draw per report, K; without replacement.
+        tokens: L, special tokens included; a longer sentence is cut.
+
+    Returns:
+        `token_ids`, `token_mask`, `sentence_index` [B, K, L], and `view_id` int32 [B, K], equal for equal sentences. Where
+        a report has fewer than K sentences, the views left over have `sentence_index` 0 throughout.
+    """
+    index, numbers = text["sentence_index"], jnp.arange(1, max_sentences + 1)
+    exists = jnp.any(index[:, :, None] == numbers, axis=1)  # [B, S]
+    scores = jnp.where(exists, jax.random.uniform(rng, exists.shape), -1.0)
+    chosen = jax.lax.top_k(scores, min(sentences, max_sentences))[1]  # [B, K]
+    there = jnp.take_along_axis(exists, chosen, axis=1)[..., None]  # [B, K, 1]
+    member = (index[:, None, :] == numbers[chosen][..., None]) & there  # [B, K, T]
+    length = jnp.minimum(jnp.sum(member, axis=-1, keepdims=True), tokens - 2)  # [B, K, 1]
+    position = jnp.arange(tokens)
+    source = jnp.clip(jnp.argmax(member, axis=-1)[..., None] + position - 1, 0, index.shape[1] - 1)
+    ids = jnp.take_along_axis(text["token_ids"][:, None, :], source, axis=2)
+    inside = (position >= 1) & (position <= length)
+    ids = jnp.where(inside, ids, special["[PAD]"])
+    ids = jnp.where(position == length + 1, special["[SEP]"], ids).at[..., 0].set(special["[CLS]"])
+    # A polynomial hash modulo 2^32: equal sentences must be found without a table of all sentences.
+    powers = jnp.uint32(1_000_003) ** position.astype(jnp.uint32)
+    view_id = jnp.sum(ids.astype(jnp.uint32) * powers, axis=-1, dtype=jnp.uint32).astype(jnp.int32)
+    return {
+        "token_ids": ids,
+        "token_mask": position <= length + 1,
+        "sentence_index": jnp.where(inside & there, 1, 0),
+        "view_id": view_id,
+    }
+
+
+def draw(rng: jax.Array, batch: Batch, options: AlignmentOptions, context: Context) -> dict[str, Any]:
+    """`views`: the fields of `sentence_views`, where reports are shown as single sentences."""
+    if options.report_view != "sentences":
+        return {}
+    views = sentence_views(
+        rng,
+        batch,
+        sentences=options.report_sentences,
+        tokens=options.sentence_tokens,
+        max_sentences=context.data.max_sentences,
+        special=context.special,
+    )
+    return {"views": views}
+
+
+def needs(options: AlignmentOptions) -> tuple[str, ...]:
+    """The embeddings of both sides, and the fused one where pair (b) has a weight."""
+    views = options.report_view == "sentences"
+    report = ("view_embeddings", "view_mask", "view_id") if views else ("report_embedding", "sentence_mask")
+    return "volume_embedding", *report, *(("fused_embedding",) if options.fused_weight > 0 else ())
+
+
+def loss(features: Features, batch: Batch, options: AlignmentOptions) -> tuple[jax.Array, Metrics]:
+    """Over the global batch: two pairs, each with its own weight. A report without any sentence takes no part."""
+    scale, report_ids = features["logit_scale"], batch["report_id"]
+    has_text = jnp.any(features["view_mask" if "view_mask" in features else "sentence_mask"], axis=1)
+    valid, block_size = batch["valid"] & has_text, options.block_size or None
+    spread = _spread(features, batch["valid"], valid)
+    features, centers = _center(features, batch["valid"], valid) if options.center else (features, {})
+    volume = features["volume_embedding"]
+    if "view_embeddings" in features:
+        report = _direction_of_views(features["view_embeddings"], features["view_mask"])
+    else:
+        report = features["report_embedding"]
+
+    def pair(text: jax.Array, groups: jax.Array, there: jax.Array) -> tuple[jax.Array, Metrics]:
+        common = {"group_ids": groups, "valid": there, "block_size": block_size}
+        if options.form == "sigmoid":
+            return sigmoid_contrastive(volume, text, scale=scale, bias=features["logit_bias"], **common)
+        return info_nce(volume, text, temperature=1.0 / scale, **common)
+
+    if "view_embeddings" in features:
+        total, metrics = _mean_over_views(pair, features, report_ids, valid)
+    else:
+        total, metrics = pair(report, report_ids, valid)
+    total *= options.volume_report_weight
+    metrics |= {"temperature": 1.0 / scale} | spread | centers
+    if options.fused_weight:
+        single = jnp.concatenate([report, volume], axis=-1)
+        fused, fused_metrics = info_nce(
+            features["fused_embedding"],
+            single,
+            temperature=options.temperature,
+            group_ids=report_ids,
+            valid=valid,
+            block_size=block_size,
+        )
+        total += options.fused_weight * fused
+        metrics |= {"fused_loss": fused, "fused_accuracy": fused_metrics["accuracy"]}
+    return total, metrics
+
+
+def embedding_statistics(embeddings: jax.Array, mask: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Mean norm, and mean cosine over all pairs, of the rows of [..., k] where `mask` [...]; 0 where there are too few.
+
+    A cosine near 1 means that the embeddings have collapsed. The sum of all pairs' cosines is the squared length of the
+    sum of the unit vectors, less one for each of them, so that no pair is ever formed.
+    """
+    embeddings = jax.lax.stop_gradient(embeddings.astype(jnp.float32))
+    axes, units = tuple(range(mask.ndim)), l2_normalize(embeddings) * mask[..., None]
+    count = jnp.sum(mask, dtype=jnp.float32)
+    pairs = jnp.sum(jnp.square(jnp.sum(units, axis=axes))) - jnp.sum(jnp.square(units))
+    norm = masked_mean(jnp.linalg.norm(embeddings, axis=-1), mask)
+    return norm, pairs / jnp.maximum(count * (count - 1.0), 1.0)
+
+
+def _spread(features: Features, has_volume: jax.Array, has_text: jax.Array) -> Metrics:
+    """`volume_norm`, `volume_cosine`, `report_norm`, `report_cosine` of the embeddings as they are, before centring.
+
+    With single-sentence views the report's are those of the sentences.
+    """
+    texts, present = _texts(features, has_text)
+    metrics: Metrics = {}
+    for name, embeddings, mask in (
+        ("volume", features["volume_embedding"], has_volume),
+        ("report", features[texts], present),
+    ):
+        metrics[f"{name}_norm"], metrics[f"{name}_cosine"] = embedding_statistics(embeddings, mask)
+    return metrics
+
+
+def _texts(features: Features, has_text: jax.Array) -> tuple[str, jax.Array]:
+    """Name of the text embeddings that the alignment reads, and which of them there are: [B], or [B, K] for views."""
+    if "view_embeddings" in features:
+        return "view_embeddings", has_text[:, None] & features["view_mask"]
+    return "report_embedding", has_text
+
+
+def _center(features: Features, has_volume: jax.Array, has_text: jax.Array) -> tuple[Features, Metrics]:
+    """The embeddings minus their mean over the global batch, and those means [k] under `CENTERS`.
+
+    Averaging over many patches makes the embeddings of a young model nearly equal (cosines of 0.99): their norm is all
+    common part. InfoNCE then falls fastest by shrinking what differs until no gradient is left, and the model is stuck at
+    log B. Without the common part normalised embeddings cannot shrink. The means leave the loss, so the biases of the two
+    projections get no gradient: the step lets them follow the means instead (as DINO's center, arXiv 2104.14294), and an
+    embedding at test time needs no batch.
+    """
+    centered, centers = dict(features), {}
+    texts, present = _texts(features, has_text)
+    for name, mask, projection in (("volume_embedding", has_volume, "volume"), (texts, present, "report")):
+        weights = mask[..., None].astype(jnp.float32)
+        axes = tuple(range(mask.ndim))
+        mean = jnp.sum(features[name] * weights, axis=axes) / jnp.maximum(jnp.sum(weights), 1.0)
+        centered[name] = features[name] - mean
+        centers[f"{CENTERS}{projection}_projection"] = jax.lax.stop_gradient(mean)
+    return centered, centers
+
+
+def _direction_of_views(embeddings: jax.Array, mask: jax.Array) -> jax.Array:
+    """[B, K, k], [B, K] -> [B, k]: the mean direction of a report's sentences, which stands for the report."""
+    return jnp.sum(l2_normalize(embeddings) * mask[..., None], axis=1)
+
+
+def _mean_over_views(
+    pair: Callable, features: Features, report_ids: jax.Array, valid: jax.Array
+) -> tuple[jax.Array, Metrics]:
+    """Each drawn sentence is one text of its patient: the losses of the K-th sentences of all patients, averaged over K by
+    the number of sentences, so that every sentence counts the same however many its report has.
+
+    Patients that drew the same sentence are not each other's negatives, nor are those with the same report.
+    """
+    groups = jnp.stack([jnp.broadcast_to(report_ids[:, None], features["view_id"].shape), features["view_id"]], axis=-1)
+    there = valid[:, None] & features["view_mask"]
+    per_view = jax.vmap(pair, in_axes=1)(features["view_embeddings"], groups, there)
+    count = jnp.sum(there, axis=0, dtype=jnp.float32)
+    shares = count / jnp.maximum(jnp.sum(count), 1.0)
+    return jax.tree.map(lambda values: jnp.sum(values * shares), per_view)
+
+
+ALIGNMENT = Objective(options=AlignmentOptions, needs=needs, loss=loss, draw=draw, problems=problems)
