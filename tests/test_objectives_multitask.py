@@ -13,6 +13,7 @@ from support import SPECIAL, random_batch, records_of, tiny_builder, tiny_config
 from mg3d_jax import config as config_lib
 from mg3d_jax import sharding
 from mg3d_jax.config import checks
+from mg3d_jax.config.objectives import OBJECTIVE_PRESETS
 from mg3d_jax.data.pipeline import PreparedData, evaluation_batches
 from mg3d_jax.data.tokens import ReportTokenizer, train_wordpiece
 from mg3d_jax.errors import UserError
@@ -53,7 +54,7 @@ def make_config(objectives, **overrides):
     """
     config = tiny_builder(**overrides)
     config.objectives.alignment.report_view, config.objectives.alignment.center = "report", False
-    preset = objectives in config_lib.OBJECTIVE_PRESETS
+    preset = objectives in OBJECTIVE_PRESETS
     config_lib.use_objectives(config, objectives if preset else "clip")
     if not preset:
         config.objectives.alignment.weight = 0.0

@@ -105,3 +105,8 @@ def enabled(objectives: Group, tasks: Group | None = None) -> tuple[Enabled, ...
     if twice := sorted({name for name in names if names.count(name) > 1}):
         raise UserError(f"{twice} name both an objective and a task that are on: rename one of them")
     return tuple(found)
+
+
+def label_count(tasks: Group) -> int:
+    """Labels of a record, as the tasks expect them (an option `num_labels`); 1 where none says it."""
+    return max((getattr(options, "num_labels", 1) for options in tasks.values()), default=1)

@@ -30,13 +30,13 @@ def _shard(tree: Tree, *before: None) -> Tree:
     return jax.tree.map(lambda a: jax.lax.with_sharding_constraint(a, PartitionSpec(*before, axes)), tree)
 
 
-def _split(tree: Tree, size: int) -> Tree:
+def split(tree: Tree, size: int) -> Tree:
     """[B, ...] -> [B / size, size, ...]. Micro-batch j takes every (B / size)-th row: so no row changes its device."""
     return _shard(jax.tree.map(lambda a: a.reshape(size, -1, *a.shape[1:]).swapaxes(0, 1), tree), None)
 
 
 def _join(tree: Tree) -> Tree:
-    """The inverse of `_split`."""
+    """The inverse of `split`."""
     return _shard(jax.tree.map(lambda a: a.swapaxes(0, 1).reshape(-1, *a.shape[2:]), tree))
 
 
@@ -67,7 +67,7 @@ def cached_value_and_grad(
         raise UserError(
             f"a batch of {batch_size} cannot be cut into micro-batches of {microbatch_size}: use a divisor."
         )
-    microbatches = _split(batch, microbatch_size)
+    microbatches = split(batch, microbatch_size)
     keys = jax.random.split(rng, batch_size // microbatch_size)
 
     def forward(_: None, rows: tuple[Tree, jax.Array]) -> tuple[None, Tree]:
@@ -87,5 +87,5 @@ def cached_value_and_grad(
         _, pull = jax.vjp(lambda p: [f for f in jax.tree.leaves(embed(p, microbatch, key)) if _is_float(f)], params)
         return jax.tree.map(jnp.add, gradient, pull(d_rows)[0]), None
 
-    gradient, _ = jax.lax.scan(backward, gradient, (microbatches, keys, _split(d_floats, microbatch_size)))
+    gradient, _ = jax.lax.scan(backward, gradient, (microbatches, keys, split(d_floats, microbatch_size)))
     return value, gradient

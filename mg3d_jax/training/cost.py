@@ -22,6 +22,7 @@ from mg3d_jax import flops, sharding
 from mg3d_jax.config import Config
 from mg3d_jax.data.tokens import SPECIAL_TOKENS
 from mg3d_jax.flops import Flops
+from mg3d_jax.objectives.base import label_count
 from mg3d_jax.training import optimizer
 from mg3d_jax.training import state as state_lib
 from mg3d_jax.training.step import Losses
@@ -109,8 +110,10 @@ class StepCost:
     @cached_property
     def report_tokens(self) -> int:
         """Of one patient, that the alignment reads, padding included."""
-        inputs = jax.eval_shape(lambda: state_lib.dummy_inputs(self._setup.config))
-        return prod(inputs["report"]["token_ids"].shape[1:])
+        data, alignment = self._setup.config.data, self._setup.config.objectives["alignment"]
+        if alignment.report_view == "sentences":
+            return min(alignment.report_sentences, data.max_sentences) * alignment.sentence_tokens
+        return data.max_tokens
 
     def _per_patient(self, found: dict[str, Flops]) -> Flops:
         whole = sum((one for path, one in found.items() if RECOMPUTED not in path), Flops())
@@ -125,7 +128,8 @@ class StepCost:
         """Shapes of the parameters, a batch and a random key."""
         config = self._setup.config
         x, y, z = config.model.volume_size
-        shapes = batch_contract.shapes(self.batch_rows, (x, y, z), config.data.max_tokens, 1)
+        labels = label_count(config.tasks)
+        shapes = batch_contract.shapes(self.batch_rows, (x, y, z), config.data.max_tokens, labels)
         batch = {name: jax.ShapeDtypeStruct(shapes[name], one.dtype) for name, one in batch_contract.FIELDS.items()}
         params = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), self._setup.abstract["params"])
         return params, batch, jax.eval_shape(lambda: jax.random.key(0))

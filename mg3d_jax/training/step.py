@@ -20,7 +20,7 @@ import optax
 from mg3d_jax import sharding
 from mg3d_jax.models.mg3d import MAX_LOGIT_SCALE
 from mg3d_jax.objectives.base import CENTERS
-from mg3d_jax.objectives.gradient_cache import cached_value_and_grad
+from mg3d_jax.objectives.gradient_cache import cached_value_and_grad, split
 from mg3d_jax.objectives.multitask import multitask_loss
 from mg3d_jax.training import inputs as step_inputs
 from mg3d_jax.training import optimizer
@@ -105,13 +105,10 @@ def _gradients(setup: Setup, loss_fn: Losses) -> Callable[[Any, Batch, jax.Array
         return grads, metrics
 
     def accumulated(params: Any, batch: Batch, key: jax.Array) -> tuple[Any, dict]:
-        def split(x: jax.Array) -> jax.Array:  # interleaved, so that every device keeps its own rows
-            return jnp.moveaxis(x.reshape(x.shape[0] // pieces, pieces, *x.shape[1:]), 1, 0)
-
         def micro(total: tuple, piece: tuple) -> tuple:
             return jax.tree.map(jnp.add, total, whole(params, *piece)), None
 
-        pieces_of = (jax.tree.map(split, batch), jax.random.split(key, pieces))
+        pieces_of = (split(batch, batch["valid"].shape[0] // pieces), jax.random.split(key, pieces))
         shapes = jax.eval_shape(whole, params, *jax.tree.map(lambda x: x[0], pieces_of))
         zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
         total, _ = jax.lax.scan(micro, zeros, pieces_of)
