@@ -119,7 +119,8 @@ def memory(compiled: jax.stages.Compiled) -> dict[str, int] | None:
 def count_flops(cost: StepCost) -> dict[str, Any]:
     """Matrix-product FLOPs of the gradient of one batch, whole mesh: `model`, with nothing recomputed, `recomputed`, what
     `model.remat` adds, and `by_part` of the model, without what is recomputed."""
-    found, recomputed = defaultdict(float), 0.0
+    found: defaultdict[str, float] = defaultdict(float)
+    recomputed = 0.0
     for path, one in cost.by_path.items():
         if op_times.phase_of(path) == op_times.RECOMPUTED:
             recomputed += one.products * cost.losses_per_batch

@@ -141,7 +141,9 @@ def in_own_process(case: Case) -> dict[str, Any]:
 
 def work(case: str) -> None:
     """Entry point of the fresh process: prints the measurement as JSON."""
-    fields = {key: tuple(value) if isinstance(value, list) else value for key, value in json.loads(case).items()}
+    fields: dict[str, Any] = {
+        key: tuple(value) if isinstance(value, list) else value for key, value in json.loads(case).items()
+    }
     print(json.dumps(WORKERS[fields["framework"]](Case(**fields))))
 
 

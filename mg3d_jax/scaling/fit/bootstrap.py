@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
@@ -63,7 +64,7 @@ def bootstrap(
     from the point estimate and from the best grid point of its own resampling, and keeps the better optimum.
     """
     n, d, loss = (np.asarray(v, np.float64) for v in (n, d, loss))
-    labels = [f"{group}" for group in groups] if groups is not None else list(zip(n, d, loss, strict=True))
+    labels: list[Any] = [f"{group}" for group in groups] if groups is not None else list(zip(n, d, loss, strict=True))
     order = sorted(range(len(n)), key=lambda i: (labels[i], n[i], d[i], loss[i]))
     n, d, loss = n[order], d[order], loss[order]
     names = sorted(set(labels))

@@ -41,14 +41,14 @@ def term(scale: float, exponent: float, log_size: np.ndarray) -> np.ndarray:
     return np.exp(np.log(scale) - exponent * log_size)
 
 
-def huber(residual: np.ndarray, delta: float = HUBER_DELTA) -> np.ndarray:
+def huber(residual: np.ndarray, delta: float | np.ndarray = HUBER_DELTA) -> np.ndarray:
     """`r^2 / 2` for `|r| <= delta`, `delta (|r| - delta / 2)` beyond."""
     size = np.abs(residual)
     return np.where(size <= delta, 0.5 * residual**2, delta * (size - 0.5 * delta))
 
 
-def log_residuals(law: Law, n: np.ndarray, d: np.ndarray, loss: np.ndarray) -> np.ndarray:
-    """`log(observed) - log(predicted)`, float64 [rows]."""
+def log_residuals(law: Law, n: np.ndarray | float, d: np.ndarray | float, loss: np.ndarray | float) -> np.ndarray:
+    """`log(observed) - log(predicted)`, float64 [rows], or a scalar of one row."""
     return np.log(np.asarray(loss, np.float64)) - np.log(law(n, d))
 
 

@@ -61,10 +61,11 @@ def _against(
             pair = (across, fixed) if axis == "N" else (fixed, across)
             curve = fit.law(*pair)
             main.plot(across, curve, color=COLOURS(norm(level)), linewidth=1.3)
-            low, high = drawn.band(*pair, 80) if drawn else (curve, curve)
+            low, high = drawn.band(pair[0], pair[1], 80) if drawn else (curve, curve)
             if drawn:
                 main.fill_between(across, low, high, color=COLOURS(norm(level)), alpha=0.15, linewidth=0)
             lines += [["curve", *one] for one in zip(across, fixed, curve, low, high, strict=True)]
+        assert below is not None
         below.scatter(horizontal, log_residuals(fit.law, n, d, loss), c=colour, norm=norm, cmap=COLOURS, s=14)
         below.axhline(0, color="0.4", linewidth=0.8)
         below.set_ylabel("log residual")
@@ -87,6 +88,7 @@ def _against(
 def _residuals(out: Path, rows: Sequence[Row], fit: Fit, names: Mapping[str, str]) -> str:
     """Log residuals against N, D and the prediction, to show trends that the law leaves."""
     n, d, loss = table.columns(rows)
+    assert fit.law is not None  # else there is no such plot
     residual, predicted = log_residuals(fit.law, n, d, loss), fit.law(n, d)
     figure = Figure(figsize=(10, 3.6), layout="constrained")
     axes = figure.subplots(1, 3, sharey=True)
@@ -108,6 +110,7 @@ def _residuals(out: Path, rows: Sequence[Row], fit: Fit, names: Mapping[str, str
 
 
 def _predicted(out: Path, rows: Sequence[Row], fit: Fit, names: Mapping[str, str]) -> str:
+    assert fit.law is not None  # else there is no such plot
     n, d, loss = table.columns(rows)
     predicted = fit.law(n, d)
     figure = Figure(figsize=(5.4, 4.8), layout="constrained")
@@ -131,7 +134,7 @@ def _predicted(out: Path, rows: Sequence[Row], fit: Fit, names: Mapping[str, str
 
 def _title(fit: Fit, drawn: Bootstrap | None) -> str:
     if fit.law is None:
-        return f"No law: {fit.refusal.split(';')[0]}"
+        return f"No law: {(fit.refusal or '').split(';')[0]}"
     law = fit.law
     text = f"L = {law.E:.4g} + {law.A:.4g}/N^{law.alpha:.3g} + {law.B:.4g}/D^{law.beta:.3g}"
     if fit.not_identified:
@@ -170,7 +173,7 @@ def _size_axis(panel: Any, label: str, values: np.ndarray) -> None:
     panel.set_xlabel(label)
     distinct = np.unique(values)
     if len(distinct) <= MOST_CURVES and np.all(distinct[1:] > 1.2 * distinct[:-1]):
-        panel.xaxis.set_major_locator(FixedLocator(distinct))
+        panel.xaxis.set_major_locator(FixedLocator(distinct.tolist()))
         panel.xaxis.set_minor_locator(NullLocator())
     else:
         decades = np.log10(distinct[-1] / distinct[0])

@@ -33,16 +33,16 @@ class Problem:
 
     @classmethod
     def of(cls, n: np.ndarray, d: np.ndarray, loss: np.ndarray) -> Problem:
-        logs = [np.log(np.asarray(v, np.float64)) for v in (n, d, loss)]
-        centre = tuple(float(v.mean()) for v in logs)
-        return cls(*(v - c for v, c in zip(logs, centre, strict=True)), centre)
+        x, y, z = (np.log(np.asarray(v, np.float64)) for v in (n, d, loss))
+        x0, y0, z0 = float(x.mean()), float(y.mean()), float(z.mean())
+        return cls(x - x0, y - y0, z - z0, (x0, y0, z0))
 
     def law(self, theta: np.ndarray) -> Law:
         """`theta` [5] back in the units of the table."""
         e, a, alpha, b, beta = map(float, theta)
         x0, y0, z0 = self.centre
-        scales = (float(np.exp(v)) for v in (e + z0, a + z0 + alpha * x0, b + z0 + beta * y0))
-        return Law(*scales, alpha=alpha, beta=beta)
+        scale_e, scale_a, scale_b = (float(np.exp(v)) for v in (e + z0, a + z0 + alpha * x0, b + z0 + beta * y0))
+        return Law(scale_e, scale_a, scale_b, alpha=alpha, beta=beta)
 
 
 def terms(theta: np.ndarray, problem: Problem) -> np.ndarray:
