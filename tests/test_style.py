@@ -1,4 +1,4 @@
-"""Rules that a program can check: ruff, logging, no path of a machine. Imports: `test_floors.py`; types: `test_typing.py`."""
+"""Rules that a program can check: ruff, logging, paths. Imports: `test_floors.py`; types: `test_typing.py`."""
 
 import ast
 import re
@@ -35,6 +35,20 @@ def test_library_code_logs_and_commands_print():
     }
     assert printing - PRINTING == set(), "use logger = logging.getLogger(__name__), or return it to the command"
     assert PRINTING - printing == set(), "fixed: take these out of PRINTING"
+
+
+def test_files_that_texts_name_exist():
+    top = re.compile(r"(?<![\w/.])((?:mg3d_jax|configs|launch|tests|docs|examples)/[\w./-]*\w)")
+    room = re.compile(r"`((?:[a-z]+/)+[a-z_]+\.py)`")
+    for path in [*ROOT.glob("*.md"), *ROOT.glob("docs/*.md"), *(ROOT / "mg3d_jax").rglob("*.py")]:
+        text = path.read_text()
+        gone = [name for name in top.findall(text) if not (ROOT / name).exists()]
+        gone += [
+            name for name in room.findall(text) if not any((ROOT / top / name).exists() for top in ("", "mg3d_jax"))
+        ]
+        assert [name for name in gone if "vX" not in name] == [], (
+            f"{path.relative_to(ROOT)} names files that are not there"
+        )
 
 
 def test_no_path_of_a_machine_is_committed():
