@@ -10,7 +10,7 @@ from typing import Any
 
 import jax
 
-from mg3d_jax import __version__
+from mg3d_jax import version
 
 PACKAGES = (
     "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy", "ml_collections", "tokenizers", "nibabel",
@@ -18,10 +18,11 @@ PACKAGES = (
 
 
 def environment_facts() -> dict[str, Any]:
-    """JSON for `environment.json`: `python`, `platform`, `packages` (versions, None where not installed), `backend`,
-    `devices` (count by kind, of the whole run), `local_devices`, `processes`. Starts JAX's backend."""
+    """JSON for `environment.json`: `mg3d_jax` and `commit` (of this code), `python`, `platform`, `packages` (versions, None
+    where not installed), `backend`, `devices` (count by kind, of the whole run), `local_devices`, `processes`. Starts
+    JAX's backend."""
     return {
-        "mg3d_jax": __version__,
+        **version.code(),
         "python": platform.python_version(),
         "platform": f"{platform.system()} {platform.machine()}, {sys.implementation.name}",
         "packages": {name: _version(name) for name in PACKAGES},

@@ -13,9 +13,9 @@ import numpy as np
 import pytest
 from support import ROOT, environment, tiny_config
 
+from mg3d_jax.commands.train import trainer
 from mg3d_jax.errors import UserError
 from mg3d_jax.training import distributed
-from mg3d_jax.training.loop import Trainer
 from mg3d_jax.training.writers import read_metrics
 
 LAUNCH = ROOT / "launch"
@@ -170,7 +170,7 @@ def expected_losses(tiny_data, tmp_path_factory):
     config = tiny_config(
         tiny_data["train"], tiny_data["valid"], training__steps=STEPS, training__checkpoint_every=EVERY
     )
-    assert Trainer(config, workdir).run() == 0
+    assert trainer(config, workdir).run() == 0
     return losses(workdir)
 
 

@@ -5,6 +5,7 @@ import json
 import struct
 import sys
 import types
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -14,6 +15,7 @@ from PIL import Image
 from support import tiny_config
 from tensorboardX.proto.event_pb2 import Event
 
+from mg3d_jax import config as config_lib
 from mg3d_jax.errors import UserError
 from mg3d_jax.training import clock as clock_lib
 from mg3d_jax.training.profiler import FIRST_STEPS, Profiler
@@ -34,7 +36,7 @@ def events(folder):
 
 
 def test_every_sink_gets_scalars_and_images(tmp_path):
-    writers = open_writers(tmp_path, tiny_config(), resume_step=0)
+    writers = open_writers(tmp_path, tiny_config().training.writers, resume_step=0)
     writers.scalars(1, "train", {"loss": np.float32(2.5), "temperature": 0.1})
     writers.scalars(2, "valid", {"loss": 2.0})
     writers.image(2, "valid", "slice", GREY)
@@ -52,8 +54,8 @@ def test_every_sink_gets_scalars_and_images(tmp_path):
 
 
 def test_a_resumed_run_writes_again_what_came_after_its_checkpoint(tmp_path):
-    config = tiny_config()
-    writers = open_writers(tmp_path, config, resume_step=0)
+    names = tiny_config().training.writers
+    writers = open_writers(tmp_path, names, resume_step=0)
     for step in (1, 2, 3):
         writers.scalars(step, "train", {"loss": float(step)})
         writers.image(step, "valid", "slice", GREY)
@@ -62,7 +64,7 @@ def test_a_resumed_run_writes_again_what_came_after_its_checkpoint(tmp_path):
     with (tmp_path / "metrics.jsonl").open("a") as file:
         file.write('{"step": 2, "spl')  # killed while writing
     assert [line["step"] for line in read_metrics(tmp_path)] == [1, 2, 3]
-    writers = open_writers(tmp_path, config, resume_step=2)
+    writers = open_writers(tmp_path, names, resume_step=2)
     assert {file.name for file in (tmp_path / "images").iterdir()} == {"slice-1.png", "slice-2.png", "by-hand.png"}
     writers.scalars(3, "train", {"loss": 30.0})
     writers.close()
@@ -90,9 +92,9 @@ def test_wandb_goes_on_in_the_same_run(tmp_path, monkeypatch):
     stub.Error, stub.Image = type("Error", (Exception,), {}), lambda pixels: ("image", pixels.shape)
     stub.init = lambda **options: calls.append(("init", options)) or Run()
     monkeypatch.setitem(sys.modules, "wandb", stub)
-    config = tiny_config(training__writers=("wandb",))
+    described = {"name": "mg3d", "config": config_lib.to_dict(tiny_config())}
     for resume_step in (0, 2):
-        writers = open_writers(tmp_path, config, resume_step=resume_step)
+        writers = open_writers(tmp_path, ("wandb",), resume_step=resume_step, **described)
         writers.scalars(3, "train", {"loss": 1.0})
         writers.image(3, "valid", "slice", GREY)
         writers.close()
@@ -108,10 +110,10 @@ def test_wandb_goes_on_in_the_same_run(tmp_path, monkeypatch):
 
     stub.init = refuse
     with pytest.raises(UserError, match=r"no API key.*WANDB_MODE=offline"):
-        open_writers(tmp_path, config, resume_step=0)
+        open_writers(tmp_path, ("wandb",), resume_step=0)
     monkeypatch.setitem(sys.modules, "wandb", None)  # as if not installed
     with pytest.raises(UserError, match="pip install wandb"):
-        open_writers(tmp_path, config, resume_step=0)
+        open_writers(tmp_path, ("wandb",), resume_step=0)
 
 
 def test_rates_in_closed_form(monkeypatch):
@@ -144,8 +146,8 @@ def test_memory_of_a_platform_whose_devices_do_not_say_is_that_of_the_process():
 def test_a_trace_of_two_steps_appears_even_if_the_run_ends_early(tmp_path, capsys, steps_run):
     profiler, work = Profiler(tmp_path, 2), jax.jit(lambda x: x @ x)
     for step in range(1, steps_run + 1):
-        profiler.step(step)
         work(jnp.ones((8, 8))).block_until_ready()
+        profiler(SimpleNamespace(step=step, last=steps_run))
     profiler.close()
     (trace,) = (tmp_path / "profile").rglob("perfetto_trace.json.gz")
     assert list((tmp_path / "profile").rglob("*.xplane.pb"))

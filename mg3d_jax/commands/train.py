@@ -3,13 +3,36 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from mg3d_jax import config as config_lib
+from mg3d_jax.config import Config
 from mg3d_jax.training import distributed
+
+if TYPE_CHECKING:
+    from mg3d_jax.training.hooks import Hook
+    from mg3d_jax.training.loop import Trainer
+
+
+def trainer(config: Config, workdir: Path, *, hooks: Sequence[Hook] = (), profile_steps: int = 0) -> Trainer:
+    """The trainer of `mg3d train`: with the evaluations and pictures that the config asks for, and further `hooks`."""
+    # Imported after the processes of a run have joined: what is imported may look for devices.
+    from mg3d_jax.evaluation.hooks import DrawReconstructions, Evaluate
+    from mg3d_jax.interop.warm_start import load_pretrained
+    from mg3d_jax.training.loop import Trainer
+
+    own: list[Hook] = []
+    if config.data.valid and config.objectives["volume_reconstruction"].weight > 0:
+        own.append(DrawReconstructions(config.training.validate_every))
+    if config.data.valid and config.training.evaluate_every:
+        own.append(Evaluate(config.training.evaluate_every))
+    return Trainer(config, workdir, hooks=[*own, *hooks], initialize=load_pretrained, profile_steps=profile_steps)
 
 
 def main(argv: list[str]) -> int:
+    """The command. Returns 75 where the run was stopped with everything saved."""
     parser = argparse.ArgumentParser(
         prog="mg3d train",
         description="Trains from a config. The same command again resumes from the newest checkpoint. Exit code 75 means: "
@@ -27,6 +50,4 @@ def main(argv: list[str]) -> int:
     distributed.add_arguments(parser)
     args, config = config_lib.parse(parser, argv)
     distributed.initialize(args)
-    from mg3d_jax.training.loop import Trainer  # after the processes have joined
-
-    return Trainer(config, args.workdir, profile_steps=args.profile).run()
+    return trainer(config, args.workdir, profile_steps=args.profile).run()

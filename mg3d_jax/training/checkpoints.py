@@ -55,13 +55,13 @@ class Checkpoints:
 
     Args:
         workdir: the run; checkpoints lie in `workdir/checkpoints/STEP`.
-        every: interval in steps. keep: how many of the newest to keep.
+        keep: how many of the newest to keep.
         best_metric: name among the metrics given to `save`; the checkpoint that is best by it is kept too. Empty: none.
         best_mode: "min" or "max".
     """
 
-    def __init__(self, workdir: Path, *, every: int = 1, keep: int = 2, best_metric: str = "", best_mode: str = "min"):
-        self.folder, self.every = (workdir / FOLDER).absolute(), every
+    def __init__(self, workdir: Path, *, keep: int = 2, best_metric: str = "", best_mode: str = "min"):
+        self.folder = (workdir / FOLDER).absolute()
         self._aside = (workdir / DAMAGED_FOLDER).absolute()
         self._policy = _NewestAndBest(keep, best_metric, best_mode)
         self._manager: ocp.CheckpointManager | None = None
@@ -84,10 +84,9 @@ class Checkpoints:
         meta: dict[str, Any],
         step: int,
         *,
-        force: bool = False,
         metrics: dict[str, float] | None = None,
     ) -> None:
-        """Starts a save when `step` is due (or `force`d) and not yet saved.
+        """Starts a save, unless the step is saved already.
 
         Args:
             meta: JSON: position, config, clock.
@@ -96,8 +95,6 @@ class Checkpoints:
         Raises `UserError` when the disk is full or refuses; this may be a failure of the save before. What was complete
         stays, what was half-written is removed.
         """
-        if not (force or step % self.every == 0):
-            return
         with self._explained(f"the checkpoint of step {step}, or the one before,"):
             manager = self._writer()
             if step in manager.all_steps():

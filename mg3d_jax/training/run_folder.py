@@ -4,15 +4,24 @@ from __future__ import annotations
 
 import os
 import shutil
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
 
 import jax
 from tokenizers import Tokenizer
 
+from mg3d_jax import __version__, version
+from mg3d_jax import config as config_lib
 from mg3d_jax.config import Config
-from mg3d_jax.data.pipeline import PreparedData, skipped_records
+from mg3d_jax.config.parts import DataConfig
+from mg3d_jax.data.order import RecordOrder
+from mg3d_jax.data.pipeline import PreparedData, record_names, skipped_records
 from mg3d_jax.data.shard_reader import DamagedRecordError
 from mg3d_jax.data.tokens import ReportTokenizer, load_tokenizer, save_tokenizer, train_wordpiece
+from mg3d_jax.environment import environment_facts
+from mg3d_jax.errors import UserError
+from mg3d_jax.files import write_json
 from mg3d_jax.training import distributed
 from mg3d_jax.training.checkpoints import Checkpoints
 
@@ -21,7 +30,7 @@ SUMMARY_FILE, ENVIRONMENT_FILE = "summary.json", "environment.json"
 TOKENIZER_RECORDS = 2000
 
 
-def run_tokenizer(config: Config, workdir: Path) -> ReportTokenizer:
+def run_tokenizer(options: DataConfig, workdir: Path) -> ReportTokenizer:
     """The tokenizer that the run keeps: made before it has a checkpoint, and only read afterwards.
 
     A start that came to no checkpoint may have been one with another `data.tokenizer` or `data.vocab_size`.
@@ -33,21 +42,97 @@ def run_tokenizer(config: Config, workdir: Path) -> ReportTokenizer:
     if jax.process_index() == 0 and not kept:
         # Made elsewhere and renamed: a kill in the middle leaves no half a tokenizer.
         partial = workdir / f"{TOKENIZER_FOLDER}.partial"
-        save_tokenizer(_make_tokenizer(config, workdir), partial)
+        save_tokenizer(_make_tokenizer(options, workdir), partial)
         shutil.rmtree(folder, ignore_errors=True)
         os.replace(partial, folder)
     distributed.barrier("tokenizer")  # the others read what process 0 wrote
-    return ReportTokenizer(load_tokenizer(str(folder)), config.data.max_tokens, config.data.max_sentences)
+    return ReportTokenizer(load_tokenizer(str(folder)), options.max_tokens, options.max_sentences)
 
 
-def _make_tokenizer(config: Config, workdir: Path) -> Tokenizer:
-    if config.data.tokenizer != "train":
-        return load_tokenizer(config.data.tokenizer)
-    data, sentences = PreparedData(config.data.train), set()
-    bad = skipped_records(data, workdir, config.data.max_bad_records)
+def _make_tokenizer(options: DataConfig, workdir: Path) -> Tokenizer:
+    if options.tokenizer != "train":
+        return load_tokenizer(options.tokenizer)
+    data, sentences = PreparedData(options.train), set()
+    bad = skipped_records(data, workdir, options.max_bad_records)
     for index in range(min(len(data), TOKENIZER_RECORDS)):
         try:
             sentences.update(data.text(index)[1])
         except DamagedRecordError as error:
             data.note(index, bad, error)
-    return train_wordpiece(sentences, config.data.vocab_size)
+    return train_wordpiece(sentences, options.vocab_size)
+
+
+def identity(config: Config) -> dict[str, Any]:
+    """Which configuration and which code: in every checkpoint and in the summary."""
+    return {"config_hash": config_lib.config_hash(config), "code_version": __version__, "code": version.code()}
+
+
+def facts(config: Config, vocab_size: int, data: PreparedData) -> dict[str, Any]:
+    """The part of a checkpoint's JSON that is the same at every step of a run."""
+    return identity(config) | {
+        "config": config_lib.to_json(config),
+        "vocab_size": vocab_size,
+        "records": data.lengths,  # of each folder: they make the order of the samples
+        "spacing": data.spacing,  # mm, None if it differs between volumes; exports say it to their users
+        "source": " + ".join(sorted({reader.manifest["source"] for reader in data.readers})),
+    }
+
+
+def check_same_records(meta: Mapping[str, Any], data: PreparedData) -> None:
+    """`UserError` where a resumed run finds other numbers of records than its checkpoint was made with."""
+    if (lengths := meta.get("records", data.lengths)) != data.lengths:
+        raise UserError(
+            f"this run was started on folders of {lengths} records, those of data.train have {data.lengths}: their "
+            "order would be another one. Use the same data, or another --workdir."
+        )
+
+
+def records_of_steps(data: PreparedData, options: DataConfig, seed: int) -> Callable[[int], list[str]]:
+    """`step -> names of the records in its batch`."""
+    order, size = RecordOrder(data.lengths, options.weights, seed=seed), options.batch_size
+
+    def names(step: int) -> list[str]:
+        return record_names(data, [order[position] for position in range((step - 1) * size, step * size)])
+
+    return names
+
+
+def write_start(workdir: Path, config: Config) -> None:
+    """What a run says about itself before its first step. The summary of an end whose checkpoint is gone goes."""
+    if jax.process_index() == 0:
+        (workdir / SUMMARY_FILE).unlink(missing_ok=True)
+        write_json(workdir / CONFIG_FILE, config_lib.to_dict(config), allow_nan=True)
+        write_json(workdir / ENVIRONMENT_FILE, environment_facts())
+
+
+def lacks_summary(workdir: Path) -> bool:
+    """Has a kill come between the last checkpoint and the summary?"""
+    return not (workdir / SUMMARY_FILE).exists()
+
+
+def write_summary(
+    workdir: Path,
+    config: Config,
+    data: PreparedData,
+    *,
+    steps: int,
+    final: Mapping[str, float],
+    parameters: Mapping[str, int],
+    flops_per_step: float,
+    trained_seconds: float,
+) -> None:
+    """`summary.json`: what sweeps and reports read when the run is done. `final`: what was measured after the last step."""
+    if jax.process_index() != 0:
+        return
+    summary = {
+        "state": "done",
+        "step": steps,
+        "samples_seen": steps * config.data.batch_size,
+        "unique_patients": data.patients,
+        "unique_records": len(data),
+        "final": final,
+        "parameters": parameters,
+        "flops_per_step": flops_per_step,
+        "trained_seconds": trained_seconds,
+    }
+    write_json(workdir / SUMMARY_FILE, summary | identity(config), allow_nan=True)

@@ -14,6 +14,7 @@ from jax.sharding import Mesh
 from mg3d_jax import batch as batch_contract
 from mg3d_jax import sharding
 from mg3d_jax.config import Config
+from mg3d_jax.config.parts import InitConfig, ModelConfig
 from mg3d_jax.data.tokens import SPECIAL_TOKENS
 from mg3d_jax.models import mg3d
 from mg3d_jax.models.attention import choose_backend
@@ -132,6 +133,13 @@ def initialize(setup: Setup) -> State:
 
     with sharding.in_mesh(setup.mesh):
         return jax.jit(init, out_shardings=setup.shardings)(jax.random.key(setup.config.seed))
+
+
+def starts_from(init_from: InitConfig, model: ModelConfig) -> str:
+    """The key that says which weights a new run starts from; "" where it starts from random ones."""
+    encoders = {"volume_encoder": model.volume_encoder, "report_encoder": model.report_encoder}
+    named = [f"model.{name}.pretrained" for name, encoder in encoders.items() if encoder.pretrained]
+    return ", ".join(["init_from.path"] * bool(init_from.path) + named)
 
 
 def evaluated_parameters(state: State) -> Any:

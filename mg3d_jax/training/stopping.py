@@ -1,12 +1,13 @@
-"""When a run ends before its last step: told to by a signal, or by too many updates that are not finite."""
+"""What ends a run before its last step: a signal, or too many updates that are not finite."""
 
 from __future__ import annotations
 
 import itertools
 import json
+import logging
 import math
 import signal
-import sys
+from collections import deque
 from collections.abc import Callable
 from pathlib import Path
 from types import FrameType
@@ -14,9 +15,11 @@ from types import FrameType
 import jax
 
 from mg3d_jax.errors import UserError
-from mg3d_jax.files import whole_lines, write_lines
 from mg3d_jax.training.checkpoints import Checkpoints
+from mg3d_jax.training.hooks import AfterStep, Hook
+from mg3d_jax.training.writers import keep_lines
 
+logger = logging.getLogger(__name__)
 DONE, PREEMPTED = 0, 75  # 75 is EX_TEMPFAIL: launchers understand it as "run me again"
 SKIPPED_FILE = "skipped.jsonl"
 
@@ -49,11 +52,13 @@ class StopRequest:
             signal.signal(signal.SIGTERM, self._old)
 
 
-class SkippedUpdates:
+class SkippedUpdates(Hook):
     """Counts the updates that the compiled step skipped because loss or gradient was not finite.
 
-    Each is written to `skipped.jsonl` with the records of its batch. All processes see the same flags and so come to the
-    same end; process 0 writes. A resumed run counts on; what was noted after its checkpoint happens again and is dropped.
+    As it reads the result of every step, it is also what keeps the host from dispatching too many of them ahead. Each
+    skipped update is written to `skipped.jsonl` with the records of its batch. All processes see the same flags and so come
+    to the same end; process 0 writes. A resumed run counts on; what was noted after its checkpoint happens again and is
+    dropped.
 
     Args:
         limit: so many in a row end the run.
@@ -61,14 +66,29 @@ class SkippedUpdates:
         resume_step: of the checkpoint, 0 for a new run.
     """
 
+    measures = waits = False
+
     def __init__(self, workdir: Path, limit: int, records: Callable[[int], list[str]], *, resume_step: int = 0):
         self._path, self._limit, self._records = workdir / SKIPPED_FILE, limit, records
-        before = [entry for entry in whole_lines(self._path) if entry.get("step", math.inf) <= resume_step]
-        if self._path.exists() and jax.process_index() == 0:
-            write_lines(self._path, before)
+        before = keep_lines(self._path, lambda entry: entry.get("step", math.inf) <= resume_step)
         steps = {entry["step"] for entry in before}
         self.total = len(steps)
         self.in_a_row = next(n for n in itertools.count() if resume_step - n not in steps)
+        self._in_flight: deque[tuple[int, jax.Array, jax.Array]] = deque()
+
+    def __call__(self, after: AfterStep) -> None:
+        """Waits until few enough steps are in flight: none where another hook needs their results."""
+        self._in_flight.append((after.step, after.metrics["finite"], after.metrics["loss"]))
+        self._await(0 if after.waits else max_in_flight())
+
+    def stop(self, after: AfterStep) -> None:
+        self._await(0)
+
+    def _await(self, most: int) -> None:
+        while len(self._in_flight) > most:
+            step, *flags = self._in_flight.popleft()
+            finite, loss = jax.device_get(flags)
+            self.check(step, finite=bool(finite), loss=float(loss))
 
     def check(self, step: int, *, finite: bool, loss: float) -> None:
         """Takes note of one step. `UserError` when the limit is reached: nothing is saved after it."""
@@ -78,10 +98,9 @@ class SkippedUpdates:
         self.total, self.in_a_row = self.total + 1, self.in_a_row + 1
         records = self._records(step)
         if jax.process_index() == 0:
-            print(
+            logger.warning(
                 f"step {step}: loss {loss} or its gradient is not finite, the update is skipped ({self.in_a_row} in a row, "
-                f"{self.total} since the start); its {len(records)} records are in {self._path}",
-                file=sys.stderr,
+                f"{self.total} since the start); its {len(records)} records are in {self._path}"
             )
             with self._path.open("a") as file:
                 file.write(json.dumps({"step": step, "loss": repr(loss), "records": records}) + "\n")
@@ -90,3 +109,8 @@ class SkippedUpdates:
                 f"{self.in_a_row} updates in a row were not finite (training.max_skipped), the last at step {step}: lower "
                 f"optimizer.learning_rate, or look at the records in {self._path}. The checkpoints before are intact"
             )
+
+
+def max_in_flight() -> int:
+    """Steps dispatched but not awaited. CPU devices deadlock in collectives when steps pile up; accelerators overlap."""
+    return 0 if jax.default_backend() == "cpu" else 2

@@ -14,6 +14,8 @@ from rich.table import Table
 
 from mg3d_jax import sharding
 from mg3d_jax.config import Config
+from mg3d_jax.data.pipeline import PreparedData, cut_shares
+from mg3d_jax.data.tokens import ReportTokenizer
 from mg3d_jax.training.state import Setup, count
 
 LARGEST = 12  # arrays listed at the start
@@ -61,6 +63,15 @@ def start_table(setup: Setup, compiled: jax.stages.Compiled, *, data: Mapping[st
         console = Console(stderr=True, width=LOG_WIDTH)
     console.print(table)
     console.print(array_table(setup.abstract, setup.mesh))
+
+
+def data_rows(config: Config, data: PreparedData, tokenizer: ReportTokenizer) -> dict[str, str]:
+    """How much is trained on, and what the limits of the text cut of it."""
+    shares = cut_shares(data, tokenizer, config.objectives["alignment"].sentence_tokens)
+    return {
+        "records": f"{len(data):,} of {data.patients:,} patients",
+        "text that is cut": cut_text(config, *shares),
+    }
 
 
 def cut_text(config: Config, reports: float, sentences: float) -> str:

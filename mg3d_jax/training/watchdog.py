@@ -7,6 +7,7 @@ Every process of a run has its own watchdog: a hang in a collective is seen by a
 from __future__ import annotations
 
 import faulthandler
+import logging
 import sys
 import threading
 import time
@@ -17,12 +18,14 @@ from types import TracebackType
 import jax
 
 from mg3d_jax.progress import format_seconds
+from mg3d_jax.training.hooks import AfterStep, Hook, TrainingRun
 
+logger = logging.getLogger(__name__)
 FOLDER = "stacks"
 FIRST_STEP = 4.0  # the first step compiles and waits for all processes: it may take so many times longer
 
 
-class Watchdog:
+class Watchdog(Hook):
     """`with Watchdog(workdir, minutes) as watchdog: ...; watchdog.beat(step)` after every step.
 
     When no beat came for `minutes`, the stacks of all threads go to stderr and to `workdir/stacks/process-N.txt`, once per
@@ -33,6 +36,8 @@ class Watchdog:
         minutes: 0 watches nothing.
     """
 
+    measures = waits = False
+
     def __init__(self, workdir: Path, minutes: float):
         self._limit = minutes * 60.0
         self._file = workdir / FOLDER / f"process-{jax.process_index()}.txt"
@@ -40,6 +45,15 @@ class Watchdog:
         self._step: int | None = None  # the last one that ended
         self._beat, self._reported, self._stopped = time.monotonic(), False, False
         self._thread: threading.Thread | None = None
+
+    def start(self, run: TrainingRun) -> None:
+        self.__enter__()
+
+    def __call__(self, after: AfterStep) -> None:
+        self.beat(after.step)
+
+    def close(self) -> None:
+        self.__exit__(None, None, None)
 
     def __enter__(self) -> Watchdog:
         if self._limit > 0:
@@ -57,7 +71,7 @@ class Watchdog:
             late = self._reported or 0 < self._allowed() <= waited
             self._step, self._beat, self._reported = step, now, False
         if late:
-            _say(f"watchdog: step {step} has ended after all, after {format_seconds(waited)}")
+            logger.warning(f"watchdog: step {step} has ended after all, after {format_seconds(waited)}")
 
     def _allowed(self) -> float:
         """Seconds that the step in progress may take; 0 for any time."""
@@ -103,7 +117,7 @@ class Watchdog:
             f"{format_seconds(waited)}. Where its threads are:"
         )
         text = f"{head}\n{stacks()}"
-        _say(text)
+        logger.warning(text)
         return text
 
     def _write(self, text: str) -> None:
@@ -112,7 +126,7 @@ class Watchdog:
             with self._file.open("a") as file:
                 file.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')} {text}\n")
         except OSError as error:
-            _say(f"watchdog: {self._file} cannot be written: {error}")
+            logger.warning(f"watchdog: {self._file} cannot be written: {error}")
 
 
 def stacks() -> str:
@@ -123,7 +137,3 @@ def stacks() -> str:
         if ident != threading.get_ident():
             parts.append(f"thread {names.get(ident, ident)}:\n" + "".join(traceback.format_stack(frame)))
     return "\n".join(parts)
-
-
-def _say(text: str) -> None:
-    print(text, file=sys.stderr, flush=True)

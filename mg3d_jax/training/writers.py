@@ -10,14 +10,13 @@ import math
 import os
 import secrets
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import jax
 import numpy as np
 
-from mg3d_jax import config as config_lib
-from mg3d_jax.config import Config
 from mg3d_jax.errors import UserError
 from mg3d_jax.files import read_lines, whole_lines, write_lines
 
@@ -57,11 +56,22 @@ class Writers:
             sink.close()
 
 
-def open_writers(workdir: Path, config: Config, *, resume_step: int) -> Writers:
-    """The sinks of `config.training.writers` on process 0, none on the others.
+@dataclass(frozen=True)
+class Described:
+    """The run, for sinks that show it among others. `config`: as nested dicts."""
+
+    name: str
+    config: Mapping[str, Any]
+
+
+def open_writers(
+    workdir: Path, names: Sequence[str], *, resume_step: int, name: str = "", config: Mapping[str, Any] | None = None
+) -> Writers:
+    """The sinks of `training.writers` on process 0, none on the others.
 
     Args:
         workdir: the run.
+        name, config: of the run, for sinks that show it among others.
         resume_step: what an interrupted run wrote after this step, its last checkpoint, is dropped: the run will write
             it again. 0 for a new run.
 
@@ -69,17 +79,17 @@ def open_writers(workdir: Path, config: Config, *, resume_step: int) -> Writers:
     """
     if jax.process_index() != 0:
         return Writers(())
-    return Writers([SINKS[name](workdir, config, resume_step) for name in dict.fromkeys(config.training.writers)])
+    described = Described(name, config or {})
+    return Writers([SINKS[sink](workdir, described, resume_step) for sink in dict.fromkeys(names)])
 
 
 class JsonlWriter:
     """A line per record in `metrics.jsonl`, `{"step": ..., "split": ..., NAME: value, ...}`; PNG files in `images/`."""
 
-    def __init__(self, workdir: Path, config: Config, resume_step: int):
+    def __init__(self, workdir: Path, run: Described, resume_step: int):
         self._images = workdir / IMAGES_FOLDER
         path = workdir / METRICS_FILE
-        if path.exists():
-            write_lines(path, [line for line in whole_lines(path) if line.get("step", math.inf) <= resume_step])
+        keep_lines(path, lambda line: line.get("step", math.inf) <= resume_step)
         for image in self._images.glob("*.png"):
             step = image.stem.rpartition("-")[2]
             if step.isdecimal() and int(step) > resume_step:
@@ -106,7 +116,7 @@ class JsonlWriter:
 class TensorBoardWriter:
     """Event files in `tensorboard/`; TensorBoard hides what a resumed run writes again."""
 
-    def __init__(self, workdir: Path, config: Config, resume_step: int):
+    def __init__(self, workdir: Path, run: Described, resume_step: int):
         from tensorboardX import SummaryWriter  # slow import
 
         self._board = SummaryWriter(str(workdir / "tensorboard"), purge_step=resume_step + 1)
@@ -123,14 +133,14 @@ class TensorBoardWriter:
 
 
 class WandbWriter:
-    """Weights & Biases. The project is `config.name` or `WANDB_PROJECT`; `WANDB_MODE=offline` writes to disk only.
+    """Weights & Biases. The project is the config's `name` or `WANDB_PROJECT`; `WANDB_MODE=offline` writes to disk only.
 
     The run's id is kept in the file `wandb_id`, so that a resumed run goes on there (offline: two parts of one run, for
     `wandb sync`). "step" is logged as a value of its own: W&B throws away what comes with a lower step than it has seen,
     which is what a run resumed from its last checkpoint does.
     """
 
-    def __init__(self, workdir: Path, config: Config, resume_step: int):
+    def __init__(self, workdir: Path, run: Described, resume_step: int):
         try:
             import wandb
         except ImportError as error:
@@ -144,12 +154,12 @@ class WandbWriter:
             file.write_text(secrets.token_hex(4))
         try:
             self._run = wandb.init(
-                project=os.environ.get("WANDB_PROJECT", config.name),
+                project=os.environ.get("WANDB_PROJECT", run.name),
                 name=workdir.name,
                 id=file.read_text().strip(),
                 resume="allow",
                 dir=str(workdir),
-                config=config_lib.to_dict(config),
+                config=dict(run.config),
             )
         except wandb.Error as error:
             raise UserError(f"Weights & Biases: {error}. Run `wandb login`, or set WANDB_MODE=offline") from error
@@ -166,7 +176,7 @@ class WandbWriter:
         self._run.finish()
 
 
-SINKS: dict[str, Callable[[Path, Config, int], Writer]] = {
+SINKS: dict[str, Callable[[Path, Described, int], Writer]] = {
     "jsonl": JsonlWriter,
     "tensorboard": TensorBoardWriter,
     "wandb": WandbWriter,
@@ -175,11 +185,15 @@ SINKS: dict[str, Callable[[Path, Config, int], Writer]] = {
 
 def drop_evaluations(workdir: Path, step: int) -> None:
     """Takes what was evaluated at `step` out of `metrics.jsonl`: it is evaluated again, and may lack a part."""
-    path = workdir / METRICS_FILE
-    if path.exists():
-        write_lines(
-            path, [line for line in whole_lines(path) if line.get("step") != step or line.get("split") == "train"]
-        )
+    keep_lines(workdir / METRICS_FILE, lambda line: line.get("step") != step or line.get("split") == "train")
+
+
+def keep_lines(path: Path, keep: Callable[[dict[str, Any]], bool]) -> list[dict[str, Any]]:
+    """Takes the lines out of a file of JSON lines that `keep` does not want; returns those that stay. Process 0 writes."""
+    kept = [line for line in whole_lines(path) if keep(line)]
+    if path.exists() and jax.process_index() == 0:
+        write_lines(path, kept)
+    return kept
 
 
 def read_metrics(workdir: Path, split: str | None = None) -> list[dict]:
