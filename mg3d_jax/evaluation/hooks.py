@@ -15,7 +15,7 @@ class Evaluate(Hook):
         self.every = every
 
     def start(self, run: TrainingRun) -> None:
-        self._evaluation = OnlineEvaluation(run.setup, run.tokenizer, run.valid, log_folder=run.workdir)
+        self._evaluation = OnlineEvaluation(run.setup, run.tokenizer, run.held_out, log_folder=run.workdir)
 
     def __call__(self, after: AfterStep) -> dict[str, float]:
         return {f"evaluation/{name}": value for name, value in self._evaluation.metrics(after.params).items()}
@@ -28,8 +28,8 @@ class DrawReconstructions(Hook):
         self.every = every
 
     def start(self, run: TrainingRun) -> None:
-        self._pictures = Reconstructions(run.setup, run.tokenizer.special, spacing=run.valid.spacing)
-        self._held_out = HeldOut(run.setup, run.tokenizer, run.valid, log_folder=run.workdir)
+        self._pictures = Reconstructions(run.setup, run.tokenizer.special, spacing=run.held_out.spacing)
+        self._held_out = HeldOut(run.setup, run.tokenizer, run.held_out, log_folder=run.workdir)
 
     def __call__(self, after: AfterStep) -> None:
         for name, pixels in self._pictures(after.params, self._held_out.first_batch()).items():

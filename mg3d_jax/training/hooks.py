@@ -51,6 +51,13 @@ class TrainingRun:
     first: int
     writers: Writers
 
+    @property
+    def held_out(self) -> PreparedData:
+        """`valid`, for a hook that needs it. `UserError` where the run has none."""
+        if self.valid is None:
+            raise UserError("what is measured on held-out data needs some: set data.valid to a prepared folder")
+        return self.valid
+
 
 @dataclass
 class AfterStep:
@@ -152,14 +159,16 @@ class ProgressBar(Hook):
     measures = waits = False
 
     def __init__(self, log: Log):
-        self._log, self._progress = log, None
+        self._log = log
+        self._progress: Progress | None = None
 
     def start(self, run: TrainingRun) -> None:
         self._progress = Progress("train", run.setup.steps, unit="steps", initial=run.first)
         self._progress.__enter__()
 
     def __call__(self, after: AfterStep) -> None:
-        self._progress.advance(note=self._log.note)
+        if self._progress is not None:
+            self._progress.advance(note=self._log.note)
 
     def close(self) -> None:
         if self._progress is not None:
@@ -173,7 +182,7 @@ class HeldOutLoss(Hook):
         self.every = every
 
     def start(self, run: TrainingRun) -> None:
-        self._held_out = HeldOut(run.setup, run.tokenizer, run.valid, log_folder=run.workdir)
+        self._held_out = HeldOut(run.setup, run.tokenizer, run.held_out, log_folder=run.workdir)
 
     def __call__(self, after: AfterStep) -> dict[str, float]:
         return {f"valid/{name}": value for name, value in self._held_out.loss(after.params).items()}
