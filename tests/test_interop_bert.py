@@ -5,7 +5,6 @@ from __future__ import annotations
 import importlib.util
 import json
 import shutil
-from dataclasses import replace
 from pathlib import Path
 
 import jax
@@ -18,8 +17,10 @@ from flax.linen import unbox
 from safetensors.torch import load_file, save_file
 
 from mg3d_jax.errors import UserError
-from mg3d_jax.interop.bert import load_bert, read_config
-from mg3d_jax.models.report_encoder import ReportEncoder
+from mg3d_jax.interop.hugging_face import load_checkpoint
+from mg3d_jax.interop.tower import Tower, check_fields
+from mg3d_jax.models.towers import bert
+from mg3d_jax.models.towers.bert.encoder import ReportEncoder
 
 TINY = {
     "vocab_size": 60,
@@ -62,11 +63,15 @@ def batch(vocab_size, length, padding_id=0, seed=0):
     return np.where(mask, rng.integers(5, vocab_size, mask.shape), padding_id), mask
 
 
+def load_bert(path, vocabulary=None):
+    return load_checkpoint(path, bert.BERT.forms["bert"], vocabulary)
+
+
 def difference(model, loaded, ids, mask):
     """Largest difference of the features at valid tokens."""
     with torch.no_grad():
         expected = model.eval()(torch.from_numpy(ids), torch.from_numpy(mask).long()).last_hidden_state.numpy()
-    encoder = ReportEncoder(**loaded.config.encoder_fields())
+    encoder = ReportEncoder(**loaded.fields)
     ours = jax.jit(encoder.apply)({"params": loaded.params}, jnp.asarray(ids), jnp.asarray(mask))["tokens"]
     return np.abs(np.asarray(ours) - expected)[mask].max()
 
@@ -88,7 +93,7 @@ def test_real_minilm(minilm):
 def test_random_bert_base(tmp_path):
     model = transformers.BertModel(transformers.BertConfig())
     loaded = load_bert(str(saved(model, tmp_path)))
-    assert (loaded.config.width, loaded.config.depth, loaded.config.vocab_size) == (768, 12, 30522)
+    assert [loaded.fields[name] for name in ("width", "depth", "vocab_size")] == [768, 12, 30522]
     assert difference(model, loaded, *batch(30522, 20)) < 1e-4
 
 
@@ -98,7 +103,7 @@ def test_roberta_counts_positions_from_its_padding(tmp_path):
     )
     model = transformers.RobertaModel(config)
     loaded = load_bert(str(saved(model, tmp_path)))
-    assert loaded.config.max_positions == 20
+    assert loaded.fields["max_positions"] == 20
     assert difference(model, loaded, *batch(60, 20, padding_id=1)) < 1e-5
 
 
@@ -124,7 +129,7 @@ def test_sharded_safetensors(tmp_path):
 def test_parameters_fit_the_encoder(tiny):
     """The loaded tree is the tree that `init` makes: same paths, shapes and dtypes."""
     loaded = load_bert(str(tiny))
-    encoder = ReportEncoder(**loaded.config.encoder_fields())
+    encoder = ReportEncoder(**loaded.fields)
     made = jax.eval_shape(encoder.init, jax.random.key(0), jnp.ones((1, 4), int), jnp.ones((1, 4), bool))
     expected = jax.tree.map(lambda x: (x.shape, x.dtype), unbox(made)["params"])
     assert jax.tree.map(lambda x: (x.shape, x.dtype), loaded.params) == expected
@@ -165,10 +170,11 @@ def test_missing_unknown_and_misshapen_keys_are_named_together(tiny):
     assert "embeddings.position_embeddings.weight: [19, 24] in the file, [20, 24] in the model" in message
 
 
-def test_other_sizes_than_expected_are_named(tiny):
-    config = read_config(str(tiny))
+def test_other_sizes_than_the_encoder_has_are_named(tiny):
+    loaded = load_bert(str(tiny))
+    tower = Tower("bert", loaded.fields, loaded.params, str(tiny))
     with pytest.raises(UserError, match="depth: 3 in the checkpoint, 4 in the model"):
-        load_bert(str(tiny), expected=replace(config, depth=4))
+        check_fields(tower, tower.module(depth=4))
 
 
 def test_another_tokenizer_is_an_error(minilm, tiny):
@@ -194,7 +200,7 @@ def test_other_architectures_are_errors(tiny, change, words):
     path = tiny / "config.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | change))
     with pytest.raises(UserError, match=words):
-        read_config(str(tiny))
+        load_bert(str(tiny))
 
 
 def test_missing_files_are_errors(tiny, tmp_path):

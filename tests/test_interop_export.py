@@ -17,10 +17,10 @@ from mg3d_jax.commands import main as cli
 from mg3d_jax.data.tokens import ReportTokenizer, load_tokenizer, save_tokenizer, train_wordpiece
 from mg3d_jax.errors import UserError
 from mg3d_jax.interop import export as export_lib
-from mg3d_jax.interop import export_monai
 from mg3d_jax.interop.export_run import Run
 from mg3d_jax.interop.torch_template import modeling_mg3d
 from mg3d_jax.models import mg3d
+from mg3d_jax.models.towers.vit.monai import to_monai
 from mg3d_jax.phantom import patients as phantoms
 from mg3d_jax.phantom.dataset import nifti_bytes
 from mg3d_jax.prepare.reports import report_sentences
@@ -252,7 +252,7 @@ def test_monais_vit_loads_the_state_dict_and_gives_the_tokens(make_run, tmp_path
 def test_settings_without_a_place_in_monais_vit_are_named():
     config = tiny_config(**VARIANTS["everything else"], model__volume_encoder__stem="conv")
     with pytest.raises(UserError) as error:
-        export_monai.vit_state({}, config)
+        to_monai({}, config.model)
     for setting in ("stem = 'conv'", "num_registers = 3", "qk_norm = True", "layer_scale = 0.1"):
         assert f"model.volume_encoder.{setting}" in str(error.value)
 

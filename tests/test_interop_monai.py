@@ -10,10 +10,20 @@ import torch
 from monai.networks.nets import UNETR, SwinUNETR, ViT
 
 from mg3d_jax.errors import UserError
-from mg3d_jax.interop.monai_swin import load_monai_swin
-from mg3d_jax.interop.monai_vit import load_monai_vit
-from mg3d_jax.models.swin import SwinEncoder
-from mg3d_jax.models.volume_encoder import VolumeEncoder
+from mg3d_jax.interop.state_dict import read_state_dict
+from mg3d_jax.models.towers import swin, vit
+from mg3d_jax.models.towers.swin.encoder import SwinEncoder
+from mg3d_jax.models.towers.vit.encoder import VolumeEncoder
+
+
+def load_monai_swin(path, *arguments):
+    imported = swin.SWIN.forms["monai-swin"].convert(read_state_dict(path), str(path), *arguments)
+    return imported.fields, imported.params, imported.unused
+
+
+def load_monai_vit(path, *arguments, **named):
+    imported = vit.VIT.forms["monai-vit"].convert(read_state_dict(path), str(path), *arguments, **named)
+    return imported.fields, imported.params, imported.unused
 
 
 def shaken(model):

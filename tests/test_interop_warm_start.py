@@ -22,7 +22,7 @@ from mg3d_jax import sharding
 from mg3d_jax.commands import main as cli
 from mg3d_jax.data.tokens import ReportTokenizer, load_tokenizer, train_wordpiece
 from mg3d_jax.errors import UserError
-from mg3d_jax.interop.bert import load_bert
+from mg3d_jax.interop.hugging_face import load_checkpoint
 from mg3d_jax.interop.tower import Tower, save_tower
 from mg3d_jax.interop.warm_start import load_pretrained
 from mg3d_jax.models.positions import interpolate
@@ -57,7 +57,7 @@ def test_a_report_encoder_starts_from_real_weights_sharded(minilm):
         model__report_encoder__preset="mini", model__report_encoder__pretrained=minilm, mesh__fsdp=2, mesh__tensor=2
     )
     setup, params = start(config, ReportTokenizer(load_tokenizer(minilm), 64, 16))
-    expected = flatten_dict(load_bert(minilm).params)
+    expected = flatten_dict(load_checkpoint(minilm, bert.BERT.forms["bert"]).params)
     for path, array in flatten_dict(params["report_encoder"]).items():
         np.testing.assert_array_equal(jax.device_get(array), expected[path])
     assert jax.tree.map(lambda x: x.sharding, params) == setup.shardings["params"]

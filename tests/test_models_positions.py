@@ -11,7 +11,7 @@ import torch
 
 from mg3d_jax.errors import UserError
 from mg3d_jax.models.positions import interpolate, sincos
-from mg3d_jax.models.volume_encoder import VolumeEncoder
+from mg3d_jax.models.towers.vit.encoder import VolumeEncoder
 
 
 def test_sincos_formula():

@@ -10,7 +10,7 @@ import pytest
 
 from mg3d_jax import sharding
 from mg3d_jax.errors import UserError
-from mg3d_jax.models.report_encoder import ReportEncoder
+from mg3d_jax.models.towers.bert.encoder import ReportEncoder
 
 ENCODER = ReportEncoder(vocab_size=50, width=24, depth=2, num_heads=2, mlp_dim=40, max_positions=16)
 

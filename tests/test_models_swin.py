@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from mg3d_jax.errors import UserError
-from mg3d_jax.models.swin import SHIFT_MASK, SwinEncoder, fit_window, relative_position_index, shift_mask
+from mg3d_jax.models.towers.swin.encoder import SHIFT_MASK, SwinEncoder, fit_window, relative_position_index, shift_mask
 
 SMALL = {"width": 12, "depths": (1, 2), "num_heads": (2, 3), "window": (3, 3, 3)}
 

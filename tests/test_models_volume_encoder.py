@@ -12,8 +12,9 @@ import torch
 from mg3d_jax import sharding
 from mg3d_jax.config.parts import ReportEncoderConfig, VolumeEncoderConfig
 from mg3d_jax.errors import UserError
+from mg3d_jax.models.patches import patchify, unpatchify
 from mg3d_jax.models.towers import vit
-from mg3d_jax.models.volume_encoder import VolumeEncoder, patchify, stem_strides, unpatchify
+from mg3d_jax.models.towers.vit.encoder import VolumeEncoder, stem_strides
 
 SIZE, PATCH = (16, 8, 12), (4, 2, 6)
 TOKENS = 4 * 4 * 2

@@ -178,7 +178,7 @@ def _encoder_and_loss(case: Case, backend: str) -> tuple[Any, Callable]:
     """Our encoder, and the scalar `(parameters, volume [B, X, Y, Z, 1]) -> loss` whose gradient is timed."""
     import jax.numpy as jnp
 
-    from mg3d_jax.models.volume_encoder import VolumeEncoder
+    from mg3d_jax.models.towers.vit.encoder import VolumeEncoder
 
     preset = PRESETS[case.preset]
     encoder = VolumeEncoder(

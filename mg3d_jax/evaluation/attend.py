@@ -19,7 +19,7 @@ from scipy import ndimage
 
 from mg3d_jax.errors import UserError
 from mg3d_jax.evaluation.scans import Scan
-from mg3d_jax.models.volume_encoder import patchify, unpatchify
+from mg3d_jax.models.patches import patchify, unpatchify
 from mg3d_jax.objectives.pairwise import l2_normalize
 from mg3d_jax.training import inputs as step_inputs
 from mg3d_jax.training.restore import RestoredRun, exact_model

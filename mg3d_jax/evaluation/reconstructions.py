@@ -12,7 +12,7 @@ import numpy as np
 from PIL import Image, ImageDraw
 
 from mg3d_jax import sharding
-from mg3d_jax.models.volume_encoder import unpatchify
+from mg3d_jax.models.patches import unpatchify
 from mg3d_jax.objectives.base import Enabled, enabled
 from mg3d_jax.training.inputs import model_inputs
 from mg3d_jax.training.state import Setup

@@ -22,6 +22,7 @@ from mg3d_jax.errors import UserError
 from mg3d_jax.files import write_json
 from mg3d_jax.interop import export_card, export_format, export_monai
 from mg3d_jax.interop.export_run import Inputs, Run, load_run, phantom_inputs, reference_features
+from mg3d_jax.models.towers.vit.monai import exact_gelu
 
 TOLERANCE = 1e-4  # on l2-normalised embeddings and on normalised tokens, float32
 TEMPLATE = Path(__file__).parent / "torch_template" / "modeling_mg3d.py"
@@ -103,7 +104,7 @@ def write_monai(run: Run, folder: Path) -> list[str]:
     found = export_monai.write(run, folder, inputs.volumes)
     difference = check_close({"volume_tokens": tokens}, {"volume_tokens": found})["volume_tokens"]
     write_json(folder / "preprocessor_config.json", export_format.preprocessor_config(run.config, run.spacing))
-    exact = export_monai.exact_gelu(run.config)
+    exact = exact_gelu(run.config.model)
     (folder / "README.md").write_text(export_card.monai_card(run, difference, exact))
     lines = [f"volume_tokens: JAX and MONAI differ by at most {difference:.1e}"]
     if not exact:
@@ -116,11 +117,14 @@ FORMATS: dict[str, Callable[[Run, Path], list[str]]] = {"hf": write_hugging_face
 
 def export(run: Run, out: Path, form: str = "hf") -> list[str]:
     """Writes and checks an export next to `out`, then moves it there: a failed export leaves `out` as it was."""
-    if run.config.model.volume_encoder.kind != "vit":
-        raise UserError(
-            "only a ViT can be exported; this run's volume encoder is a Swin, whose PyTorch form is MONAI's SwinUNETR. "
-            "Its checkpoints can be used here, e.g. by `mg3d evaluate` and `mg3d attend`"
-        )
+    for name in export_format.TOWERS:
+        encoder = getattr(run.config.model, name)
+        if encoder.tower.to_torch is None:
+            hint = f"{encoder.tower.torch_hint}. " if encoder.tower.torch_hint else ""
+            raise UserError(
+                f"this run's {name} is a {encoder.kind}, which cannot be exported: {hint}Its checkpoints can be used here, "
+                "e.g. by `mg3d evaluate` and `mg3d attend`"
+            )
     _check_out(out)
     out.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=f".{out.name}.", dir=out.parent) as name:

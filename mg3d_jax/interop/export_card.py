@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from mg3d_jax import __version__
-from mg3d_jax.interop import export_monai
 from mg3d_jax.interop.export_run import Run
+from mg3d_jax.models.towers.vit.monai import stream_scale
 
 _LICENCES = {
     "ctrate": "The training data lay in CT-RATE's layout. If it was CT-RATE: that data set is gated and under "
@@ -117,7 +117,7 @@ vit.load_state_dict(load_file("model.safetensors"), strict=True)
 ```
 
 On phantom CT, loaded like this, the normalised tokens differ from the JAX model's by at most {difference:.1e}.
-`hidden` is {export_monai.stream_scale(run.config):.4g} times that of the JAX model, to make up for the other epsilon
+`hidden` is {stream_scale(run.config.model):.4g} times that of the JAX model, to make up for the other epsilon
 of MONAI's norms. Pooling and projection are not part of MONAI's ViT.
 
 ## What it expects

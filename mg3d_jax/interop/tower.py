@@ -19,19 +19,16 @@ from safetensors.numpy import load_file, save_file
 
 from mg3d_jax.errors import UserError
 from mg3d_jax.files import write_json
-from mg3d_jax.models.positions import Grid, interpolate
-from mg3d_jax.models.report_encoder import ReportEncoder
-from mg3d_jax.models.swin import SwinEncoder
-from mg3d_jax.models.volume_encoder import VolumeEncoder, patch_grid
+from mg3d_jax.models.positions import Grid
+from mg3d_jax.models.towers import base
+from mg3d_jax.registry import REPORT_TOWERS, VOLUME_TOWERS
 
-MODULES: dict[str, type[nn.Module]] = {"vit": VolumeEncoder, "swin": SwinEncoder, "bert": ReportEncoder}
-FRESH = ("pool/", "flatten/", "mask_token")  # what no imported tower has
 MAX_LISTED = 12
 
 
 @dataclass(frozen=True)
 class Tower:
-    """An encoder's kind ("vit", "swin" or "bert"), the fields of its module, its parameters, and their source."""
+    """An encoder's kind as it is registered, the fields of its module, its parameters, and their source."""
 
     kind: str
     encoder: dict[str, Any]
@@ -41,7 +38,12 @@ class Tower:
 
     def module(self, **options: Any) -> nn.Module:
         """The Linen module that these parameters fit; `options` are further fields (dtype, remat, pooling, ...)."""
-        return MODULES[self.kind](**self.encoder | options)
+        return self.declared.module(**self.encoder | options)
+
+    @property
+    def declared(self) -> base.Tower:
+        """What its kind declares. `UserError` where no such tower is registered."""
+        return (REPORT_TOWERS if self.kind in REPORT_TOWERS else VOLUME_TOWERS)[self.kind]
 
     @property
     def parameter_count(self) -> int:
@@ -71,15 +73,9 @@ def load_tower(folder: Path) -> Tower:
 
 
 def at_volume_size(tower: Tower, volume_size: Grid) -> Tower:
-    """The same ViT for another volume size: learned positions are interpolated. Other towers stay as they are."""
-    if tower.kind != "vit" or tower.encoder["volume_size"] == tuple(volume_size):
-        return tower
-    patch = tower.encoder["patch_size"]
-    old, new = patch_grid(tower.encoder["volume_size"], patch), patch_grid(volume_size, patch)
-    params = dict(tower.params)
-    if "positions" in params:
-        params["positions"] = np.asarray(interpolate(params["positions"], old, new))
-    return replace(tower, params=params, encoder=tower.encoder | {"volume_size": tuple(volume_size)})
+    """The same tower for volumes of another size, where that makes a difference to its parameters."""
+    encoder, params = tower.declared.at_volume_size(tower.encoder, tower.params, volume_size)
+    return replace(tower, params=params, encoder=encoder)
 
 
 def check_fields(tower: Tower, module: nn.Module) -> None:
@@ -108,7 +104,7 @@ def merge(fresh: Mapping, tower: Tower) -> dict:
     for name, array in into.items():
         if name in loaded and loaded[name].shape != array.shape:
             problems.append(f"{name}: {list(loaded[name].shape)} in the checkpoint, {list(array.shape)} in the model")
-        elif name not in loaded and not name.startswith(FRESH):
+        elif name not in loaded and not name.startswith(tower.declared.fresh):
             problems.append(f"{name} {list(array.shape)}: missing in the checkpoint")
     if problems:
         more = [f"... and {len(problems) - MAX_LISTED} more"] if len(problems) > MAX_LISTED else []

@@ -12,7 +12,7 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 
 from mg3d_jax.data.tokens import ReportTokenizer
 from mg3d_jax.errors import UserError
-from mg3d_jax.interop.bert import check_vocabulary, load_bert
+from mg3d_jax.interop.hugging_face import check_vocabulary, load_checkpoint
 from mg3d_jax.interop.tower import Tower, at_volume_size, check_fields, load_tower, merge
 from mg3d_jax.training.state import Setup, State
 
@@ -20,9 +20,9 @@ from mg3d_jax.training.state import Setup, State
 def load_pretrained(setup: Setup, state: State, tokenizer: ReportTokenizer) -> State:
     """`state` with the weights that the config names in place of the fresh ones.
 
-    A ViT made for another volume size has its learned positions interpolated. Raises `UserError` naming every parameter
-    that is missing, unknown or of another shape, every setting that is not the checkpoint's, and when the report
-    encoder's vocabulary is not the tokenizer's.
+    A tower made for another volume size is adapted where its kind can do that (learned positions are interpolated). Raises
+    `UserError` naming every parameter that is missing, unknown or of another shape, every setting that is not the
+    checkpoint's, and when the report encoder's vocabulary is not the tokenizer's.
     """
     params, config = dict(state["params"]), setup.config
     model = config.model
@@ -45,18 +45,23 @@ def _tower(source: str, encoder: str, kind: str, setup: Setup, tokenizer: Report
         tower = load_tower(Path(source))
         if tower.kind != kind:
             raise UserError(f"model.{encoder}.pretrained = {source!r} holds a {tower.kind}, a {kind} is needed")
-        if kind == "bert" and tower.encoder["vocab_size"] != len(vocabulary):
-            raise UserError(
-                f"model.report_encoder.pretrained = {source!r} has {tower.encoder['vocab_size']} tokens, the tokenizer of "
-                f"data.tokenizer = {setup.config.data.tokenizer!r} has {len(vocabulary)}: use the checkpoint's own tokenizer"
-            )
-        if kind == "bert":  # `mg3d import` has copied the checkpoint's own tokenizer
+        if encoder == "report_encoder":  # `mg3d import` has copied the checkpoint's own tokenizer
+            _check_size(source, tower, len(vocabulary), setup)
             check_vocabulary(Path(source), tower.encoder["vocab_size"], vocabulary)
         return at_volume_size(tower, tuple(setup.config.model.volume_size))
-    if kind != "bert":
-        raise UserError(f"model.volume_encoder.pretrained = {source!r} is no folder written by `mg3d import`")
-    loaded = load_bert(source, vocabulary=vocabulary)
-    return Tower("bert", loaded.config.encoder_fields(), loaded.params, source, loaded.unused)
+    form = next((form for form in getattr(setup.config.model, encoder).tower.forms.values() if form.folder), None)
+    if form is None:
+        raise UserError(f"model.{encoder}.pretrained = {source!r} is no folder written by `mg3d import`")
+    loaded = load_checkpoint(source, form, vocabulary)
+    return Tower(kind, loaded.fields, loaded.params, source, loaded.unused)
+
+
+def _check_size(source: str, tower: Tower, tokens: int, setup: Setup) -> None:
+    if tower.encoder["vocab_size"] != tokens:
+        raise UserError(
+            f"model.report_encoder.pretrained = {source!r} has {tower.encoder['vocab_size']} tokens, the tokenizer of "
+            f"data.tokenizer = {setup.config.data.tokenizer!r} has {tokens}: use the checkpoint's own tokenizer"
+        )
 
 
 def _placed(params: Any, shardings: Any) -> Any:

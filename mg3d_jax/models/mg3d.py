@@ -16,7 +16,7 @@ from mg3d_jax.errors import UserError
 from mg3d_jax.models.decoders import TokenHead, VoxelDecoder
 from mg3d_jax.models.fusion import Fusion, SentenceConditionedVolume
 from mg3d_jax.models.heads import AttentionPool, Projection, mean_pool, sentence_means
-from mg3d_jax.models.volume_encoder import patchify
+from mg3d_jax.models.patches import patchify
 from mg3d_jax.objectives.base import Context, Enabled, enabled
 from mg3d_jax.options import Group
 

@@ -6,8 +6,9 @@ Two pairs: (a) the volume's embedding against the report's, which makes zero-sho
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import jax
@@ -62,7 +63,7 @@ def sentence_views(
     sentences: int,
     tokens: int,
     max_sentences: int,
-    special: dict[str, int],
+    special: Mapping[str, int],
 ) -> dict[str, jax.Array]:
     """A random choice of each report's sentences, each as a text of its own: [CLS] sentence [SEP].
 
@@ -138,10 +139,10 @@ def loss(features: Features, batch: Batch, options: AlignmentOptions) -> tuple[j
         report = features["report_embedding"]
 
     def pair(text: jax.Array, groups: jax.Array, there: jax.Array) -> tuple[jax.Array, Metrics]:
-        common = {"group_ids": groups, "valid": there, "block_size": block_size}
+        contrast: Callable = partial(info_nce, temperature=1.0 / scale)
         if options.form == "sigmoid":
-            return sigmoid_contrastive(volume, text, scale=scale, bias=features["logit_bias"], **common)
-        return info_nce(volume, text, temperature=1.0 / scale, **common)
+            contrast = partial(sigmoid_contrastive, scale=scale, bias=features["logit_bias"])
+        return contrast(volume, text, group_ids=groups, valid=there, block_size=block_size)
 
     if "view_embeddings" in features:
         total, metrics = _mean_over_views(pair, features, report_ids, valid)

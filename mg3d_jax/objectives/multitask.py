@@ -22,7 +22,7 @@ def multitask_loss(
     Returns:
         The total, and metrics: it as `loss`, each unweighted loss as `NAME`, its details as `NAME/...`.
     """
-    total, metrics = jnp.float32(0.0), {}
+    total, metrics = jnp.asarray(0.0, jnp.float32), dict[str, jax.Array]()
     for one in on:
         loss, details = one.objective.loss(features[one.name] | logits, batch, one.options)
         total += one.options.weight * loss

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import flax.linen as nn
 import numpy as np
 
 Grid = tuple[int, int, int]
+Weights = dict[str, np.ndarray]  # a state dict, under the names of whoever wrote it
+Params = dict[str, Any]  # of the tower's module, a nested dict of arrays
 # `(regex over the parameter names of the tower, share)`: 0.0 where nothing is trained; where an array stacks layers float32
 # [layers, 1, ...], 0 at the frozen ones. What no row matches is trained.
 FrozenRows = list[tuple[str, "float | np.ndarray"]]
@@ -18,6 +20,11 @@ FrozenRows = list[tuple[str, "float | np.ndarray"]]
 def no_problems(encoder: Any, model: Any) -> list[str]:
     """Nothing to check."""
     return []
+
+
+def any_volume_size(fields: dict[str, Any], params: Params, size: Grid) -> tuple[dict[str, Any], Params]:
+    """Nothing in the weights depends on the volume."""
+    return fields, params
 
 
 @dataclass(frozen=True)
@@ -36,6 +43,35 @@ class Sizes:
 
 
 @dataclass(frozen=True)
+class Imported:
+    """Published weights as an encoder's: fields of its module, parameters, and the keys that it has no place for."""
+
+    fields: dict[str, Any]
+    params: Params
+    unused: list[str]
+
+
+@dataclass(frozen=True)
+class Form:
+    """A published form of a tower's weights: what `mg3d import NAME` reads.
+
+    Args:
+        help: one line for the command line.
+        convert: `(state dict, name of its source, **arguments) -> Imported`; strict: what it cannot place is an error that
+            names everything.
+        arguments: further options of the command line, as `argparse` takes them: what leaves no trace in the weights. Each
+            is handed to `convert` under its `dest`.
+        folder: it comes as a folder or a name on the Hugging Face hub, with a `config.json`, which `convert` gets as
+            `config`, and perhaps a tokenizer; else as one file.
+    """
+
+    help: str
+    convert: Callable[..., Imported]
+    arguments: Mapping[str, dict[str, Any]] = field(default_factory=dict, hash=False)
+    folder: bool = False
+
+
+@dataclass(frozen=True)
 class Tower:
     """A kind of encoder.
 
@@ -43,19 +79,33 @@ class Tower:
         options: frozen dataclass of `options.key` fields that only this kind has.
         presets: sizes by name; each has at least `width`, `depth` and `num_heads`, those of the tokens that come out.
         build: `(model config, channels of the volume or size of the vocabulary, attention backend, further fields) -> module`.
+        module: what `build` makes; `module(**fields)` computes what imported weights did.
         frozen: `(preset, k) -> rows` of what is not trained when the first k layers are frozen; 0 < k <= depth.
         token_cell: of a volume tower: `(encoder config) -> voxels per token` along each axis.
         poolings: of a volume tower: what `pooling` may be.
         problems: `(encoder config, model config) -> [problem, ...]`, said before anything is built.
+        forms: published weights that can be read, by the name that `mg3d import` has for them.
+        fresh: parameters (starts of their names) that no imported tower has: they keep their random values.
+        at_volume_size: of a volume tower: `(fields, parameters, size) -> the same` for volumes of another size.
+        to_torch: `(parameters, model config) -> state dict` of its counterpart in `interop/torch_template`. None: it has none.
+        torch_arguments: `(parameters, model config) -> arguments` of that counterpart.
+        torch_hint: where `to_torch` is None, what its users can do instead.
     """
 
     options: type
     presets: Mapping[str, Any]
     build: Callable[..., nn.Module]
+    module: Callable[..., nn.Module]
     frozen: Callable[[Any, int], FrozenRows]
     token_cell: Callable[[Any], Grid] | None = None
     poolings: tuple[str, ...] = ("attention", "mean")
     problems: Callable[[Any, Any], list[str]] = no_problems
+    forms: Mapping[str, Form] = field(default_factory=dict)
+    fresh: tuple[str, ...] = ()
+    at_volume_size: Callable[[dict[str, Any], Params, Grid], tuple[dict[str, Any], Params]] = any_volume_size
+    to_torch: Callable[[Params, Any], Weights] | None = None
+    torch_arguments: Callable[[Params, Any], dict[str, Any]] | None = None
+    torch_hint: str = ""
 
 
 def frozen_stack(depth: int, frozen: int, after: tuple[str, ...] = ("stack", "norm", "pool", "flatten")) -> FrozenRows:

@@ -1,4 +1,4 @@
-"""Weights of MONAI's `SwinUNETR` (MG-3D, VoCo, MONAI releases) -> parameters of `models.swin.SwinEncoder`.
+"""Weights of MONAI's `SwinUNETR` (MG-3D, VoCo, MONAI releases) -> parameters of `SwinEncoder`.
 
 Only the encoder, `swinViT`, is taken; the U-Net around it is dropped and reported. Width, depths, window, channels and
 the V2 convolutions are read from the weights. The order of patch merging leaves no trace in them and must be said.
@@ -7,35 +7,31 @@ the V2 convolutions are read from the weights. The order of patch merging leaves
 from __future__ import annotations
 
 from math import prod
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from mg3d_jax.errors import UserError
-from mg3d_jax.interop.state_dict import StrictWeights, dense_params, norm_params, read_state_dict, split_qkv
+from mg3d_jax.models.towers.base import Imported, Weights
+from mg3d_jax.models.towers.weights import StrictWeights, dense_params, norm_params, split_qkv
 
 UNUSED = (r"(encoder|decoder)\d+\.", r"out\.", r"layers\d\.0\.blocks\.\d+\.attn\.relative_position_index$")
 PREFIXES = ("swinViT.", "encoder.swinViT.", "backbone.swinViT.", "swin_vit.", "encoder.")
 STAGES = (1, 2, 3, 4)
 
 
-def load_monai_swin(path: str | Path, merging: str = "merging") -> tuple[dict[str, Any], dict, list[str]]:
-    """Reads the encoder of a SwinUNETR.
+def from_monai(weights: Weights, source: str, merging: str = "merging") -> Imported:
+    """The encoder of a SwinUNETR, or its `swinViT` alone.
 
     Args:
-        path: a `.pt`, `.pth`, `.bin` or `.safetensors` file with a SwinUNETR or its `swinViT` alone.
         merging: MONAI's `downsample`: "merging" (SwinUNETR's default) or "mergingv2".
-
-    Returns:
-        Keyword arguments for `SwinEncoder`, its parameters, and the keys of the file that were not needed.
 
     Raises:
         UserError: missing, unknown or misshapen keys; all of them named.
     """
-    weights = _encoder_keys(read_state_dict(Path(path)))
-    encoder = _sizes(path, weights) | {"merging": merging}
-    strict = StrictWeights(weights, str(path))
+    weights = _encoder_keys(weights)
+    encoder = _sizes(source, weights) | {"merging": merging}
+    strict = StrictWeights(weights, source)
     width, patch, channels = encoder["width"], encoder["patch_size"], encoder["channels"]
     kernel = strict.take("patch_embed.proj.weight", (width, channels, *patch))
     bias = strict.take("patch_embed.proj.bias", (width,))
@@ -61,10 +57,10 @@ def load_monai_swin(path: str | Path, merging: str = "merging") -> tuple[dict[st
             }
     unused = strict.ignore(*UNUSED)
     strict.finish()
-    return encoder, params, unused
+    return Imported(encoder, params, unused)
 
 
-def _encoder_keys(weights: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+def _encoder_keys(weights: Weights) -> Weights:
     """Strips what stands before `patch_embed.proj.weight`, and renames the MLPs of weights older than MONAI 0.9."""
     for prefix in PREFIXES:
         if f"{prefix}patch_embed.proj.weight" in weights:
@@ -79,18 +75,18 @@ def _encoder_keys(weights: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
     return result
 
 
-def _sizes(path: str | Path, weights: dict[str, np.ndarray]) -> dict[str, Any]:
+def _sizes(source: str, weights: Weights) -> dict[str, Any]:
     kernel = weights.get("patch_embed.proj.weight")
     if kernel is None:
-        raise UserError(f"{path}: no swinViT.patch_embed.proj.weight; this is not a SwinUNETR.")
+        raise UserError(f"{source}: no swinViT.patch_embed.proj.weight; this is not a SwinUNETR.")
     if kernel.ndim != 5:
-        raise UserError(f"{path}: a {kernel.ndim - 2}D model; only 3D ones can be used.")
+        raise UserError(f"{source}: a {kernel.ndim - 2}D model; only 3D ones can be used.")
     depths, heads = [], []
     for stage in STAGES:
         blocks = {key.split(".")[3] for key in weights if key.startswith(f"layers{stage}.0.blocks.")}
         table = weights.get(f"layers{stage}.0.blocks.0.attn.relative_position_bias_table")
         if table is None:
-            raise UserError(f"{path}: stage {stage} has no window attention (layers{stage}.0.blocks.0).")
+            raise UserError(f"{source}: stage {stage} has no window attention (layers{stage}.0.blocks.0).")
         depths.append(len(blocks))
         heads.append(table.shape[1])
     hidden = weights.get("layers1.0.blocks.0.mlp.linear1.weight", np.zeros((4 * kernel.shape[0], 0))).shape[0]
@@ -98,7 +94,7 @@ def _sizes(path: str | Path, weights: dict[str, np.ndarray]) -> dict[str, Any]:
         "width": kernel.shape[0],
         "depths": tuple(depths),
         "num_heads": tuple(heads),
-        "window": _window(path, weights),
+        "window": _window(source, weights),
         "patch_size": tuple(kernel.shape[2:]),
         "channels": kernel.shape[1],
         "mlp_ratio": hidden / kernel.shape[0],
@@ -106,7 +102,7 @@ def _sizes(path: str | Path, weights: dict[str, np.ndarray]) -> dict[str, Any]:
     }
 
 
-def _window(path: str | Path, weights: dict[str, np.ndarray]) -> tuple[int, int, int]:
+def _window(source: str, weights: Weights) -> tuple[int, int, int]:
     """From the stored index of relative positions where there is one, else from the bias table of a cubic window.
 
     In a window (a, b, c) the first voxel's index to itself is the offset (a-1, b-1, c-1), and index [0, 0] - [0, 1],
@@ -117,7 +113,7 @@ def _window(path: str | Path, weights: dict[str, np.ndarray]) -> tuple[int, int,
     side = round((round(rows ** (1 / 3)) + 1) / 2)
     if index is None:
         if (2 * side - 1) ** 3 != rows:
-            raise UserError(f"{path}: a bias table of {rows} rows belongs to no cubic window.")
+            raise UserError(f"{source}: a bias table of {rows} rows belongs to no cubic window.")
         return side, side, side
     steps = index[0, 0] - index[0]
     last = int(np.argmax(steps != np.arange(len(steps)))) or len(steps)
@@ -126,7 +122,7 @@ def _window(path: str | Path, weights: dict[str, np.ndarray]) -> tuple[int, int,
     middle = int(np.argmax(rest != np.arange(len(rest)))) or len(rest)
     window = (len(steps) // (last * middle), middle, last)
     if prod(2 * extent - 1 for extent in window) != rows:
-        raise UserError(f"{path}: its relative positions belong to no 3D window ({rows} rows in the bias table).")
+        raise UserError(f"{source}: its relative positions belong to no 3D window ({rows} rows in the bias table).")
     return window
 
 

@@ -1,12 +1,13 @@
-"""The Swin encoder of MONAI's SwinUNETR, the paper's backbone, as a tower: presets, options, freezing."""
+"""The Swin encoder of MONAI's SwinUNETR, the paper's backbone, as a tower: presets, options, freezing, weights."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from typing import Any
 
-from mg3d_jax.models.swin import SwinEncoder
-from mg3d_jax.models.towers.base import FrozenRows, Grid, Tower
+from mg3d_jax.models.towers.base import Form, FrozenRows, Grid, Tower
+from mg3d_jax.models.towers.swin.encoder import MERGE_ORDERS, SwinEncoder
+from mg3d_jax.models.towers.swin.monai import from_monai
 from mg3d_jax.options import choice, key
 
 
@@ -96,7 +97,7 @@ def _frozen(preset: SwinSizes, layers: int) -> FrozenRows:
 
 
 def _problems(encoder: Any, model: Any) -> list[str]:
-    return choice("model.volume_encoder.merging", encoder.options.merging, ("merging", "mergingv2"))
+    return choice("model.volume_encoder.merging", encoder.options.merging, tuple(MERGE_ORDERS))
 
 
 SWIN = Tower(
@@ -106,4 +107,20 @@ SWIN = Tower(
     frozen=_frozen,
     token_cell=lambda encoder: PRESETS[encoder.preset].cell,
     problems=_problems,
+    module=SwinEncoder,
+    forms={
+        "monai-swin": Form(
+            help="the encoder of MONAI's SwinUNETR (MG-3D, VoCo, MONAI releases)",
+            convert=from_monai,
+            arguments={
+                "--merging": {
+                    "choices": tuple(MERGE_ORDERS),
+                    "default": "merging",
+                    "help": "MONAI's downsample option that the weights were trained with (default: merging, as SwinUNETR's)",
+                }
+            },
+        )
+    },
+    fresh=("pool/", "mask_token"),
+    torch_hint="its PyTorch form is MONAI's SwinUNETR",
 )

@@ -1,12 +1,18 @@
-"""The 3D vision transformer as a tower: presets, options, freezing."""
+"""The 3D vision transformer as a tower: presets, options, freezing, weights."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from typing import Any
 
-from mg3d_jax.models.towers.base import Grid, Sizes, Tower, frozen_stack
-from mg3d_jax.models.volume_encoder import VolumeEncoder
+import numpy as np
+
+from mg3d_jax.models.patches import patch_grid
+from mg3d_jax.models.positions import interpolate
+from mg3d_jax.models.towers.base import Form, Grid, Params, Sizes, Tower, frozen_stack
+from mg3d_jax.models.towers.vit.encoder import VolumeEncoder
+from mg3d_jax.models.towers.vit.monai import from_monai
+from mg3d_jax.models.towers.vit.torch import to_torch, torch_arguments
 from mg3d_jax.options import choice, key
 
 # `ti` to `g` follow the ViT literature (Dosovitskiy et al. 2021; Touvron et al. 2021; Zhai et al. 2022 for g); `pico` and
@@ -81,6 +87,17 @@ def _problems(encoder: Any, model: Any) -> list[str]:
     return problems
 
 
+def _at_volume_size(fields: dict[str, Any], params: Params, size: Grid) -> tuple[dict[str, Any], Params]:
+    """Learned positions are interpolated."""
+    if fields["volume_size"] == size:
+        return fields, params
+    old, new = (patch_grid(volume, fields["patch_size"]) for volume in (fields["volume_size"], size))
+    params = dict(params)
+    if "positions" in params:
+        params["positions"] = np.asarray(interpolate(params["positions"], old, new))
+    return fields | {"volume_size": size}, params
+
+
 VIT = Tower(
     options=VitOptions,
     presets=PRESETS,
@@ -89,4 +106,31 @@ VIT = Tower(
     token_cell=_token_cell,
     poolings=("attention", "mean", "flatten"),
     problems=_problems,
+    module=VolumeEncoder,
+    forms={
+        "monai-vit": Form(
+            help="MONAI's ViT, or the one inside UNETR",
+            convert=from_monai,
+            arguments={
+                "--volume-size": {
+                    "type": int,
+                    "nargs": 3,
+                    "required": True,
+                    "metavar": ("X", "Y", "Z"),
+                    "help": "its img_size",
+                },
+                "--heads": {"type": int, "required": True, "dest": "num_heads", "help": "its num_heads"},
+                "--patch-size": {
+                    "type": int,
+                    "nargs": 3,
+                    "metavar": ("X", "Y", "Z"),
+                    "help": "its patch_size; needed for proj_type='perceptron' only",
+                },
+            },
+        )
+    },
+    fresh=("pool/", "flatten/"),
+    at_volume_size=_at_volume_size,
+    to_torch=to_torch,
+    torch_arguments=torch_arguments,
 )

@@ -1,7 +1,7 @@
 """BERT-type report encoder (Devlin et al. 2019): token ids -> contextual token features.
 
 The layout follows BERT exactly (post-norm, learned positions, exact GELU), so that weights of any BERT or RoBERTa
-checkpoint can be loaded (`interop/bert.py`).
+checkpoint can be loaded (`hugging_face.py`).
 """
 
 from __future__ import annotations

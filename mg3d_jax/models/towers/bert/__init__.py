@@ -1,12 +1,14 @@
-"""BERT-type report encoders, RoBERTa's included, as a tower: presets, options, freezing."""
+"""BERT-type report encoders, RoBERTa's included, as a tower: presets, options, freezing, weights."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from typing import Any
 
-from mg3d_jax.models.report_encoder import ReportEncoder
-from mg3d_jax.models.towers.base import Sizes, Tower, frozen_stack
+from mg3d_jax.models.towers.base import Form, Params, Sizes, Tower, Weights, frozen_stack
+from mg3d_jax.models.towers.bert.encoder import ReportEncoder
+from mg3d_jax.models.towers.bert.hugging_face import from_hugging_face
+from mg3d_jax.models.towers.weights import torch_state
 
 
 @dataclass(frozen=True)
@@ -53,9 +55,35 @@ def _build(model: Any, vocab_size: int, attention_backend: str = "xla", **fields
     return ReportEncoder(**given | fields)
 
 
+def _to_torch(params: Params, model: Any) -> Weights:
+    return torch_state(params)
+
+
+def _torch_arguments(params: Params, model: Any) -> dict[str, Any]:
+    report = model.report_encoder.sizes
+    return {
+        "vocab_size": int(params["word_embedding"].shape[0]),
+        "report_width": report.width,
+        "report_depth": report.depth,
+        "report_heads": report.num_heads,
+        "report_mlp_dim": report.mlp_dim,
+        "max_positions": model.report_encoder.max_positions,
+        "type_vocab": report.type_vocab,
+        "report_norm_eps": report.norm_epsilon,
+    }
+
+
 BERT = Tower(
     options=BertOptions,
     presets=PRESETS,
     build=_build,
     frozen=lambda preset, layers: frozen_stack(preset.depth, layers),
+    module=ReportEncoder,
+    forms={
+        "bert": Form(
+            help="a BERT or RoBERTa encoder: a folder, or a Hugging Face name", convert=from_hugging_face, folder=True
+        )
+    },
+    to_torch=_to_torch,
+    torch_arguments=_torch_arguments,
 )

@@ -17,9 +17,9 @@ import numpy as np
 
 from mg3d_jax.errors import UserError
 from mg3d_jax.models.heads import AttentionPool, mean_pool
+from mg3d_jax.models.patches import patchify, unpatchify
 from mg3d_jax.models.positions import Grid
 from mg3d_jax.models.transformer import TABLE_INIT, Mlp, constrain, dense, frozen_count, layer_norm, make_remat, part
-from mg3d_jax.models.volume_encoder import patchify, unpatchify
 
 NORM_EPSILON = 1e-5
 FEATURE_AXES = ("batch", None, None, None, "embed")
