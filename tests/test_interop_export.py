@@ -314,6 +314,8 @@ def test_a_swin_is_refused(tokenizer_folder, tmp_path):
     swin = {"kind": "swin", "preset": "swin-nano", "patch_size": (16, 16, 16)}
     config = tiny_config(**{ENCODER + key: value for key, value in swin.items()})
     for form in export_lib.FORMATS:
-        with pytest.raises(UserError, match="only a ViT can be exported"):
+        with pytest.raises(
+            UserError, match="is a swin, which cannot be exported: its PyTorch form is MONAI's SwinUNETR"
+        ):
             export_lib.export(Run(config, {}, tokenizer_folder, 7, SPACING, ()), tmp_path / "out", form)
     assert not (tmp_path / "out").exists()
