@@ -249,7 +249,7 @@ def test_every_loss_goes_near_its_floor_on_one_batch(phantom_batch):
     assert all(shares[name] < left[name] for name in left), shares
 
 
-def test_impossible_objectives_are_refused_with_the_mend():
+def test_impossible_objectives_are_refused_with_the_remedy():
     config = make_config("mg3d")
     checks.validate(config)
     changes = {

@@ -6,7 +6,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from mg3d_jax.models.transformer import TABLE_INIT, Attention, dense, layer_norm, part
+from mg3d_jax.models.transformer import TABLE_INIT, Attention, dense, part
 
 
 class AttentionPool(nn.Module):
@@ -29,23 +29,18 @@ class AttentionPool(nn.Module):
 
 
 class Projection(nn.Module):
-    """Into the space of cosine similarities: [..., d] -> [..., dim]; linear, or an MLP when `hidden` is given.
+    """Linear, into the space of cosine similarities: [..., d] -> [..., dim].
 
     With `use_bias` the output can be centred (`objectives.alignment.center`).
     """
 
     dim: int
-    hidden: int | None = None
     dtype: str = "float32"
     use_bias: bool = False
 
     @nn.compact
     def __call__(self, features: jax.Array) -> jax.Array:
-        if self.hidden is not None:
-            features = layer_norm(self.dtype, "norm")(features)
-            features = nn.gelu(dense(self.hidden, ("embed", "mlp"), self.dtype, "up")(features))
-        axis = "embed" if self.hidden is None else "mlp"
-        return dense(self.dim, (axis, "projection"), self.dtype, "out", use_bias=self.use_bias)(features)
+        return dense(self.dim, ("mlp", "projection"), self.dtype, "out", use_bias=self.use_bias)(features)
 
 
 def mean_pool(tokens: jax.Array, mask: jax.Array | None = None) -> jax.Array:
