@@ -92,7 +92,7 @@ class Fusion(nn.Module):
     """`(volume_tokens [B, N, d], report_tokens [B, T, e], report_mask bool [B, T]) -> {"volume", "report"}`.
 
     The streams keep their shapes and come out normalised. `kind` "attention" is cross-attention (padding is not read),
-    "gate" the release's `RelevanceGate`. The widths may differ: `num_heads` must divide d, `report_num_heads` e.
+    "gate" that of MG-3D's release (`RelevanceGate`). The widths may differ: `num_heads` must divide d, `report_num_heads` e.
     Streams that `outputs` does not name are not returned, and the last layer does not compute them.
     """
 

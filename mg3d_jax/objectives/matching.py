@@ -101,7 +101,7 @@ def sentence_matching(
         high, low: pairs with report-side cosine >= high attract, <= low repel, the rest is ignored.
         block_size: patients per tile; it changes memory and speed, never the value. None chooses it by size.
         average: "pairs": the mean over the attracting and repelling sentence pairs, so neither padding nor ignored
-            pairs dilute it. "patients" (the release's): the mean over pairs of patients of the mean over all their
+            pairs dilute it. "patients" (MG-3D's release): the mean over pairs of patients of the mean over all their
             sentence pairs, ignored ones counting as 0; patients without sentences are left out.
 
     Returns:
