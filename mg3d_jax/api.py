@@ -1,6 +1,7 @@
 """The Python API: `run = mg3d_jax.load(FOLDER)`, then `run.embed_volume(...)`, `run.zero_shot(...)`, `run.attend(...)`.
 
-The commands use it too. `Trainer` and `prepare_data` are the other two handles: what `mg3d train` and `mg3d prepare` do.
+The commands use it too. `prepare_data` does what `mg3d prepare` does. `Trainer` is the loop of `mg3d train`, which adds the
+evaluations of `evaluation.hooks` to it.
 """
 
 from __future__ import annotations
@@ -46,7 +47,7 @@ def load(
         folder: its `--workdir`.
         step: which checkpoint; None takes the newest.
         ema: the averaged weights (True), the raw ones (False), or the averaged ones where the run keeps them (None).
-        spacing: mm per voxel that the run was trained with, where neither the run nor its data says it any more.
+        spacing: mm per voxel that the run was trained with, where neither the checkpoint nor the run's data folder says it.
         policy: how `mg3d prepare` laid the grid on a scan, e.g. "center"; None takes what the run's data says.
 
     Raises:

@@ -134,12 +134,15 @@ def test_every_metric_is_in_one_chart():
     values = {"loss": 1.0, "alignment": 1.0, "alignment/accuracy": 0.5, "alignment/temperature": 0.1, "mfu": 0.4}
     values |= {"learning_rate": 1e-4, "learning_rate/x5": 5e-4, "auroc/A": 0.6, "auroc_macro": 0.6, "new/metric": 2.0}
     metrics = [{"step": 1, "split": "train"} | values, {"step": 1, "split": "train"} | values | {"loss": 9.0}]
+    metrics += [{"step": 1, "split": "evaluation", "own/score": 1.0}]
+    values["own/score"] = 1.0
     found = curves.sections(metrics, ["alignment"])
     drawn = [one.name for charts in found.values() for _, series in charts for one in series]
     assert sorted(drawn) == sorted(values)
     assert [series[0].name for _, series in found["Losses"]] == ["loss", "alignment"]
     assert found["Losses"][0][1][0].values == [9.0]  # a resumed run wrote the step again
     assert [series[0].name for _, series in found["Other"]] == ["new/metric"]
+    assert [series[0].name for _, series in found["Evaluation while training"]] == ["auroc_macro", "own/score"]
 
 
 def test_axes_are_logarithmic_only_over_wide_ranges():

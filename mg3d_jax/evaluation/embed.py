@@ -119,7 +119,7 @@ class Embedder:
         return TokenizedTexts(fields, np.array(rows), owners, len(entries))
 
     def report_texts(self, sentences: Sentences) -> list[Sentences]:
-        """A report as the texts that the run's text tower knows.
+        """A report as texts of the kind that the run was trained on.
 
         A model trained on single sentences embeds a report as the mean direction of its sentences; one trained on whole
         reports embeds it whole.

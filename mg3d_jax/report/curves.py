@@ -36,6 +36,7 @@ class Panel:
     smooth: bool = True
 
 
+EVALUATION = "Evaluation while training"
 # Sections of the page in order. The first panel with a matching pattern takes a metric.
 PANELS: dict[str, tuple[Panel, ...]] = {
     "Optimisation": (
@@ -52,7 +53,7 @@ PANELS: dict[str, tuple[Panel, ...]] = {
         Panel("model-FLOPs utilisation", (r"mfu",), "share"),
         Panel("memory", (r"(device|host)_memory.*_gib",), "linear", "GiB"),
     ),
-    "Evaluation while training": (
+    EVALUATION: (
         Panel("zero-shot AUROC", (r"auroc_macro", r"auroc/.*"), "linear", main="auroc_macro"),
         Panel("recall, volumes of a report", (r"report_to_volume/recall@\d+",), "unit"),
         Panel("recall, reports of a volume", (r"volume_to_report/recall@\d+",), "unit"),
@@ -92,8 +93,8 @@ def collect(metrics: Iterable[dict[str, Any]]) -> dict[str, dict[str, Series]]:
 def sections(
     metrics: Iterable[dict[str, Any]], objectives: Sequence[str]
 ) -> dict[str, list[tuple[Panel, list[Series]]]]:
-    """Every metric in exactly one chart: "Losses" first (the total, then each objective's), then `PANELS`, the details of
-    each objective, and under "Other" what no pattern knows, by what stands before the slash."""
+    """Every metric in exactly one chart: "Losses" first (the total, then each objective's), then `PANELS`, with them what
+    evaluations of a user's own log, the details of each objective, and the rest under "Other"."""
     found = collect(metrics)
     rest = dict(found)
 
@@ -102,16 +103,21 @@ def sections(
         series = [one for name in dict.fromkeys(names) for one in rest.pop(name).values()]
         return (panel, series) if series else None
 
+    def by_prefix(names: Iterable[str]) -> list[tuple[Panel, list[Series]] | None]:
+        """One chart for all that have the same name before the slash."""
+        prefixes = dict.fromkeys(name.partition("/")[0] for name in sorted(names))
+        return [take(Panel(_readable(p), (rf"{re.escape(p)}(/.*)?",))) for p in prefixes]
+
     losses = [Panel("total loss", ("loss",)), *(Panel(_readable(name), (re.escape(name),)) for name in objectives)]
     charts = {"Losses": [take(panel) for panel in losses]}
     charts |= {title: [take(panel) for panel in panels] for title, panels in PANELS.items()}
+    charts[EVALUATION] += by_prefix([name for name in rest if rest[name].keys() == {"evaluation"}])
     charts["Inside the objectives"] = [
         take(Panel(_readable(name), (re.escape(name),), "linear"))
         for objective in objectives
         for name in sorted(n for n in rest if n.startswith(f"{objective}/"))
     ]
-    prefixes = dict.fromkeys(name.partition("/")[0] for name in sorted(rest))
-    charts["Other"] = [take(Panel(_readable(p), (rf"{re.escape(p)}(/.*)?",))) for p in prefixes]
+    charts["Other"] = by_prefix(rest)
     kept = {title: [chart for chart in row if chart is not None] for title, row in charts.items()}
     return {title: row for title, row in kept.items() if row}
 

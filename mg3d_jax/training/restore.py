@@ -24,8 +24,7 @@ from mg3d_jax.training.run_folder import CONFIG_FILE, TOKENIZER_FOLDER
 class RestoredRun:
     """What a folder of `mg3d train` holds, at one of its checkpoints.
 
-    `params` lie on a data-parallel mesh over the devices that are here; `meta` is what the checkpoint says of itself.
-
+    `params` lie on a data-parallel mesh over the devices that are here; `meta` is what the checkpoint says of itself;
     `ema` says whether they are the moving average of the parameters or the raw ones.
     """
 
