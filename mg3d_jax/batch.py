@@ -36,7 +36,9 @@ FIELDS: dict[str, Field] = {
     "labels": Field(("L",), np.int8, "1 present, 0 absent, -1 unknown"),
     "report_id": Field((), np.int32, "equal for scans that share one report: never each other's negatives"),
     "patient_id": Field((), np.int32, "equal for scans of one patient"),
-    "valid": Field((), np.bool_, "False for rows that only pad the last batch of an evaluation"),
+    "valid": Field(
+        (), np.bool_, "False for rows that only pad the last batch of an evaluation, and for damaged records"
+    ),
     "record_index": Field(
         (), np.int32, "position in the prepared data set: names the bad batch when a loss is not finite"
     ),

@@ -1,8 +1,9 @@
 """The parts of a configuration as frozen dataclasses: every key that there is, its default, and what it means.
 
-Config files see the same tree as an `ml_collections.ConfigDict` (`config.default()`); behind `config.load` functions take
-the part that they need. Defaults are the paper's (arXiv 2412.05876) where the paper has the setting. The keys of
-objectives, tasks and towers are declared in their own files and found in their registries.
+Config files see the same tree as an `ml_collections.ConfigDict` (`config.default()`); after `config.load` it is these
+dataclasses, and each function takes only the part that it needs. The keys of objectives, tasks and towers are declared in
+their own files and found in their registries. Flags of a key (`options.key`): `resume_free`, it may differ between a run and
+its resume; `neutral`, what an older run that lacks the key gets.
 """
 
 from __future__ import annotations
@@ -52,7 +53,9 @@ class DataConfig:
         (), "share of each folder of `train` among the samples, e.g. (3, 1); empty: by records"
     )
     max_bad_records: int = key(
-        100, "records that fail their checksum are skipped, counted and named; one more ends the run", resume_free=True
+        100,
+        "damaged records (by checksum) are skipped and listed; the run ends when there are more than this",
+        resume_free=True,
     )
     workers: int = key(0, "grain worker processes per host; 0 reads in the main process", resume_free=True)
     read_threads: int = key(4, "threads that read and decode ahead", resume_free=True)
@@ -61,7 +64,10 @@ class DataConfig:
 
 @dataclass(frozen=True)
 class EncoderConfig:
-    """What every tower has. `options` are those of the tower's kind; in config files they stand beside the others."""
+    """Base of both encoder parts, which declare the fields again with their defaults and meanings.
+
+    `options` is the dataclass that the tower of this `kind` declares; config files have its fields beside the common ones.
+    """
 
     kind: str = ""
     preset: str = ""
@@ -75,7 +81,7 @@ class EncoderConfig:
             object.__setattr__(self, "options", options_of(self.tower)())
 
     def to_dict(self) -> dict[str, Any]:
-        """Flat, as config files have it: the options of the other kinds at their defaults."""
+        """Flat, as in config files: common keys, own options, and the options of all other kinds at their defaults."""
         own = {field.name: getattr(self, field.name) for field in fields(self) if field.name != "options"}
         return tower_defaults(self.towers()) | own | options_lib.to_dict(self.options)
 
@@ -106,7 +112,7 @@ class VolumeEncoderConfig(EncoderConfig):
         "vit", "kind of tower: vit, swin (MONAI's SwinUNETR encoder, the paper's backbone), or one of a plug-in"
     )
     preset: str = key("b", "named size of that kind (docs/towers.md)")
-    pooling: str = key("attention", '"attention", "mean", or "flatten": a linear layer over all tokens, as CT-CLIP')
+    pooling: str = key("attention", '"attention", "mean", or "flatten": a linear layer over all tokens, as in CT-CLIP')
     dropout: float = key(0.0, "dropout in the tower")
     pretrained: str = key("", "a folder written by `mg3d import`")
     frozen_layers: int = key(0, "the embedding and the first k layers are not trained; -1: the whole tower")
@@ -160,13 +166,22 @@ class ModelConfig:
     )
     volume_encoder: VolumeEncoderConfig = key(None, "", factory=VolumeEncoderConfig)
     report_encoder: ReportEncoderConfig = key(None, "", factory=ReportEncoderConfig)
-    projection_dim: int = key(512, "length of the shared embeddings")
+    projection_dim: int = key(512, "length of the embeddings in which volume and report are compared")
     fusion: FusionConfig = key(None, "", factory=FusionConfig)
     voxel_decoder: VoxelDecoderConfig = key(None, "", factory=VoxelDecoderConfig)
-    matching_dim: int = key(128, "width of the sentence-conditioned volume features")
+    matching_dim: int = key(
+        128, "width of the sentence-conditioned and fused volume features, and of projected sentences"
+    )
     dtype: str = key("bfloat16", "of activations: bfloat16 or float32; parameters and losses are float32")
-    remat: str = key("minimal", "what the backward pass computes again: none, minimal, full, offload", resume_free=True)
-    attention: str = key("auto", "backend of the attention; auto chooses by device", resume_free=True)
+    remat: str = key(
+        "minimal",
+        "what the backward pass computes again: none; minimal: attention, norms and GELU; full: whole layers; offload: as "
+        "minimal, with what is kept in host memory",
+        resume_free=True,
+    )
+    attention: str = key(
+        "auto", "backend of the attention (`models/attention.py`); auto chooses by device", resume_free=True
+    )
 
     def token_cell(self) -> tuple[int, int, int]:
         """Voxels that one volume token stands for, along each axis. Masked volume modelling hides such cells, and its
@@ -189,7 +204,7 @@ class OptimizerConfig:
     b2: float = key(0.98, "decay of Adam's second moment")
     weight_decay: float = key(0.05, "decoupled weight decay")
     clip_norm: float = key(1.0, "largest norm of the gradient; 0: no clipping")
-    accumulation: int = key(1, "micro-batches per step")
+    accumulation: int = key(1, "micro-batches that a batch is walked in")
     gradient_cache: bool = key(
         False, "with accumulation > 1: the exact gradient of the whole batch, for one more forward pass"
     )
@@ -206,7 +221,7 @@ class OptimizerConfig:
 
 @dataclass(frozen=True)
 class ScheduleConfig:
-    """The learning rate over the run. Of a length in several units the first that is set counts, percent last."""
+    """The learning rate over the run. Of a length in several units the first that is not 0 counts: steps, epochs, samples, else percent."""
 
     kind: str = key("linear", '"linear" or "cosine" decay, or "constant" with a cooldown')
     warmup_steps: int = key(0, "length of the warm-up, in steps")
@@ -239,7 +254,7 @@ class TrainingConfig:
     )
     best_mode: str = key("min", "is the best value of it the smallest (min) or the largest (max)?", resume_free=True)
     max_skipped: int = key(
-        10, "updates with a non-finite loss or gradient are skipped; so many in a row end the run", resume_free=True
+        10, "updates with a non-finite loss or gradient are skipped; this many in a row end the run", resume_free=True
     )
     watchdog_minutes: float = key(
         30.0, "a step that takes longer is reported with the stacks of every process; 0: never", resume_free=True
@@ -281,7 +296,7 @@ class Config:
         return alignment.sentence_tokens if alignment.report_view == "sentences" else self.data.max_tokens
 
 
-# Where a group's options are declared by what is registered.
+# Groups of a configuration whose keys come from a registry: one entry per registered objective or task.
 DECLARED: dict[str, Registry[Any]] = {"objectives": OBJECTIVES, "tasks": TASKS}
 
 
@@ -300,7 +315,7 @@ def tower_defaults(towers: Registry[Any]) -> dict[str, Any]:
 
 
 def tower_neutral(towers: Registry[Any]) -> dict[str, Any]:
-    """The same at their neutral values."""
+    """The options of all kinds of one tower, side by side, at their neutral values (`options.key`)."""
     return _side_by_side(towers, options_lib.neutral)
 
 
@@ -316,7 +331,10 @@ def _side_by_side(towers: Registry[Any], values_of: Callable[[type], dict[str, A
 
 
 def assemble(values: Mapping[str, Any]) -> tuple[Config, list[str]]:
-    """The typed configuration of a nested mapping with all keys, and what is wrong with it, one line a key."""
+    """The typed configuration of a nested mapping with all keys, and the list of what is wrong with it.
+
+    Problems are returned, not raised: one line a key, which then keeps its default.
+    """
     problems: list[str] = []
     custom = {
         "objectives": _group_builder(OBJECTIVES),
@@ -328,7 +346,7 @@ def assemble(values: Mapping[str, Any]) -> tuple[Config, list[str]]:
 
 
 def _group_builder(registry: Registry[Any]) -> Callable[[Any, str, list[str]], Group]:
-    """Options of everything that is registered, by name."""
+    """Builds a `Group` with the options of every registered item; unknown and missing names are problems."""
 
     def build(values: Mapping[str, Any], full: str, problems: list[str]) -> Group:
         problems += options_lib.unknown(values, registry, f"{full}.")
@@ -343,7 +361,10 @@ def _group_builder(registry: Registry[Any]) -> Callable[[Any, str, list[str]], G
 
 
 def _encoder_builder(kind: type[EncoderConfig]) -> Callable[[Any, str, list[str]], EncoderConfig]:
-    """The keys that all towers have, and the options of the chosen kind; those of other kinds must stand at their defaults."""
+    """Builds an encoder part from its flat keys: common ones, and options of the chosen kind.
+
+    Options of other kinds may be there, because `config.default()` lists them all, but only at their defaults.
+    """
 
     def build(values: Mapping[str, Any], full: str, problems: list[str]) -> EncoderConfig:
         towers, defaults = kind.towers(), tower_defaults(kind.towers())

@@ -20,7 +20,7 @@ from mg3d_jax.models.patches import patchify
 from mg3d_jax.objectives.base import Context, Enabled, enabled
 from mg3d_jax.options import Group
 
-MAX_LOGIT_SCALE = 100.0  # temperature 0.01: CLIP's clip
+MAX_LOGIT_SCALE = 100.0  # temperature 0.01: the bound that CLIP uses
 FIXED_WORD_DIM = 256  # length of the random word vectors of `sentence_words`
 INITIAL_LOGIT_BIAS = -10.0  # SigLIP's: at the start nearly every pair is called negative
 
@@ -34,8 +34,12 @@ class Step:
     reads: tuple[str, ...]
 
 
-# Every feature that there is, [B, ...]. They are computed in this order, whoever needs them, so that the random numbers of
-# dropout in a module that is called several times do not depend on which objectives are on. Inputs are those of
+# Axes: B patients, N volume tokens, T report tokens, S sentences, V sentence views of a report, M predicted tokens; d, e the
+# widths of volume and report tower; k = projection_dim, m = matching_dim; P voxel values of a token's cell.
+#   volume_tokens [B, N, d]; report_tokens, reconstructed_tokens [B, T, e]; sentences [B, S, e]; view_embeddings [B, V, k];
+#   volume_embedding, report_embedding [B, k]; fused_volume_embedding [B, m]; fused_embedding [B, 2k]; z, the sentence-
+#   conditioned volume, and *_sentences [B, S, m]; patches, voxel_prediction* [B, N, P]; token_logits [B, M, vocab].
+# Computed in this order: a module that is called twice draws its dropout by the number of the call. Inputs are those of
 # `training.inputs.model_inputs`: `volume`, `report`, and what the objectives draw.
 STEPS: tuple[Step, ...] = (
     Step("_embed_views", ("view_embeddings", "view_mask", "view_id"), ("views",)),
@@ -58,7 +62,7 @@ STEPS: tuple[Step, ...] = (
     Step("_reconstructed_sentences", ("reconstructed_sentences",), ("reconstructed_tokens", "report")),
     Step("_original_sentences", ("original_sentences",), ("sentences",)),
 )
-# The towers and their embeddings always have parameters, so that every run can be evaluated.
+# Computed when parameters are made, whether an objective needs them or not, so that every run can be evaluated.
 ALWAYS = ("volume_embedding", "report_embedding")
 
 
@@ -95,9 +99,11 @@ class MG3D(nn.Module):
     """Volume encoder, report encoder, their embeddings, and the fusion and heads that `on` needs.
 
     Args:
-        on: objectives and tasks.
-        temperature: of the similarities at the start.
-        sigmoid: has the similarity a bias, as SigLIP's form has?
+        context: sizes; its `special` ids are empty, as the model reads none.
+        on: the objectives and tasks with a positive weight (`objectives.base.enabled`).
+        temperature: of the softmax at the start; `logit_scale` starts at its inverse, at most `MAX_LOGIT_SCALE`.
+        learn_temperature: if False, `logit_scale` gets no gradient.
+        sigmoid: adds the learned `logit_bias` of SigLIP's loss.
     """
 
     context: Context
@@ -120,14 +126,15 @@ class MG3D(nn.Module):
         self.volume_projection = Projection(model.projection_dim, dtype=model.dtype, use_bias=True)
         self.report_pool = AttentionPool(report.num_heads, dtype=model.dtype)
         self.report_projection = Projection(model.projection_dim, dtype=model.dtype, use_bias=True)
-        largest = min(1.0 / self.temperature, MAX_LOGIT_SCALE)
-        self.logit_scale = self.param("logit_scale", lambda _: jnp.log(jnp.float32(largest)))
+        initial = min(1.0 / self.temperature, MAX_LOGIT_SCALE)
+        self.logit_scale = self.param("logit_scale", lambda _: jnp.log(jnp.float32(initial)))
         if self.sigmoid:
             self.logit_bias = self.param("logit_bias", lambda _: jnp.float32(INITIAL_LOGIT_BIAS))
         self._setup_heads(model.volume_encoder.sizes.num_heads, report.num_heads)
         own = {one.name: one.objective.modules(one.options, self.context) for one in self.on}
-        for name, module in (pair for modules in own.values() for pair in modules.items()):
-            setattr(self, name, module)
+        for modules in own.values():
+            for name, module in modules.items():
+                setattr(self, name, module)  # at the top of the parameter tree, beside the towers
         self.own_modules = {name: tuple(modules) for name, modules in own.items()}
 
     def _setup_heads(self, volume_heads: int, report_heads: int) -> None:
@@ -194,7 +201,7 @@ class MG3D(nn.Module):
         return {name: values[name] for name in names}
 
     def embed_volume(self, volume: jax.Array) -> dict[str, jax.Array]:
-        """Windowed volume [B, X, Y, Z, C] -> `volume_tokens` [B, N, d], `volume_embedding` [B, k] (float32, any length)."""
+        """Windowed volume [B, X, Y, Z, C] -> `volume_tokens` [B, N, d], `volume_embedding` [B, k] (float32, not normalised)."""
         return self.compute({"volume": volume}, ("volume_tokens", "volume_embedding"))
 
     def embed_report(self, report: dict[str, jax.Array]) -> dict[str, jax.Array]:
@@ -217,7 +224,7 @@ class MG3D(nn.Module):
     # The steps: `(what the row of STEPS reads, train) -> what it gives`.
 
     def _embed_views(self, views: dict[str, jax.Array], train: bool) -> tuple[jax.Array, ...]:
-        """Single sentences [B, K, L], each embedded as a report of its own: [B, K, k], with mask and id [B, K]."""
+        """Sentence views, token arrays [B, V, L], each encoded as a report of its own -> [B, V, k], mask and id [B, V]."""
         batch, count, length = views["token_ids"].shape
         names = ("token_ids", "token_mask", "sentence_index")
         rows = {name: views[name].reshape(batch * count, length) for name in names}

@@ -25,15 +25,19 @@ class AlignmentOptions:
     """Global alignment of volume and report."""
 
     weight: float = key(1.0, "weight in the loss; 0: off")
-    temperature: float = key(0.1, "of the softmax, at the start where it is learned")
+    temperature: float = key(
+        0.1, "softmax temperature; the one at the start if learn_temperature. Pair (b) always has this one"
+    )
     learn_temperature: bool = key(False, "is the temperature trained?")
     report_view: str = key(
         "sentences", '"report": the whole report; "sentences": random sentences of it, each a text of its own'
     )
     report_sentences: int = key(8, 'sentences drawn per report and step, for the view "sentences"')
     sentence_tokens: int = key(48, "length of one, [CLS] and [SEP] included; what does not fit is cut")
-    center: bool = key(True, "subtract the mean of the batch from the embeddings; the projections' biases follow it")
-    form: str = key("softmax", '"softmax": InfoNCE; "sigmoid": SigLIP, with a learned bias')
+    center: bool = key(
+        True, "subtract the mean of the batch from the embeddings; at test time the projections' biases stand in for it"
+    )
+    form: str = key("softmax", 'of pair (a): "softmax", InfoNCE, or "sigmoid", SigLIP with a learned bias')
     volume_report_weight: float = key(1.0, "weight of pair (a): volume against report")
     fused_weight: float = key(0.0, "weight of pair (b): fused patient against its two embeddings")
     block_size: int = key(0, "columns of the similarity matrix at a time; 0 chooses by size")
@@ -67,32 +71,37 @@ def sentence_views(
 ) -> dict[str, jax.Array]:
     """A random choice of each report's sentences, each as a text of its own: [CLS] sentence [SEP].
 
-    Prompts are single sentences, and so are these views: a text tower that only ever saw whole reports is not at home
-    with a prompt (`docs/objectives.md` compares them).
+    Zero-shot prompts are single sentences, and so are these views: a report encoder that saw whole reports only does worse
+    on prompts (`docs/objectives.md`).
 
     Args:
-        text: the text fields of a batch, [B, T].
-        sentences: how many to draw per report, K; without replacement.
+        text: `token_ids` and `sentence_index` [B, T] of a batch (`mg3d_jax.batch`).
+        sentences: V, how many to draw per report without replacement; at most `max_sentences`.
         tokens: L, special tokens included; a longer sentence is cut.
+        max_sentences: S, the largest value of `sentence_index`.
+        special: ids of "[PAD]", "[CLS]", "[SEP]".
 
     Returns:
-        `token_ids`, `token_mask`, `sentence_index` [B, K, L], and `view_id` int32 [B, K], equal for equal sentences. Where
-        a report has fewer than K sentences, the views left over have `sentence_index` 0 throughout.
+        `token_ids`, `token_mask`, `sentence_index` [B, V, L], and `view_id` int32 [B, V], equal for equal sentences. Where
+        a report has fewer than V sentences, the views left over have `sentence_index` 0 throughout. Other sentences share
+        an id only where a 32-bit hash collides; they are then merely no negatives of each other.
     """
     index, numbers = text["sentence_index"], jnp.arange(1, max_sentences + 1)
-    exists = jnp.any(index[:, :, None] == numbers, axis=1)  # [B, S]
+    exists = jnp.any(index[:, :, None] == numbers, axis=1)  # [B, S]: has the report a sentence s?
+    # Random scores, -1 for sentences that are not there: the largest are a draw without replacement.
     scores = jnp.where(exists, jax.random.uniform(rng, exists.shape), -1.0)
-    chosen = jax.lax.top_k(scores, min(sentences, max_sentences))[1]  # [B, K]
-    there = jnp.take_along_axis(exists, chosen, axis=1)[..., None]  # [B, K, 1]
-    member = (index[:, None, :] == numbers[chosen][..., None]) & there  # [B, K, T]
-    length = jnp.minimum(jnp.sum(member, axis=-1, keepdims=True), tokens - 2)  # [B, K, 1]
+    chosen = jax.lax.top_k(scores, min(sentences, max_sentences))[1]  # [B, V]
+    there = jnp.take_along_axis(exists, chosen, axis=1)[..., None]  # [B, V, 1]
+    member = (index[:, None, :] == numbers[chosen][..., None]) & there  # [B, V, T]
+    length = jnp.minimum(jnp.sum(member, axis=-1, keepdims=True), tokens - 2)  # [B, V, 1]
     position = jnp.arange(tokens)
+    # Place 0 is [CLS], so place p reads token p - 1 of the sentence. The tokens of a sentence are contiguous.
     source = jnp.clip(jnp.argmax(member, axis=-1)[..., None] + position - 1, 0, index.shape[1] - 1)
     ids = jnp.take_along_axis(text["token_ids"][:, None, :], source, axis=2)
     inside = (position >= 1) & (position <= length)
     ids = jnp.where(inside, ids, special["[PAD]"])
     ids = jnp.where(position == length + 1, special["[SEP]"], ids).at[..., 0].set(special["[CLS]"])
-    # A polynomial hash modulo 2^32: equal sentences must be found without a table of all sentences.
+    # A polynomial hash modulo 2^32 recognises equal sentences without a table of all sentences.
     powers = jnp.uint32(1_000_003) ** position.astype(jnp.uint32)
     view_id = jnp.sum(ids.astype(jnp.uint32) * powers, axis=-1, dtype=jnp.uint32).astype(jnp.int32)
     return {
@@ -130,7 +139,7 @@ def loss(features: Features, batch: Batch, options: AlignmentOptions) -> tuple[j
     scale, report_ids = features["logit_scale"], batch["report_id"]
     has_text = jnp.any(features["view_mask" if "view_mask" in features else "sentence_mask"], axis=1)
     valid, block_size = batch["valid"] & has_text, options.block_size or None
-    spread = _spread(features, batch["valid"], valid)
+    spread = _spread(features, batch["valid"], valid)  # before centring, which would hide a collapse
     features, centers = _center(features, batch["valid"], valid) if options.center else (features, {})
     volume = features["volume_embedding"]
     if "view_embeddings" in features:
@@ -150,7 +159,7 @@ def loss(features: Features, batch: Batch, options: AlignmentOptions) -> tuple[j
         total, metrics = pair(report, report_ids, valid)
     total *= options.volume_report_weight
     metrics |= {"temperature": 1.0 / scale} | spread | centers
-    if options.fused_weight:
+    if options.fused_weight:  # pair (b): InfoNCE at the configured temperature, also where pair (a) learns its own
         single = jnp.concatenate([report, volume], axis=-1)
         fused, fused_metrics = info_nce(
             features["fused_embedding"],
@@ -195,7 +204,7 @@ def _spread(features: Features, has_volume: jax.Array, has_text: jax.Array) -> M
 
 
 def _texts(features: Features, has_text: jax.Array) -> tuple[str, jax.Array]:
-    """Name of the text embeddings that the alignment reads, and which of them there are: [B], or [B, K] for views."""
+    """Name of the text embeddings that the alignment reads, and which of them there are: [B], or [B, V] for views."""
     if "view_embeddings" in features:
         return "view_embeddings", has_text[:, None] & features["view_mask"]
     return "report_embedding", has_text
@@ -204,11 +213,11 @@ def _texts(features: Features, has_text: jax.Array) -> tuple[str, jax.Array]:
 def _center(features: Features, has_volume: jax.Array, has_text: jax.Array) -> tuple[Features, Metrics]:
     """The embeddings minus their mean over the global batch, and those means [k] under `CENTERS`.
 
-    Averaging over many patches makes the embeddings of a young model nearly equal (cosines of 0.99): their norm is all
-    common part. InfoNCE then falls fastest by shrinking what differs until no gradient is left, and the model is stuck at
-    log B. Without the common part normalised embeddings cannot shrink. The means leave the loss, so the biases of the two
-    projections get no gradient: the step lets them follow the means instead (as DINO's center, arXiv 2104.14294), and an
-    embedding at test time needs no batch.
+    Early in training the embeddings are nearly equal (cosines of 0.99): a large common vector and small differences.
+    InfoNCE then falls fastest by shrinking the differences, until the gradient vanishes and the loss stays at log B, its
+    value for equal embeddings. Subtracting the mean removes the common vector. The mean then no longer reaches the loss, so
+    the projections' biases get no gradient; `training.step.follow_centers` moves them against the mean instead (as DINO's
+    center, arXiv 2104.14294). At test time the bias does the centring, and no batch is needed.
     """
     centered, centers = dict(features), {}
     texts, present = _texts(features, has_text)
@@ -222,18 +231,19 @@ def _center(features: Features, has_volume: jax.Array, has_text: jax.Array) -> t
 
 
 def _direction_of_views(embeddings: jax.Array, mask: jax.Array) -> jax.Array:
-    """[B, K, k], [B, K] -> [B, k]: the mean direction of a report's sentences, which stands for the report."""
+    """[B, V, k], [B, V] -> [B, k]: the sum of the unit vectors of a report's sentences, which stands for the report."""
     return jnp.sum(l2_normalize(embeddings) * mask[..., None], axis=1)
 
 
 def _mean_over_views(
     pair: Callable, features: Features, report_ids: jax.Array, valid: jax.Array
 ) -> tuple[jax.Array, Metrics]:
-    """Each drawn sentence is one text of its patient: the losses of the K-th sentences of all patients, averaged over K by
-    the number of sentences, so that every sentence counts the same however many its report has.
+    """Pair (a) on sentence views: one loss per view over all patients, averaged with the number of sentences as weight, so
+    that every sentence counts the same however many its report has.
 
     Patients that drew the same sentence are not each other's negatives, nor are those with the same report.
     """
+    # Two ids a row, [B, V, 2]: rows that share either one are no negatives of each other.
     groups = jnp.stack([jnp.broadcast_to(report_ids[:, None], features["view_id"].shape), features["view_id"]], axis=-1)
     there = valid[:, None] & features["view_mask"]
     per_view = jax.vmap(pair, in_axes=1)(features["view_embeddings"], groups, there)

@@ -50,7 +50,7 @@ class Settings:
     """One preparation. Axes are in RAS+ order: x to the patient's right, y anterior, z superior."""
 
     source: str  # layout of the data set: a name in `mg3d_jax.registry.SOURCES`
-    root: Path  # where it lies
+    root: Path  # folder of the data set, or its table
     split: str
     out: Path  # folder for the records
     size: tuple[int, int, int] = (128, 128, 96)  # of the grid, voxels
@@ -58,19 +58,19 @@ class Settings:
     policy: str = "center"  # which part of a volume the grid is laid on: a name in `geometry.POLICIES`
     fraction: tuple[float, float, float] = PAPER_FRACTION  # share of each axis that the policy "fraction" keeps
     workers: int = 1  # processes
-    max_bad_share: float = 0.1  # more bad files than this are an error
+    max_bad_share: float = 0.1  # largest share of bad volumes that is accepted, 0 to 1
     shard_records: int = 256  # records per shard
-    zstd_level: int = 3  # 0 stores volumes as they are
-    window: tuple[float, float] | None = None  # HU: store uint8 steps of this window instead of int16
-    reconstructions: str = "all"  # of one scan: "all", "first", "best"
+    zstd_level: int = 3  # compression of the volumes, 1 to 22; 0: none
+    window: tuple[float, float] | None = None  # (low, high) in HU: clipped to it and stored as uint8; None: HU as int16
+    reconstructions: str = "all"  # which ones of a scan are kept: "all", "first", "best" (`sources`)
     exclude: Path | None = None  # text file of volumes, scans or patients to leave out, one a line
     array_spacing: tuple[float, float, float] | None = None  # of arrays and slices: mm of the three index axes
     array_axes: str | None = None  # of arrays and slices: where the index axes point, such as "LPS"
     slice_window: tuple[float, float] | None = None  # of 8-bit slices: HU of grey 0 and 255
-    fetch: str | None = None  # shell command that brings a volume (see `fetch`)
-    shard: tuple[int, int] = (0, 1)  # (i, n): do every n-th shard from the i-th
+    fetch: str | None = None  # shell command that brings a volume (see `prepare/fetch.py`)
+    shard: tuple[int, int] = (0, 1)  # (i, n), i from 0: this machine does shards i, i + n, i + 2n, ...
     against: tuple[Path, ...] = ()  # prepared folders to check for leaks
-    allow_leak: tuple[str, ...] = ()  # leaks that are meant: names in `leaks.LEAKS`
+    allow_leak: tuple[str, ...] = ()  # leaks to accept: names in `leaks.LEAKS`
     qa_samples: int = 8  # volumes drawn in qa.html
 
     def __post_init__(self) -> None:
@@ -83,7 +83,10 @@ class Settings:
         return Grid(self.size, self.spacing, self.policy, self.fraction)
 
     def plan(self) -> dict[str, Any]:
-        """The settings that decide the bytes of the records."""
+        """The settings that an interrupted preparation must be continued with; `root` is only recorded.
+
+        `exclude`, `array_spacing`, `array_axes` and `slice_window` act on the listed examples, whose digest stands beside.
+        """
         fraction = self.policy == "fraction"
         return {
             "source": self.source,
@@ -155,7 +158,15 @@ def check_bad(settings: Settings, bad: list[dict[str, str]], total: int) -> None
 
 
 def _process(settings: Settings, chunks: dict[str, list[Example]], bad: int) -> dict[str, dict[str, Any]]:
-    """Prepares the shards of this process's share that are not done yet. Returns all sidecars that exist."""
+    """Prepares those shards of this process's share (`settings.shard`) that are missing or worth doing again.
+
+    Args:
+        chunks: the examples of each shard, by its name.
+        bad: how many volumes were found bad while listing, for the note beside the progress.
+
+    Returns:
+        The sidecars of all processes by shard: what each finished shard holds, and which of its volumes are bad.
+    """
     sidecars = read_sidecars(settings.out, list(chunks))
     index, count = settings.shard
     mine = list(chunks)[index::count]
@@ -169,13 +180,14 @@ def _process(settings: Settings, chunks: dict[str, list[Example]], bad: int) -> 
         logger.info("prepare: %s", expected)
         check_disk(expected, settings.out)
     total = sum(len(chunks[name]) for name in mine)
-    if todo:  # should this be killed, no manifest may describe shards that were about to change
+    if todo:  # first: should this process be killed, no manifest describes shards that have changed since
         (settings.out / MANIFEST_NAME).unlink(missing_ok=True)
     for name in again:
         forget_shard(settings.out, name)
         del sidecars[name]
     found = bad + sum(len(sidecar["bad"]) for sidecar in sidecars.values())
     begun = time.time()
+    # One stream over all shards: the workers stay busy across their boundaries.
     results = outcomes(examples, recipe, settings.workers)
     with Progress("prepare", total=total, unit="volumes", initial=total - len(examples)) as progress:
 
@@ -186,7 +198,7 @@ def _process(settings: Settings, chunks: dict[str, list[Example]], bad: int) -> 
 
         for name, chunk in todo.items():
             sidecars[name] = write_shard(settings.out, name, results, len(chunk), each, begun)
-    # Others (--shard i/n) may have finished theirs meanwhile.
+    # Read again: other machines (--shard i/n) may have finished shards meanwhile.
     return read_sidecars(settings.out, list(chunks)) | sidecars
 
 
@@ -198,7 +210,10 @@ def _finish(
     allowed: list[leaks.Leak],
     total: int,
 ) -> dict[str, Any]:
-    """Everything that is written once all shards are there; the manifest last."""
+    """Checks the whole, then writes index, quality and manifest; the manifest marks the folder as finished.
+
+    The QA page comes after it: it only shows what the others hold.
+    """
     context = {
         "label_names": list(listing.label_names),
         "bad": listing.bad,
@@ -240,27 +255,28 @@ def prepare(settings: Settings) -> dict[str, Any] | None:
     total = len(listing.examples) + len(listing.bad)
     if not total:
         raise UserError(_nothing_listed(settings, listing))
+    # What is bad already; volumes that cannot be read are known after processing, and `_finish` checks again.
     check_bad(settings, listing.bad, total)
-    found = leaks.listed_leaks(listing) + leaks.patient_leaks(listing.examples, list(settings.against))
-    leaks.check(found, settings.allow_leak)
+    allowed = leaks.listed_leaks(listing) + leaks.patient_leaks(listing.examples, list(settings.against))
+    leaks.check(allowed, settings.allow_leak)  # raises where one is not
     examples = ordered(listing.examples)
     step = settings.shard_records
     parts = [examples[start : start + step] for start in range(0, len(examples), step)]
     chunks = dict(zip(shard_names(len(parts)), parts, strict=True))
     root = settings.root if settings.root.is_dir() else settings.root.parent
     plan = open_folder(settings.out, settings.plan() | {"input": input_digest(examples, root)})
-    if plan is None:
+    if plan is None:  # finished with another version of the recipe: it stays as it is
         return migrated(read_manifest(settings.out))
     sidecars = _process(settings, chunks, len(listing.bad))
     if len(sidecars) < len(chunks):
         return None
     if (settings.out / MANIFEST_NAME).is_file():
         logger.info("prepare: %s was prepared already", settings.out)
-    return _finish(settings, listing, plan["code"], [sidecars[name] for name in chunks], found, total)
+    return _finish(settings, listing, plan["code"], [sidecars[name] for name in chunks], allowed, total)
 
 
 def summary(manifest: dict[str, Any]) -> str:
-    """What was prepared, for people."""
+    """The lines that `mg3d prepare` prints at the end. MB are 10^6 bytes."""
     size, shards = sum(shard["bytes"] for shard in manifest["shards"]) / 1e6, len(manifest["shards"])
     spacing = f"{manifest['spacing']} mm" if manifest["spacing"] else "a spacing that varies"
     lines = [
