@@ -221,7 +221,8 @@ class OptimizerConfig:
 
 @dataclass(frozen=True)
 class ScheduleConfig:
-    """The learning rate over the run. Of a length in several units the first that is not 0 counts: steps, epochs, samples, else percent."""
+    """The learning rate over the run. Of a length in several units the first that is not 0 counts: steps, epochs, samples,
+    else percent."""
 
     kind: str = key("linear", '"linear" or "cosine" decay, or "constant" with a cooldown')
     warmup_steps: int = key(0, "length of the warm-up, in steps")
