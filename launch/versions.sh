@@ -15,8 +15,7 @@ tests=("$@")
 if [ ${#tests[@]} -eq 0 ]; then
   tests=(
     tests/test_files.py tests/test_commands_main.py tests/test_config.py tests/test_data_order.py
-    tests/test_data_records.py tests/test_sharding.py tests/test_evaluation.py tests/test_training_checkpoints.py
-    tests/test_fixtures.py
+    tests/test_data_records.py tests/test_sharding.py tests/test_training_checkpoints.py tests/test_fixtures.py
   )
 fi
 if [ -z "${INTERPRETERS:-}" ]; then
