@@ -40,7 +40,7 @@ class Projection(nn.Module):
 
     @nn.compact
     def __call__(self, features: jax.Array) -> jax.Array:
-        return dense(self.dim, ("mlp", "projection"), self.dtype, "out", use_bias=self.use_bias)(features)
+        return dense(self.dim, ("embed", "projection"), self.dtype, "out", use_bias=self.use_bias)(features)
 
 
 def mean_pool(tokens: jax.Array, mask: jax.Array | None = None) -> jax.Array:
