@@ -22,9 +22,12 @@ from mg3d_jax.evaluation import evaluate as evaluate_lib
 from mg3d_jax.evaluation import zero_shot
 from mg3d_jax.evaluation.attend import Relevance, SentenceMaps
 from mg3d_jax.evaluation.embed import Embedder, logit_scale
+from mg3d_jax.evaluation.hooks import chosen_hooks
 from mg3d_jax.evaluation.scans import Scan, ScanSource, Spacing, read_scan, run_grid
+from mg3d_jax.interop.warm_start import load_initial
 from mg3d_jax.prepare.folder import Settings, prepare
-from mg3d_jax.training.loop import Trainer
+from mg3d_jax.training import loop
+from mg3d_jax.training.hooks import Hook
 from mg3d_jax.training.restore import RestoredRun, restore_run
 
 __all__ = ["Relevance", "Run", "Trainer", "load", "prepare_data"]
@@ -150,6 +153,23 @@ class Run:
         """The document that `mg3d evaluate` writes: every registered evaluation (or `only` these) on prepared folders."""
         folders = [str(folder) for folder in data]
         return evaluate_lib.evaluate(self.restored, folders, only=only, batch_size=batch_size)
+
+
+class Trainer(loop.Trainer):
+    """What `mg3d train` runs: with the evaluations and pictures that the config asks for, from the weights that it names.
+
+    Args:
+        config: a frozen configuration, see `mg3d_jax.config.load`.
+        workdir: where checkpoints, metrics, tokenizer and summary go; an earlier run there is resumed.
+        hooks: what the run does beside that, e.g. measurements of your own (`mg3d_jax.training.hooks.Hook`).
+        profile_steps: traces so many steps.
+    """
+
+    def __init__(self, config: Config, workdir: Path, *, hooks: Sequence[Hook] = (), profile_steps: int = 0):
+        own = chosen_hooks(config.data, config.training, config.objectives["volume_reconstruction"].weight)
+        super().__init__(
+            config, Path(workdir), hooks=[*own, *hooks], initialize=load_initial, profile_steps=profile_steps
+        )
 
 
 def prepare_data(**settings: Any) -> dict[str, Any] | None:

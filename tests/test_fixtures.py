@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import shutil
 
+import nibabel
 import numpy as np
 import pytest
-from support import ROOT
+from support import ROOT, mg3d
 
 from mg3d_jax import config as config_lib
+from mg3d_jax.training.writers import read_metrics
 
 FIXTURE = ROOT / "tests" / "fixtures" / "v0.1.0"
 EXPECTED = json.loads((FIXTURE / "expected_initial.json").read_text())
@@ -36,3 +39,54 @@ def test_initial_parameters_losses_and_gradients_are_those_of_the_first_version(
         np.testing.assert_allclose(found["metrics"][name], value, rtol=2e-5, atol=1e-6, err_msg=name)
     for name, square in expected["gradients"].items():
         np.testing.assert_allclose(found["gradients"][name], square, rtol=1e-3, atol=1e-10, err_msg=name)
+
+
+@pytest.fixture
+def run(tmp_path):
+    """A copy of the run, which was killed after its checkpoint of step 3 of 6."""
+    return shutil.copytree(FIXTURE / "run", tmp_path / "run")
+
+
+def command(*words):
+    done = mg3d(*map(str, words), timeout=550)
+    assert done.returncode == 0, done.stderr
+    return done
+
+
+def test_a_run_is_resumed_with_the_same_losses(run):
+    data = [f"--config.data.{split}={FIXTURE / split}" for split in ("train", "valid")]
+    done = command("train", "--config", FIXTURE / "config.py", "--workdir", run, *data)
+    assert "resuming after step 3 of 6" in done.stderr and "damaged" not in done.stderr
+    expected = [json.loads(line) for line in (FIXTURE / "expected_metrics.jsonl").read_text().splitlines()]
+    found = read_metrics(run)
+    assert [(line["step"], line["split"]) for line in found] == [(line["step"], line["split"]) for line in expected]
+    for line, before in zip(found, expected, strict=True):
+        assert line["loss"] == pytest.approx(before["loss"], rel=1e-4)
+    code = json.loads((run / "summary.json").read_text())["code"]
+    environment = json.loads((run / "environment.json").read_text())
+    assert code == {name: environment[name] for name in ("mg3d_jax", "commit")}
+
+
+def test_a_run_is_evaluated_as_before(run):
+    command("evaluate", "--workdir", run, "--data", FIXTURE / "valid")
+    found = json.loads((run / "evaluation" / "evaluation.json").read_text())
+    expected = json.loads((FIXTURE / "expected_evaluation.json").read_text())
+    assert found["zero_shot"]["auroc_macro"] == pytest.approx(expected["auroc_macro"], abs=1e-6)
+    for name, value in expected["retrieval"].items():
+        same = value if isinstance(value, str) else pytest.approx(value, abs=1e-6)
+        assert found["retrieval"][name] == same, name
+
+
+def test_a_run_is_reported_and_exported(run, tmp_path):
+    command("report", run)
+    assert "0.1.0" in (run / "report.html").read_text()
+    command("export", "--workdir", run, "--out", tmp_path / "export")
+    assert (tmp_path / "export" / "model.safetensors").exists()
+
+
+def test_a_run_shows_where_a_sentence_looks(run, tmp_path):
+    scan = np.random.default_rng(0).integers(-1000, 200, (16, 16, 16)).astype(np.int16)
+    nibabel.Nifti1Image(scan, np.diag([20.0, 18.0, 20.0, 1.0])).to_filename(tmp_path / "scan.nii.gz")
+    words = ["--volume", tmp_path / "scan.nii.gz", "--text", "No nodule.", "--out", tmp_path / "attend"]
+    command("attend", "--workdir", run, *words)
+    assert nibabel.load(tmp_path / "attend" / "map.nii.gz").shape == (16, 16, 16)

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from support import ROOT, environment, tiny_config
 
-from mg3d_jax.commands.train import trainer
+from mg3d_jax.api import Trainer
 from mg3d_jax.errors import UserError
 from mg3d_jax.training import distributed
 from mg3d_jax.training.writers import read_metrics
@@ -170,7 +170,7 @@ def expected_losses(tiny_data, tmp_path_factory):
     config = tiny_config(
         tiny_data["train"], tiny_data["valid"], training__steps=STEPS, training__checkpoint_every=EVERY
     )
-    assert trainer(config, workdir).run() == 0
+    assert Trainer(config, workdir).run() == 0
     return losses(workdir)
 
 

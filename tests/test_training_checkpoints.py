@@ -1,10 +1,13 @@
 """Checkpoints of a small state: every kind of damage to their files, other meshes and processes, which ones are kept."""
 
 import errno
+import logging
 import random
+import re
 import shutil
 import subprocess
 import sys
+import warnings
 from types import SimpleNamespace
 
 import jax
@@ -208,6 +211,50 @@ def test_no_checkpoint_and_another_configuration(setup, run, tmp_path):
     other.config = config_lib.replace(other.config, {"optimizer.learning_rate": 0.5})
     with pytest.raises(UserError, match=r"optimizer.learning_rate: 0.0001 -> 0.5"):
         Checkpoints(run).newest(other)
+
+
+def reshaped(setup, **params):
+    return SimpleNamespace(abstract=setup.abstract | {"params": setup.abstract["params"] | params}, config=setup.config)
+
+
+def test_a_checkpoint_of_another_model_is_explained_and_not_called_damaged(setup, run, capsys):
+    """Parameters that are missing, superfluous, of another shape or type: by the version that wrote them, left as they are."""
+    bias = setup.abstract["params"]["bias"]
+    newer = reshaped(setup, extra=bias)
+    with pytest.raises(
+        UserError, match=r"(?s)4 is sound.* by mg3d_jax .*params/extra \[24\] bfloat16: not in .*init_from"
+    ):
+        Checkpoints(run).newest(newer)
+    fewer = SimpleNamespace(abstract={"params": {"bias": bias}, "step": setup.abstract["step"]}, config=setup.config)
+    with pytest.raises(UserError, match="params/kernel: only in the checkpoint"):
+        Checkpoints(run).newest(fewer)
+    wider = reshaped(setup, bias=jax.ShapeDtypeStruct((25,), "bfloat16", sharding=bias.sharding))
+    with pytest.raises(UserError, match=r"params/bias: \[24\] bfloat16 in the checkpoint, \[25\] bfloat16 here"):
+        Checkpoints(run).restore(wider, 4)
+    retyped = reshaped(setup, bias=jax.ShapeDtypeStruct((24,), "float32", sharding=bias.sharding))
+    with pytest.raises(UserError, match=r"params/bias: \[24\] bfloat16 in the checkpoint, \[24\] float32 here"):
+        Checkpoints(run).newest(retyped)
+    assert "damaged" not in capsys.readouterr().err and Checkpoints(run).steps() == [2, 4]
+    # A damaged one of another model is damaged: the one before says what the matter is.
+    another_number_in_the_json(run / "checkpoints" / "4")
+    with pytest.raises(UserError, match="2 is sound"):
+        Checkpoints(run).newest(newer)
+    assert "4 is damaged" in capsys.readouterr().err
+
+
+def test_only_one_module_uses_the_library_of_checkpoints_and_nothing_stays_patched(setup, tmp_path):
+    users = [
+        p.name for p in (ROOT / "mg3d_jax").rglob("*.py") if re.search(r"^\s*(import|from) orbax", p.read_text(), re.M)
+    ]
+    assert users == ["storage.py"]
+    before = sys.unraisablehook, list(logging.getLogger("absl").filters)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", DeprecationWarning)
+        checkpoints = Checkpoints(tmp_path)
+        checkpoints.save(state_of(setup, 1), META, 1)
+        checkpoints.close()
+        Checkpoints(tmp_path).newest(setup)
+    assert (sys.unraisablehook, list(logging.getLogger("absl").filters)) == before
 
 
 @pytest.mark.parametrize(

@@ -43,7 +43,7 @@ def get_config(arg=""):
 
 ZYGOTE = """
 import json, os, sys, warnings
-import mg3d_jax.evaluation.hooks, mg3d_jax.interop.warm_start, mg3d_jax.training.loop, mg3d_jax.commands.train
+import mg3d_jax.api, mg3d_jax.commands.train
 from mg3d_jax.commands.main import main
 
 warnings.filterwarnings("ignore", message=".*os.fork")  # no device has been touched yet

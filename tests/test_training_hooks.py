@@ -7,10 +7,10 @@ import numpy as np
 import pytest
 from support import ROOT, tiny_config
 
-from mg3d_jax.commands.train import trainer
+from mg3d_jax.api import Trainer
+from mg3d_jax.training import loop
 from mg3d_jax.training.checkpoints import Checkpoints
 from mg3d_jax.training.hooks import AfterStep, Hook
-from mg3d_jax.training.loop import Trainer
 from mg3d_jax.training.writers import Writers, read_metrics
 
 TRAIN, VALID = (str(ROOT / "tests" / "fixtures" / "v0.1.0" / split) for split in ("train", "valid"))
@@ -39,7 +39,7 @@ def test_a_hook_measures_after_its_steps_and_chooses_the_best_checkpoint(tmp_pat
     settings |= {"training__validate_every": 4}
     config = tiny_config(TRAIN, VALID, training__best_metric="valid/weight_norm", **settings)
     hook = WeightNorm()
-    assert trainer(config, tmp_path, hooks=[hook]).run() == 0
+    assert Trainer(config, tmp_path, hooks=[hook]).run() == 0
     assert hook.calls == [("start", 0, 5), 2, 4, 5, "close"]
     lines = [line for line in read_metrics(tmp_path, "valid") if "weight_norm" in line]
     assert [line["step"] for line in lines] == [2, 4, 5]
@@ -50,7 +50,7 @@ def test_a_hook_measures_after_its_steps_and_chooses_the_best_checkpoint(tmp_pat
     # A kill before the summary: the hook measures the last step again, and nothing is trained.
     (tmp_path / "summary.json").unlink()
     again = WeightNorm()
-    assert trainer(config, tmp_path, hooks=[again]).run() == 0
+    assert Trainer(config, tmp_path, hooks=[again]).run() == 0
     assert again.calls == [("start", 5, 5), 5, "close"]
     assert json.loads((tmp_path / "summary.json").read_text())["final"] == pytest.approx(final)
 
@@ -67,4 +67,4 @@ def test_a_metric_needs_a_split():
 def test_weights_that_nobody_reads_are_no_silent_fresh_start(tmp_path):
     config = tiny_config(TRAIN, init_from__path="somewhere")
     with pytest.raises(ValueError, match=r"init_from\.path is set: give `initialize`"):
-        Trainer(config, tmp_path)
+        loop.Trainer(config, tmp_path)

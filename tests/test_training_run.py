@@ -12,7 +12,7 @@ import pytest
 from support import ROOT, environment, mg3d, tiny_config
 
 from mg3d_jax import config as config_lib
-from mg3d_jax.commands.train import trainer
+from mg3d_jax.api import Trainer
 from mg3d_jax.errors import UserError
 from mg3d_jax.files import read_lines
 from mg3d_jax.training import run_folder, stopping
@@ -109,12 +109,12 @@ def test_a_damaged_newest_checkpoint_and_other_data_at_the_start_of_the_loop(fin
     config = config_lib.from_json((workdir / "config.json").read_text())
     text = next(path for path in (workdir / "checkpoints" / str(STEPS) / "meta").rglob("*") if path.is_file())
     text.write_text(text.read_text().replace('"step"', '"stop"', 1))
-    resumed = trainer(config, workdir)
+    resumed = Trainer(config, workdir)
     resumed.checkpoints.close()
     assert resumed.first == SAVED_BEFORE and f"{STEPS} is damaged and not used" in capsys.readouterr().err
     config = config_lib.replace(config, {"data.train": (tiny_data["valid"],)})
     with pytest.raises(UserError, match=r"started on folders of \[29\] records"):
-        trainer(config, workdir)
+        Trainer(config, workdir)
 
 
 def test_a_kill_between_the_last_checkpoint_and_the_summary_loses_nothing(finished, tmp_path):
@@ -125,13 +125,13 @@ def test_a_kill_between_the_last_checkpoint_and_the_summary_loses_nothing(finish
     config = config_lib.from_json((workdir / "config.json").read_text())
     config = config_lib.replace(config, {"training.best_metric": "valid/los", "training.validate_every": 3})
     with pytest.raises(UserError, match=r"'valid/los' is none of valid/alignment, .*valid/loss"):
-        trainer(config, workdir).run()
+        Trainer(config, workdir).run()
     config = config_lib.replace(config, {"training.best_metric": ""})
     before = read_metrics(workdir)
     (workdir / "metrics.jsonl").write_text(
         "".join(json.dumps(line) + "\n" for line in before if line["split"] == "train")
     )
-    assert trainer(config, workdir).run() == 0
+    assert Trainer(config, workdir).run() == 0
     found = json.loads((workdir / "summary.json").read_text())
     # Evaluated on other devices than before.
     assert [(line["step"], line["split"]) for line in read_metrics(workdir)] == [
@@ -156,10 +156,10 @@ def test_a_failed_last_evaluation_loses_no_step_and_no_summary_outlives_its_run(
     monkeypatch.setattr(HeldOut, "loss", fail)
     config = config_lib.from_json((workdir / "config.json").read_text())
     with pytest.raises(MemoryError):
-        trainer(config, workdir).run()
+        Trainer(config, workdir).run()
     assert Checkpoints(workdir).latest() == STEPS
     monkeypatch.undo()
-    assert trainer(config, workdir).run() == 0
+    assert Trainer(config, workdir).run() == 0
     assert json.loads((workdir / "summary.json").read_text())["step"] == STEPS
 
 

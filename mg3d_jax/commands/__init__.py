@@ -28,7 +28,7 @@ for _name, _module, _summary in (
     ("attend", "mg3d_jax.commands.attend", "where in a scan a sentence looks: NIfTI map and overlay"),
     ("sweep", "mg3d_jax.commands.sweep", "scaling-law sweeps: plan, run, status, fit"),
     ("import", "mg3d_jax.commands.import_", "read published weights: BERT types, MONAI's ViT and Swin"),
-    ("export", "mg3d_jax.interop.export", "write a run's weights for PyTorch and Hugging Face users"),
+    ("export", "mg3d_jax.commands.export", "write a run's weights for PyTorch and Hugging Face users"),
     ("bench", "mg3d_jax.commands.bench", "measure data, model and objectives on this machine"),
 ):
     COMMANDS.register(_name, Command(_module, _summary))

@@ -3,32 +3,10 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from mg3d_jax import config as config_lib
-from mg3d_jax.config import Config
 from mg3d_jax.training import distributed
-
-if TYPE_CHECKING:
-    from mg3d_jax.training.hooks import Hook
-    from mg3d_jax.training.loop import Trainer
-
-
-def trainer(config: Config, workdir: Path, *, hooks: Sequence[Hook] = (), profile_steps: int = 0) -> Trainer:
-    """The trainer of `mg3d train`: with the evaluations and pictures that the config asks for, and further `hooks`."""
-    # Imported after the processes of a run have joined: what is imported may look for devices.
-    from mg3d_jax.evaluation.hooks import DrawReconstructions, Evaluate
-    from mg3d_jax.interop.warm_start import load_pretrained
-    from mg3d_jax.training.loop import Trainer
-
-    own: list[Hook] = []
-    if config.data.valid and config.objectives["volume_reconstruction"].weight > 0:
-        own.append(DrawReconstructions(config.training.validate_every))
-    if config.data.valid and config.training.evaluate_every:
-        own.append(Evaluate(config.training.evaluate_every))
-    return Trainer(config, workdir, hooks=[*own, *hooks], initialize=load_pretrained, profile_steps=profile_steps)
 
 
 def main(argv: list[str]) -> int:
@@ -47,7 +25,18 @@ def main(argv: list[str]) -> int:
         metavar="N",
         help="writes a trace of N steps, once the first are over, into WORKDIR/profile",
     )
+    parser.add_argument(
+        "--init-from",
+        metavar="PATH",
+        help="start from a run (RUN or RUN@STEP), a folder of `mg3d import` or of `mg3d export`; short for "
+        "--config.init_from.path=PATH",
+    )
     distributed.add_arguments(parser)
-    args, config = config_lib.parse(parser, argv)
+    overrides, own = config_lib.split_overrides(argv)
+    args = parser.parse_args(own)
+    start = [f"--config.init_from.path={args.init_from}"] if args.init_from else []
+    config = config_lib.load(args.config, overrides + start)
     distributed.initialize(args)
-    return trainer(config, args.workdir, profile_steps=args.profile).run()
+    from mg3d_jax.api import Trainer  # after the processes have joined: nothing may look for devices before
+
+    return Trainer(config, args.workdir, profile_steps=args.profile).run()

@@ -2,10 +2,21 @@
 
 from __future__ import annotations
 
+from mg3d_jax.config.parts import DataConfig, TrainingConfig
 from mg3d_jax.evaluation.online import OnlineEvaluation
 from mg3d_jax.evaluation.reconstructions import Reconstructions
 from mg3d_jax.training.held_out import HeldOut
 from mg3d_jax.training.hooks import AfterStep, Hook, TrainingRun
+
+
+def chosen_hooks(data: DataConfig, training: TrainingConfig, reconstruction: float) -> list[Hook]:
+    """Those that a configuration asks for. `reconstruction`: weight of masked volume modelling; 0 has nothing to draw."""
+    found: list[Hook] = []
+    if data.valid and reconstruction > 0:
+        found.append(DrawReconstructions(training.validate_every))
+    if data.valid and training.evaluate_every:
+        found.append(Evaluate(training.evaluate_every))
+    return found
 
 
 class Evaluate(Hook):

@@ -1,12 +1,11 @@
-"""`mg3d export`: a run's weights for PyTorch and Hugging Face users, or its ViT for MONAI users.
+"""A run's weights for PyTorch and Hugging Face users, or its ViT for MONAI users.
 
-The export is checked before anything reaches `--out`: phantom CT and reports go through the Linen model and through the
+The export is checked before anything reaches its place: phantom CT and reports go through the Linen model and through the
 PyTorch one, both in float32, and the embeddings must agree.
 """
 
 from __future__ import annotations
 
-import argparse
 import json
 import os
 import shutil
@@ -21,12 +20,11 @@ from mg3d_jax import config as config_lib
 from mg3d_jax.errors import UserError
 from mg3d_jax.files import write_json
 from mg3d_jax.interop import export_card, export_format, export_monai
-from mg3d_jax.interop.export_run import Inputs, Run, load_run, phantom_inputs, reference_features
+from mg3d_jax.interop.export_run import Inputs, Run, phantom_inputs, reference_features
 from mg3d_jax.models.towers.vit.monai import exact_gelu
 
 TOLERANCE = 1e-4  # on l2-normalised embeddings and on normalised tokens, float32
 TEMPLATE = Path(__file__).parent / "torch_template" / "modeling_mg3d.py"
-MARKER = "mg3d_jax"  # key of config.json by which an earlier export is recognised
 
 
 def write_hugging_face(run: Run, folder: Path) -> list[str]:
@@ -58,7 +56,7 @@ def compare(run: Run, folder: Path, inputs: Inputs) -> dict[str, float]:
 
     Raises `UserError` above `TOLERANCE`, or where the exported tokenizer gives other ids.
     """
-    torch = _torch()
+    torch = torch_module()
     from transformers import PreTrainedTokenizerFast
     from transformers.utils import logging
 
@@ -125,7 +123,7 @@ def export(run: Run, out: Path, form: str = "hf") -> list[str]:
                 f"this run's {name} is a {encoder.kind}, which cannot be exported: {hint}Its checkpoints can be used here, "
                 "e.g. by `mg3d evaluate` and `mg3d attend`"
             )
-    _check_out(out)
+    check_out(out)
     out.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=f".{out.name}.", dir=out.parent) as name:
         lines = FORMATS[form](run, Path(name))
@@ -135,53 +133,22 @@ def export(run: Run, out: Path, form: str = "hf") -> list[str]:
     return lines
 
 
-def _check_out(out: Path) -> None:
+def check_out(out: Path) -> None:
+    """`UserError` where `out` holds something else than an earlier export."""
     if not out.exists() or (out.is_dir() and not any(out.iterdir())):
         return
     try:
-        ours = MARKER in json.loads((out / "config.json").read_text())
+        ours = export_format.MARKER in json.loads((out / "config.json").read_text())
     except (OSError, ValueError):
         ours = False
     if not ours:
         raise UserError(f"--out {out} exists and is not an earlier export: name a new folder")
 
 
-def _torch() -> ModuleType:
+def torch_module() -> ModuleType:
     """torch, which only exports need."""
     try:
         import torch
     except ImportError as error:
         raise UserError("an export is checked with PyTorch, which is not installed here: pip install torch") from error
     return torch
-
-
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="mg3d export",
-        description="Writes a run's weights for users of PyTorch. `hf`: both towers as a folder for "
-        "AutoModel.from_pretrained(OUT, trust_remote_code=True), with tokenizer, preprocessing and a readable PyTorch "
-        "module. `monai`: the volume encoder as a state dict that monai.networks.nets.ViT loads strictly. The PyTorch "
-        "model is run on phantom CT beside the JAX one; a difference above 1e-4 is an error and leaves OUT as it was.",
-    )
-    parser.add_argument("--workdir", required=True, type=Path, help="the run: the --workdir of `mg3d train`")
-    parser.add_argument("--out", required=True, type=Path, help="folder to write: new, empty, or an earlier export")
-    parser.add_argument("--step", type=int, help="which checkpoint (default: the newest)")
-    parser.add_argument("--format", choices=sorted(FORMATS), default="hf", help="default: %(default)s")
-    parser.add_argument(
-        "--spacing", nargs=3, type=float, metavar=("X", "Y", "Z"),
-        help="mm per voxel of the training volumes; needed only where neither checkpoint nor data says it",
-    )  # fmt: skip
-    return parser
-
-
-def main(argv: list[str]) -> int:
-    """The command. Prints what was written and how well the two frameworks agree."""
-    args = _parser().parse_args(argv)
-    _torch()
-    _check_out(args.out)
-    run = load_run(args.workdir, args.step, tuple(args.spacing) if args.spacing else None)
-    lines = export(run, args.out, args.format)
-    print("\n".join([f"{args.out}: step {run.step} of {args.workdir}", *lines]))
-    for file in sorted(args.out.iterdir()):
-        print(f"  {file.name}  {file.stat().st_size:,} bytes")
-    return 0

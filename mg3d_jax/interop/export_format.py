@@ -6,15 +6,21 @@ Towers map their own (`models/towers`); what is exported is checked against PyTo
 from __future__ import annotations
 
 import re
+from math import prod
 from typing import Any
 
 import numpy as np
+from flax.traverse_util import flatten_dict, unflatten_dict
 
 from mg3d_jax import __version__
 from mg3d_jax.config import Config
+from mg3d_jax.config.parts import ModelConfig
 from mg3d_jax.errors import UserError
 from mg3d_jax.models.towers.weights import torch_state as heads_state
 
+MARKER = "mg3d_jax"  # key of config.json by which an earlier export is recognised
+# Of `tower_arguments`, what leaves the function of a tower as it is, or shows in shapes.
+FREE_ARGUMENTS = frozenset({"pooling", "vocab_size", "max_positions"})
 TOWERS = ("volume_encoder", "report_encoder")
 EXPORTED = (*TOWERS, "report_pool", "volume_projection", "report_projection", "logit_scale")
 
@@ -29,12 +35,63 @@ def split_params(params: dict[str, Any]) -> tuple[dict[str, Any], list[str]]:
 
 def torch_state(params: dict[str, Any], config: Config) -> dict[str, np.ndarray]:
     """`MG3DModel.state_dict()` as contiguous float32 arrays. `params` are those that `split_params` returns."""
+    state = _renamed(params, config)
+    return {name: np.asarray(array, np.float32, order="C") for name, array in sorted(state.items())}
+
+
+def _renamed(params: dict[str, Any], config: Config) -> dict[str, np.ndarray]:
+    """The same, of arrays of any type."""
     state = heads_state({name: part for name, part in params.items() if name not in TOWERS})
     state = {re.sub(r"(volume|report)_projection\.out", r"\1_projection", name): array for name, array in state.items()}
     for name in TOWERS:
         found = getattr(config.model, name).tower.to_torch(params[name], config.model)
         state |= {f"{name}.{key}": array for key, array in found.items()}
-    return {name: np.asarray(array, np.float32, order="C") for name, array in sorted(state.items())}
+    return state
+
+
+def from_torch_state(state: dict[str, np.ndarray], shapes: dict[str, Any], config: Config) -> dict[str, Any]:
+    """Exported arrays as parameters of `config`'s model; those that an export does not hold are left out.
+
+    The mapping only renames arrays and moves their elements, so it is turned back by sending the elements' numbers through
+    it. An array that has another size than the model's comes as it is where nothing moves its elements (learned positions),
+    and is a `UserError` with both shapes elsewhere.
+
+    Args:
+        shapes: the tree of the model's parameters: arrays, or what has their shapes.
+    """
+    kept, _ = split_params(shapes)
+    if wrong := [name for name in TOWERS if getattr(config.model, name).tower.to_torch is None]:
+        raise UserError(f"an export cannot be read into this model: its {wrong[0]} has no form in PyTorch")
+    sizes = {name: tuple(leaf.shape) for name, leaf in flatten_dict(kept, sep="/").items()}
+    starts = dict(zip(sizes, np.cumsum([0, *map(prod, sizes.values())]), strict=False))
+    numbers = {name: start + np.arange(prod(sizes[name])).reshape(sizes[name]) for name, start in starts.items()}
+    flat, found = np.full(sum(map(prod, sizes.values())), np.nan, np.float32), {}
+    for key, places in _renamed(unflatten_dict(numbers, sep="/"), config).items():
+        if key not in state or not np.issubdtype(places.dtype, np.integer):  # fixed positions are no parameters
+            continue
+        name = next(reversed([name for name, start in starts.items() if start <= places.min()]))
+        if state[key].shape == places.shape:
+            flat[places] = state[key]
+        elif np.array_equal(places, numbers[name]):
+            found[name] = state[key]
+        else:
+            raise UserError(
+                f"{key} of the export is {list(state[key].shape)}, the model's {name} needs {list(places.shape)}: set "
+                "preset, patch_size and windows of the model to the export's (its config.json)"
+            )
+    for name, places in numbers.items():
+        if name not in found and not np.isnan(flat[places]).any():
+            found[name] = flat[places]
+    return unflatten_dict(found, sep="/")
+
+
+def tower_arguments(params: dict[str, Any], model: ModelConfig) -> dict[str, dict[str, Any]]:
+    """The arguments of `MG3DConfig` that either tower sets; those that have no form in PyTorch set none."""
+    found = {}
+    for name in TOWERS:
+        arguments = getattr(model, name).tower.torch_arguments
+        found[name] = {} if arguments is None else arguments(params[name], model)
+    return found
 
 
 def torch_config(config: Config, params: dict[str, Any], spacing: tuple[float, float, float]) -> dict[str, Any]:
@@ -45,8 +102,8 @@ def torch_config(config: Config, params: dict[str, Any], spacing: tuple[float, f
         "orientation": "RAS",
         "windows": [list(window) for window in config.data.windows],
     }
-    for name in TOWERS:
-        arguments |= getattr(config.model, name).tower.torch_arguments(params[name], config.model)
+    for found in tower_arguments(params, config.model).values():
+        arguments |= found
     views = config.objectives["alignment"].report_view == "sentences"
     return arguments | {
         "max_tokens": config.data.max_tokens,
@@ -66,7 +123,7 @@ def hugging_face_config(arguments: dict[str, Any], *, step: int, config_hash: st
         "auto_map": {"AutoConfig": "modeling_mg3d.MG3DConfig", "AutoModel": "modeling_mg3d.MG3DModel"},
         "torch_dtype": "float32",
         **arguments,
-        "mg3d_jax": {"version": __version__, "step": step, "config_hash": config_hash},
+        MARKER: {"version": __version__, "step": step, "config_hash": config_hash},
     }
 
 

@@ -10,10 +10,10 @@ from __future__ import annotations
 
 import argparse
 import json
+import logging
 import os
 import re
 import socket
-import sys
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -22,11 +22,12 @@ from typing import Any
 
 import jax
 import numpy as np
-import orbax.checkpoint as ocp
 from jax.experimental import multihost_utils
 
 from mg3d_jax.errors import UserError
+from mg3d_jax.training import storage
 
+logger = logging.getLogger(__name__)
 CLUSTERS = ("slurm", "jobset", "tpu", "ompi")
 JOBSET_PORT = 8476
 ROW_BYTES = 1024  # of one process's row of the device table, as JSON
@@ -90,7 +91,7 @@ def initialize(args: argparse.Namespace) -> None:
             # Where the scheduler does not say how many GPUs a task has, JAX has just decided on one.
             for name in ("jax_cuda_visible_devices", "jax_rocm_visible_devices"):
                 jax.config.update(name, "all")
-    check_devices(args.expected_devices, os.environ, place and place.cluster)
+    check_devices(args.expected_devices, os.environ, place.cluster if place else None)
 
 
 def _arguments(place: Place) -> dict[str, Any]:
@@ -132,7 +133,7 @@ def _explicit(args: argparse.Namespace, environment: Mapping[str, str]) -> Place
 
     process_id = given(args.process_id, "JOB_COMPLETION_INDEX", "OMPI_COMM_WORLD_RANK")
     num_processes = given(args.num_processes, "MG3D_NUM_PODS", "OMPI_COMM_WORLD_SIZE")
-    if None in (args.coordinator, process_id, num_processes):
+    if args.coordinator is None or process_id is None or num_processes is None:
         raise UserError("give all of --coordinator HOST:PORT, --process-id and --num-processes, or none")
     if not 0 <= process_id < num_processes:
         raise UserError(f"--process-id {process_id} is not in 0..{num_processes - 1}")
@@ -203,7 +204,11 @@ def tasks_on_node(environment: Mapping[str, str]) -> int:
         return _count(environment, "SLURM_NTASKS_PER_NODE")
     counts = []
     for part in text.split(","):
-        number, repeat = re.fullmatch(r"(\d+)(?:\(x(\d+)\))?", part).groups()
+        if (found := re.fullmatch(r"(\d+)(?:\(x(\d+)\))?", part)) is None:
+            raise UserError(
+                f"SLURM_STEP_TASKS_PER_NODE={text}: expected numbers such as 4(x2),3; start the processes with srun"
+            )
+        number, repeat = found.groups()
         counts += [int(number)] * int(repeat or 1)
     return counts[min(int(environment.get("SLURM_NODEID", "0")), len(counts) - 1)]
 
@@ -227,7 +232,7 @@ def barrier(name: str, minutes: float = 60) -> None:
     half a minute when they are first used.
     """
     if jax.process_count() > 1:
-        ocp.multihost.get_barrier_sync_fn()(key=f"mg3d/{name}", timeout_ms=round(minutes * 60_000))
+        storage.barrier(f"mg3d/{name}", minutes)
 
 
 @dataclass(frozen=True)
@@ -291,12 +296,9 @@ def check_devices(expected: int | None, environment: Mapping[str, str], cluster:
     rows = gather_rows(own_row(environment))
     if len(rows) > 1:
         mine = rows[jax.process_index()]
-        print(
-            f"process {mine.process} of {len(rows)}: {mine.devices} x {mine.kinds}, {sum(counts)} in all",
-            file=sys.stderr, flush=True,
-        )  # fmt: skip
+        logger.info(f"process {mine.process} of {len(rows)}: {mine.devices} x {mine.kinds}, {sum(counts)} in all")
         if jax.process_index() == 0:
-            print(device_table(rows), file=sys.stderr, flush=True)
+            logger.info(device_table(rows))
     wanted = cluster if "JAX_PLATFORMS" not in environment else None
     if problems := [problem for row in rows if (problem := _row_problem(row, len(rows), expected, wanted))]:
         more = f"; and {len(problems) - 4} more processes" if len(problems) > 4 else ""

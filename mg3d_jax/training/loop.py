@@ -152,8 +152,10 @@ class Trainer:
         return after.measured
 
     def _open_writers(self, stack: ExitStack, *, resume_step: int) -> Writers:
-        described = {"name": self.config.name, "config": config_lib.to_dict(self.config)}
-        writers = open_writers(self.workdir, self.config.training.writers, resume_step=resume_step, **described)
+        writers = open_writers(
+            self.workdir, self.config.training.writers, resume_step=resume_step, name=self.config.name,
+            config=config_lib.to_dict(self.config),
+        )  # fmt: skip
         stack.callback(writers.close)
         return writers
 

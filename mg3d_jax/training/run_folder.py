@@ -52,7 +52,8 @@ def run_tokenizer(options: DataConfig, workdir: Path) -> ReportTokenizer:
 def _make_tokenizer(options: DataConfig, workdir: Path) -> Tokenizer:
     if options.tokenizer != "train":
         return load_tokenizer(options.tokenizer)
-    data, sentences = PreparedData(options.train), set()
+    data = PreparedData(options.train)
+    sentences: set[str] = set()
     bad = skipped_records(data, workdir, options.max_bad_records)
     for index in range(min(len(data), TOKENIZER_RECORDS)):
         try:

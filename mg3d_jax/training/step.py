@@ -61,7 +61,7 @@ class Losses:
         return self.objectives(params, self.features(params, batch, key), batch)
 
 
-def train_step(setup: Setup, special: dict[str, int]) -> Callable[[State, Batch], tuple[State, dict]]:
+def train_step(setup: Setup, special: dict[str, int]) -> _in_mesh:
     """The jitted step `(state, batch) -> (state, metrics)`; the state is donated.
 
     With `optimizer.accumulation` = A the batch is walked in A micro-batches. Their gradients are averaged, and in-batch
@@ -190,7 +190,7 @@ def _split_centers(metrics: dict) -> tuple[dict, dict]:
     return scalars, {name.removeprefix(CENTERS): metrics[name] for name in sorted(metrics.keys() - scalars.keys())}
 
 
-def evaluation_step(setup: Setup, special: dict[str, int]) -> Callable[[Any, Batch, jax.Array], dict]:
+def evaluation_step(setup: Setup, special: dict[str, int]) -> _in_mesh:
     """The jitted held-out loss `(params, batch, key) -> metrics`: no augmentation, no dropout. `valid_share` as in training."""
     loss_fn, whole = Losses(setup, special, train=False), sharding.replicated(setup.mesh)
 
