@@ -12,6 +12,8 @@ import pytest
 from support import ROOT, mg3d
 
 from mg3d_jax import config as config_lib
+from mg3d_jax.phantom import patients as phantoms
+from mg3d_jax.phantom.dataset import nifti_bytes
 from mg3d_jax.training.writers import read_metrics
 
 FIXTURE = ROOT / "tests" / "fixtures" / "v0.1.0"
@@ -85,8 +87,8 @@ def test_a_run_is_reported_and_exported(run, tmp_path):
 
 
 def test_a_run_shows_where_a_sentence_looks(run, tmp_path):
-    scan = np.random.default_rng(0).integers(-1000, 200, (16, 16, 16)).astype(np.int16)
-    nibabel.Nifti1Image(scan, np.diag([20.0, 18.0, 20.0, 1.0])).to_filename(tmp_path / "scan.nii.gz")
+    scan = phantoms.make_patient(5, 0, "valid").scans[0].reconstructions[0]
+    (tmp_path / "scan.nii.gz").write_bytes(nifti_bytes(scan.hu, scan.affine))
     words = ["--volume", tmp_path / "scan.nii.gz", "--text", "No nodule.", "--out", tmp_path / "attend"]
     command("attend", "--workdir", run, *words)
-    assert nibabel.load(tmp_path / "attend" / "map.nii.gz").shape == (16, 16, 16)
+    assert nibabel.load(tmp_path / "attend" / "map.nii.gz").shape == scan.hu.shape
