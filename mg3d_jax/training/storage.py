@@ -140,7 +140,8 @@ def _state_handler() -> ocp.PyTreeCheckpointHandler:
     return ocp.PyTreeCheckpointHandler(type_handler_registry=registry)
 
 
-def _is_no_news(record: logging.LogRecord) -> bool:
+def _no_repetition(record: logging.LogRecord) -> bool:
+    """Lets everything through but what a disk has refused."""
     return not (record.exc_info and storage_problem(record.exc_info[1]))
 
 
@@ -148,18 +149,21 @@ def _is_no_news(record: logging.LogRecord) -> bool:
 def _without_repetitions() -> Iterator[None]:
     """One error of the disk is enough: without this hundreds of tracebacks bury the `UserError` that explains it.
 
-    orbax logs the error in each of its threads, and tensorstore's reports of the other arrays reach an event loop that is
-    closed. They come when orbax has left already: so after an error both stay out for the rest of the process.
+    orbax logs the error in each of its threads, asyncio that of every array that nobody waited for, and tensorstore's reports
+    reach an event loop that is closed. They come when orbax has left already: so after an error all stay out for the rest of
+    the process.
     """
-    log, show = logging.getLogger("absl"), sys.unraisablehook
+    logs, show = [logging.getLogger(name) for name in ("absl", "asyncio")], sys.unraisablehook
 
     def hook(unraisable: Any) -> None:
         if str(unraisable.exc_value) != "Event loop is closed":
             show(unraisable)
 
-    log.addFilter(_is_no_news)
+    for log in logs:
+        log.addFilter(_no_repetition)
     sys.unraisablehook = hook
     yield
-    log.removeFilter(_is_no_news)
+    for log in logs:
+        log.removeFilter(_no_repetition)
     if sys.unraisablehook is hook:
         sys.unraisablehook = show
