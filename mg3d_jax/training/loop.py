@@ -1,4 +1,4 @@
-"""The training loop: data, step, hooks. There is only one; objectives, evaluations and whatever else a run does plug in."""
+"""The training loop: fetch a batch, run the compiled step, call the hooks (`training.hooks`)."""
 
 from __future__ import annotations
 
@@ -27,19 +27,20 @@ from mg3d_jax.training.stopping import DONE, PREEMPTED, SkippedUpdates, StopRequ
 from mg3d_jax.training.writers import Writers, drop_evaluations, open_writers
 
 logger = logging.getLogger(__name__)
-# `(setup, fresh state, tokenizer) -> state`: what a new run starts from, `interop.warm_start.load_initial`.
+# `(setup, fresh state, tokenizer) -> state` with other weights in it; the usual one is `interop.warm_start.load_initial`.
 Initializer = Callable[[state_lib.Setup, state_lib.State, ReportTokenizer], state_lib.State]
 
 
 class Trainer:
-    """One run: everything is built and checked in `__init__`, `run` trains to the end.
+    """One run: `__init__` checks the configuration, opens the data and restores or makes the state; `run` trains.
 
     Args:
         config: validated here.
         workdir: where checkpoints, metrics, tokenizer and summary go; an earlier run there is resumed.
-        hooks: what the run does beside its own: evaluations, pictures, yours.
-        initialize: reads what `init_from` and `model.*_encoder.pretrained` name, in a new run.
-        profile_steps: traces so many steps.
+        hooks: called in addition to the standard ones (`training.wiring`): evaluations, pictures, your own.
+        initialize: loads the weights that `init_from` and `model.*_encoder.pretrained` name; called for a new run only, and
+            needed where one of them is set.
+        profile_steps: how many steps the profiler traces; 0: none.
     """
 
     def __init__(
@@ -76,7 +77,7 @@ class Trainer:
         )  # fmt: skip
 
     def _start(self, initialize: Initializer | None) -> tuple[state_lib.State, int, Clock]:
-        """State, step and clock of the newest readable checkpoint, or of a new run."""
+        """State, number of steps that were taken (0 for a new run) and clock: of the newest readable checkpoint, or new."""
         found = self.checkpoints.newest(self.setup)
         if found is None:
             state = state_lib.initialize(self.setup)
@@ -91,7 +92,10 @@ class Trainer:
         return state, step, Clock(meta["trained_seconds"])
 
     def run(self) -> int:
-        """Trains to the end. Returns `DONE`, or `PREEMPTED` after SIGTERM, when everything is saved."""
+        """Trains to the end. Returns the exit code: `DONE`, or `PREEMPTED` ("run me again") where SIGTERM ended it before.
+
+        The state is saved in both cases.
+        """
         if self.first >= self.steps:
             logger.info("%s: already done, %d of %d steps", self.workdir, self.first, self.steps)
             final = self._measure_again() if run_folder.lacks_summary(self.workdir) else None
@@ -99,7 +103,7 @@ class Trainer:
         else:
             run_folder.write_start(self.workdir, self.config)
             final = self._train()
-            # Process 0 finishes a checkpoint last, and launchers may stop the others once one has left.
+            # Process 0 is the last to finish a checkpoint; some launchers stop it as soon as another process has exited.
             distributed.barrier("saved")
             if final is None:
                 return PREEMPTED
@@ -108,10 +112,10 @@ class Trainer:
         return DONE
 
     def _train(self) -> dict[str, float] | None:
-        """Steps until the end: what was measured there; None where the run was asked to stop before."""
+        """Steps until the end. Returns what hooks measured there, `{"SPLIT/NAME": value}`; None if asked to stop before."""
         compiled, batch_size = None, self.config.data.batch_size
         tokens = self.cost.volume_tokens + self.cost.report_tokens
-        with ExitStack() as stack:  # all that is registered is called in the end, whatever one of them raises
+        with ExitStack() as stack:  # every clean-up runs, last first, whatever one of them raises
             stop = StopRequest(self.checkpoints, self.first)
             stack.callback(stop.restore_handler)
             writers = self._open_writers(stack, resume_step=self.first)
@@ -132,6 +136,8 @@ class Trainer:
         return after.measured
 
     def _call_hooks(self, after: AfterStep) -> None:
+        """The due hooks, in the order of their list. Each is asked twice: first whether the host must wait for this step, then
+        at its turn, as what a hook before it measured may change the answer (`hooks.Save`)."""
         after.waits = any(hook.waits and hook.due(after) for hook in self.hooks)
         for hook in self.hooks:
             if hook.due(after):
@@ -139,7 +145,10 @@ class Trainer:
                     after.record(hook(after))
 
     def _measure_again(self) -> dict[str, float]:
-        """The run has all its steps: only what a kill after the last checkpoint may have left out is made up for."""
+        """Of a run that was killed between its last checkpoint and its summary: measures the last step again, without training.
+
+        What the killed run wrote of that step may be incomplete and is dropped first.
+        """
         drop_evaluations(self.workdir, self.steps)
         measuring = [hook for hook in self.hooks if hook.measures]
         with ExitStack() as stack:
@@ -174,13 +183,14 @@ class Trainer:
             hook.start(run)
 
     def _compile(self, batch: dict[str, Any]) -> jax.stages.Compiled:
-        """The step, ahead of time; says what the run consists of."""
+        """Compiles the step ahead of time; process 0 prints the table of the run: sizes, data, FLOPs, memory."""
         with self.clock.paused():
             compiled = step_lib.train_step(self.setup, self.tokenizer.special).compile(self.setup.abstract, batch)
             if jax.process_index() == 0:
                 flops = self.cost.training.total * self.config.data.batch_size
                 rows = tables.data_rows(self.config, self.data, self.tokenizer)
                 tables.start_table(self.setup, compiled, data=rows, flops=flops)
+            # Some processes compile much longer than others; the first collective would not wait for them that long.
             distributed.barrier("compiled")
         return compiled
 
