@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -9,11 +11,15 @@ import pytest
 import torch
 import transformers
 from flax.linen import unbox
+from flax.traverse_util import flatten_dict, unflatten_dict
 from monai.networks.nets import SwinUNETR, ViT
 
 from mg3d_jax.commands.import_ import main
+from mg3d_jax.config.parts import InitConfig
 from mg3d_jax.errors import UserError
-from mg3d_jax.interop.tower import at_volume_size, load_tower, merge
+from mg3d_jax.interop.sources import Source
+from mg3d_jax.interop.tower import at_volume_size, load_tower
+from mg3d_jax.interop.warm_start import account
 
 
 @pytest.fixture
@@ -32,11 +38,20 @@ def fresh(module, size):
     return unbox(jax.jit(module.init)(jax.random.key(0), volume)["params"])
 
 
+def merged(fresh, tower):
+    """The freshly initialised parameters, with the tower's in their place; all of the tower's have one."""
+    into, loaded = flatten_dict(fresh, sep="/"), flatten_dict(tower.params, sep="/")
+    assert {name: array.shape for name, array in loaded.items()}.items() <= {
+        n: x.shape for n, x in into.items()
+    }.items()
+    return unflatten_dict(into | loaded, sep="/")
+
+
 def test_vit_folder_gives_the_same_features(vit):
     model, folder = vit
     tower = load_tower(folder)
     module = tower.module(pooling="attention")
-    params = merge(fresh(module, (16, 16, 16)), tower)
+    params = merged(fresh(module, (16, 16, 16)), tower)
     volume = torch.randn(1, 1, 16, 16, 16)
     with torch.no_grad():
         expected = model(volume)[0].numpy()
@@ -49,16 +64,20 @@ def test_vit_folder_gives_the_same_features(vit):
 def test_vit_at_another_size(vit):
     tower = at_volume_size(load_tower(vit[1]), (32, 16, 16))
     module = tower.module()
-    params = merge(fresh(module, (32, 16, 16)), tower)
+    params = merged(fresh(module, (32, 16, 16)), tower)
     output = jax.jit(module.apply)({"params": params}, jnp.ones((1, 32, 16, 16, 1)))
     assert output["tokens"].shape == (1, 16, 24)
 
 
-def test_merge_names_what_does_not_fit(vit):
+def test_all_that_does_not_fit_is_named(vit):
     tower = load_tower(vit[1])
     other = fresh(tower.module(qk_norm=True, mlp_ratio=2.0), (16, 16, 16))
+    params = {f"volume_encoder/{name}": array for name, array in flatten_dict(tower.params, sep="/").items()}
+    wanted = {f"volume_encoder/{name}": array.shape for name, array in flatten_dict(other, sep="/").items()}
+    source = Source("somewhere", params, complete="volume_encoder", fresh=("volume_encoder/pool/",))
+    no_tokenizer = SimpleNamespace(tokenizer=SimpleNamespace(get_vocab=dict))
     with pytest.raises(UserError) as error:
-        merge(other, tower)
+        account(source, InitConfig(), wanted, no_tokenizer)
     assert "query_norm/scale [2, 12]: missing in the checkpoint" in str(error.value)
     assert "mlp/up/kernel: [2, 24, 32] in the checkpoint, [2, 24, 48] in the model" in str(error.value)
 
@@ -78,7 +97,7 @@ def test_swin_and_bert_are_written(tmp_path):
     tower = load_tower(tmp_path / "bert")
     ids = jnp.ones((1, 4), int)
     params = unbox(jax.jit(tower.module().init)(jax.random.key(0), ids, ids > 0)["params"])
-    jax.tree.map(np.testing.assert_array_equal, merge(params, tower), tower.params)
+    jax.tree.map(np.testing.assert_array_equal, merged(params, tower), tower.params)
 
 
 def test_out_is_not_overwritten_and_folders_are_checked(vit, tmp_path):

@@ -7,7 +7,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -88,26 +87,3 @@ def check_fields(tower: Tower, module: nn.Module) -> None:
             f"{tower.source} does not fit the {tower.kind} encoder of the config; set preset and keys to the checkpoint's:"
             "\n  " + "\n  ".join(wrong)
         )
-
-
-def merge(fresh: Mapping, tower: Tower) -> dict:
-    """The freshly initialised parameters of an encoder, with the tower's in their place.
-
-    Raises:
-        UserError: a parameter of the tower has no place or another shape, or one of the encoder (pooling and mask token apart)
-            is not in the tower; all of them are named with both shapes.
-    """
-    into, loaded = flatten_dict(fresh, sep="/"), flatten_dict(tower.params, sep="/")
-    problems = [
-        f"{name} {list(array.shape)}: unknown to the model" for name, array in loaded.items() if name not in into
-    ]
-    for name, array in into.items():
-        if name in loaded and loaded[name].shape != array.shape:
-            problems.append(f"{name}: {list(loaded[name].shape)} in the checkpoint, {list(array.shape)} in the model")
-        elif name not in loaded and not name.startswith(tower.declared.fresh):
-            problems.append(f"{name} {list(array.shape)}: missing in the checkpoint")
-    if problems:
-        more = [f"... and {len(problems) - MAX_LISTED} more"] if len(problems) > MAX_LISTED else []
-        listing = "\n  ".join(problems[:MAX_LISTED] + more)
-        raise UserError(f"the weights of {tower.source} do not fit the {tower.kind} encoder:\n  {listing}")
-    return unflatten_dict(into | loaded, sep="/")
