@@ -77,7 +77,7 @@ def cached_value_and_grad(
 
     def loss_of_floats(params: Any, floats: list[jax.Array]) -> tuple[jax.Array, dict[str, jax.Array]]:
         values = iter(floats)
-        return loss(params, structure.unflatten([next(values) if _is_float(f) else f for f in features]))
+        return loss(params, jax.tree.unflatten(structure, [next(values) if _is_float(f) else f for f in features]))
 
     floats = [f for f in features if _is_float(f)]
     value, (gradient, d_floats) = jax.value_and_grad(loss_of_floats, argnums=(0, 1), has_aux=True)(params, floats)

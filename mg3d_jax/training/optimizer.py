@@ -103,7 +103,9 @@ def _factors(names: list[str], config: OptimizerConfig) -> dict[str, float]:
         own = matched - factors.keys()
         if not own:
             why = "earlier rows take every parameter that it matches" if matched else "it matches no parameter"
-            raise UserError(f"optimizer.learning_rate_multipliers: {pattern!r} does nothing, {why}: mend or remove it")
+            raise UserError(
+                f"optimizer.learning_rate_multipliers: {pattern!r} does nothing, {why}: correct or remove it"
+            )
         factors |= dict.fromkeys(own, float(factor))
     if uncovered := [name for name in names if name not in factors]:
         raise UserError(

@@ -56,9 +56,9 @@ def build_model(config: Config, vocab_size: int) -> tuple[MG3D, tuple[str, str]]
 
 def dummy_inputs(config: Config, batch_size: int = 1) -> dict[str, Any]:
     """Zeros of the shapes that the model takes; enough to trace it."""
-    shapes = batch_contract.shapes(batch_size, tuple(config.model.volume_size), config.data.max_tokens, 1)
+    shapes = batch_contract.shapes(batch_size, config.model.volume_size, config.data.max_tokens, 1)
     batch = {k: jax.ShapeDtypeStruct(shapes[k], field.dtype) for k, field in batch_contract.FIELDS.items()}
-    options = {
+    options: dict[str, Any] = {
         "special": dict.fromkeys(SPECIAL_TOKENS, 0),
         "vocab_size": 8,
         "train": False,

@@ -48,7 +48,7 @@ class Losses:
     def features(self, params: Any, batch: Batch, key: jax.Array) -> dict[str, Any]:
         """What the losses need to know of each patient, by the name of the objective or task."""
         input_key, dropout_key = jax.random.split(key)
-        common = {"special": self.special, "vocab_size": self.model.vocab_size, "train": self.train}
+        common: dict[str, Any] = {"special": self.special, "vocab_size": self.model.vocab_size, "train": self.train}
         inputs = step_inputs.model_inputs(batch, input_key, self.config, **common)
         return self.model.apply({"params": params}, inputs, train=self.train, rngs={"dropout": dropout_key})
 
