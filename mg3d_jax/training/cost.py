@@ -68,13 +68,19 @@ class Sizes:
 
 
 class StepCost:
-    """The cost of a step of `setup`; FLOPs are of one patient, traced when they are first asked for."""
+    """The cost of a step of `setup`; FLOPs are of one patient, traced when they are first asked for.
 
-    def __init__(self, setup: state_lib.Setup):
+    Args:
+        training: what was counted before, e.g. when the run began: tracing takes seconds.
+    """
+
+    def __init__(self, setup: state_lib.Setup, training: Flops | None = None):
         # Fused attention kernels cannot be looked into; the plain form has the same products.
         model = setup.model.clone(attention_backend="xla")
         self._setup = dataclasses.replace(setup, model=model)
         self.sizes = Sizes.of(setup.abstract["params"])
+        if training is not None:
+            self.training = training
 
     @cached_property
     def forward(self) -> Flops:

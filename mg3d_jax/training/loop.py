@@ -15,6 +15,7 @@ from mg3d_jax import sharding
 from mg3d_jax.config import Config, checks
 from mg3d_jax.data.pipeline import PreparedData, train_batches
 from mg3d_jax.data.tokens import ReportTokenizer
+from mg3d_jax.flops import Flops
 from mg3d_jax.training import distributed, run_folder, tables, wiring
 from mg3d_jax.training import state as state_lib
 from mg3d_jax.training import step as step_lib
@@ -66,9 +67,10 @@ class Trainer:
         self.checkpoints = Checkpoints(
             workdir, keep=training.keep_checkpoints, best_metric=training.best_metric, best_mode=training.best_mode
         )
-        self.state, self.first, self.clock = self._start(initialize)
-        self.cost = StepCost(self.setup)
-        facts = run_folder.facts(config, self.tokenizer.vocab_size, self.data)
+        self.state, self.first, meta = self._start(initialize)
+        self.clock = Clock(meta.get("trained_seconds", 0.0))
+        self.cost = StepCost(self.setup, training=Flops(**meta["flops"]) if "flops" in meta else None)
+        facts = run_folder.facts(config, self.tokenizer.vocab_size, self.data, self.cost.training)
         records = run_folder.records_of_steps(self.data, data, config.seed)
         skipped = SkippedUpdates(workdir, training.max_skipped, records, resume_step=self.first)
         self.hooks = wiring.standard_hooks(
@@ -76,8 +78,8 @@ class Trainer:
             facts=facts, given=hooks, profile_steps=profile_steps, skipped=skipped, validates=self.valid is not None,
         )  # fmt: skip
 
-    def _start(self, initialize: Initializer | None) -> tuple[state_lib.State, int, Clock]:
-        """State, number of steps that were taken (0 for a new run) and clock: of the newest readable checkpoint, or new."""
+    def _start(self, initialize: Initializer | None) -> tuple[state_lib.State, int, dict[str, Any]]:
+        """State, number of steps that were taken and JSON of the newest readable checkpoint; a new state, 0 and {} without."""
         found = self.checkpoints.newest(self.setup)
         if found is None:
             state = state_lib.initialize(self.setup)
@@ -85,11 +87,11 @@ class Trainer:
                 state = initialize(self.setup, state, self.tokenizer)
             elif starts_from := state_lib.starts_from(self.config.init_from, self.config.model):
                 raise ValueError(f"{starts_from} is set: give `initialize`, e.g. `interop.warm_start.load_initial`")
-            return state, 0, Clock()
+            return state, 0, {}
         state, meta, step = found
         run_folder.check_same_records(meta, self.data)
         logger.info("%s: resuming after step %d of %d", self.workdir, step, self.steps)
-        return state, step, Clock(meta["trained_seconds"])
+        return state, step, meta
 
     def run(self) -> int:
         """Trains to the end. Returns the exit code: `DONE`, or `PREEMPTED` ("run me again") where SIGTERM ended it before.

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 from collections.abc import Callable, Mapping
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ from mg3d_jax.data.tokens import ReportTokenizer, load_tokenizer, save_tokenizer
 from mg3d_jax.environment import environment_facts
 from mg3d_jax.errors import UserError
 from mg3d_jax.files import write_json
+from mg3d_jax.flops import Flops
 from mg3d_jax.training import distributed
 from mg3d_jax.training.checkpoints import Checkpoints
 
@@ -68,11 +70,12 @@ def identity(config: Config) -> dict[str, Any]:
     return {"config_hash": config_lib.config_hash(config), "code_version": __version__, "code": version.code()}
 
 
-def facts(config: Config, vocab_size: int, data: PreparedData) -> dict[str, Any]:
+def facts(config: Config, vocab_size: int, data: PreparedData, flops: Flops) -> dict[str, Any]:
     """The part of a checkpoint's JSON that is the same at every step of a run."""
     return identity(config) | {
         "config": config_lib.to_json(config),
         "vocab_size": vocab_size,
+        "flops": asdict(flops),  # of one patient; a resume need not trace the model to count them
         "records": data.lengths,  # of each folder: they make the order of the samples
         "spacing": data.spacing,  # mm, None if it differs between volumes; exports say it to their users
         "source": " + ".join(sorted({reader.manifest["source"] for reader in data.readers})),
