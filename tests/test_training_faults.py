@@ -27,6 +27,7 @@ from mg3d_jax.training.writers import read_metrics
 
 pytestmark = [
     pytest.mark.processes,
+    pytest.mark.timeout(1800),  # some start a trainer twenty times: long on a machine that has other things to do
     pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="needs Linux: fork, /proc, mounts"),
 ]
 
