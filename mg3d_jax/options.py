@@ -193,7 +193,7 @@ def choice(key: str, value: Any, choices: Any) -> list[str]:
     return [] if value in choices else [problem(key, value, f"choose one of {', '.join(map(str, choices))}")]
 
 
-def not_a_class(kind: Any) -> type:
+def checked_options(kind: Any) -> type:
     """The options of a declared thing: `UserError` where a plug-in gave something else than a frozen dataclass."""
     if not (isinstance(kind, type) and dataclasses.is_dataclass(kind) and kind.__dataclass_params__.frozen):  # type: ignore[attr-defined]
         raise UserError(f"options {kind!r}: declare them as a frozen dataclass whose fields are `options.key(...)`")

@@ -14,7 +14,7 @@ from typing import Any
 
 from mg3d_jax import options as options_lib
 from mg3d_jax.errors import UserError
-from mg3d_jax.options import Group, key, not_a_class
+from mg3d_jax.options import Group, checked_options, key
 from mg3d_jax.registry import OBJECTIVES, REPORT_TOWERS, TASKS, VOLUME_TOWERS, Registry
 from mg3d_jax.sharding import MeshConfig
 
@@ -303,7 +303,7 @@ DECLARED: dict[str, Registry[Any]] = {"objectives": OBJECTIVES, "tasks": TASKS}
 
 def options_of(item: Any) -> type:
     """The options that an objective, task or tower declares."""
-    return not_a_class(item.options)
+    return checked_options(item.options)
 
 
 def _declared(registry: Registry[Any]) -> Group:

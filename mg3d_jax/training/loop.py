@@ -68,9 +68,9 @@ class Trainer:
             workdir, keep=training.keep_checkpoints, best_metric=training.best_metric, best_mode=training.best_mode
         )
         self.state, self.first, meta = self._start(initialize)
-        self.clock = Clock(meta.get("trained_seconds", 0.0))
         self.cost = StepCost(self.setup, training=Flops(**meta["flops"]) if "flops" in meta else None)
         facts = run_folder.facts(config, self.tokenizer.vocab_size, self.data, self.cost.training)
+        self.clock = Clock(meta.get("trained_seconds", 0.0))  # after the count of FLOPs, which is no training
         records = run_folder.records_of_steps(self.data, data, config.seed)
         skipped = SkippedUpdates(workdir, training.max_skipped, records, resume_step=self.first)
         self.hooks = wiring.standard_hooks(
