@@ -166,7 +166,7 @@ class Trainer(loop.Trainer):
     """
 
     def __init__(self, config: Config, workdir: Path, *, hooks: Sequence[Hook] = (), profile_steps: int = 0):
-        own = chosen_hooks(config.data, config.training, config.objectives["volume_reconstruction"].weight)
+        own = chosen_hooks(config)
         super().__init__(
             config, Path(workdir), hooks=[*own, *hooks], initialize=load_initial, profile_steps=profile_steps
         )

@@ -14,7 +14,7 @@ from array_record.python.array_record_module import ArrayRecordReader, ArrayReco
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mg3d_jax.data.record import Record, decode, encode
+from mg3d_jax.data.record import Record, RecordText, decode, encode
 from mg3d_jax.data.records import RecordReader, ShardWriter, file_digest, read_manifest
 from mg3d_jax.data.shard_reader import DamagedRecordError, OpenFiles, open_shard
 from mg3d_jax.errors import UserError
@@ -45,6 +45,10 @@ def assert_same(a: Record, b: Record) -> None:
             np.testing.assert_array_equal(x, y)
         else:
             assert x == y
+
+
+def assert_words(found: RecordText, record: Record) -> None:
+    assert found == RecordText(**{name: getattr(record, name) for name in RecordText.__dataclass_fields__})
 
 
 def test_decode_inverts_encode_and_other_readers_can_read_it():
@@ -130,7 +134,7 @@ def test_reader_gives_any_record_of_any_shard(tmp_path, zstd_level):
     assert len(reader) == 9
     for index in (8, 0, 3, 2, 5, 4):
         assert_same(reader[index], make(index))
-        assert reader.text(index) == (make(index).report_id, make(index).sentences)
+        assert_words(reader.text(index), make(index))
     assert_same(pickle.loads(pickle.dumps(reader))[7], make(7))
     for index in (-1, 9):
         with pytest.raises(IndexError):
@@ -181,7 +185,7 @@ def test_the_text_is_read_without_the_volume(tmp_path):
     damaged = bytearray(path.read_bytes())
     damaged[start + size - 40 : start + size] = bytes(40)  # voxels
     path.write_bytes(damaged)
-    assert RecordReader(tmp_path).text(2) == (make(2).report_id, make(2).sentences)
+    assert_words(RecordReader(tmp_path).text(2), make(2))
     damaged[start + 10] ^= 255  # the header
     path.write_bytes(damaged)
     with pytest.raises(DamagedRecordError, match=r"record 2 .* in records-0.* is damaged"):

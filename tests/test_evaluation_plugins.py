@@ -52,7 +52,7 @@ class Toy(Evaluation):
 
 @pytest.fixture
 def toy():
-    yield EVALUATIONS.register("toy", Toy())
+    yield EVALUATIONS.register("toy", Toy)
     EVALUATIONS.unregister("toy")
 
 
@@ -86,7 +86,7 @@ def test_an_evaluation_of_ones_own(run, toy, capsys):
     EVALUATIONS.unregister("toy")  # as for a reader without the module that defines it
     assert main(["report", str(run)]) == 0
     assert "Results without a table here: toy" in Page((run / "report.html").read_text()).text
-    EVALUATIONS.register("toy", Toy())
+    EVALUATIONS.register("toy", Toy)
 
 
 def test_only_one_of_them(run, toy, capsys):

@@ -197,7 +197,7 @@ def test_a_finished_preparation_of_0_1_0_is_done_sound_and_the_same(phantoms, tm
 def test_the_training_pipeline_reads_what_0_1_0_prepared(tmp_path):
     out = of_version_0_1_0("train", tmp_path)
     data = PreparedData((str(out),), volume_size=(16, 16, 16))
-    sentences = [sentence for index in range(len(data)) for sentence in data.text(index)[1]]
+    sentences = [sentence for index in range(len(data)) for sentence in data.text(index).sentences]
     batch = BatchReader(data, ReportTokenizer(train_wordpiece(sentences, 400), 64, 16))(range(len(data)))
     assert batch["valid"].all() and batch["volume"].shape == (8, 16, 16, 16)
     assert len(set(batch["report_id"].tolist())) == 8

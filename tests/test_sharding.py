@@ -185,8 +185,9 @@ def test_rows_of_a_tpu_host_are_those_of_its_chips():
 PROGRAM = """
 import argparse, sys
 import jax, numpy as np
-from mg3d_jax import sharding
+from mg3d_jax import log, sharding
 from mg3d_jax.training import distributed
+log.to_stderr()
 parser = argparse.ArgumentParser()
 distributed.add_arguments(parser)
 distributed.initialize(parser.parse_args(sys.argv[1:]))

@@ -13,7 +13,7 @@ from mg3d_jax import sharding
 from mg3d_jax.data.tokens import save_tokenizer, train_wordpiece
 from mg3d_jax.errors import UserError
 from mg3d_jax.objectives.multitask import multitask_loss
-from mg3d_jax.training import checkpoints as checkpoints_module
+from mg3d_jax.training import integrity
 from mg3d_jax.training import state as state_lib
 from mg3d_jax.training import step as step_lib
 from mg3d_jax.training.checkpoints import Checkpoints
@@ -271,7 +271,7 @@ def test_a_restored_run_gives_the_average_unless_told_otherwise(poisonable, traj
     checkpoints.save(jax.device_put(states[-1], setup.shardings), {"step": 4}, 4)
     checkpoints.close()
     read = []
-    monkeypatch.setattr(checkpoints_module, "checksums", lambda state: read.append(set(state)) or checksums(state))
+    monkeypatch.setattr(integrity, "checksums", lambda state: read.append(set(state)) or checksums(state))
     for ema, name in ((None, "ema"), (False, "params")):
         run = restore_run(tmp_path, ema=ema)
         assert read.pop() == {name}  # and not the moments, which take twice as much

@@ -53,7 +53,7 @@ def print_tables(result: Mapping[str, Any]) -> None:
     """A table for each evaluation on stdout."""
     console = Console()
     console.print(f"{result['volumes']} volumes of {result['patients']} patients")
-    for section in sections(result).values():
+    for section in sections(result):
         # A drawn interval has a heading, but no text in its row.
         columns = len(section.table.head) - bool(section.table.intervals)
         style = {"title_justify": "left", "caption_justify": "left"}

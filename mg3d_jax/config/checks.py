@@ -171,13 +171,17 @@ def _training_problems(config: Config) -> list[str]:
         problems.append(
             f"training.best_metric = {training.best_metric!r} is measured only at the end: set training.validate_every"
         )
-    if split == "evaluation" and not training.evaluate_every:
+    measured = training.evaluate_every or any(options.every > 0 for options in config.evaluations.values())
+    for name, options in config.evaluations.items():
+        if options.every < -1:
+            problems.append(f"evaluations.{name}.every = {options.every}: -1 (never), 0 or a number of steps")
+    if split == "evaluation" and not measured:
         problems.append(
             f"training.best_metric = {training.best_metric!r} is never measured: set training.evaluate_every"
         )
-    if (training.evaluate_every or training.best_metric) and not config.data.valid:
+    if (measured or training.best_metric) and not config.data.valid:
         problems.append(
-            "training.evaluate_every and training.best_metric need held-out data: set data.valid to a prepared folder"
+            "evaluations during training and training.best_metric need held-out data: set data.valid to a prepared folder"
         )
     lengths = {k: getattr(training, k) for k in LENGTH_UNITS if getattr(training, k)}
     if len(lengths) != 1 or min(lengths.values()) <= 0:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import hashlib
 import json
@@ -17,13 +18,15 @@ _FIRST_TOWERS = ("vit", "swin", "bert")
 
 @functools.cache
 def resume_free() -> frozenset[str]:
-    """Full keys that may differ between the run that wrote a checkpoint and the one that resumes it."""
-    return frozenset(key for key, _, field in options_lib.walk(Config) if field.metadata["resume_free"])
+    """Full keys, or groups of them, that may differ between the run that wrote a checkpoint and the one that resumes it."""
+    groups = {field.name for field in dataclasses.fields(Config) if field.metadata["resume_free"]}
+    return frozenset(groups | {key for key, _, field in options_lib.walk(Config) if field.metadata["resume_free"]})
 
 
 def relevant(config: Config) -> dict[str, Any]:
     """The keys that matter for the result, flat."""
-    return {k: v for k, v in options_lib.flatten(options_lib.to_dict(config)).items() if k not in resume_free()}
+    kept = {name: part for name, part in options_lib.to_dict(config).items() if name not in resume_free()}
+    return {key: value for key, value in options_lib.flatten(kept).items() if key not in resume_free()}
 
 
 def config_hash(config: Config) -> str:

@@ -44,9 +44,10 @@ def _complete(values: dict[str, Any]) -> dict[str, Any]:
     for name, registry in DECLARED.items():
         group = values.setdefault(name, {})
         for item_name, item in registry.items():
-            # What an old run does not name was not there: it is off.
-            off = {} if item_name in group else {"weight": 0.0}
-            group[item_name] = options_lib.neutral(options_of(item)) | off | group.get(item_name, {})
+            values_of = options_lib.neutral(options_of(item))
+            if item_name not in group and "weight" in values_of:
+                values_of["weight"] = 0.0  # what an old run does not name was not there: it is off
+            group[item_name] = values_of | group.get(item_name, {})
     for name, kind in (("volume_encoder", VolumeEncoderConfig), ("report_encoder", ReportEncoderConfig)):
         values["model"][name] = tower_neutral(kind.towers()) | values["model"][name]
     return values

@@ -15,7 +15,7 @@ from typing import Any
 from mg3d_jax import options as options_lib
 from mg3d_jax.errors import UserError
 from mg3d_jax.options import Group, checked_options, key
-from mg3d_jax.registry import OBJECTIVES, REPORT_TOWERS, TASKS, VOLUME_TOWERS, Registry
+from mg3d_jax.registry import EVALUATIONS, OBJECTIVES, REPORT_TOWERS, TASKS, VOLUME_TOWERS, Registry
 from mg3d_jax.sharding import MeshConfig
 
 Range = tuple[float, float]
@@ -286,6 +286,7 @@ class Config:
     model: ModelConfig = key(None, "", factory=ModelConfig)
     objectives: Group = key(None, "", factory=lambda: _declared(OBJECTIVES))
     tasks: Group = key(None, "", factory=lambda: _declared(TASKS), neutral=None)
+    evaluations: Group = key(None, "", factory=lambda: _declared(EVALUATIONS), neutral=None, resume_free=True)
     optimizer: OptimizerConfig = key(None, "", factory=OptimizerConfig)
     schedule: ScheduleConfig = key(None, "", factory=ScheduleConfig)
     training: TrainingConfig = key(None, "", factory=TrainingConfig)
@@ -297,8 +298,8 @@ class Config:
         return alignment.sentence_tokens if alignment.report_view == "sentences" else self.data.max_tokens
 
 
-# Groups of a configuration whose keys come from a registry: one entry per registered objective or task.
-DECLARED: dict[str, Registry[Any]] = {"objectives": OBJECTIVES, "tasks": TASKS}
+# Groups of a configuration whose keys come from a registry: one entry per registered thing.
+DECLARED: dict[str, Registry[Any]] = {"objectives": OBJECTIVES, "tasks": TASKS, "evaluations": EVALUATIONS}
 
 
 def options_of(item: Any) -> type:
@@ -338,8 +339,7 @@ def assemble(values: Mapping[str, Any]) -> tuple[Config, list[str]]:
     """
     problems: list[str] = []
     custom = {
-        "objectives": _group_builder(OBJECTIVES),
-        "tasks": _group_builder(TASKS),
+        **{name: _group_builder(registry) for name, registry in DECLARED.items()},
         "model.volume_encoder": _encoder_builder(VolumeEncoderConfig),
         "model.report_encoder": _encoder_builder(ReportEncoderConfig),
     }

@@ -37,8 +37,9 @@ def _sections() -> Iterator[tuple[str, list[Row]]]:
     for field in dataclasses.fields(Config):
         kind = _type(Config, field.name)
         if field.name in DECLARED:
+            free = field.metadata["resume_free"]
             for name, item in DECLARED[field.name].items():
-                yield f"`{field.name}.{name}`", _rows(options_of(item), f"{field.name}.{name}.")
+                yield f"`{field.name}.{name}`", _rows(options_of(item), f"{field.name}.{name}.", free=free)
         elif dataclasses.is_dataclass(kind):
             yield f"`{field.name}`", _rows(kind, f"{field.name}.")
             if field.name == "model":
@@ -53,14 +54,14 @@ def _tower_sections(encoder: type[VolumeEncoderConfig] | type[ReportEncoderConfi
             yield f'`model.{name}` of kind "{kind}"', rows
 
 
-def _rows(kind: Any, prefix: str) -> list[Row]:
-    return [_row(key, wanted, field) for key, wanted, field in options_lib.walk(kind, prefix)]
+def _rows(kind: Any, prefix: str, *, free: bool = False) -> list[Row]:
+    return [_row(key, wanted, field, free=free) for key, wanted, field in options_lib.walk(kind, prefix)]
 
 
-def _row(key: str, wanted: Any, field: dataclasses.Field[Any]) -> Row:
+def _row(key: str, wanted: Any, field: dataclasses.Field[Any], *, free: bool = False) -> Row:
     meaning = field.metadata["meaning"].replace("|", "\\|")
     name = wanted.__name__ if isinstance(wanted, type) and wanted.__name__ != "tuple" else str(wanted)
-    star = "*" if field.metadata["resume_free"] else ""
+    star = "*" if free or field.metadata["resume_free"] else ""
     return key, name.replace("typing.", ""), repr(field.default).replace("|", "\\|"), meaning, star
 
 

@@ -12,7 +12,7 @@ import hashlib
 import itertools
 import math
 import signal
-from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+from collections.abc import Generator, Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext, suppress
 from multiprocessing import resource_tracker
 from pathlib import Path
@@ -27,7 +27,7 @@ from mg3d_jax.batch import AIR_HU, UNKNOWN_LABEL
 from mg3d_jax.config.parts import DataConfig
 from mg3d_jax.data.bad_records import BadRecords
 from mg3d_jax.data.order import RecordOrder, reports_of_others
-from mg3d_jax.data.record import Record
+from mg3d_jax.data.record import Record, RecordText
 from mg3d_jax.data.records import RecordReader
 from mg3d_jax.data.shard_reader import DamagedRecordError
 from mg3d_jax.data.tokens import ReportTokenizer
@@ -95,8 +95,8 @@ class PreparedData:
         reader, number = self.locate(index)
         return reader.read_into(number, out)
 
-    def text(self, index: int) -> tuple[str, tuple[str, ...]]:
-        """(report id, sentences) of record `index`, without reading its volume (and so without its checksum)."""
+    def text(self, index: int) -> RecordText:
+        """The words of record `index`, without reading its volume (and so without its checksum)."""
         reader, number = self.locate(index)
         return reader.text(number)
 
@@ -135,8 +135,8 @@ def cut_shares(data: PreparedData, tokenizer: ReportTokenizer, sentence_tokens: 
     reports: dict[str, tuple[str, ...]] = {}
     for index in range(0, len(data), step):
         with suppress(DamagedRecordError):  # training names what it meets; this is a sample
-            report_id, sentences = data.text(index)
-            reports[report_id] = sentences
+            text = data.text(index)
+            reports[text.report_id] = text.sentences
     cut = [tokenizer.is_cut(sentences) for sentences in reports.values()]
     long = [n + 2 > sentence_tokens for sentences in reports.values() for n in tokenizer.lengths(sentences)]
     return sum(cut) / max(len(cut), 1), sum(long) / max(len(long), 1)
@@ -153,17 +153,10 @@ class BatchReader:
     Args:
         bad: is told of damaged records, whose rows become `valid = False`: air, an empty report, unknown labels. Without
             it a damaged record is an error.
-        on_record: sees every sound record as it is read, in a thread of its own where records are read ahead.
     """
 
-    def __init__(
-        self,
-        data: PreparedData,
-        tokenizer: ReportTokenizer,
-        bad: BadRecords | None = None,
-        on_record: Callable[[Record], None] | None = None,
-    ):
-        self.data, self.tokenizer, self.bad, self.on_record = data, tokenizer, bad, on_record
+    def __init__(self, data: PreparedData, tokenizer: ReportTokenizer, bad: BadRecords | None = None):
+        self.data, self.tokenizer, self.bad = data, tokenizer, bad
         self._tokens: dict[str, Row] = {}
         self._other_texts: dict[int, Row | None] = {}
 
@@ -175,8 +168,6 @@ class BatchReader:
             record = self.data.read_unless_bad(index, self.bad, volumes[row])
             text = None
             if record is not None:
-                if self.on_record is not None:
-                    self.on_record(record)
                 text = self._text(record) if reports is None else self._text_of(reports[row])
             if record is None or text is None:
                 volumes[row] = AIR_HU
@@ -334,15 +325,15 @@ def train_batches(
 
 def evaluation_batches(
     data: PreparedData, tokenizer: ReportTokenizer, mesh: Mesh, batch_size: int, *, threads: int,
-    log_folder: Path | None = None, max_bad_records: int = 0, on_record: Callable[[Record], None] | None = None,
+    log_folder: Path | None = None, max_bad_records: int = 0,
 ) -> Iterator[dict]:  # fmt: skip
     """Every record once, in order; the last batch is padded with `valid = False` rows. Read ahead in `threads` threads.
 
     A damaged record is a `UserError`: results are of all records. With `max_bad_records` as many are skipped as in
-    `train_batches`, for the held-out loss during training. `on_record` sees every record that this process reads.
+    `train_batches`, for the held-out loss during training.
     """
     bad = BadRecords(log_folder, max_bad_records) if max_bad_records else None
-    reader = BatchReader(data, tokenizer, bad, on_record)
+    reader = BatchReader(data, tokenizer, bad)
     source = EvaluationBatches(reader, sharding.local_rows(mesh, batch_size), batch_size)
     batches = host_batches(source, threads=threads, workers=0)
     try:

@@ -211,10 +211,22 @@ def decode(data: Encoded, out: np.ndarray | None = None) -> Record:
     return Record(volume=out, labels=tensors["labels"], affine=tensors["affine"], sentences=sentences, **text)
 
 
-def decode_text(data: Encoded) -> tuple[str, tuple[str, ...]]:
-    """(report id, sentences) of an encoded record, from its header alone. Raises `DamagedRecordError`."""
+@dataclass(frozen=True)
+class RecordText:
+    """What a record says of itself in words; the fields of `Record`."""
+
+    name: str
+    patient: str
+    scan: str
+    report_id: str
+    sentences: tuple[str, ...]
+
+
+def decode_text(data: Encoded) -> RecordText:
+    """The words of an encoded record, from its header alone. Raises `DamagedRecordError`."""
     _, metadata, _ = _parse(data if isinstance(data, StoredRecord) else RecordBytes(data))
     try:
-        return metadata["report_id"], tuple(json.loads(metadata["sentences"]))
+        named = {name: metadata[name] for name in ("name", "patient", "scan", "report_id")}
+        return RecordText(sentences=tuple(json.loads(metadata["sentences"])), **named)
     except (ValueError, TypeError, KeyError) as error:
         raise DamagedRecordError(f"its text does not parse ({type(error).__name__}: {error})") from error

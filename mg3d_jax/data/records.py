@@ -21,7 +21,7 @@ from typing import Any
 import numpy as np
 from array_record.python.array_record_module import ArrayRecordReader, ArrayRecordWriter
 
-from mg3d_jax.data.record import Encoded, Record, decode, decode_text
+from mg3d_jax.data.record import Encoded, Record, RecordText, decode, decode_text
 from mg3d_jax.data.shard_reader import DamagedRecordError, OpenFiles, Shard, open_shard
 from mg3d_jax.errors import UserError
 from mg3d_jax.files import partial_path, read_json
@@ -167,8 +167,8 @@ class RecordReader:
         with self._named(index):
             return decode(self._encoded(index), out)
 
-    def text(self, index: int) -> tuple[str, tuple[str, ...]]:
-        """(report id, sentences) of record `index`. Its volume is not read, so that the checksum cannot be checked;
+    def text(self, index: int) -> RecordText:
+        """The words of record `index`. Its volume is not read, so that the checksum cannot be checked;
         `DamagedRecordError` where the text cannot be read."""
         with self._named(index):
             return decode_text(self._encoded(index))

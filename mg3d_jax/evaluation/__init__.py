@@ -4,5 +4,5 @@ from mg3d_jax.evaluation.retrieval import Retrieval
 from mg3d_jax.evaluation.zero_shot import ZeroShot
 from mg3d_jax.registry import EVALUATIONS
 
-EVALUATIONS.register("zero_shot", ZeroShot())
-EVALUATIONS.register("retrieval", Retrieval())
+EVALUATIONS.register("zero_shot", ZeroShot)
+EVALUATIONS.register("retrieval", Retrieval)

@@ -1,47 +1,74 @@
 """What an evaluation declares, what it is given, and how its result is shown.
 
 `mg3d evaluate` and the evaluation during training embed a prepared data set once and hand it to every evaluation of
-`registry.EVALUATIONS`. Nothing here imports JAX: the page of a run shows results without it.
+`registry.EVALUATIONS`; `mg3d evaluate --embeddings` reads it from a file instead. Nothing here imports JAX: the page of a
+run shows results without it.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from mg3d_jax.errors import UserError
 from mg3d_jax.html import Section
+from mg3d_jax.options import checked_options, key
 from mg3d_jax.registry import EVALUATIONS
 
 if TYPE_CHECKING:
     from mg3d_jax.data.pipeline import PreparedData
     from mg3d_jax.evaluation.embed import Embedder
 
-NEEDS = ("volumes", "reports", "model")
+NEEDS = ("volumes", "reports", "train", "model")
+NEVER = -1
 Text = Sequence[str]  # its sentences
+Phrasings = tuple[Sequence[str], Sequence[str]]  # sentences that say "present", and those that say "absent"
+
+
+@dataclass(frozen=True)
+class EvaluationOptions:
+    """What every evaluation can be told; options of its own are fields of a subclass."""
+
+    every: int = key(
+        0, f"steps between measurements in training; 0: training.evaluate_every, {NEVER}: never", neutral=0
+    )
+
+
+@dataclass(frozen=True)
+class Prompts:
+    """A pair of prompts per class, embedded: `[2, L, k]`, present before absent, each l2-normalised."""
+
+    classes: tuple[str, ...]  # L
+    embeddings: np.ndarray
 
 
 @dataclass(frozen=True)
 class Embedded:
-    """A prepared data set as a model sees it. Embeddings are float32 `[., k]` and l2-normalised.
+    """A labelled set of volumes as a model sees it. Embeddings are float32 `[., k]` and l2-normalised; ids are strings.
 
     What no evaluation of the call needs has length 0 (`volumes` with all that is known of them, `reports`) or is None
-    (`model`).
+    (`train`, `model`).
     """
 
     volumes: np.ndarray  # [n, k], in the order of the records
+    volume_ids: np.ndarray  # [n]
+    scans: np.ndarray  # [n]: of which scan a volume is a reconstruction
+    patients: np.ndarray  # [n]
+    volume_reports: np.ndarray  # [n]: id of the report that belongs to the volume; "" where none is known
     labels: np.ndarray  # int8 [n, L]: 1 present, 0 absent, -1 unknown
     label_names: tuple[str, ...]  # L
-    patient_id: np.ndarray  # [n]
-    report_id: np.ndarray  # [n]
-    reports: np.ndarray  # [m, k], every distinct report once
-    report_ids: np.ndarray  # [m]
+    reports: np.ndarray  # [m, k]
+    report_ids: np.ndarray  # [m], distinct
+    report_texts: tuple[Text, ...]  # m texts; empty where they are not known
+    prompts: Mapping[str, Prompts]  # those that the evaluation asked for, or that the file has, by name
     texts: np.ndarray  # [t, k], those that the evaluation asked for
     logit_scale: float  # 1 / temperature
+    train: Embedded | None = None  # labelled volumes that the evaluated ones may be compared with: probes, thresholds
     model: Model | None = None
+    facts: Mapping[str, Any] = field(default_factory=dict)  # where it comes from; the result repeats them
 
 
 @dataclass(frozen=True)
@@ -54,16 +81,36 @@ class Model:
 
 
 class Evaluation:
-    """One evaluation. Its results stand under the name with which it is registered.
+    """One evaluation. Its results stand under the name with which its class is registered.
 
-    `needs`: which of `NEEDS` it reads. "volumes" are the embeddings of all records with their labels, patients and report
-    ids; "reports" adds those of every distinct report; "model" the model itself.
+    Class attributes:
+        options: frozen dataclass, `EvaluationOptions` or a subclass; its keys are `evaluations.NAME.KEY` of a configuration.
+        needs: which of `NEEDS` it reads. "volumes" are the embeddings of all records with their labels, patients and
+            report ids; "reports" adds those of every distinct report; "train" those of the training volumes, where the
+            caller has any; "model" the model itself. A property where it depends on the options.
+
+    Args:
+        settings: an instance of `options`; the defaults without it.
     """
 
+    options: type = EvaluationOptions
     needs: tuple[str, ...] = ("volumes",)
 
+    def __init__(self, settings: Any = None):
+        self.settings = checked_options(type(self).options)() if settings is None else settings
+
+    @staticmethod
+    def problems(options: Any, config: Any) -> list[str]:
+        """`(own options, whole config) -> [problem, ...]`, said before anything is built."""
+        return []
+
+    def prompts(self, label_names: Sequence[str]) -> Mapping[str, Mapping[str, Phrasings]]:
+        """Pairs of prompts to embed, `{name of the set: {class: (present, absent)}}`: `Embedded.prompts` has them, several
+        phrasings as their mean direction. Not asked where the embeddings come from a file."""
+        return {}
+
     def texts(self, label_names: Sequence[str]) -> Sequence[Text]:
-        """Further texts to embed, e.g. prompts: `Embedded.texts` has one row for each."""
+        """Further texts to embed: `Embedded.texts` has one row for each."""
         return ()
 
     def metrics(self, found: Embedded) -> dict[str, float]:
@@ -74,20 +121,31 @@ class Evaluation:
         """What `evaluation.json` says: JSON, with the protocol of its numbers under `protocol`."""
         raise NotImplementedError
 
+    def flat(self, result: Mapping[str, Any]) -> dict[str, float | list[float]]:
+        """The numbers of a result of `full` for `metrics.json`: each key says the whole protocol of its number."""
+        return {}
+
+    def sections(self, result: Mapping[str, Any]) -> Sequence[Section]:
+        """How a result of `full`, read from a file, is shown. The first section is its summary."""
+        return [self.section(result)]
+
     def section(self, result: Mapping[str, Any]) -> Section:
-        """How a result of `full`, read from a file, is shown."""
+        """The same, of an evaluation that has one section only."""
         raise NotImplementedError
 
 
-def chosen(names: Iterable[str] | None = None) -> dict[str, Evaluation]:
-    """The evaluations of these names, or all that are registered. `UserError` for a name that is not."""
-    return {name: EVALUATIONS[name] for name in (EVALUATIONS if names is None else names)}
+def chosen(names: Iterable[str] | None = None, options: Mapping[str, Any] | None = None) -> dict[str, Evaluation]:
+    """The evaluations of these names, or all that are registered. `UserError` for a name that is not.
+
+    Args:
+        options: settings by name, e.g. `config.evaluations`; the defaults for names that it lacks.
+    """
+    return {name: EVALUATIONS[name]((options or {}).get(name)) for name in (EVALUATIONS if names is None else names)}
 
 
-def sections(document: Mapping[str, Any]) -> dict[str, Section]:
+def sections(document: Mapping[str, Any]) -> list[Section]:
     """How the results in a document of `evaluation.json` are shown. Results whose evaluation is not known here are left out."""
-    found = {name: one for name, one in EVALUATIONS.items() if document.get(name)}
-    return {name: one.section(document[name]) for name, one in found.items()}
+    return [section for name, one in chosen().items() if document.get(name) for section in one.sections(document[name])]
 
 
 def merge_metrics(by_evaluation: Mapping[str, Mapping[str, float]]) -> dict[str, float]:

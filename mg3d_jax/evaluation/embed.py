@@ -2,22 +2,21 @@
 
 from __future__ import annotations
 
-import json
+import dataclasses
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.experimental import multihost_utils
 
 from mg3d_jax import sharding
-from mg3d_jax.data.pipeline import PreparedData, evaluation_batches, short_id
-from mg3d_jax.data.record import Record
+from mg3d_jax.data.pipeline import PreparedData, evaluation_batches
+from mg3d_jax.data.record import RecordText
 from mg3d_jax.data.tokens import ReportTokenizer
-from mg3d_jax.evaluation.base import Embedded, Evaluation, Model
+from mg3d_jax.evaluation.base import Embedded, Evaluation, Model, Phrasings, Prompts
 from mg3d_jax.models.mg3d import MAX_LOGIT_SCALE
 from mg3d_jax.objectives.pairwise import l2_normalize
 from mg3d_jax.progress import Progress
@@ -25,7 +24,7 @@ from mg3d_jax.training import inputs as step_inputs
 from mg3d_jax.training.state import Setup
 
 TEXT_FIELDS = ("token_ids", "token_mask", "sentence_index")
-FACTS = ("labels", "report_id", "patient_id", "valid")  # of a batch, that come back with the embeddings
+FACTS = ("labels", "record_index", "valid")  # of a batch, that come back with the embeddings
 Sentences = Sequence[str]
 
 
@@ -77,19 +76,16 @@ class Embedder:
         params: Any,
         data: PreparedData,
         progress: Progress | None = None,
-        *,
-        on_record: Callable[[Record], None] | None = None,
         **bad_records: Any,
     ) -> dict[str, np.ndarray]:
-        """`embedding` [n, k] of every record in order, with its `labels` [n, L], `report_id` and `patient_id` [n].
+        """`embedding` [n, k] of every record in order, with its `labels` [n, L] and `record_index` [n].
 
-        `on_record` sees every record that this process reads. A damaged one is a `UserError`, or skipped and named as
-        `bad_records`, the options of `evaluation_batches`, say.
+        A damaged record is a `UserError`, or skipped and named as `bad_records`, the options of `evaluation_batches`, say.
         """
-        names, found = ("embedding", "labels", "report_id", "patient_id"), []
+        names, found = ("embedding", "labels", "record_index"), []
         threads = self.config.data.read_threads
         batches = evaluation_batches(
-            data, self.tokenizer, self.setup.mesh, self.batch_size, threads=threads, on_record=on_record, **bad_records
+            data, self.tokenizer, self.setup.mesh, self.batch_size, threads=threads, **bad_records
         )
         for batch in batches:
             with sharding.in_mesh(self.setup.mesh):
@@ -144,80 +140,112 @@ class Embedder:
         return np.asarray(l2_normalize(jnp.asarray(sums)))
 
 
-@dataclass(frozen=True)
-class _Texts:
-    """All texts of a data set: reports first, then those of each evaluation."""
-
-    report_ids: np.ndarray
-    tokenized: TokenizedTexts | None  # None where there is no text at all
-    ends: np.ndarray  # of the reports' entries, and of each evaluation's
+PromptSets = Mapping[str, Mapping[str, Phrasings]]  # of an evaluation: set -> class -> (present, absent)
 
 
 class DataEmbedder:
     """`params -> {name: Embedded}`: one data set for several evaluations, each with its own texts; the rest is shared.
 
-    Every volume is read once per call. Reports are collected from the records of the first call; all texts are tokenised
-    once. `bad_records` as for `Embedder.volumes`.
+    Every volume is read once per call. All texts are tokenised once. `bad_records` as for `Embedder.volumes`.
+
+    Args:
+        train: volumes for the evaluations that need "train".
     """
 
     def __init__(
-        self, embedder: Embedder, data: PreparedData, evaluations: Mapping[str, Evaluation], **bad_records: Any
+        self,
+        embedder: Embedder,
+        data: PreparedData,
+        evaluations: Mapping[str, Evaluation],
+        *,
+        train: PreparedData | None = None,
+        **bad_records: Any,
     ):
-        self.embedder, self.data, self.evaluations, self.bad_records = embedder, data, evaluations, bad_records
-        self.needs = {need for evaluation in evaluations.values() for need in evaluation.needs}
-        self._texts: _Texts | None = None
+        self.embedder, self.data, self.train = embedder, data, train
+        self.evaluations, self.bad_records = evaluations, bad_records
+        self._texts: dict[str, TokenizedTexts | None] = {}  # by what they are of
+        self._reports: dict[str, Sentences] = {}
 
-    def __call__(self, params: Any, progress: Progress | None = None) -> dict[str, Embedded]:
-        seen: dict[int, Sentences] = {}
-
-        def keep(record: Record) -> None:
-            seen[int(short_id(record.report_id))] = record.sentences
-
-        found = self._no_volumes()
-        if self.needs & {"volumes", "reports"}:
-            on_record = keep if self._texts is None else None
-            found = self.embedder.volumes(params, self.data, progress, on_record=on_record, **self.bad_records)
-        if self._texts is None:
-            self._texts = self._tokenize(from_all_processes(seen) if "reports" in self.needs else {})
-        reports, *texts = self._embed_texts(params, self._texts)
-        scale = logit_scale(params)
+    def __call__(
+        self, params: Any, progress: Progress | None = None, *, only: Sequence[str] | None = None
+    ) -> dict[str, Embedded]:
+        """For all evaluations, or those of the names `only`."""
+        wanted = {name: one for name, one in self.evaluations.items() if only is None or name in only}
+        needs = {need for one in wanted.values() for need in one.needs}
+        shared = self._labelled(params, self.data, progress, volumes=bool(needs & {"volumes", "reports"}))
+        if "reports" in needs:
+            shared = dataclasses.replace(shared, **self._embed_reports(params))
+        if "train" in needs and self.train is not None:
+            shared = dataclasses.replace(shared, train=self._labelled(params, self.train, progress, volumes=True))
+        model, names = Model(self.embedder, params, self.data), self.data.label_names
         return {
-            name: Embedded(
-                volumes=found["embedding"],
-                labels=found["labels"],
-                label_names=tuple(self.data.label_names),
-                patient_id=found["patient_id"],
-                report_id=found["report_id"],
-                reports=reports,
-                report_ids=self._texts.report_ids,
-                texts=own,
-                logit_scale=scale,
-                model=Model(self.embedder, params, self.data) if "model" in evaluation.needs else None,
+            name: dataclasses.replace(
+                shared,
+                prompts=self._embed_prompts(params, name, one.prompts(names)),
+                texts=self._embed_texts(params, f"texts of {name}", [[text] for text in one.texts(names)]),
+                model=model if "model" in one.needs else None,
             )
-            for (name, evaluation), own in zip(self.evaluations.items(), texts, strict=True)
+            for name, one in wanted.items()
         }
 
-    def _no_volumes(self) -> dict[str, np.ndarray]:
+    def _labelled(self, params: Any, data: PreparedData, progress: Progress | None, *, volumes: bool) -> Embedded:
+        """The volumes of `data` with all that is known of them; none where `volumes` is False."""
+        nothing = np.zeros((0, self.embedder.width), np.float32)
+        found = {"embedding": nothing, "labels": np.zeros((0, len(data.label_names)), np.int8), "record_index": []}
+        if volumes:
+            found = self.embedder.volumes(params, data, progress, **self.bad_records)
+        about = [data.text(index) for index in found["record_index"]]
+        if data is self.data and not self._reports:
+            self._reports = {text.report_id: text.sentences for text in about}
+        return Embedded(
+            volumes=found["embedding"],
+            labels=found["labels"],
+            label_names=tuple(data.label_names),
+            **{field: _strings(about, of) for field, of in _IDS.items()},
+            reports=nothing,
+            report_ids=np.zeros(0, str),
+            report_texts=(),
+            prompts={},
+            texts=nothing,
+            logit_scale=logit_scale(params),
+        )
+
+    def _embed_reports(self, params: Any) -> dict[str, Any]:
+        entries = [self.embedder.report_texts(sentences) for sentences in self._reports.values()]
         return {
-            "embedding": np.zeros((0, self.embedder.width), np.float32),
-            "labels": np.zeros((0, len(self.data.label_names)), np.int8),
-            "patient_id": np.zeros(0, np.int32),
-            "report_id": np.zeros(0, np.int32),
+            "reports": self._embed_texts(params, "reports", entries),
+            "report_ids": np.array(list(self._reports), str),
+            "report_texts": tuple(self._reports.values()),
         }
 
-    def _tokenize(self, reports: dict[int, Sentences]) -> _Texts:
-        parts: list[list[Sequence[Sentences]]]
-        parts = [[self.embedder.report_texts(sentences) for sentences in reports.values()]]
-        parts += [[[text] for text in one.texts(self.data.label_names)] for one in self.evaluations.values()]
-        entries = [entry for part in parts for entry in part]
-        tokenized = self.embedder.tokenize(entries) if entries else None
-        return _Texts(np.array(list(reports), np.int32), tokenized, np.cumsum([len(part) for part in parts]))
+    def _embed_prompts(self, params: Any, name: str, sets: PromptSets) -> dict[str, Prompts]:
+        entries = [
+            [[sentence] for sentence in pair[side]]
+            for by_class in sets.values()
+            for side in (0, 1)
+            for pair in by_class.values()
+        ]
+        rows, start, found = self._embed_texts(params, f"prompts of {name}", entries), 0, {}
+        for title, by_class in sets.items():
+            end = start + 2 * len(by_class)
+            found[title] = Prompts(tuple(by_class), rows[start:end].reshape(2, len(by_class), -1))
+            start = end
+        return found
 
-    def _embed_texts(self, params: Any, texts: _Texts) -> list[np.ndarray]:
-        """The rows of the reports, then those of each evaluation's texts."""
-        if texts.tokenized is None:
-            return [np.zeros((0, self.embedder.width), np.float32) for _ in texts.ends]
-        return np.split(self.embedder.texts(params, texts.tokenized), texts.ends[:-1])
+    def _embed_texts(self, params: Any, of: str, entries: Sequence[Sequence[Sentences]]) -> np.ndarray:
+        if of not in self._texts:
+            self._texts[of] = self.embedder.tokenize(entries) if entries else None
+        tokenized = self._texts[of]
+        if tokenized is None:
+            return np.zeros((0, self.embedder.width), np.float32)
+        return self.embedder.texts(params, tokenized)
+
+
+_IDS = {"volume_ids": "name", "scans": "scan", "patients": "patient", "volume_reports": "report_id"}
+
+
+def _strings(about: Sequence[RecordText], name: str) -> np.ndarray:
+    return np.array([getattr(text, name) for text in about], str)
 
 
 def logit_scale(params: Any) -> float:
@@ -228,17 +256,3 @@ def logit_scale(params: Any) -> float:
 def _fetch(tree: Any) -> Any:
     """To the host, once all devices are done: fetching waits for one of them, and CPU devices must not drift apart."""
     return jax.device_get(jax.block_until_ready(tree))
-
-
-def from_all_processes(reports: dict[int, Sentences]) -> dict[int, Sentences]:
-    """The union of what each process holds, the same and in the same order (of the ids) on all of them."""
-    pieces = [reports]
-    if jax.process_count() > 1:
-        own = np.frombuffer(json.dumps(list(reports.items())).encode(), np.uint8)
-        lengths = multihost_utils.process_allgather(np.array([own.size], np.int32)).reshape(-1)
-        padded = np.zeros(lengths.max(), np.uint8)
-        padded[: own.size] = own
-        gathered = multihost_utils.process_allgather(padded)
-        pieces = [dict(json.loads(row[:n].tobytes())) for row, n in zip(gathered, lengths, strict=True)]
-    union = {number: tuple(sentences) for piece in pieces for number, sentences in piece.items()}
-    return dict(sorted(union.items()))

@@ -17,16 +17,26 @@ from mg3d_jax.training.restore import RestoredRun
 
 
 def evaluate(
-    run: RestoredRun, data_folders: Sequence[str], *, only: Iterable[str] | None = None, batch_size: int = 16
+    run: RestoredRun,
+    data_folders: Sequence[str],
+    *,
+    only: Iterable[str] | None = None,
+    options: Mapping[str, Any] | None = None,
+    batch_size: int = 16,
 ) -> dict[str, Any]:
     """Embeds the data once and gives it to all evaluations, or to those of the names `only`. Every number's protocol is in
-    the result."""
-    evaluations, config = chosen(only), run.config
+    the result.
+
+    Args:
+        options: of the evaluations, by name; without it those of the run's configuration.
+    """
+    config = run.config
+    evaluations = chosen(only, config.evaluations if options is None else options)
     data = PreparedData(tuple(data_folders), volume_size=config.model.volume_size)
     tokenizer = ReportTokenizer(run.tokenizer, config.data.max_tokens, config.data.max_sentences)
     with Progress("embed", len(data), unit="volumes") as progress:
         found = DataEmbedder(Embedder(run.setup, tokenizer, batch_size), data, evaluations)(run.params, progress)
-    patients = next(iter(found.values())).patient_id  # shared; empty where no evaluation needs embeddings
+    patients = next(iter(found.values())).patients  # shared; empty where no evaluation needs embeddings
     return {
         "run": str(run.folder),
         "step": run.step,
@@ -41,7 +51,7 @@ def plot(document: Mapping[str, Any], path: Path) -> bool:
     """Draws a panel for each evaluation that has one into a PNG; False where none has."""
     from matplotlib.figure import Figure
 
-    shown = [one.plot for one in sections(document).values() if one.plot is not None]
+    shown = [one.plot for one in sections(document) if one.plot is not None]
     if not shown:
         return False
     figure = Figure(figsize=(6 * len(shown), 6), layout="constrained")

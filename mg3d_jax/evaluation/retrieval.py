@@ -48,7 +48,7 @@ class Retrieval(Evaluation):
 
 
 def _recall(found: Embedded) -> dict[str, float]:
-    return recall(found.volumes, found.report_id, found.reports, found.report_ids)
+    return recall(found.volumes, found.volume_reports, found.reports, found.report_ids)
 
 
 def _directions(result: Mapping[str, Any]) -> list[str]:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from mg3d_jax.data.abnormalities import prompt_pair
-from mg3d_jax.evaluation.base import Embedded, Evaluation
+from mg3d_jax.evaluation.base import Embedded, Evaluation, Phrasings
 from mg3d_jax.html import Section, Table
 
 if TYPE_CHECKING:
@@ -28,8 +28,9 @@ class ZeroShot(Evaluation):
 
     needs = ("volumes",)
 
-    def texts(self, label_names: Sequence[str]) -> list[list[str]]:
-        return prompts(label_names)
+    def prompts(self, label_names: Sequence[str]) -> dict[str, dict[str, Phrasings]]:
+        pairs = {name: prompt_pair(name) for name in label_names}
+        return {"ct_clip": {name: ((present,), (absent,)) for name, (present, absent) in pairs.items()}}
 
     def metrics(self, found: Embedded) -> dict[str, float]:
         """`auroc_macro` and `auroc/CLASS`, without intervals. A class without both outcomes has no AUROC and is not part of
@@ -38,7 +39,7 @@ class ZeroShot(Evaluation):
         return {"auroc_macro": macro_mean(by_class)} | {f"auroc/{name}": value for name, value in by_class.items()}
 
     def full(self, found: Embedded) -> dict[str, Any]:
-        result = evaluate(found.labels, _scores(found), found.label_names, found.patient_id)
+        result = evaluate(found.labels, _scores(found), found.label_names, found.patients)
         return {"protocol": PROTOCOL} | result
 
     def section(self, result: Mapping[str, Any]) -> Section:
@@ -58,7 +59,8 @@ class ZeroShot(Evaluation):
 
 
 def _scores(found: Embedded) -> np.ndarray:
-    return probabilities(found.volumes, found.texts, found.logit_scale)
+    pairs = found.prompts["ct_clip"].embeddings
+    return probabilities(found.volumes, pairs.reshape(-1, pairs.shape[-1]), found.logit_scale)
 
 
 def _classes(result: Mapping[str, Any]) -> list[str]:
@@ -149,6 +151,7 @@ def evaluate(
 
 def _members(groups: np.ndarray) -> list[np.ndarray]:
     """Row numbers of every group."""
+    groups = np.unique(groups, return_inverse=True)[1]
     order = np.argsort(groups, kind="stable")
     return np.split(order, np.flatnonzero(np.diff(groups[order])) + 1)
 

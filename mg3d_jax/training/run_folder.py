@@ -59,7 +59,7 @@ def _make_tokenizer(options: DataConfig, workdir: Path) -> Tokenizer:
     bad = skipped_records(data, workdir, options.max_bad_records)
     for index in range(min(len(data), TOKENIZER_RECORDS)):
         try:
-            sentences.update(data.text(index)[1])
+            sentences.update(data.text(index).sentences)
         except DamagedRecordError as error:
             data.note(index, bad, error)
     return train_wordpiece(sentences, options.vocab_size)

@@ -67,7 +67,8 @@ class Storage:
     def save(self, step: int, state: Any, meta: dict[str, Any]) -> None:
         """Starts a save. What the disk refuses is raised here, by a later `save`, or by `close`."""
         items = {STATE: ocp.args.PyTreeSave(state), META: ocp.args.JsonSave(meta)}
-        self._manager.save(step, args=ocp.args.Composite(**items), force=True)
+        with self._quiet_after_an_error():
+            self._manager.save(step, args=ocp.args.Composite(**items), force=True)
 
     def has(self, step: int) -> bool:
         """Is it there, or being written?"""
@@ -75,7 +76,7 @@ class Storage:
 
     def wait(self) -> None:
         """Until no save is under way; whatever goes wrong has been or will be raised elsewhere."""
-        with suppress(Exception):
+        with suppress(Exception), self._quiet_after_an_error():
             self._manager.wait_until_finished()
 
     def close(self) -> None:
@@ -83,11 +84,21 @@ class Storage:
         manager, self._manager = self._manager, None
         if manager is None:
             return
-        try:
-            manager.wait_until_finished()
-        finally:
-            manager.close()
+        with self._quiet_after_an_error():
+            try:
+                manager.wait_until_finished()
+            finally:
+                manager.close()
         self._quiet.close()
+
+    @contextmanager
+    def _quiet_after_an_error(self) -> Iterator[None]:
+        """What orbax and asyncio say of an error may come when it was raised long ago: `close` must not let it through."""
+        try:
+            yield
+        except Exception:
+            self._quiet.pop_all()
+            raise
 
     def read_state(self, step: int, abstract: Any, *, part: bool) -> Any:
         """The arrays of `abstract` (shapes, dtypes, shardings); `part`: it need not be the whole state.
@@ -140,11 +151,6 @@ def _state_handler() -> ocp.PyTreeCheckpointHandler:
     return ocp.PyTreeCheckpointHandler(type_handler_registry=registry)
 
 
-def _no_repetition(record: logging.LogRecord) -> bool:
-    """Lets everything through but what a disk has refused."""
-    return not (record.exc_info and storage_problem(record.exc_info[1]))
-
-
 @contextmanager
 def _without_repetitions() -> Iterator[None]:
     """One error of the disk is enough: without this hundreds of tracebacks bury the `UserError` that explains it.
@@ -155,15 +161,18 @@ def _without_repetitions() -> Iterator[None]:
     """
     logs, show = [logging.getLogger(name) for name in ("absl", "asyncio")], sys.unraisablehook
 
+    def kept(record: logging.LogRecord) -> bool:  # a function of this call: one that ends takes no other's away
+        return not (record.exc_info and storage_problem(record.exc_info[1]))
+
     def hook(unraisable: Any) -> None:
         if str(unraisable.exc_value) != "Event loop is closed":
             show(unraisable)
 
     for log in logs:
-        log.addFilter(_no_repetition)
+        log.addFilter(kept)
     sys.unraisablehook = hook
     yield
     for log in logs:
-        log.removeFilter(_no_repetition)
+        log.removeFilter(kept)
     if sys.unraisablehook is hook:
         sys.unraisablehook = show
