@@ -14,6 +14,8 @@ from typing import TYPE_CHECKING
 
 import jinja2
 
+from mg3d_jax.charts import Chart, svg
+
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
@@ -41,16 +43,26 @@ class Table:
 
 @dataclass(frozen=True)
 class Section:
-    """How the result of an evaluation is shown: a table on the terminal and on the page of the run, and a panel of
-    `evaluation.png`.
+    """How the result of an evaluation is shown.
 
-    `protocol` says how the numbers were measured; `plot` draws into matplotlib axes, without it there is no panel.
+    Args:
+        protocol: how the numbers were measured.
+        table: on the terminal and on every page.
+        plot: draws into matplotlib axes: the panel of `evaluation.png`; without it there is none.
+        warnings: sentences for whoever reads the numbers.
+        charts: on the page of the evaluation.
+        headline: the numbers that come first on that page: name -> value as text.
+        on_terminal: False keeps a long table off the terminal and the page of a run.
     """
 
     title: str
     protocol: str
     table: Table
     plot: Callable[[Axes], None] | None = None
+    warnings: Sequence[str] = ()
+    charts: Sequence[Chart] = ()
+    headline: Sequence[tuple[str, str]] = ()
+    on_terminal: bool = True
 
 
 def render(template: str, title: str, **values: object) -> str:
@@ -79,5 +91,5 @@ def _environment() -> jinja2.Environment:
         undefined=jinja2.StrictUndefined,  # a name that is misspelt in a template is an error, not an empty place
         extensions=["jinja2.ext.do"],
     )
-    environment.filters |= {"anchor": anchor, "data_uri": data_uri}
+    environment.filters |= {"anchor": anchor, "data_uri": data_uri, "svg": svg}
     return environment

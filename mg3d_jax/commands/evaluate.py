@@ -53,7 +53,7 @@ def print_tables(result: Mapping[str, Any]) -> None:
     """A table for each evaluation on stdout."""
     console = Console()
     console.print(f"{result['volumes']} volumes of {result['patients']} patients")
-    for section in sections(result):
+    for section in [one for one in sections(result) if one.on_terminal]:
         # A drawn interval has a heading, but no text in its row.
         columns = len(section.table.head) - bool(section.table.intervals)
         style = {"title_justify": "left", "caption_justify": "left"}
@@ -63,3 +63,5 @@ def print_tables(result: Mapping[str, Any]) -> None:
         console.print(table)
         if section.table.more:
             console.print(section.table.more)
+        for warning in section.warnings:
+            console.print(f"! {warning}", highlight=False)

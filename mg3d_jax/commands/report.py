@@ -24,7 +24,7 @@ def main(argv: list[str]) -> int:
     args = parser.parse_args(argv)
     out = args.out or args.run / "report.html"
     run = read_run(args.run)
-    document = render(run, sections(run.evaluation))
+    document = render(run, [one for one in sections(run.evaluation) if one.on_terminal])
     try:
         write_text(out, document)
     except OSError as error:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import math
 import re
 from collections import defaultdict
@@ -12,12 +11,13 @@ from typing import Any
 
 import numpy as np
 
+from mg3d_jax import charts
+from mg3d_jax.charts import COLOURS
+
 LOG_RANGE = 30.0  # positive series that span more than this factor get a logarithmic axis
 MOST_POINTS, SMOOTHED_FROM, WINDOW_SHARE = 400, 60, 0.03
 LEGEND_LETTERS = 64  # of one line of a legend
 MOST_NAMED = 8  # series of one chart that the legend names
-COLOURS = ("#3b78c2", "#d9772b", "#3a9d6e", "#b0508f", "#8a72d6", "#c9a227", "#4aa3a8", "#8b8f94")
-INK, LINE = "#1d2126", "#cdd3da"  # those of a light page, whose style inverts charts when it is dark
 
 
 @dataclass(frozen=True)
@@ -109,16 +109,16 @@ def sections(
         return [take(Panel(_readable(p), (rf"{re.escape(p)}(/.*)?",))) for p in prefixes]
 
     losses = [Panel("total loss", ("loss",)), *(Panel(_readable(name), (re.escape(name),)) for name in objectives)]
-    charts = {"Losses": [take(panel) for panel in losses]}
-    charts |= {title: [take(panel) for panel in panels] for title, panels in PANELS.items()}
-    charts[EVALUATION] += by_prefix([name for name in rest if rest[name].keys() == {"evaluation"}])
-    charts["Inside the objectives"] = [
+    grouped = {"Losses": [take(panel) for panel in losses]}
+    grouped |= {title: [take(panel) for panel in panels] for title, panels in PANELS.items()}
+    grouped[EVALUATION] += by_prefix([name for name in rest if rest[name].keys() == {"evaluation"}])
+    grouped["Inside the objectives"] = [
         take(Panel(_readable(name), (re.escape(name),), "linear"))
         for objective in objectives
         for name in sorted(n for n in rest if n.startswith(f"{objective}/"))
     ]
-    charts["Other"] = by_prefix(rest)
-    kept = {title: [chart for chart in row if chart is not None] for title, row in charts.items()}
+    grouped["Other"] = by_prefix(rest)
+    kept = {title: [chart for chart in row if chart is not None] for title, row in grouped.items()}
     return {title: row for title, row in kept.items() if row}
 
 
@@ -132,19 +132,7 @@ def _readable(name: str) -> str:
 
 def draw(panel: Panel, series: Sequence[Series]) -> str:
     """The chart as an SVG document without a background."""
-    import matplotlib
-    from matplotlib.figure import Figure
-
-    style = {
-        "svg.fonttype": "none", "svg.hashsalt": panel.title, "font.size": 9, "axes.edgecolor": LINE,
-        "text.color": INK, "axes.labelcolor": INK, "xtick.color": INK, "ytick.color": INK, "grid.color": LINE,
-    }  # fmt: skip
-    with matplotlib.rc_context(style):
-        figure = Figure(figsize=(4.7, 2.55), layout="constrained")
-        _fill(figure.add_subplot(), panel, series)
-        buffer = io.StringIO()
-        figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
-    return buffer.getvalue()
+    return charts.svg(charts.Chart(panel.title, lambda axes: _fill(axes, panel, series), (4.7, 2.55)))
 
 
 def _fill(axes: Any, panel: Panel, series: Sequence[Series]) -> None:
@@ -213,10 +201,7 @@ def _thinned(steps: np.ndarray, values: np.ndarray) -> tuple[np.ndarray, np.ndar
 def _axes(axes: Any, panel: Panel, series: Sequence[Series]) -> None:
     from matplotlib.ticker import EngFormatter, MaxNLocator, PercentFormatter
 
-    axes.grid(axis="y", linewidth=0.7)
-    axes.set_axisbelow(True)
-    axes.spines[["top", "right", "left"]].set_visible(False)
-    axes.tick_params(which="both", length=0, labelsize=8)
+    charts.plain_axes(axes)
     axes.xaxis.set_major_locator(MaxNLocator(5, integer=True))
     axes.xaxis.set_major_formatter(EngFormatter(sep=""))
     axes.set_xlabel("step", fontsize=8)
