@@ -20,6 +20,7 @@ from mg3d_jax.registry import EVALUATIONS
 
 if TYPE_CHECKING:
     from mg3d_jax.data.pipeline import PreparedData
+    from mg3d_jax.evaluation.bootstrap import PatientDraws
     from mg3d_jax.evaluation.embed import Embedder
 
 NEEDS = ("volumes", "reports", "train", "model")
@@ -123,6 +124,20 @@ class Evaluation:
 
     def flat(self, result: Mapping[str, Any]) -> dict[str, float | list[float]]:
         """The numbers of a result of `full` for `metrics.json`: each key says the whole protocol of its number."""
+        return {}
+
+    def arrays(self, found: Embedded) -> dict[str, np.ndarray]:
+        """What a comparison of two models needs, for `scores.npz`: scores or ranks of every volume or query, whatever names
+        them (`ids`, the same for both models, and `patients`), and what is true of them. No objects."""
+        return {}
+
+    @staticmethod
+    def resampled(arrays: Mapping[str, np.ndarray], draws: PatientDraws) -> dict[str, np.ndarray]:
+        """The numbers of `flat`, by the same keys, in every draw of patients: `[1 + draws]`, first the data as they are.
+
+        Args:
+            arrays: those of `arrays`, read from a file.
+        """
         return {}
 
     def sections(self, result: Mapping[str, Any]) -> Sequence[Section]:
