@@ -1,15 +1,28 @@
 """Probes of embeddings against scikit-learn, slow loops and closed forms."""
 
+import itertools
 import warnings
 
 import numpy as np
 import pytest
 from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import log_loss
+from sklearn.neighbors import KNeighborsClassifier
 from sklearn.preprocessing import StandardScaler
 
 from mg3d_jax.errors import UserError
-from mg3d_jax.evaluation.probes import class_of, linear, linear_probe
+from mg3d_jax.evaluation.probes import (
+    ProbeHead,
+    class_of,
+    few_shot,
+    head_of,
+    linear,
+    linear_probe,
+    load_head,
+    nearest_neighbours,
+    save_head,
+)
+from mg3d_jax.evaluation.probes.few_shot import subset
 from mg3d_jax.evaluation.probes.logistic import fit_binary, fit_multinomial
 
 
@@ -149,3 +162,112 @@ def test_no_warning_of_numbers():
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         linear_probe(x, y, patients, x)
+
+
+@pytest.mark.parametrize("count", [1, 7, 40])
+def test_nearest_neighbours_are_those_of_scikit_learn(count):
+    x, y, patients = embeddings(90)
+    y[y < 0] = 0
+    test_x = embeddings(25, seed=7)[0]
+    found = nearest_neighbours(x, y, patients, test_x, counts=(count,), temperature=0.2)
+    unit = [a.astype(np.float64) / np.linalg.norm(a.astype(np.float64), axis=1, keepdims=True) for a in (x, test_x)]
+    # Between unit vectors the cosine is 1 - distance^2 / 2.
+    model = KNeighborsClassifier(count, weights=lambda distance: np.exp((1 - distance**2 / 2) / 0.2), algorithm="brute")
+    expected = np.stack([model.fit(unit[0], y[:, c]).predict_proba(unit[1])[:, 1] for c in range(3)], axis=1)
+    np.testing.assert_allclose(found.scores, expected, atol=1e-9)
+    assert found.count == count
+
+
+def slow_neighbours(x, y, query, count, temperature):
+    """One query, volume by volume: what is not known does not count."""
+    order = sorted(range(len(x)), key=lambda i: (-(x[i] @ query), i))[:count]
+    shares = []
+    for column in range(y.shape[1]):
+        known = [i for i in order if y[i, column] >= 0]
+        among = known or [i for i in range(len(x)) if y[i, column] >= 0]
+        weights = [np.exp(x[i] @ query / temperature) if known else 1.0 for i in among]
+        shares.append(sum(w * y[i, column] for w, i in zip(weights, among, strict=True)) / sum(weights))
+    return shares
+
+
+def test_neighbours_with_unknown_labels_and_ties():
+    x, y, patients = embeddings(40, classes=4)
+    x[10:20] = x[:10]  # equal volumes: the first count
+    y[y[:, 3] < 0, 3] = 1
+    y[5:30, 2] = -1
+    found = nearest_neighbours(x, y, patients, x[::3], counts=(6,), temperature=0.1).scores
+    unit = x.astype(np.float64) / np.linalg.norm(x.astype(np.float64), axis=1, keepdims=True)
+    expected = [slow_neighbours(unit, y, query, 6, 0.1) for query in unit[::3]]
+    np.testing.assert_allclose(found, expected, atol=1e-9)
+
+
+def test_the_number_of_neighbours_is_the_best_of_the_validation_part():
+    x, y, patients = embeddings(120, noise=2.0)
+    held = linear.validation_part(patients, 2)
+    scores = {
+        count: nearest_neighbours(x[~held], y[~held], patients[~held], x[held], counts=(count,)).scores
+        for count in (1, 5, 20)
+    }
+    truth = y[held]
+    brier = {
+        count: np.mean([np.mean((s[truth[:, c] >= 0, c] - truth[truth[:, c] >= 0, c]) ** 2) for c in range(3)])
+        for count, s in scores.items()
+    }
+    assert nearest_neighbours(x, y, patients, x, seed=2, counts=(1, 5, 20)).count == min(brier, key=brier.get)
+
+
+def test_subsets_of_a_seed_are_nested_and_of_whole_patients():
+    patients = np.repeat([f"p{i}" for i in range(40)], 2)
+    for seed in (0, 1):
+        parts = [subset(patients, percent, seed) for percent in (1, 5, 10, 100)]
+        assert [part.sum() // 2 for part in parts] == [1, 2, 4, 40]
+        for small, large in itertools.pairwise(parts):
+            assert not np.any(small & ~large)
+            assert not set(patients[small]) & set(patients[~small])
+    assert not np.array_equal(subset(patients, 10, 0), subset(patients, 10, 1))
+
+
+def test_few_shot_is_a_probe_of_the_subset_alone():
+    x, y, patients = embeddings(200)
+    shots = list(few_shot(x, y, patients, x, fractions=(10, 100), seeds=(0, 3)))
+    assert [(shot.percent, shot.seed, shot.patients, shot.volumes) for shot in shots] == [
+        (10, 0, 10, 20), (10, 3, 10, 20), (100, 0, 100, 200), (100, 3, 100, 200),
+    ]  # fmt: skip
+    rows = subset(patients, 10, 3)
+    alone = linear_probe(x[rows], y[rows], patients[rows], x, seed=3)
+    np.testing.assert_array_equal(shots[1].result.scores, alone.scores)
+    with pytest.raises(UserError, match="percent above 0"):
+        list(few_shot(x, y, patients, x, fractions=(0.0,)))
+    one_class = np.eye(3, dtype=np.int8)[np.zeros(200, int)]
+    assert list(few_shot(x, one_class, patients, x, fractions=(10,), kind="multi_class")) == []
+
+
+def test_a_head_on_disk_is_a_linear_layer(tmp_path):
+    torch = pytest.importorskip("torch")
+    x, y, patients = embeddings(100)
+    y[:, 1] = 0
+    result = linear_probe(x, y, patients, x)
+    head = head_of(result, ("a", "b", "c"), "multi_label", {"run": "RUN", "step": 3})
+    save_head(head, tmp_path / "probe.safetensors")
+    found = load_head(tmp_path / "probe.safetensors")
+    assert found.classes == ("a", "c") and found.kind == "multi_label"
+    assert (
+        found.facts["run"] == "RUN"
+        and found.facts["not_learned"] == ["b"]
+        and set(found.facts["penalties"]) == {"a", "c"}
+    )
+    logits = torch.nn.functional.linear(*(torch.from_numpy(a) for a in (x, found.weight, found.bias))).numpy()
+    np.testing.assert_allclose(logits, result.scores[:, [0, 2]], rtol=1e-4, atol=1e-4)
+    np.testing.assert_allclose(found.probabilities(3 * x), 1 / (1 + np.exp(-result.scores[:, [0, 2]])), atol=1e-4)
+    softmax = ProbeHead(found.weight, found.bias, found.classes, "multi_class").probabilities(x)
+    np.testing.assert_allclose(softmax.sum(axis=1), 1, atol=1e-6)
+
+
+def test_what_is_no_head(tmp_path):
+    from safetensors.numpy import save_file
+
+    (tmp_path / "text").write_text("x")
+    save_file({"weight": np.zeros((2, 3), "f")}, tmp_path / "other")
+    for name, says in (("missing", "cannot be read"), ("text", "cannot be read"), ("other", "no head of a probe")):
+        with pytest.raises(UserError, match=says):
+            load_head(tmp_path / name)

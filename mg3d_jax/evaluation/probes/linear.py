@@ -15,6 +15,10 @@ UNDECIDED = 1e-2  # where no validation part can choose
 VALIDATION_SHARE = 0.2  # of the patients
 
 
+class FewClassesError(UserError):
+    """The training volumes of a multi-class probe show fewer than two classes."""
+
+
 @dataclass(frozen=True)
 class ProbeResult:
     """A fitted probe and what it says of other volumes.
@@ -96,9 +100,7 @@ def linear_probe(
     )
 
 
-def _check(
-    train_x: np.ndarray, train_y: np.ndarray, train_patients: np.ndarray, test_x: np.ndarray, kind: str
-) -> None:
+def _check(train_x: np.ndarray, train_y: np.ndarray, train_patients: np.ndarray, test_x: np.ndarray, kind: str) -> None:
     if kind not in KINDS:
         raise UserError(f"a probe of kind {kind!r} is unknown: choose one of {', '.join(KINDS)}")
     if not len(train_x):
@@ -146,7 +148,7 @@ def _multi_class(x: np.ndarray, y: np.ndarray, held: np.ndarray, penalties: tupl
     known = classes >= 0
     seen = np.unique(classes[known])
     if len(seen) < 2:
-        raise UserError(
+        raise FewClassesError(
             f"a multi-class probe needs training volumes of at least two classes, found {len(seen)}: a volume's class is "
             "its only present label"
         )
@@ -154,11 +156,14 @@ def _multi_class(x: np.ndarray, y: np.ndarray, held: np.ndarray, penalties: tupl
     fitted, judged = known & ~held, known & held & np.isin(classes, seen)
     best, start = UNDECIDED if len(penalties) > 1 else penalties[0], None
     if len(penalties) > 1 and judged.any() and fitted.any():
-        losses, fits = [], [None]
+        losses: list[float] = []
+        fits: list[np.ndarray] = []
         for penalty in penalties:
-            fits.append(fit_multinomial(x[fitted], columns[fitted], len(seen), penalty, fits[-1]))
+            warm = fits[-1] if fits else None
+            fits.append(fit_multinomial(x[fitted], columns[fitted], len(seen), penalty, warm))
             losses.append(_log_loss(x[judged] @ fits[-1][:-1] + fits[-1][-1], columns[judged]))
-        best, start = penalties[int(np.argmin(losses))], fits[1 + int(np.argmin(losses))]
+        place = int(np.argmin(losses))
+        best, start = penalties[place], fits[place]
     weights = np.zeros((x.shape[1] + 1, count))
     weights[-1] = -np.inf  # a class that was never seen has no probability
     weights[:, seen] = fit_multinomial(x[known], columns[known], len(seen), best, start)

@@ -30,7 +30,7 @@ def fit_binary(
         start: `[k + 1, p]`; zeros without it.
         tolerance: a column is done when its gradient is that small, relative to that of zero weights.
     """
-    n, k = x.shape
+    k = x.shape[1]
     found = np.zeros((k + 1, labels.shape[1])) if start is None else start.astype(np.float64)
     ridge = np.ones((k + 1, 1))
     ridge[-1] = 0.0
