@@ -9,12 +9,15 @@ import subprocess
 import sys
 from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 from ml_collections import ConfigDict
 
 from mg3d_jax import config as config_lib
 from mg3d_jax.benchmarks.patients import random_batch  # noqa: F401  (tests take it from here)
 from mg3d_jax.config import Config
+from mg3d_jax.evaluation.base import Embedded
 
 ROOT = Path(__file__).resolve().parents[1]
 # XLA flags of every test and its processes. With the first one's scheduler fake CPU devices may enter independent
@@ -95,3 +98,18 @@ def mg3d(*args: str, devices: int = 1, timeout: float = 300, **extra: str) -> su
     """Runs `mg3d ARGS` in a process of its own."""
     command = [sys.executable, "-m", "mg3d_jax", *args]
     return subprocess.run(command, env=environment(devices, **extra), capture_output=True, text=True, timeout=timeout)
+
+
+def embedded(volumes: np.ndarray, **known: Any) -> Embedded:
+    """A set of volumes `[n, k]` of n patients, each with a report of its own, without labels; `known` says otherwise."""
+    n, width = volumes.shape
+    ids = np.array([f"v{row}" for row in range(n)], str)
+    reports = np.array([f"r{row}" for row in range(n)], str)
+    patients = np.array([f"p{row}" for row in range(n)], str)
+    nothing = np.zeros((0, width), np.float32)
+    plain: dict[str, Any] = {
+        "volume_ids": ids, "scans": ids, "patients": patients, "volume_reports": reports,
+        "labels": np.zeros((n, 0), np.int8), "label_names": (), "reports": volumes, "report_ids": reports, "report_texts": (),
+        "prompts": {}, "texts": nothing, "logit_scale": 10.0,
+    }  # fmt: skip
+    return Embedded(volumes=volumes, **plain | known)

@@ -1,8 +1,10 @@
 """What a trained run can do, with the protocol of every number named. An evaluation is one file here and one line below."""
 
 from mg3d_jax.evaluation.retrieval import Retrieval
+from mg3d_jax.evaluation.sides import Sides
 from mg3d_jax.evaluation.zero_shot import ZeroShot
 from mg3d_jax.registry import EVALUATIONS
 
 EVALUATIONS.register("zero_shot", ZeroShot)
 EVALUATIONS.register("retrieval", Retrieval)
+EVALUATIONS.register("sides", Sides)
