@@ -153,6 +153,10 @@ def _training_problems(config: Config) -> list[str]:
     problems += _schedule_problems(config.schedule)
     if not 0 <= config.optimizer.ema < 1:
         problems.append(f"optimizer.ema = {config.optimizer.ema}: a decay from 0 (none) to below 1, e.g. 0.999")
+    if not 0 < config.optimizer.layer_decay <= 1:
+        problems.append(
+            f"optimizer.layer_decay = {config.optimizer.layer_decay}: above 0 and at most 1 (no decay), e.g. 0.75"
+        )
     for key in ("validate_every", "evaluate_every", "watchdog_minutes"):
         if getattr(training, key) < 0:
             problems.append(f"training.{key} = {getattr(training, key)}: must not be negative; 0 switches it off")

@@ -211,6 +211,12 @@ class OptimizerConfig:
     learning_rate_multipliers: tuple[tuple[Any, ...], ...] = key(
         ((".*", 1.0),), "(regex, factor): the first match counts, every parameter must match"
     )
+    layer_decay: float = key(
+        1.0,
+        "learning rate of a layer over that of the next one, in both towers; what comes before the layers counts as one "
+        "more; 1: the same everywhere",
+        neutral=1.0,
+    )
     no_weight_decay: tuple[str, ...] = key(
         (".*(bias|scale|position|embedding|pool/query|logit_scale|logit_bias).*",),
         "regexes of parameters without decay",

@@ -1,4 +1,8 @@
-"""Multi-label classification of the volume: a linear head on the pooled volume features, trained on the record's labels."""
+"""Classification of the volume: a linear head on the pooled volume features, trained on the record's labels.
+
+"multi_label": every label is a finding of its own. "multi_class": the labels exclude one another, and a volume's class is
+the one that is present.
+"""
 
 from __future__ import annotations
 
@@ -13,25 +17,38 @@ from mg3d_jax.batch import UNKNOWN_LABEL
 from mg3d_jax.errors import UserError
 from mg3d_jax.objectives.base import Batch, Context, Features, Metrics, Objective
 from mg3d_jax.objectives.pairwise import zero_unless
-from mg3d_jax.options import key
+from mg3d_jax.options import choice, key
 
+KINDS = ("multi_label", "multi_class")
 HEAD = "classification_head"
 
 
 @dataclass(frozen=True)
 class ClassificationOptions:
-    """Multi-label classification of the batch's labels."""
+    """Classification of the batch's labels."""
 
     weight: float = key(0.0, "weight in the loss; 0: off")
     num_labels: int = key(18, "labels of a record; CT-RATE has 18")
     positive_weight: float = key(1.0, "weight of a present label in the loss; above 1 where present ones are rare")
+    kind: str = key(
+        "multi_label",
+        "multi_label: a sigmoid for each label; multi_class: a softmax over them, of volumes with one present label",
+        neutral="multi_label",
+    )
 
 
 def problems(options: ClassificationOptions, config: Any) -> list[str]:
-    """A head of no labels."""
-    if options.num_labels < 1:
-        return [f"tasks.classification.num_labels = {options.num_labels}: must be at least 1"]
-    return []
+    """A head of no labels, an unknown kind, a weight that this kind does not read."""
+    found = choice("tasks.classification.kind", options.kind, KINDS)
+    least = 2 if options.kind == "multi_class" else 1
+    if options.num_labels < least:
+        found.append(f"tasks.classification.num_labels = {options.num_labels}: must be at least {least}")
+    if options.kind == "multi_class" and options.positive_weight != 1:
+        found.append(
+            f"tasks.classification.positive_weight = {options.positive_weight} means nothing with kind = 'multi_class': "
+            "leave it at 1"
+        )
+    return found
 
 
 def modules(options: ClassificationOptions, context: Context) -> dict[str, nn.Module]:
@@ -46,10 +63,12 @@ def features(modules: Any, needed: Features, options: ClassificationOptions) -> 
 
 
 def loss(features: Features, batch: Batch, options: ClassificationOptions) -> tuple[jax.Array, Metrics]:
-    """Mean binary cross-entropy over the known labels of the global batch, present ones counting `positive_weight` times.
+    """Mean cross-entropy over what is known in the global batch.
 
-    Metrics: `accuracy`, `sensitivity` and `specificity` at probability 1/2, over all labels together, and how many are
-    `known`.
+    "multi_label": binary, over the known labels, present ones counting `positive_weight` times. Metrics: `accuracy`,
+    `sensitivity` and `specificity` at probability 1/2, over all labels together, and how many are `known`.
+    "multi_class": of the softmax, over the volumes with exactly one present label. Metrics: `accuracy` of the most likely
+    class, and how many volumes are `known`.
 
     Raises:
         UserError: the batch has another number of labels than the head.
@@ -60,23 +79,35 @@ def loss(features: Features, batch: Batch, options: ClassificationOptions) -> tu
             f"the records have {labels.shape[1]} labels, the head {options.num_labels}: set "
             f"tasks.classification.num_labels={labels.shape[1]}"
         )
+    if options.kind == "multi_class":
+        return _multi_class_loss(logits, labels, batch["valid"])
     known = (labels != UNKNOWN_LABEL) & batch["valid"][:, None]
     logits = zero_unless(known, logits[..., None])[..., 0]
     present, absent = known & (labels == 1), known & (labels == 0)
     losses = options.positive_weight * present * jax.nn.softplus(-logits) + absent * jax.nn.softplus(logits)
-    count = jnp.sum(known, dtype=jnp.float32)
-
-    def share(hits: jax.Array, among: jax.Array) -> jax.Array:
-        return jnp.sum(hits, dtype=jnp.float32) / jnp.maximum(jnp.sum(among, dtype=jnp.float32), 1.0)
-
     found, cleared = present & (logits > 0), absent & (logits <= 0)
     metrics = {
-        "accuracy": share(found | cleared, known),
-        "sensitivity": share(found, present),
-        "specificity": share(cleared, absent),
-        "known": count,
+        "accuracy": _share(found | cleared, known),
+        "sensitivity": _share(found, present),
+        "specificity": _share(cleared, absent),
+        "known": jnp.sum(known, dtype=jnp.float32),
     }
-    return jnp.sum(losses) / jnp.maximum(count, 1.0), jax.lax.stop_gradient(metrics)
+    return jnp.sum(losses) / jnp.maximum(metrics["known"], 1.0), jax.lax.stop_gradient(metrics)
+
+
+def _multi_class_loss(logits: jax.Array, labels: jax.Array, valid: jax.Array) -> tuple[jax.Array, Metrics]:
+    present = labels == 1
+    known = (jnp.sum(present, axis=1) == 1) & valid
+    logits = zero_unless(known, logits)
+    losses = jax.nn.logsumexp(logits, axis=1) - jnp.sum(logits * present, axis=1)
+    right = known & (jnp.argmax(logits, axis=1) == jnp.argmax(present, axis=1))
+    metrics = {"accuracy": _share(right, known), "known": jnp.sum(known, dtype=jnp.float32)}
+    mean = jnp.sum(losses * known) / jnp.maximum(metrics["known"], 1.0)
+    return mean, jax.lax.stop_gradient(metrics)
+
+
+def _share(hits: jax.Array, among: jax.Array) -> jax.Array:
+    return jnp.sum(hits, dtype=jnp.float32) / jnp.maximum(jnp.sum(among, dtype=jnp.float32), 1.0)
 
 
 CLASSIFICATION = Objective(

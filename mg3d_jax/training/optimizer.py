@@ -53,8 +53,9 @@ def multipliers(params: Any, config: OptimizerConfig, trained: Rows = ()) -> Any
     Args:
         params: may be abstract.
         config: `config.optimizer`.
-        trained: `(regex, 1 or 0, or an array of them that broadcasts to the parameters)`; factors are multiplied by it. A
-            stack of which the first two of four layers are frozen has `[0, 0, 1, 1]` with trailing axes of 1.
+        trained: `(regex, share, or an array of them that broadcasts to the parameters)`; factors are multiplied by the
+            share of every row that matches. A stack of which the first two of four layers are frozen has `[0, 0, 1, 1]`
+            with trailing axes of 1.
 
     Raises `UserError` for a parameter that no row covers, for a row that is left no parameter by those before it, and for
     a pattern of `freeze` or `no_weight_decay` that matches none.

@@ -20,7 +20,7 @@ from mg3d_jax.models import mg3d
 from mg3d_jax.models.attention import choose_backend
 from mg3d_jax.models.mg3d import MG3D
 from mg3d_jax.training import optimizer, schedule
-from mg3d_jax.training.freezing import trained_rows
+from mg3d_jax.training.freezing import layer_decay_rows, trained_rows
 from mg3d_jax.training.inputs import model_inputs
 
 State = dict[str, Any]  # {"params", "opt_state", "step"}, and "ema" (like "params") with `optimizer.ema`
@@ -83,7 +83,7 @@ def build(config: Config, vocab_size: int, mesh: Mesh, steps: int, records: int 
     boxed = abstract_parameters(model, config)
     shapes, shardings = nn.unbox(boxed), sharding.parameter_shardings(boxed, mesh)
     rate = _learning_rate(config, steps, records)
-    factors = optimizer.multipliers(shapes, config.optimizer, trained_rows(config))
+    factors = optimizer.multipliers(shapes, config.optimizer, (*trained_rows(config), *layer_decay_rows(config)))
     groups = optimizer.groups(shapes, config.optimizer, factors)
     tx = optimizer.make_optimizer(config.optimizer, rate, shapes, factors)
     whole = sharding.replicated(mesh)

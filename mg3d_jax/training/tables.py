@@ -56,6 +56,8 @@ def start_table(setup: Setup, compiled: jax.stages.Compiled, *, data: Mapping[st
     for name, group in setup.groups.items():
         what = "not trained" if not group.factor else f"{group.factor:g} times the learning rate"
         table.add_row(f"parameters {name}", f"{len(group.parameters)} arrays, {what}")
+    if config.optimizer.layer_decay != 1:
+        table.add_row("layer-wise decay", decay_text(config))
     table.add_row("FLOPs per step", human(flops, "FLOP"))
     table.add_row("memory of a step, per device", memory_text(compiled))
     console = Console(stderr=True)
@@ -63,6 +65,13 @@ def start_table(setup: Setup, compiled: jax.stages.Compiled, *, data: Mapping[st
         console = Console(stderr=True, width=LOG_WIDTH)
     console.print(table)
     console.print(array_table(setup.abstract, setup.mesh))
+
+
+def decay_text(config: Config) -> str:
+    """What `optimizer.layer_decay` makes of the learning rate at the two ends of the volume tower."""
+    decay, depth = config.optimizer.layer_decay, config.model.volume_encoder.sizes.depth
+    ends = f"{decay ** (depth + 1):.3g} before layer 1 of the volume tower, {decay:g} at its last"
+    return f"{decay:g} per layer of a tower: {ends}"
 
 
 def data_rows(config: Config, data: PreparedData, tokenizer: ReportTokenizer) -> dict[str, str]:

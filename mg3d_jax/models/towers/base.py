@@ -80,7 +80,8 @@ class Tower:
         presets: sizes by name; each has at least `width`, `depth` and `num_heads`, those of the tokens that come out.
         build: `(model config, channels of the volume or size of the vocabulary, attention backend, further fields) -> module`.
         module: what `build` makes; `module(**fields)` computes what imported weights did.
-        frozen: `(preset, k) -> rows` of what is not trained when the first k layers are frozen; 0 < k <= depth.
+        frozen: `(preset, k) -> rows` of what is not trained when the first k layers are frozen; 0 <= k <= depth, and with 0
+            what comes before the layers. The layer-wise decay of the learning rate finds the depth of parameters by it.
         token_cell: of a volume tower: `(encoder config) -> voxels per token` along each axis.
         poolings: of a volume tower: what `pooling` may be.
         problems: `(encoder config, model config) -> [problem, ...]`, said before anything is built.
