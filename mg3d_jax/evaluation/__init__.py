@@ -2,9 +2,11 @@
 
 from mg3d_jax.evaluation.retrieval import Retrieval
 from mg3d_jax.evaluation.sides import Sides
+from mg3d_jax.evaluation.volume_retrieval import VolumeRetrieval
 from mg3d_jax.evaluation.zero_shot import ZeroShot
 from mg3d_jax.registry import EVALUATIONS
 
 EVALUATIONS.register("zero_shot", ZeroShot)
 EVALUATIONS.register("retrieval", Retrieval)
 EVALUATIONS.register("sides", Sides)
+EVALUATIONS.register("volume_retrieval", VolumeRetrieval)
