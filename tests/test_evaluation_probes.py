@@ -22,7 +22,7 @@ from mg3d_jax.evaluation.probes import (
     nearest_neighbours,
     save_head,
 )
-from mg3d_jax.evaluation.probes.few_shot import subset
+from mg3d_jax.evaluation.probes.few_patients import subset
 from mg3d_jax.evaluation.probes.logistic import fit_binary, fit_multinomial
 
 
