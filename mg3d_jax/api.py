@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import functools
 import logging
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -148,11 +148,29 @@ class Run:
         return SentenceMaps(self.restored)
 
     def evaluate(
-        self, data: Sequence[str | Path], *, only: Iterable[str] | None = None, batch_size: int = 16
-    ) -> dict[str, Any]:
-        """The document that `mg3d evaluate` writes: every registered evaluation (or `only` these) on prepared folders."""
-        folders = [str(folder) for folder in data]
-        return evaluate_lib.evaluate(self.restored, folders, only=only, batch_size=batch_size)
+        self,
+        data: Sequence[str | Path],
+        *,
+        only: Iterable[str] | None = None,
+        overrides: Mapping[str, str] | None = None,
+        train: Sequence[str | Path] = (),
+        batch_size: int = 16,
+    ) -> Mapping[str, Any]:
+        """The document that `mg3d evaluate` writes: every registered evaluation (or `only` these) on prepared folders.
+
+        Args:
+            overrides: options as on the command line, by `NAME.KEY`: `{"zero_shot.classes": "ct_rate_16"}`.
+            train: prepared folders of other patients, for probes and thresholds.
+        """
+        evaluated = evaluate_lib.evaluate(
+            self.restored,
+            [str(folder) for folder in data],
+            only=only,
+            overrides=overrides,
+            train_folders=[str(folder) for folder in train],
+            batch_size=batch_size,
+        )
+        return evaluated.document
 
 
 class Trainer(loop.Trainer):

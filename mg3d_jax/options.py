@@ -11,7 +11,7 @@ import dataclasses
 import difflib
 import functools
 import typing
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, TypeVar
 
 from mg3d_jax.errors import UserError
@@ -130,7 +130,7 @@ def _converted(name: str, value: Any, wanted: Any, full: str, problems: list[str
         return {}
 
 
-def unknown(values: Mapping[str, Any], known: Mapping[str, Any], prefix: str) -> list[str]:
+def unknown(values: Iterable[str], known: Mapping[str, Any], prefix: str) -> list[str]:
     """One problem for each key that is not among the known ones, with the nearest that is."""
     found = []
     for name in sorted(set(values) - set(known)):
@@ -154,6 +154,77 @@ def convert(value: Any, wanted: Any) -> Any:
     if wanted is Any or (isinstance(value, wanted) and not (wanted is int and isinstance(value, bool))):
         return value
     raise TypeError(f"a {wanted.__name__} is needed, not a {type(value).__name__}")
+
+
+def split_overrides(argv: Sequence[str], prefix: str) -> tuple[list[str], list[str]]:
+    """The words of a command line that override keys below `prefix` ("--config."), and what is left of it. An override may
+    be two words: `--config.seed 3`."""
+    overrides: list[str] = []
+    own: list[str] = []
+    for i, word in enumerate(argv):
+        value = i and argv[i - 1].startswith(prefix) and "=" not in argv[i - 1] and not word.startswith("--")
+        (overrides if word.startswith(prefix) or value else own).append(word)
+    return overrides, own
+
+
+def override_values(words: Sequence[str], prefix: str) -> dict[str, str]:
+    """`["--evaluations.a.b=1", "--evaluations.c.d", "2"] -> {"a.b": "1", "c.d": "2"}`. `UserError` for a key without a
+    value."""
+    found: dict[str, str] = {}
+    waiting = ""
+    for word in words:
+        if waiting:
+            found[waiting], waiting = word, ""
+        elif "=" in word:
+            full, _, value = word.removeprefix(prefix).partition("=")
+            found[full] = value
+        else:
+            waiting = word.removeprefix(prefix)
+    if waiting:
+        raise UserError(f"{prefix}{waiting} has no value: write {prefix}{waiting}=VALUE")
+    return found
+
+
+def overridden(groups: Mapping[str, Any], values: Mapping[str, str], prefix: str) -> dict[str, Any]:
+    """The dataclasses `groups[NAME]` in which the text `values["NAME.KEY"]` replaces a field; the others are not in the
+    result. `UserError` for a name, key or value that cannot be.
+
+    Args:
+        prefix: of the keys, for messages, e.g. "--evaluations.".
+    """
+    found: dict[str, Any] = {}
+    problems: list[str] = []
+    for full, text in values.items():
+        name, _, field = full.partition(".")
+        if name not in groups:
+            problems += unknown([name], groups, prefix)
+            continue
+        options = found.get(name, groups[name])
+        known = types_of(typing.cast(Any, type(options)))
+        if field not in known:
+            problems += unknown([field], known, f"{prefix}{name}.")
+            continue
+        try:
+            found[name] = dataclasses.replace(options, **{field: from_text(text, known[field])})
+        except (TypeError, ValueError) as error:
+            problems.append(problem(f"{prefix}{full}", text, str(error)))
+    if problems:
+        raise UserError("; ".join(problems))
+    return found
+
+
+def from_text(text: str, wanted: Any) -> Any:
+    """The value of a command line as the annotated type: `true`, `0.5`, `a,b` for a tuple. `TypeError` or `ValueError` where
+    it is none."""
+    if typing.get_origin(wanted) is tuple:
+        inner = typing.get_args(wanted)[0]
+        parts = [part.strip(" \"'") for part in text.strip("()[] ").split(",")]
+        return tuple(from_text(part, inner) for part in parts if part)
+    if wanted is bool:
+        if text.lower() not in ("true", "false"):
+            raise TypeError("true or false is needed")
+        return text.lower() == "true"
+    return wanted(text)
 
 
 def tuples(value: Any) -> Any:

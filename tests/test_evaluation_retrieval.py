@@ -174,15 +174,6 @@ def test_volumes_without_a_report_are_left_out_and_counted():
     assert one["volumes"] == 42
 
 
-def test_examples_show_what_a_report_finds():
-    found = embedded()
-    shown = Retrieval().full(found)["examples"]
-    assert [one["rank"] for one in shown] == sorted(one["rank"] for one in shown) and len(shown) == 6
-    for one in shown:
-        assert one["text"] and len(one["found"]) == 5
-        assert {each["volume"] for each in one["found"] if each["correct"]} <= set(one["correct"])
-
-
 def slow_map(volumes, labels, k, same):
     """SPECTRE's definition, by sorting; `same(i, j)`: j is not to be found by i."""
     similarity, values = (volumes.astype(np.float64) @ volumes.T.astype(np.float64)).round(9), []

@@ -78,12 +78,7 @@ def parse(parser: argparse.ArgumentParser, argv: list[str]) -> tuple[argparse.Na
 
 def split_overrides(argv: list[str]) -> tuple[list[str], list[str]]:
     """The overrides of a command line, and what is left of it. An override may be two words: `--config.seed 3`."""
-    overrides: list[str] = []
-    own: list[str] = []
-    for i, word in enumerate(argv):
-        value = i and argv[i - 1].startswith(OVERRIDE) and "=" not in argv[i - 1] and not word.startswith("--")
-        (overrides if word.startswith(OVERRIDE) or value else own).append(word)
-    return overrides, own
+    return options_lib.split_overrides(argv, OVERRIDE)
 
 
 def load(path: str, overrides: list[str] | None = None) -> Config:

@@ -191,7 +191,11 @@ class DataEmbedder:
     def _labelled(self, params: Any, data: PreparedData, progress: Progress | None, *, volumes: bool) -> Embedded:
         """The volumes of `data` with all that is known of them; none where `volumes` is False."""
         nothing = np.zeros((0, self.embedder.width), np.float32)
-        found = {"embedding": nothing, "labels": np.zeros((0, len(data.label_names)), np.int8), "record_index": []}
+        found: dict[str, Any] = {
+            "embedding": nothing,
+            "labels": np.zeros((0, len(data.label_names)), np.int8),
+            "record_index": [],
+        }
         if volumes:
             found = self.embedder.volumes(params, data, progress, **self.bad_records)
         about = [data.text(index) for index in found["record_index"]]
@@ -201,7 +205,10 @@ class DataEmbedder:
             volumes=found["embedding"],
             labels=found["labels"],
             label_names=tuple(data.label_names),
-            **{field: _strings(about, of) for field, of in _IDS.items()},
+            volume_ids=_strings(about, "name"),
+            scans=_strings(about, "scan"),
+            patients=_strings(about, "patient"),
+            volume_reports=_strings(about, "report_id"),
             reports=nothing,
             report_ids=np.zeros(0, str),
             report_texts=(),
@@ -239,9 +246,6 @@ class DataEmbedder:
         if tokenized is None:
             return np.zeros((0, self.embedder.width), np.float32)
         return self.embedder.texts(params, tokenized)
-
-
-_IDS = {"volume_ids": "name", "scans": "scan", "patients": "patient", "volume_reports": "report_id"}
 
 
 def _strings(about: Sequence[RecordText], name: str) -> np.ndarray:

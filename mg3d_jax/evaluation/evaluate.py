@@ -1,16 +1,15 @@
-"""The registered evaluations of a trained run, as one document and one picture."""
+"""The registered evaluations of a trained run on prepared data."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from pathlib import Path
-from typing import Any
 
 import numpy as np
 
 from mg3d_jax.data.pipeline import PreparedData
 from mg3d_jax.data.tokens import ReportTokenizer
-from mg3d_jax.evaluation.base import chosen, sections
+from mg3d_jax.evaluation import document
+from mg3d_jax.evaluation.document import Evaluated
 from mg3d_jax.evaluation.embed import DataEmbedder, Embedder
 from mg3d_jax.progress import Progress
 from mg3d_jax.training.restore import RestoredRun
@@ -21,43 +20,42 @@ def evaluate(
     data_folders: Sequence[str],
     *,
     only: Iterable[str] | None = None,
-    options: Mapping[str, Any] | None = None,
+    overrides: Mapping[str, str] | None = None,
+    train_folders: Sequence[str] = (),
     batch_size: int = 16,
-) -> dict[str, Any]:
+) -> Evaluated:
     """Embeds the data once and gives it to all evaluations, or to those of the names `only`. Every number's protocol is in
     the result.
 
     Args:
-        options: of the evaluations, by name; without it those of the run's configuration.
+        overrides: options of the evaluations as text, by `NAME.KEY`; the others are those of the run's configuration.
+        train_folders: labelled volumes of other patients, for the evaluations that need some.
     """
     config = run.config
-    evaluations = chosen(only, config.evaluations if options is None else options)
+    evaluations = document.configured(only, config.evaluations, overrides)
     data = PreparedData(tuple(data_folders), volume_size=config.model.volume_size)
+    train, total = None, len(data)
+    if train_folders and any("train" in one.needs for one in evaluations.values()):
+        train = PreparedData(tuple(train_folders), volume_size=config.model.volume_size)
+        total += len(train)
     tokenizer = ReportTokenizer(run.tokenizer, config.data.max_tokens, config.data.max_sentences)
-    with Progress("embed", len(data), unit="volumes") as progress:
-        found = DataEmbedder(Embedder(run.setup, tokenizer, batch_size), data, evaluations)(run.params, progress)
+    embed = DataEmbedder(Embedder(run.setup, tokenizer, batch_size), data, evaluations, train=train)
+    with Progress("embed", total, unit="volumes") as progress:
+        found = embed(run.params, progress)
     patients = next(iter(found.values())).patients  # shared; empty where no evaluation needs embeddings
-    return {
+    about = {
         "run": str(run.folder),
         "step": run.step,
         "weights": "average" if run.ema else "raw",
         "data": list(data_folders),
         "volumes": len(data),
         "patients": len(np.unique(patients)) if len(patients) else data.patients,
-    } | {name: one.full(found[name]) for name, one in evaluations.items()}
+    }
+    if train is not None:
+        about["train_data"] = list(train_folders)
 
+    def volume(row: int) -> tuple[np.ndarray, np.ndarray]:
+        record = data.read(row)
+        return record.volume, np.linalg.norm(record.affine[:3, :3], axis=0)
 
-def plot(document: Mapping[str, Any], path: Path) -> bool:
-    """Draws a panel for each evaluation that has one into a PNG; False where none has."""
-    from matplotlib.figure import Figure
-
-    shown = [one.plot for one in sections(document) if one.plot is not None]
-    if not shown:
-        return False
-    figure = Figure(figsize=(6 * len(shown), 6), layout="constrained")
-    for axes, draw in zip(figure.subplots(1, len(shown), squeeze=False)[0], shown, strict=True):
-        draw(axes)
-    about = f"{document['volumes']} volumes of {document['patients']} patients"
-    figure.suptitle(f"{document['run']}, step {document['step']}, {about}")
-    figure.savefig(path, dpi=110)
-    return True
+    return document.measure(found, evaluations, about, volume)

@@ -31,7 +31,6 @@ DEFAULT_KS = (1, 5, 10, 50, 100)
 DIRECTIONS = ("report_to_volume", "volume_to_report")
 PRIMARY = "distinct"
 PROTOCOL = "recall@k over distinct reports; all scans that share a report are correct; ties count against"
-EXAMPLES, SHOWN = 6, 5  # queries, and what each found
 
 
 @dataclass(frozen=True)
@@ -104,15 +103,13 @@ class Retrieval(Evaluation):
             about = {"protocol": GALLERIES[name].protocol, "volumes": len(pairs.volumes), "reports": len(pairs.reports)}
             about |= {"left_out": dict(pairs.left_out)}
             by_gallery[name] = about | _numbers(measured, DEFAULT_KS) | _intervals(measured, DEFAULT_KS)
-            if name == self.names[0]:
-                examples = _examples(found, pairs, measured["report_to_volume"])
         first = self.names[0]
         protocol = PROTOCOL if first == PRIMARY else GALLERIES[first].protocol
         primary = {name: value for name, value in by_gallery[first].items() if "/" in name}
         not_measured = [name for name in GALLERIES if name not in by_gallery and not self.settings.galleries]
-        return {"protocol": protocol, "gallery": first} | primary | {
-            "galleries": by_gallery, "need_exclude": not_measured, "examples": examples,
-        }  # fmt: skip
+        return (
+            {"protocol": protocol, "gallery": first} | primary | {"galleries": by_gallery, "need_exclude": not_measured}
+        )
 
     def flat(self, result: Mapping[str, Any]) -> dict[str, float | list[float]]:
         return {
@@ -261,33 +258,6 @@ def recall(
         )
     }  # fmt: skip
     return _numbers(measured, ks)
-
-
-def _examples(found: Embedded, pairs: Pairs, measured: Ranks) -> list[dict[str, Any]]:
-    """Reports with the volumes that they find, from the best to the worst rank: for a page that shows them."""
-    order = np.argsort(measured.ranks, kind="stable")
-    places = np.unique(np.linspace(0, len(order) - 1, min(EXAMPLES, len(order))).round().astype(int))
-    shown = []
-    for query in order[places].tolist():
-        row, group = pairs.reports[query], pairs.report_groups[query]
-        similarity = found.volumes[pairs.volumes] @ found.reports[row]
-        nearest = np.argsort(-similarity, kind="stable")[:SHOWN]
-        shown.append({
-            "report": str(found.report_ids[row]),
-            "text": list(found.report_texts[row]) if found.report_texts else [],
-            "rank": int(measured.ranks[query]),
-            "correct": found.volume_ids[pairs.volumes[pairs.volume_groups == group]].tolist(),
-            "found": [
-                {
-                    "volume": str(found.volume_ids[pairs.volumes[place]]),
-                    "report": str(found.volume_reports[pairs.volumes[place]]),
-                    "similarity": float(similarity[place]),
-                    "correct": bool(pairs.volume_groups[place] == group),
-                }
-                for place in nearest.tolist()
-            ],
-        })  # fmt: skip
-    return shown
 
 
 def _directions(result: Mapping[str, Any]) -> list[str]:

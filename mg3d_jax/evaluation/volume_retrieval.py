@@ -80,7 +80,7 @@ class VolumeRetrieval(Evaluation):
 
     @staticmethod
     def resampled(arrays: Mapping[str, np.ndarray], draws: PatientDraws) -> dict[str, np.ndarray]:
-        found = {}
+        found: dict[str, np.ndarray] = {}
         for name in MEASURES:
             values = _drawn(arrays[name], arrays["patients"], draws)
             found |= {_flat_key(f"{name}@{k}"): values[:, column] for column, k in enumerate(KS)}
