@@ -1,5 +1,6 @@
 """Exported weights against the Linen model: Hugging Face folder, MONAI state dict, geometry and tokens without JAX."""
 
+import dataclasses
 import json
 import subprocess
 import sys
@@ -17,6 +18,7 @@ from mg3d_jax.commands import main as cli
 from mg3d_jax.data.tokens import ReportTokenizer, load_tokenizer, save_tokenizer, train_wordpiece
 from mg3d_jax.errors import UserError
 from mg3d_jax.interop import export as export_lib
+from mg3d_jax.interop.export_format import Probe
 from mg3d_jax.interop.export_run import Run
 from mg3d_jax.interop.torch_template import modeling_mg3d
 from mg3d_jax.models import mg3d
@@ -319,3 +321,40 @@ def test_a_swin_is_refused(tokenizer_folder, tmp_path):
         ):
             export_lib.export(Run(config, {}, tokenizer_folder, 7, SPACING, ()), tmp_path / "out", form)
     assert not (tmp_path / "out").exists()
+
+
+def test_heads_go_with_the_export(make_run, tmp_path, capsys):
+    """A probe of the embeddings, and the head that a run was trained with, against NumPy; the card says how to call them."""
+    run = make_run(tasks__classification__weight=1.0, tasks__classification__num_labels=2)
+    run = dataclasses.replace(run, label_names=("a", "b"))
+    rng = np.random.default_rng(3)
+    k = run.config.model.projection_dim
+    probe = Probe(rng.normal(size=(3, k)).astype("f"), rng.normal(size=3).astype("f"), ("x", "y", "z"), "multi_class")
+    lines = export_lib.export(run, tmp_path / "out", probe=probe)
+    assert any("probability of the probe" in line for line in lines)
+    assert any("probability of the trained head" in line for line in lines) and not any(
+        "not exported" in x for x in lines
+    )
+    model = modeling_mg3d.MG3DModel.from_pretrained(tmp_path / "out").eval()
+    assert model.config.probe_classes == ["x", "y", "z"] and model.config.head_classes == ["a", "b"]
+    hu = torch.from_numpy(rng.integers(-1024, 1500, (2, *run.config.model.volume_size)).astype(np.int16))
+    with torch.no_grad():
+        expected = model.encode_volume(hu).numpy() @ probe.weight.T + probe.bias
+        np.testing.assert_allclose(model.probe_logits(hu).numpy(), expected, atol=1e-4)
+        assert model.classification_logits(hu).shape == (2, 2)
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert (
+        "model.probe_logits(hu[None]).softmax(-1)" in card and "model.classification_logits(hu[None]).sigmoid()" in card
+    )
+    with pytest.raises(UserError, match=f"the run's have {k}"):
+        export_lib.export(run, tmp_path / "out", probe=dataclasses.replace(probe, weight=probe.weight[:, 1:]))
+    with pytest.raises(UserError, match="export it with hf"):
+        export_lib.export(run, tmp_path / "other", "monai", probe=probe)
+
+
+def test_without_heads_their_methods_say_so(make_run, tmp_path):
+    export_lib.export(make_run(), tmp_path / "out")
+    model = modeling_mg3d.MG3DModel.from_pretrained(tmp_path / "out")
+    for method, says in ((model.probe_logits, "mg3d export --probe"), (model.classification_logits, "without a class")):
+        with pytest.raises(ValueError, match=says):
+            method(torch.zeros(1, 16, 16, 16))

@@ -5,8 +5,12 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
+from mg3d_jax import config as config_lib
+from mg3d_jax.errors import UserError
+from mg3d_jax.evaluation.probes import load_head
 from mg3d_jax.interop.export import FORMATS, check_out, export, torch_module
-from mg3d_jax.interop.export_run import load_run
+from mg3d_jax.interop.export_format import Probe
+from mg3d_jax.interop.export_run import Run, load_run
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -22,10 +26,26 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--step", type=int, help="which checkpoint (default: the newest)")
     parser.add_argument("--format", choices=sorted(FORMATS), default="hf", help="default: %(default)s")
     parser.add_argument(
+        "--probe",
+        type=Path,
+        metavar="FILE",
+        help="a probe.safetensors of `mg3d probe` on this run: adds `probe_logits` to hf",
+    )
+    parser.add_argument(
         "--spacing", nargs=3, type=float, metavar=("X", "Y", "Z"),
         help="mm per voxel of the training volumes; needed only where neither checkpoint nor data says it",
     )  # fmt: skip
     return parser
+
+
+def _probe(path: Path, run: Run) -> Probe:
+    """`UserError` where the head was fitted to other weights, as far as it says so."""
+    head = load_head(path)
+    ours = {"step": run.step, "config_hash": config_lib.config_hash(run.config)}
+    if wrong := [name for name, value in ours.items() if head.facts.get(name, value) != value]:
+        found = ", ".join(f"{name} {head.facts[name]}, not {ours[name]}" for name in wrong)
+        raise UserError(f"{path}: fitted to the embeddings of another model ({found}): fit a probe to this one")
+    return Probe(head.weight, head.bias, head.classes, head.kind)
 
 
 def main(argv: list[str]) -> int:
@@ -34,7 +54,7 @@ def main(argv: list[str]) -> int:
     torch_module()
     check_out(args.out)
     run = load_run(args.workdir, args.step, tuple(args.spacing) if args.spacing else None)
-    lines = export(run, args.out, args.format)
+    lines = export(run, args.out, args.format, _probe(args.probe, run) if args.probe else None)
     print("\n".join([f"{args.out}: step {run.step} of {args.workdir}", *lines]))
     for file in sorted(args.out.iterdir()):
         print(f"  {file.name}  {file.stat().st_size:,} bytes")

@@ -20,6 +20,7 @@ from mg3d_jax import config as config_lib
 from mg3d_jax.errors import UserError
 from mg3d_jax.files import write_json
 from mg3d_jax.interop import export_card, export_format, export_monai
+from mg3d_jax.interop.export_format import Probe
 from mg3d_jax.interop.export_run import Inputs, Run, phantom_inputs, reference_features
 from mg3d_jax.models.towers.vit.monai import exact_gelu
 
@@ -27,32 +28,36 @@ TOLERANCE = 1e-4  # on l2-normalised embeddings and on normalised tokens, float3
 TEMPLATE = Path(__file__).parent / "torch_template" / "modeling_mg3d.py"
 
 
-def write_hugging_face(run: Run, folder: Path) -> list[str]:
+def write_hugging_face(run: Run, folder: Path, probe: Probe | None = None) -> list[str]:
     """Writes what `AutoModel.from_pretrained(folder, trust_remote_code=True)` loads. Returns lines to print."""
     from safetensors.numpy import save_file
 
     params, left_out = export_format.split_params(run.params)
     arguments = export_format.torch_config(run.config, params, run.spacing)
+    arguments |= export_format.head_arguments(run.config, params, run.label_names)
+    arguments |= probe.arguments() if probe else {}
     content = export_format.hugging_face_config(
         arguments, step=run.step, config_hash=config_lib.config_hash(run.config)
     )
     write_json(folder / "config.json", content)
     write_json(folder / "preprocessor_config.json", export_format.preprocessor_config(run.config, run.spacing))
-    save_file(export_format.torch_state(params, run.config), folder / "model.safetensors", metadata={"format": "pt"})
+    state = export_format.torch_state(params, run.config) | (probe.state() if probe else {})
+    save_file(state, folder / "model.safetensors", metadata={"format": "pt"})
     shutil.copyfile(TEMPLATE, folder / TEMPLATE.name)
     for file in sorted(run.tokenizer_folder.iterdir()):
         shutil.copyfile(file, folder / file.name)
     inputs = phantom_inputs(tuple(run.config.model.volume_size), run.spacing)
-    differences = compare(run, folder, inputs)
-    (folder / "README.md").write_text(export_card.model_card(run, differences, left_out))
+    differences = compare(run, folder, inputs, probe)
+    (folder / "README.md").write_text(export_card.model_card(run, differences, left_out, arguments))
     lines = [f"{name}: JAX and PyTorch differ by at most {value:.1e}" for name, value in differences.items()]
     if left_out:
         lines.append(f"not exported, needed in pre-training only: {', '.join(left_out)}")
     return lines
 
 
-def compare(run: Run, folder: Path, inputs: Inputs) -> dict[str, float]:
-    """Largest absolute difference of the volume and report embeddings between the Linen model and the exported one.
+def compare(run: Run, folder: Path, inputs: Inputs, probe: Probe | None = None) -> dict[str, float]:
+    """Largest absolute difference of the volume and report embeddings, and of the probabilities of heads, between the Linen
+    model and the exported one.
 
     Raises `UserError` above `TOLERANCE`, or where the exported tokenizer gives other ids.
     """
@@ -74,12 +79,26 @@ def compare(run: Run, folder: Path, inputs: Inputs) -> dict[str, float]:
         raise UserError(
             "the exported tokenizer gives other token ids than the run's: this tokenizer cannot be exported"
         )
+    volumes = torch.from_numpy(inputs.volumes)
     with torch.no_grad():
         found = {
-            "volume_embedding": model.encode_volume(torch.from_numpy(inputs.volumes)).numpy(),
+            "volume_embedding": model.encode_volume(volumes).numpy(),
             "report_embedding": model.encode_report(**text).numpy(),
         }
+        if probe:
+            name = "probability of the probe"
+            expected[name] = _sigmoid(expected["volume_embedding"] @ probe.weight.T + probe.bias)
+            found[name] = _sigmoid(model.probe_logits(volumes).numpy())
+        if export_format.HEAD in run.params:
+            name, head = "probability of the trained head", run.params[export_format.HEAD]
+            expected[name] = _sigmoid(expected["volume_pooled"] @ head["kernel"] + head["bias"])
+            found[name] = _sigmoid(model.classification_logits(volumes).numpy())
     return check_close(expected, found)
+
+
+def _sigmoid(logits: np.ndarray) -> np.ndarray:
+    """Logits have no scale of their own; a difference of probabilities means the same for every head."""
+    return 1 / (1 + np.exp(-logits))
 
 
 def check_close(expected: dict[str, np.ndarray], found: dict[str, np.ndarray]) -> dict[str, float]:
@@ -110,11 +129,22 @@ def write_monai(run: Run, folder: Path) -> list[str]:
     return lines
 
 
-FORMATS: dict[str, Callable[[Run, Path], list[str]]] = {"hf": write_hugging_face, "monai": write_monai}
+FORMATS: dict[str, Callable[..., list[str]]] = {"hf": write_hugging_face, "monai": write_monai}
 
 
-def export(run: Run, out: Path, form: str = "hf") -> list[str]:
-    """Writes and checks an export next to `out`, then moves it there: a failed export leaves `out` as it was."""
+def export(run: Run, out: Path, form: str = "hf", probe: Probe | None = None) -> list[str]:
+    """Writes and checks an export next to `out`, then moves it there: a failed export leaves `out` as it was.
+
+    Args:
+        probe: a linear head on the embeddings that goes with the "hf" format.
+    """
+    if probe is not None and form != "hf":
+        raise UserError(f"a probe reads the embedding, which the format {form!r} does not have: export it with hf")
+    if probe is not None and probe.weight.shape[1] != run.config.model.projection_dim:
+        raise UserError(
+            f"the probe is for embeddings of {probe.weight.shape[1]} numbers, the run's have "
+            f"{run.config.model.projection_dim}: give the probe that was fitted to this run"
+        )
     for name in export_format.TOWERS:
         encoder = getattr(run.config.model, name)
         if encoder.tower.to_torch is None:
@@ -126,7 +156,7 @@ def export(run: Run, out: Path, form: str = "hf") -> list[str]:
     check_out(out)
     out.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=f".{out.name}.", dir=out.parent) as name:
-        lines = FORMATS[form](run, Path(name))
+        lines = FORMATS[form](run, Path(name), **({"probe": probe} if probe else {}))
         out.mkdir(exist_ok=True)
         for file in sorted(Path(name).iterdir()):
             os.replace(file, out / file.name)

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any
+
 from mg3d_jax import __version__
 from mg3d_jax.interop.export_run import Run
 from mg3d_jax.models.towers.vit.monai import stream_scale
@@ -41,8 +44,27 @@ def _geometry(run: Run) -> str:
 | windows | {windows}, scaled to 0..1 |"""
 
 
-def model_card(run: Run, differences: dict[str, float], left_out: list[str]) -> str:
-    """README.md of the Hugging Face format."""
+def _heads(arguments: Mapping[str, Any]) -> str:
+    """How the heads that are in the export are called; "" where there is none."""
+    texts = {
+        "head": ("classification_logits", "The head that the encoder was trained with"),
+        "probe": ("probe_logits", "A linear probe, fitted to the embeddings of this model"),
+    }
+    found = []
+    for name, (method, what) in texts.items():
+        if classes := arguments.get(f"{name}_classes"):
+            several = arguments[f"{name}_kind"] == "multi_class"
+            turned = "softmax(-1)" if several else "sigmoid()"
+            found.append(
+                f"{what} scores {len(classes)} classes (`model.config.{name}_classes`): `model.{method}(hu[None]).{turned}`."
+            )
+    return "".join(f"\n{text}\n" for text in found)
+
+
+def model_card(
+    run: Run, differences: dict[str, float], left_out: list[str], arguments: Mapping[str, Any] | None = None
+) -> str:
+    """README.md of the Hugging Face format. `arguments` are those of `MG3DConfig`."""
     compared = "\n".join(f"| {name} | {value:.1e} |" for name, value in differences.items())
     not_here = f"\nNot exported, because only pre-training needs it: {', '.join(left_out)}.\n" if left_out else ""
     return f"""\
@@ -74,7 +96,7 @@ probability = (model.logit_scale.exp() * volume @ prompts.T).softmax(-1)[0, 0]
 
 `model.encode_texts` takes texts as lists of sentences; `model.tokenize` and `model.encode_report` are its two halves.
 `model.encode_volume(hu, return_tokens=True)` also gives the patch features. The code is one file, `modeling_mg3d.py`.
-
+{_heads(arguments or {})}
 ## What it expects
 
 {_geometry(run)}

@@ -6,6 +6,8 @@ Towers map their own (`models/towers`); what is exported is checked against PyTo
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
+from dataclasses import dataclass
 from math import prod
 from typing import Any
 
@@ -22,14 +24,51 @@ MARKER = "mg3d_jax"  # key of config.json by which an earlier export is recognis
 # Of `tower_arguments`, what leaves the function of a tower as it is, or shows in shapes.
 FREE_ARGUMENTS = frozenset({"pooling", "vocab_size", "max_positions"})
 TOWERS = ("volume_encoder", "report_encoder")
+HEAD = "classification_head"
+PROBE = "probe"
 EXPORTED = (*TOWERS, "report_pool", "volume_projection", "report_projection", "logit_scale")
+
+
+@dataclass(frozen=True)
+class Probe:
+    """A linear head on embeddings of length 1: `logits = embeddings @ weight.T + bias`.
+
+    `weight` float32 `[L, k]`, `bias` `[L]`, the names of its L classes, its kind ("multi_label" or "multi_class").
+    """
+
+    weight: np.ndarray
+    bias: np.ndarray
+    classes: tuple[str, ...]
+    kind: str
+
+    def arguments(self) -> dict[str, Any]:
+        """Those of `MG3DConfig`."""
+        return {"probe_classes": list(self.classes), "probe_kind": self.kind}
+
+    def state(self) -> dict[str, np.ndarray]:
+        """Under PyTorch's names."""
+        return {f"{PROBE}.weight": self.weight.astype(np.float32), f"{PROBE}.bias": self.bias.astype(np.float32)}
+
+
+def head_arguments(config: Config, params: dict[str, Any], label_names: Sequence[str]) -> dict[str, Any]:
+    """Those of `MG3DConfig` for the head that a run was trained with; none without one.
+
+    Args:
+        label_names: of its training data; numbers stand for them where they are not known.
+    """
+    if HEAD not in params:
+        return {}
+    count = len(params[HEAD]["bias"])
+    names = list(label_names) if len(label_names) == count else [f"label {number}" for number in range(count)]
+    return {"head_classes": names, "head_kind": config.tasks["classification"].kind}
 
 
 def split_params(params: dict[str, Any]) -> tuple[dict[str, Any], list[str]]:
     """The part of a run's parameters that PyTorch users get, and the names of the rest (heads of the pre-training)."""
     if missing := [name for name in EXPORTED if name not in params]:
         raise UserError(f"the checkpoint lacks {missing}: it is not a checkpoint of the MG3D model")
-    kept = [*EXPORTED, *({"logit_bias"} & params.keys())]  # the sigmoid loss has one
+    # The sigmoid loss has a bias, a fine-tuned run a head.
+    kept = [*EXPORTED, *(name for name in ("logit_bias", HEAD) if name in params)]
     return {name: params[name] for name in kept}, sorted(params.keys() - set(kept))
 
 

@@ -37,6 +37,7 @@ class Run:
     step: int
     spacing: Spacing
     sources: tuple[str, ...]  # layouts of the data sets that it was trained on, e.g. "ctrate"
+    label_names: tuple[str, ...] = ()  # of its training data, as far as that is known
 
     @property
     def tokenizer(self) -> ReportTokenizer:
@@ -60,7 +61,8 @@ def load_run(workdir: Path, step: int | None = None, spacing: Spacing | None = N
         )
     source = run.prepared("source")
     sources = (source,) if source else ()
-    return Run(run.config, params, workdir / TOKENIZER_FOLDER, run.step, tuple(spacing), sources)
+    names = tuple(run.prepared("label_names") or ())
+    return Run(run.config, params, workdir / TOKENIZER_FOLDER, run.step, tuple(spacing), sources, names)
 
 
 @dataclass(frozen=True)
@@ -94,7 +96,8 @@ def reference_features(run: Run, volumes: np.ndarray, reports: Sequence[Sequence
 
     def features(params: Any) -> dict[str, jax.Array]:
         windowed = step_inputs.window(volumes, run.config.data.windows)
-        volume = model.apply({"params": params}, windowed, method="embed_volume")
+        names = ("volume_tokens", "volume_pooled", "volume_embedding")
+        volume = model.apply({"params": params}, {"volume": windowed}, names, method="compute")
         return volume | model.apply({"params": params}, text, method="embed_report")
 
     with jax.default_matmul_precision("highest"):

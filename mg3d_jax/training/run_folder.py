@@ -78,6 +78,7 @@ def facts(config: Config, vocab_size: int, data: PreparedData, flops: Flops) -> 
         "flops": asdict(flops),  # of one patient; a resume need not trace the model to count them
         "records": data.lengths,  # of each folder: they make the order of the samples
         "spacing": data.spacing,  # mm, None if it differs between volumes; exports say it to their users
+        "label_names": data.label_names,  # of a classification head
         "source": " + ".join(sorted({reader.manifest["source"] for reader in data.readers})),
     }
 

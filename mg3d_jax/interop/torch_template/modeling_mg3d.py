@@ -36,6 +36,10 @@ class MG3DConfig(PretrainedConfig):
     volume_size (voxels), spacing (mm) and orientation "RAS" say which grid `encode_volume` takes; windows (HU) what it
     does to the voxels. report_sentences > 0: the model was trained on views of so many sentences, cut at report_tokens,
     and embeds a longer report as the mean over such groups; 0: it embeds reports whole.
+
+    probe_classes: what `probe_logits` scores, a linear head that was fitted to embeddings; head_classes: what
+    `classification_logits` scores, the head that the encoder was trained with. Without classes there is no such head.
+    Kinds: "multi_label", a sigmoid for each class, or "multi_class", a softmax over them.
     """
 
     model_type = "mg3d"
@@ -74,6 +78,10 @@ class MG3DConfig(PretrainedConfig):
         report_tokens: int = 0,
         projection_dim: int = 512,
         logit_bias: bool = False,
+        probe_classes: Sequence[str] = (),
+        probe_kind: str = "multi_label",
+        head_classes: Sequence[str] = (),
+        head_kind: str = "multi_label",
         **kwargs,
     ):
         self.orientation = "RAS"
@@ -92,6 +100,8 @@ class MG3DConfig(PretrainedConfig):
         self.max_tokens, self.max_sentences = max_tokens, max_sentences
         self.report_sentences, self.report_tokens = report_sentences, report_tokens
         self.projection_dim, self.logit_bias = projection_dim, logit_bias
+        self.probe_classes, self.probe_kind = list(probe_classes), probe_kind
+        self.head_classes, self.head_kind = list(head_classes), head_kind
         super().__init__(**{key: value for key, value in kwargs.items() if key != "orientation"})
 
 
@@ -368,6 +378,10 @@ class MG3DModel(PreTrainedModel):
         self.report_projection = nn.Linear(config.report_width, config.projection_dim)
         self.logit_scale = nn.Parameter(torch.zeros(()))
         self.logit_bias = nn.Parameter(torch.zeros(())) if config.logit_bias else 0.0  # of the sigmoid (SigLIP) loss
+        if config.probe_classes:
+            self.probe = nn.Linear(config.projection_dim, len(config.probe_classes))
+        if config.head_classes:
+            self.classification_head = nn.Linear(config.volume_width, len(config.head_classes))
         self.post_init()
 
     def _init_weights(self, module: nn.Module) -> None:
@@ -408,6 +422,24 @@ class MG3DModel(PreTrainedModel):
 
         With `return_tokens` also the patch features [B, N, d], row-major over the patch grid.
         """
+        tokens, pooled = self._encode(hu)
+        embedding = F.normalize(self.volume_projection(pooled).float(), dim=-1, eps=1e-6)
+        return (embedding, tokens) if return_tokens else embedding
+
+    def probe_logits(self, hu: Tensor) -> Tensor:
+        """HU as for `encode_volume` -> logits [B, L] of `config.probe_classes`, by the linear probe of the embeddings."""
+        if not self.config.probe_classes:
+            raise ValueError("this export has no probe: `mg3d export --probe FILE` adds one")
+        return self.probe(self.encode_volume(hu).to(self.probe.weight.dtype)).float()
+
+    def classification_logits(self, hu: Tensor) -> Tensor:
+        """HU as for `encode_volume` -> logits [B, L] of `config.head_classes`, by the head that it was trained with."""
+        if not self.config.head_classes:
+            raise ValueError("this model was trained without a classification head")
+        return self.classification_head(self._encode(hu)[1]).float()
+
+    def _encode(self, hu: Tensor) -> tuple[Tensor, Tensor]:
+        """Patch features [B, N, d] and pooled features [B, d]."""
         size = tuple(self.config.volume_size)
         if tuple(hu.shape[1:]) != size:
             spacing = " x ".join(map(str, self.config.spacing))
@@ -419,9 +451,7 @@ class MG3DModel(PreTrainedModel):
             warnings.warn(
                 "all voxels are within -1..1: encode_volume takes HU and does the windowing itself", stacklevel=2
             )
-        tokens, pooled = self.volume_encoder(self.window(hu))
-        embedding = F.normalize(self.volume_projection(pooled).float(), dim=-1, eps=1e-6)
-        return (embedding, tokens) if return_tokens else embedding
+        return self.volume_encoder(self.window(hu))
 
     def encode_report(
         self, input_ids: Tensor, attention_mask: Tensor, sentence_index: Tensor, *, return_tokens: bool = False
