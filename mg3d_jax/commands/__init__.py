@@ -24,7 +24,12 @@ for _name, _module, _summary in (
     ("prepare", "mg3d_jax.commands.prepare", "volumes and reports on disk -> checked, sharded training records"),
     ("train", "mg3d_jax.commands.train", "train from a config; the same command resumes"),
     ("report", "mg3d_jax.commands.report", "one HTML page of a run: curves, slices, evaluations, configuration"),
-    ("evaluate", "mg3d_jax.commands.evaluate", "zero-shot AUROC and retrieval of a trained run"),
+    (
+        "evaluate",
+        "mg3d_jax.commands.evaluate",
+        "zero-shot, retrieval and probes: of a run, or of any model's embeddings",
+    ),
+    ("embed", "mg3d_jax.commands.embed", "volumes, reports and prompts of a run to .npz or .parquet"),
     ("attend", "mg3d_jax.commands.attend", "where in a scan a sentence looks: NIfTI map and overlay"),
     ("sweep", "mg3d_jax.commands.sweep", "scaling-law sweeps: plan, run, status, fit"),
     ("import", "mg3d_jax.commands.import_", "read published weights: BERT types, MONAI's ViT and Swin"),

@@ -233,17 +233,18 @@ class LocalBatches:
 
 
 class EvaluationBatches:
-    """Random access to this process's `rows` of the batches of all records in order; rows beyond the end are not valid."""
+    """Random access to this process's `rows` of the batches of all records in order, from batch `start` on; rows beyond the
+    end are not valid."""
 
-    def __init__(self, reader: BatchReader, rows: Sequence[int], batch_size: int):
-        self.reader, self.rows, self.batch_size = reader, rows, batch_size
+    def __init__(self, reader: BatchReader, rows: Sequence[int], batch_size: int, start: int = 0):
+        self.reader, self.rows, self.batch_size, self.start = reader, rows, batch_size, start
 
     def __len__(self) -> int:
-        return math.ceil(len(self.reader.data) / self.batch_size)
+        return max(0, math.ceil(len(self.reader.data) / self.batch_size) - self.start)
 
     def __getitem__(self, i: int) -> dict[str, np.ndarray]:
         records = len(self.reader.data)
-        positions = np.array([i * self.batch_size + row for row in self.rows])
+        positions = np.array([(self.start + i) * self.batch_size + row for row in self.rows])
         local = self.reader([min(int(position), records - 1) for position in positions])
         local["valid"] &= positions < records
         return local
@@ -325,16 +326,17 @@ def train_batches(
 
 def evaluation_batches(
     data: PreparedData, tokenizer: ReportTokenizer, mesh: Mesh, batch_size: int, *, threads: int,
-    log_folder: Path | None = None, max_bad_records: int = 0,
+    log_folder: Path | None = None, max_bad_records: int = 0, start: int = 0,
 ) -> Iterator[dict]:  # fmt: skip
-    """Every record once, in order; the last batch is padded with `valid = False` rows. Read ahead in `threads` threads.
+    """Every record once, in order, from batch number `start` on; the last batch is padded with `valid = False` rows. Read
+    ahead in `threads` threads.
 
     A damaged record is a `UserError`: results are of all records. With `max_bad_records` as many are skipped as in
     `train_batches`, for the held-out loss during training.
     """
     bad = BadRecords(log_folder, max_bad_records) if max_bad_records else None
     reader = BatchReader(data, tokenizer, bad)
-    source = EvaluationBatches(reader, sharding.local_rows(mesh, batch_size), batch_size)
+    source = EvaluationBatches(reader, sharding.local_rows(mesh, batch_size), batch_size, start)
     batches = host_batches(source, threads=threads, workers=0)
     try:
         for local in batches:

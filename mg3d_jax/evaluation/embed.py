@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,6 +16,7 @@ from mg3d_jax import sharding
 from mg3d_jax.data.pipeline import PreparedData, evaluation_batches
 from mg3d_jax.data.record import RecordText
 from mg3d_jax.data.tokens import ReportTokenizer
+from mg3d_jax.errors import UserError
 from mg3d_jax.evaluation.base import Embedded, Evaluation, Model, Phrasings, Prompts
 from mg3d_jax.models.mg3d import MAX_LOGIT_SCALE
 from mg3d_jax.objectives.pairwise import l2_normalize
@@ -82,18 +83,27 @@ class Embedder:
 
         A damaged record is a `UserError`, or skipped and named as `bad_records`, the options of `evaluation_batches`, say.
         """
-        names, found = ("embedding", "labels", "record_index"), []
-        threads = self.config.data.read_threads
+        found = []
+        for rows in self.volume_batches(params, data, **bad_records):
+            found.append(rows)
+            if progress is not None:
+                progress.advance(len(rows["embedding"]))
+        if not found:
+            raise UserError(f"{', '.join(str(reader.folder) for reader in data.readers)}: there is no record to embed")
+        return {name: np.concatenate([rows[name] for rows in found]) for name in found[0]}
+
+    def volume_batches(
+        self, params: Any, data: PreparedData, *, start: int = 0, **bad_records: Any
+    ) -> Iterator[dict[str, np.ndarray]]:
+        """Yields what `volumes` returns, batch by batch of `batch_size` records, from batch number `start` on."""
         batches = evaluation_batches(
-            data, self.tokenizer, self.setup.mesh, self.batch_size, threads=threads, **bad_records
-        )
+            data, self.tokenizer, self.setup.mesh, self.batch_size, threads=self.config.data.read_threads, start=start,
+            **bad_records,
+        )  # fmt: skip
         for batch in batches:
             with sharding.in_mesh(self.setup.mesh):
                 rows = _fetch(self._embed_volumes(params, {name: batch[name] for name in ("volume", *FACTS)}))
-            found.append({name: rows[name][rows["valid"]] for name in names})
-            if progress is not None:
-                progress.advance(int(rows["valid"].sum()))
-        return {name: np.concatenate([rows[name] for rows in found]) for name in names}
+            yield {name: rows[name][rows["valid"]] for name in ("embedding", "labels", "record_index")}
 
     def volume(self, params: Any, hounsfield: np.ndarray) -> np.ndarray:
         """The embedding [k] of one volume, int16 HU [X, Y, Z]. Every device embeds it."""
@@ -141,6 +151,26 @@ class Embedder:
 
 
 PromptSets = Mapping[str, Mapping[str, Phrasings]]  # of an evaluation: set -> class -> (present, absent)
+
+
+def prompt_entries(sets: PromptSets) -> list[list[Sentences]]:
+    """What `Embedder.tokenize` takes: of each set the present prompts of all classes, then the absent ones."""
+    return [
+        [[sentence] for sentence in pair[side]]
+        for by_class in sets.values()
+        for side in (0, 1)
+        for pair in by_class.values()
+    ]
+
+
+def prompts_of(sets: PromptSets, rows: np.ndarray) -> dict[str, Prompts]:
+    """The sets of prompts from the embeddings of their `prompt_entries`, `[entries, k]`."""
+    start, found = 0, {}
+    for title, by_class in sets.items():
+        end = start + 2 * len(by_class)
+        found[title] = Prompts(tuple(by_class), rows[start:end].reshape(2, len(by_class), -1))
+        start = end
+    return found
 
 
 class DataEmbedder:
@@ -226,18 +256,7 @@ class DataEmbedder:
         }
 
     def _embed_prompts(self, params: Any, name: str, sets: PromptSets) -> dict[str, Prompts]:
-        entries = [
-            [[sentence] for sentence in pair[side]]
-            for by_class in sets.values()
-            for side in (0, 1)
-            for pair in by_class.values()
-        ]
-        rows, start, found = self._embed_texts(params, f"prompts of {name}", entries), 0, {}
-        for title, by_class in sets.items():
-            end = start + 2 * len(by_class)
-            found[title] = Prompts(tuple(by_class), rows[start:end].reshape(2, len(by_class), -1))
-            start = end
-        return found
+        return prompts_of(sets, self._embed_texts(params, f"prompts of {name}", prompt_entries(sets)))
 
     def _embed_texts(self, params: Any, of: str, entries: Sequence[Sequence[Sentences]]) -> np.ndarray:
         if of not in self._texts:
