@@ -19,7 +19,8 @@ from mg3d_jax.data.abnormalities import ABNORMALITIES
 from mg3d_jax.data.tokens import ReportTokenizer
 from mg3d_jax.errors import UserError
 from mg3d_jax.evaluation import evaluate as evaluate_lib
-from mg3d_jax.evaluation import zero_shot
+from mg3d_jax.evaluation import prompts as prompts_lib
+from mg3d_jax.evaluation import scoring
 from mg3d_jax.evaluation.attend import Relevance, SentenceMaps
 from mg3d_jax.evaluation.embed import Embedder, logit_scale
 from mg3d_jax.evaluation.hooks import chosen_hooks
@@ -121,17 +122,23 @@ class Run:
             logger.warning("%d texts are longer than the %d tokens that the run reads", cut, self.tokenizer.max_tokens)
         return self._embedder.texts(self.restored.params, self._embedder.tokenize(entries))
 
-    def zero_shot(self, scan: ScanSource, labels: Sequence[str] | None = None) -> dict[str, float]:
+    def zero_shot(
+        self, scan: ScanSource, labels: Sequence[str] | None = None, *, prompts: str = "ct_clip"
+    ) -> dict[str, float]:
         """The probability that each finding is present, by the protocol of `mg3d evaluate`: a softmax over the prompts
         "{label} is present." and "{label} is not present.".
 
         Args:
             labels: names of findings; None takes the 18 of CT-RATE.
+            prompts: another way to ask, one of `evaluation.prompts.PROMPT_SETS`, or a file with prompts for the labels.
         """
         labels = ABNORMALITIES if labels is None else tuple(labels)
-        prompts = self.embed_texts(zero_shot.prompts(labels))
+        asked = prompts_lib.prompts_of(prompts, labels)
+        entries = [[[phrase] for phrase in asked[label][side]] for side in (0, 1) for label in labels]
+        embedded = self._embedder.texts(self.restored.params, self._embedder.tokenize(entries))
+        pairs = embedded.reshape(2, len(labels), -1)
         volume = self.embed_volume(scan)[None]
-        found = zero_shot.probabilities(volume, prompts, logit_scale(self.restored.params))[0]
+        found = scoring.probabilities(volume, pairs, logit_scale(self.restored.params))[0]
         return dict(zip(labels, map(float, found), strict=True))
 
     def attend(self, scan: ScanSource, text: str, method: str = "auto") -> Relevance:

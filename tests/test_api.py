@@ -15,7 +15,7 @@ from mg3d_jax.data.abnormalities import ABNORMALITIES
 from mg3d_jax.data.pipeline import PreparedData
 from mg3d_jax.data.tokens import ReportTokenizer
 from mg3d_jax.errors import UserError
-from mg3d_jax.evaluation import zero_shot
+from mg3d_jax.evaluation import scoring
 from mg3d_jax.evaluation.base import chosen
 from mg3d_jax.evaluation.embed import DataEmbedder, Embedder
 
@@ -75,13 +75,14 @@ def test_reports_and_prompts_are_embedded_as_by_evaluate(run, data, embedded):
     reports = embedded["retrieval"].reports
     closest = np.abs(found[:, None] - reports[None]).max(axis=-1).min(axis=1)
     assert found.shape == (len(records), reports.shape[1]) and closest.max() < 2e-6
-    prompts = run.embed_texts([prompt for [prompt] in zero_shot.prompts(ABNORMALITIES)])
-    np.testing.assert_allclose(prompts, embedded["zero_shot"].texts, atol=2e-6)
+    for side, words in enumerate(("present", "not present")):
+        prompts = run.embed_texts([f"{name} is {words}." for name in ABNORMALITIES])
+        np.testing.assert_allclose(prompts, embedded["zero_shot"].prompts["ct_clip"].embeddings[side], atol=2e-6)
 
 
 def test_zero_shot_has_the_protocol_of_evaluate(run, data, embedded):
     one = embedded["zero_shot"]
-    expected = zero_shot.probabilities(one.volumes, one.texts, one.logit_scale)
+    expected = scoring.probabilities(one.volumes, one.prompts["ct_clip"].embeddings, one.logit_scale)
     found = run.zero_shot(data["files"][1])
     assert tuple(found) == ABNORMALITIES
     np.testing.assert_allclose(list(found.values()), expected[1], atol=1e-5)
