@@ -9,11 +9,12 @@ from sklearn.metrics import average_precision_score, balanced_accuracy_score, br
 from support import embedded
 from test_evaluation_probes import embeddings
 
+from mg3d_jax.commands.main import main
 from mg3d_jax.errors import UserError
 from mg3d_jax.evaluation import class_scores
 from mg3d_jax.evaluation.bootstrap import PatientDraws
 from mg3d_jax.evaluation.probe import Probe, ProbeOptions
-from mg3d_jax.evaluation.probes import linear_probe, nearest_neighbours
+from mg3d_jax.evaluation.probes import linear_probe, load_head, nearest_neighbours
 
 NAMES = ("a", "b", "c")
 QUICK = {"draws": 40, "seeds": 2, "fractions": (10.0, 100.0)}
@@ -148,8 +149,6 @@ def test_patients_in_both_sets_are_left_out_of_the_fit():
     assert "2 patients are in the training and the evaluated set" in probe.sections(result)[0].warnings[0]
     with pytest.raises(UserError, match="measure memory"):
         probe.full(dataclasses.replace(one, train=one))
-    with pytest.raises(UserError, match="the same, in the same order"):
-        probe.full(found(label_names=("a", "c", "b")))
 
 
 def test_a_class_that_training_lacks_is_named():
@@ -187,3 +186,81 @@ def test_a_probe_of_several_classes():
 )
 def test_wrong_options(options, says):
     assert says in Probe.problems(ProbeOptions(**options), None)[0]
+
+
+def test_classes_are_found_by_name():
+    """As for an external set, whose labels are fewer, others, and in another order."""
+    one, probe = found(), Probe(ProbeOptions(**QUICK))
+    expected = probe.full(one)
+    other = dataclasses.replace(
+        one, labels=np.concatenate([one.labels[:, [1, 0]], one.labels[:, :1]], axis=1), label_names=("b", "a", "new")
+    )
+    result = probe.full(other)
+    for name in ("a", "b"):
+        assert result["linear"][f"auroc/{name}"] == pytest.approx(expected["linear"][f"auroc/{name}"])
+    assert result["linear"]["classes_not_learned"] == ["new"] and sorted(result["by_class"]) == ["a", "b"]
+    with pytest.raises(UserError, match="no class is in both"):
+        probe.full(dataclasses.replace(one, label_names=("x", "y", "z")))
+    with pytest.raises(UserError, match="must be the same"):
+        Probe(ProbeOptions(**QUICK, kind="multi_class")).full(other)
+
+
+@pytest.fixture
+def files(tmp_path):
+    """The two sets as files; the labels of the evaluated one are in a table, as Rad-ChestCT's would be."""
+    one = found()
+    for name, part in (("train", one.train), ("test", one)):
+        arrays = {"volume_embeddings": part.volumes, "volume_ids": part.volume_ids, "patient_ids": part.patients}
+        if name == "train":
+            about = np.array(json.dumps({"run": "RUN", "step": 3, "config_hash": "abc"}))
+            arrays |= {"labels": part.labels, "label_names": np.array(NAMES, str), "about": about}
+        np.savez(tmp_path / f"{name}.npz", **arrays)
+    rows = [[volume, *map(str, row)] for volume, row in zip(one.volume_ids, one.labels, strict=True)]
+    lines = [",".join(["volume_id", *NAMES]), *(",".join(row) for row in rows)]
+    (tmp_path / "labels.csv").write_text("\n".join(lines) + "\n")
+    return tmp_path, one
+
+
+def command(folder, *more):
+    train, test = str(folder / "train.npz"), str(folder / "test.npz")
+    return ["probe", "--train", train, "--test", test, "--out", str(folder / "out"), *more]
+
+
+def test_the_command_on_files_of_embeddings(files, capsys):
+    folder, one = files
+    labels = ["--test-labels", str(folder / "labels.csv")]
+    options = ["--fractions", "10,100", "--seeds", "2", "--evaluations.probe.draws=40"]
+    assert main(command(folder, *labels, *options)) == 0
+    expected, out = Probe(ProbeOptions(**QUICK)).full(one), folder / "out"
+    result = json.loads((out / "evaluation.json").read_text())["probe"]
+    assert result["linear"]["auroc_macro"] == pytest.approx(expected["linear"]["auroc_macro"])
+    assert [row["percent"] for row in result["few_shot"]] == [10.0, 100.0]
+    flat = json.loads((out / "metrics.json").read_text())
+    assert flat["probe/method=linear/labels=multi_label/train_patients=100%/auroc_macro"] == pytest.approx(
+        expected["linear"]["auroc_macro"]
+    )
+    head = load_head(out / "probe.safetensors")
+    assert head.classes == NAMES and head.facts["step"] == 3 and head.facts["config_hash"] == "abc"
+    np.testing.assert_allclose(
+        head.logits(one.volumes)[:, 0], linear_probe(
+            one.train.volumes, one.train.labels, one.train.patients, one.volumes
+        ).scores[:, 0], atol=1e-3,
+    )  # fmt: skip
+    assert (out / "classes.csv").read_text().splitlines()[0].startswith("evaluation,class,auroc")
+    shown = capsys.readouterr().out
+    assert "Probes of the embeddings" in shown and "few patients" in shown and "probe.safetensors" in shown
+
+
+def test_what_the_command_refuses(files, capsys):
+    folder, _ = files
+    assert main(command(folder)) == 2
+    assert "there are no labels" in capsys.readouterr().err
+    for words, says in (
+        (["--step", "3"], "give --workdir RUN"),
+        (["--workdir", "RUN", "--train-labels", "x.csv"], "prepared folders have their labels"),
+        (["--kind", "x"], "invalid choice"),
+        (["--batch-size", "0"], "at least 1"),
+    ):
+        with pytest.raises(SystemExit):
+            main(command(folder, *words))
+        assert says in capsys.readouterr().err

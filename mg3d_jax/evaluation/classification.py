@@ -66,7 +66,11 @@ class Classification(Evaluation):
         result = class_scores.scored(
             one.labels, one.logits, one.names, one.patients, kind=one.kind, draws=self.settings.draws
         )
-        return {"protocol": PROTOCOL, "kind": one.kind, "volumes": len(one.logits)} | result
+        rows = {
+            name: {"auroc": value, "auroc_low": low, "auroc_high": high}
+            for name, value, (low, high) in class_scores.class_rows(result)
+        }
+        return {"protocol": PROTOCOL, "kind": one.kind, "volumes": len(one.logits)} | result | {"by_class": rows}
 
     def flat(self, result: Mapping[str, Any]) -> dict[str, float | list[float]]:
         return class_scores.flat(result, _protocol_of(result["kind"])) if result else {}

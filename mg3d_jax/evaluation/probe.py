@@ -127,6 +127,17 @@ class Probe(Evaluation):
         result["linear"]["penalties"] = {names[i]: float(fitted.linear.penalties[i]) for i in learned}
         result["linear"]["penalties_at_edge"] = [names[i] for i in fitted.linear.at_edge]
         result["neighbours"]["count"] = fitted.neighbours
+        near = result["neighbours"]
+        result["by_class"] = {
+            name: {
+                "auroc": value,
+                "auroc_low": low,
+                "auroc_high": high,
+                "auroc_neighbours": near[f"auroc/{name}"],
+                "penalty": result["linear"]["penalties"][name],
+            }
+            for name, value, (low, high) in class_scores.class_rows(result["linear"])
+        }
         result["few_shot"] = self._few_shot(found, fitted)
         return result
 
@@ -178,12 +189,12 @@ class Probe(Evaluation):
         return head_of(fitted.linear, found.label_names, self.settings.kind, dict(facts) | {"fitted_to": train})
 
     def fit(self, found: Embedded) -> Fitted | None:
-        """None without training volumes. Of the same embeddings once.
+        """None without training volumes, or without labels. Of the same embeddings once.
 
-        Training volumes of patients that are also evaluated are left out. `UserError` where none remains, or where the
-        labels of the two sets are others.
+        Training volumes of patients that are also evaluated are left out; classes are found by name. `UserError` where no
+        patient or no class remains.
         """
-        if found.train is None or not len(found.train.volumes):
+        if found.train is None or not len(found.train.volumes) or not found.label_names:
             return None
         if self._last is None or self._last[0] is not found:
             self._last = (found, _fit(found, found.train, self.settings))
@@ -225,11 +236,6 @@ class Probe(Evaluation):
 
 
 def _fit(found: Embedded, train: Embedded, settings: ProbeOptions) -> Fitted:
-    if train.label_names != found.label_names:
-        raise UserError(
-            f"the training volumes have the labels {', '.join(train.label_names)}, the evaluated ones "
-            f"{', '.join(found.label_names)}: a probe needs the same, in the same order"
-        )
     shared = np.isin(train.patients, found.patients)
     if shared.all():
         raise UserError(
@@ -240,6 +246,9 @@ def _fit(found: Embedded, train: Embedded, settings: ProbeOptions) -> Fitted:
     if count:
         logger.warning("probe: %d training patients are evaluated, too: they are left out of the fit", count)
         train = _rows(train, ~shared)
+    train = dataclasses.replace(
+        train, labels=_same_classes(train, found.label_names, settings.kind), label_names=found.label_names
+    )
     x, labels, patients = train.volumes, train.labels, train.patients
     linear = linear_probe(x, labels, patients, found.volumes, seed=settings.seed, kind=settings.kind)
     judged = class_scores.judged_labels(labels, settings.kind)
@@ -247,6 +256,25 @@ def _fit(found: Embedded, train: Embedded, settings: ProbeOptions) -> Fitted:
     with np.errstate(divide="ignore"):  # a share of 0 or 1 is an infinite logit
         odds = np.log(near.scores) - (0 if settings.kind == class_scores.MULTI_CLASS else np.log1p(-near.scores))
     return Fitted(linear, {"linear": linear.scores, "neighbours": odds}, near.count, train, count)
+
+
+def _same_classes(train: Embedded, names: Sequence[str], kind: str) -> np.ndarray:
+    """The labels of the training volumes for these classes, by name; unknown for those that they lack."""
+    if kind == class_scores.MULTI_CLASS and set(train.label_names) != set(names):
+        raise UserError(
+            f"the training volumes have the classes {', '.join(train.label_names)}, the evaluated ones {', '.join(names)}: "
+            "classes that exclude one another must be the same"
+        )
+    column = {name: place for place, name in enumerate(train.label_names)}
+    if not column.keys() & set(names):
+        raise UserError(
+            f"the training volumes have labels for {', '.join(train.label_names)}, the evaluated ones for "
+            f"{', '.join(names)}: no class is in both; rename the columns"
+        )
+    if lacking := [name for name in names if name not in column]:
+        logger.warning("probe: the training volumes have no labels for %s", ", ".join(lacking))
+    unknown = np.full(len(train.labels), -1, np.int8)
+    return np.stack([train.labels[:, column[name]] if name in column else unknown for name in names], axis=1)
 
 
 def _rows(one: Embedded, rows: np.ndarray) -> Embedded:
