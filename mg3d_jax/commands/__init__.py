@@ -30,7 +30,6 @@ for _name, _module, _summary in (
         "zero-shot, retrieval and probes: of a run, or of any model's embeddings",
     ),
     ("embed", "mg3d_jax.commands.embed", "volumes, reports and prompts of a run to .npz or .parquet"),
-    ("evaluate", "mg3d_jax.commands.evaluate", "zero-shot AUROC and retrieval of a trained run"),
     ("probe", "mg3d_jax.commands.probe", "linear probe, nearest neighbours, few patients; heads to keep"),
     ("attend", "mg3d_jax.commands.attend", "where in a scan a sentence looks: NIfTI map and overlay"),
     ("sweep", "mg3d_jax.commands.sweep", "scaling-law sweeps: plan, run, status, fit"),
