@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -49,7 +49,7 @@ def svg(chart: Chart) -> str:
     return buffer.getvalue()
 
 
-def plain_axes(axes: Axes, grid: str = "y") -> None:
+def plain_axes(axes: Axes, grid: Literal["both", "x", "y"] = "y") -> None:
     """No frame but the base line, thin grid lines along `grid`."""
     axes.grid(axis=grid, linewidth=0.7)
     axes.set_axisbelow(True)

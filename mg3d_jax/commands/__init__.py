@@ -31,6 +31,7 @@ for _name, _module, _summary in (
     ),
     ("embed", "mg3d_jax.commands.embed", "volumes, reports and prompts of a run to .npz or .parquet"),
     ("probe", "mg3d_jax.commands.probe", "linear probe, nearest neighbours, few patients; heads to keep"),
+    ("compare", "mg3d_jax.commands.compare", "two evaluated models: differences with paired intervals"),
     ("attend", "mg3d_jax.commands.attend", "where in a scan a sentence looks: NIfTI map and overlay"),
     ("sweep", "mg3d_jax.commands.sweep", "scaling-law sweeps: plan, run, status, fit"),
     ("import", "mg3d_jax.commands.import_", "read published weights: BERT types, MONAI's ViT and Swin"),
