@@ -437,3 +437,14 @@ def test_what_is_shown_is_drawn():
     assert len(curve["low"]) == 101 and curve["true_positive_rate"][-1] == 1
     assert all(low <= high for low, high in zip(curve["low"], curve["high"], strict=True))
     assert sum(result["calibration"]["count"]) == (embedded().labels >= 0).sum()
+
+
+def test_few_volumes_are_said_and_not_called_inverted():
+    result = evaluation().full(embedded(patients=8, sign=0.5))
+    assert any("Every class has fewer than 10 volumes" in text for text in result["warnings"])
+    assert not any(row["inverted"] for row in result["by_class"].values())
+    labels = embedded().labels.copy()
+    labels[:, 0] = 0
+    labels[:3, 0] = 1
+    result = evaluation().full(dataclasses.replace(embedded(), labels=labels))
+    assert any("says little: a (3 present, " in text for text in result["warnings"])

@@ -17,9 +17,11 @@ ALIKE = 0.98  # mean cosine of volumes that can hardly be told apart
 
 
 def sign(row: Mapping[str, Any]) -> dict[str, Any]:
-    """`inverted`, and for a class that is, its AUROC with the sign turned; from a row with `auroc` and `auroc_high`."""
+    """`inverted`, and for a class that is, its AUROC with the sign turned; from a row of `by_class`. A class with fewer than
+    `FEW` volumes of one outcome is on the wrong side of chance too often to be called so."""
     area, high = row["auroc"], row["auroc_high"]
-    inverted = area is not None and (area < INVERTED or high < 0.5)
+    many = min(row["present"], row["absent"]) >= FEW
+    inverted = area is not None and many and (area < INVERTED or high < 0.5)
     return {"inverted": inverted, "turned_auroc": 1 - area if inverted else None}
 
 
@@ -139,13 +141,16 @@ def _about_labels(result: Mapping[str, Any], general: Sequence[str]) -> list[str
     found = []
     if undefined := result["classes_without_both_outcomes"]:
         found.append(f"Undefined and not part of any mean, all present or all absent: {', '.join(undefined)}.")
-    few = [
-        f"{name} ({row['present']} present, {row['absent']} absent)"
+    few = {
+        name: row
         for name, row in result["by_class"].items()
         if name not in undefined and min(row["present"], row["absent"]) < FEW
-    ]
-    if few:
-        found.append(f"Few volumes of one outcome, so that the AUROC says little: {', '.join(few)}.")
+    }
+    if few and len(few) == len(result["by_class"]) - len(undefined):
+        found.append(f"Every class has fewer than {FEW} volumes of one outcome: these AUROCs say little.")
+    elif few:
+        each = [f"{name} ({row['present']} present, {row['absent']} absent)" for name, row in few.items()]
+        found.append(f"Few volumes of one outcome, so that the AUROC says little: {', '.join(each)}.")
     if without := result["classes_without_prompts"]:
         found.append(f"Not scored, because the embeddings have no prompts for them: {', '.join(without)}.")
     if general:

@@ -48,7 +48,7 @@ class ZeroShotOptions(EvaluationOptions):
         "half", f"from a score to a decision, for F1 and the like: {', '.join(scoring_lib.THRESHOLDS)}", neutral="half"
     )
     compare_prompts: tuple[str, ...] = key(
-        OTHERS, "sets of prompts whose macro AUROC is measured beside the chosen one", neutral=()
+        OTHERS, "sets of prompts whose macro AUROC is measured beside the chosen one", neutral=OTHERS
     )
 
 

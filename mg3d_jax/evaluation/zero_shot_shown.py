@@ -15,6 +15,11 @@ if TYPE_CHECKING:
 
 NAN = float("nan")
 BESIDE = {"severity_auroc": "severity", "probe_auroc": "probe", "positive_prompt_auroc": "positive prompt"}
+HEADLINES = {
+    "severity_auroc": "the same of the severity baseline",
+    "probe_auroc": "the same of a linear probe",
+    "positive_prompt_auroc": "the same of the positive prompt alone",
+}
 
 
 def shown(result: Mapping[str, Any]) -> list[Section]:
@@ -67,8 +72,9 @@ def _auroc(result: Mapping[str, Any]) -> Section:
         intervals=[(result[key], *ends[key]) for key in keys.values()],
         more=f"Left out, all present or all absent: {', '.join(missing)}." if missing else "",
     )
-    headline = [("macro AUROC", _with_interval(result, "auroc_macro"))]
-    headline += [(f"of the {BESIDE[column]}", f"{value:.3f}") for column, value in macro.items()]
+    low, high = ends["auroc_macro"]
+    headline = [(f"zero-shot macro AUROC, 95 % {low:.3f} to {high:.3f}", f"{result['auroc_macro']:.3f}")]
+    headline += [(HEADLINES[column], f"{value:.3f}") for column, value in macro.items()]
     charts = [
         Chart("AUROC, its interval and its baselines", lambda axes: bars(axes, result), (9.6, _height(result)), True)
     ]
@@ -85,11 +91,6 @@ def _auroc(result: Mapping[str, Any]) -> Section:
         charts=charts if classes else (),
         headline=headline,
     )
-
-
-def _with_interval(result: Mapping[str, Any], key: str) -> str:
-    low, high = result.get(f"{key}_95", (NAN, NAN))
-    return f"{result.get(key, NAN):.3f} ({low:.3f} to {high:.3f})"
 
 
 def _prompts(result: Mapping[str, Any]) -> Section:
@@ -165,7 +166,7 @@ def bars(axes: Axes, result: Mapping[str, Any]) -> None:
         axes.axvline(mean, color=COLOURS[3], linestyle="--", linewidth=1, label=f"macro mean {mean:.3f}")
     axes.set_yticks(range(len(names)), names)
     lowest = min([0.3, *(intervals[:, 0][~np.isnan(intervals[:, 0])] - 0.02)])
-    axes.set(xlim=(max(0.0, lowest), 1.0), xlabel="AUROC with 95 % interval; 0.5 is chance")
+    axes.set(xlim=(max(0.0, lowest), 1.01), xlabel="AUROC with 95 % interval; 0.5 is chance")
     axes.margins(y=0.02)
     plain_axes(axes, "x")
     if axes.get_legend_handles_labels()[0]:
