@@ -58,7 +58,7 @@ def test_ties_count_against_a_constant_model():
 def test_what_is_not_a_number_counts_against():
     nan, similarity = np.nan, np.array([[0.9, 0.1, 0.2], [0.9, 0.1, 0.2], [0.9, 0.1, 0.2]])
     similarity[1, 0], similarity[2, 1] = nan, nan
-    assert ranking.ranks(similarity, np.eye(1, 3, dtype=bool).repeat(3, axis=0)).tolist() == [1, 3, 2]
+    assert ranking.ranks(similarity, np.arange(3), np.zeros(3, int)).tolist() == [1, 3, 2]
 
 
 def test_values_at_one_k_do_not_depend_on_the_other_ks():

@@ -11,7 +11,7 @@ from collections.abc import Iterator
 import numpy as np
 
 BLOCK_BYTES = 64 << 20
-_BYTES_PER_PAIR = 20  # similarity, its copy, the best of a row, masks
+_BYTES_PER_PAIR = 16  # similarity, a copy of it, masks
 AGAINST, FIRST = "against", "first"
 TIES = {AGAINST: "ties count against", FIRST: "of ties the first in the order of the data counts"}
 
@@ -44,20 +44,28 @@ def _distinct(rows: np.ndarray) -> tuple[np.ndarray, np.ndarray | None]:
     return (rows, None) if len(first) == len(rows) else (rows[first], place.ravel())
 
 
-def ranks(similarity: np.ndarray, correct: np.ndarray, ties: str = AGAINST) -> np.ndarray:
+def ranks(similarity: np.ndarray, row: np.ndarray, column: np.ndarray, ties: str = AGAINST) -> np.ndarray:
     """Rank (1 = first) of the best correct candidate for each query. What is not a number counts against.
 
     Args:
-        similarity: `[queries, candidates]`. correct: bool of the same shape, at least one True per row.
+        similarity: `[queries, candidates]`.
+        row, column: `[pairs]`, the places of the correct candidates by ascending row, at least one in each row.
         ties: "against": a wrong candidate of the same similarity stands before; "first": where it has a lower index.
     """
-    best = np.where(correct, similarity, -np.inf).max(axis=1, keepdims=True)
-    before = ~(similarity < best) & ~correct
+    starts = np.searchsorted(row, np.arange(len(similarity)))
+    of_correct = similarity[row, column]
+    best = np.maximum.reduceat(of_correct, starts)
+    before = similarity.shape[1] - np.count_nonzero(similarity < best[:, None], axis=1)
+    before -= np.add.reduceat((~(of_correct < best[row])).astype(np.int64), starts)
     if ties == FIRST:
-        tied = similarity == best
-        first = np.argmax(tied & correct, axis=1)[:, None]
-        before &= ~(tied & (np.arange(similarity.shape[1]) > first))
-    return 1 + before.sum(axis=1)
+        # Of the candidates as near as the best one those behind the first correct one do not stand before it.
+        tied_row, tied_column = np.nonzero(similarity == best[:, None])
+        last = np.iinfo(np.int64).max
+        first = np.minimum.reduceat(np.where(of_correct == best[row], column, last), starts)
+        before -= np.bincount(tied_row[tied_column > first[tied_row]], minlength=len(similarity))
+        right = (of_correct == best[row]) & (column > first[row])
+        before += np.bincount(row[right], minlength=len(similarity))
+    return 1 + before
 
 
 def ranks_by_group(
@@ -72,11 +80,16 @@ def ranks_by_group(
     """`ranks` int64 `[q]` where the candidates of a query's group are the correct ones; each group has a candidate.
 
     Args:
-        queries, candidates: `[q, k]`, `[c, k]`. query_groups, candidate_groups: ints `[q]`, `[c]`.
+        queries, candidates: `[q, k]`, `[c, k]`. query_groups, candidate_groups: `[q]`, `[c]`.
     """
     found = np.zeros(len(queries), np.int64)
+    order = np.argsort(candidate_groups, kind="stable")
+    start, stop = (np.searchsorted(candidate_groups[order], query_groups, side) for side in ("left", "right"))  # type: ignore[call-overload]
     for rows, similarity in similarity_blocks(queries, candidates, block_bytes):
-        found[rows] = ranks(similarity, query_groups[rows, None] == candidate_groups[None, :], ties)
+        count = stop[rows] - start[rows]
+        row = np.repeat(np.arange(len(count)), count)
+        place = np.arange(len(row)) - np.repeat(np.cumsum(count) - count, count)
+        found[rows] = ranks(similarity, row, order[start[rows][row] + place], ties)
     return found
 
 
