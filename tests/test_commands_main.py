@@ -62,7 +62,7 @@ def test_a_command_of_the_user(tmp_path, monkeypatch, capsys):
     assert main(["--plugins=nowhere", "greet"]) == 2 and "the plugin 'nowhere' cannot be" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("words", ["'--help'", "'phantom', '--help'", "'prepare', '--help'"])
+@pytest.mark.parametrize("words", ["'--help'", "'phantom', '--help'", "'prepare', '--help'", "'compare', '--help'"])
 def test_light_commands_never_import_jax(words):
     program = f"import sys; sys.modules['jax'] = None\nfrom mg3d_jax.commands.main import main; main([{words}])"
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=60)

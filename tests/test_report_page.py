@@ -108,7 +108,7 @@ def test_a_finished_run(run):
     page = report(run)
     assert "1 h 2 min" in page.text and "abc123" in page.text and "done" in page.text
     assert ["Effusion", "0.850", "0.750 to 0.950", ""] in page.rows
-    assert ["report to volume, of 50", "5", "0.500", "0.100", "5.0"] in page.rows
+    assert ["report to volume, of 50", "5", "0.500", "", "0.100", "5.0"] in page.rows
     assert f"jax {jax.__version__}" in page.text
 
 
