@@ -320,6 +320,19 @@ def test_a_file_without_prompts_or_reports_is_evaluated_as_far_as_it_goes(folder
     assert found["volume_retrieval"]["volumes"] == 40
 
 
+def test_training_embeddings_are_for_probes_and_thresholds(folder):
+    arrays, labels = arrays_of(seed=1)
+    arrays = {name: arrays[name] for name in ("volume_embeddings", "volume_ids", "patient_ids")}
+    for name in ("volume_ids", "patient_ids"):
+        arrays[name] = np.char.replace(arrays[name], "valid", "train")
+    embedding_files.save(folder / "train.npz", arrays)
+    label_csv(folder / "train.csv", arrays, labels)
+    train = ["--train-embeddings", str(folder / "train.npz"), "--train-labels", str(folder / "train.csv")]
+    found = evaluate(folder, *train, "--thresholds", "train_youden", "--only", "zero_shot", "probe")
+    assert found["train"] == {"embeddings": str(folder / "train.npz"), "volumes": 40}
+    assert "train_youden" in json.dumps(found["zero_shot"]["choices"]) and found["probe"]["train"]["patients"] == 20
+
+
 def test_training_embeddings_must_be_of_the_same_model(folder, capsys):
     arrays, _ = arrays_of()
     embedding_files.save(folder / "train.npz", {

@@ -84,7 +84,7 @@ def ranks_by_group(
     """
     found = np.zeros(len(queries), np.int64)
     order = np.argsort(candidate_groups, kind="stable")
-    start, stop = (np.searchsorted(candidate_groups[order], query_groups, side) for side in ("left", "right"))  # type: ignore[call-overload]
+    start, stop = (np.searchsorted(candidate_groups[order], query_groups, side) for side in ("left", "right"))
     for rows, similarity in similarity_blocks(queries, candidates, block_bytes):
         count = stop[rows] - start[rows]
         row = np.repeat(np.arange(len(count)), count)

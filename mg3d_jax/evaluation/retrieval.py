@@ -292,13 +292,15 @@ def _side_by_side(result: Mapping[str, Any]) -> Section:
         for direction in _directions(one):
             values = [f"{one[key]:.3f}" if (key := f"{direction}/recall@{k}") in one else "" for k in DEFAULT_KS]
             median = f"{one[f'{direction}/median_rank']:.0f}"
-            rows.append((name, direction.replace("_", " "), str(one[f"{direction}/gallery"]), *values, median))
-    head = ("gallery", "direction", "of", *(f"recall at {k}" for k in DEFAULT_KS), "median rank")
+            to = direction.rpartition("_to_")[2]
+            rows.append((name, f"to {to}", str(one[f"{direction}/gallery"]), *values, median))
+    head = ("gallery", "search", "of", *(f"at {k}" for k in DEFAULT_KS), "rank")
     more = [f"{name}: {one['protocol']}." for name, one in result["galleries"].items()]
     if missing := result.get("need_exclude"):
         more.append(f"Not measured without a list of what is no chest scan (--exclude): {', '.join(missing)}.")
     table = Table(head, rows, numbers=range(2, len(head)), more=" ".join(more))
-    return Section("Retrieval by gallery", "the same embeddings; only what is searched differs", table)
+    protocol = "recall at k and median rank of the same embeddings; only what is searched differs"
+    return Section("Retrieval by gallery", protocol, table)
 
 
 def _lines(axes: Axes, result: Mapping[str, Any]) -> None:
