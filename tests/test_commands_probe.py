@@ -1,5 +1,6 @@
 """`mg3d probe` of a run, and its head in an export: the run that version 0.1.0 wrote, on the folders beside it."""
 
+import dataclasses
 import json
 import shutil
 
@@ -8,10 +9,14 @@ import pytest
 import torch
 from support import ROOT
 
+from mg3d_jax import config as config_lib
 from mg3d_jax.commands.main import main
 from mg3d_jax.data.pipeline import PreparedData
+from mg3d_jax.data.tokens import ReportTokenizer
+from mg3d_jax.evaluation.online import OnlineEvaluation
 from mg3d_jax.evaluation.probes import load_head, save_head
 from mg3d_jax.interop.torch_template.modeling_mg3d import MG3DModel
+from mg3d_jax.training.restore import restore_run
 
 FIXTURES = ROOT / "tests" / "fixtures" / "v0.1.0"
 
@@ -53,3 +58,19 @@ def test_the_head_goes_with_an_export(probed, capsys):
     save_head(head, probed / "other.safetensors")
     assert main([*command[:-1], str(probed / "other.safetensors")]) == 2
     assert "step 2, not 3" in capsys.readouterr().err
+
+
+def test_probes_and_a_head_while_a_run_trains(probed):
+    """The probe reads the training volumes of the configuration; a run without a head has nothing to say of one."""
+    run = restore_run(probed / "run")
+    changes = {f"evaluations.{name}.every": -1 for name in run.config.evaluations} | {
+        "evaluations.probe.every": 1, "evaluations.classification.every": 1, "data.train": (str(FIXTURES / "train"),),
+    }  # fmt: skip
+    setup = dataclasses.replace(run.setup, config=config_lib.replace(run.config, changes))
+    options = run.config.data
+    tokenizer = ReportTokenizer(run.tokenizer, options.max_tokens, options.max_sentences)
+    online = OnlineEvaluation(setup, tokenizer, PreparedData((str(FIXTURES / "valid"),)))
+    found = online.metrics(run.params)
+    result = json.loads((probed / "out" / "evaluation.json").read_text())["probe"]
+    expected = {f"probe/{m}/auroc_macro": result[m]["auroc_macro"] for m in ("linear", "neighbours")}
+    assert found == pytest.approx(expected, abs=1e-3)

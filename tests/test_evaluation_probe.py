@@ -251,10 +251,25 @@ def test_the_command_on_files_of_embeddings(files, capsys):
     assert "Probes of the embeddings" in shown and "few patients" in shown and "probe.safetensors" in shown
 
 
+def test_evaluate_says_what_a_probe_needs(files, capsys):
+    folder, _ = files
+    words = [
+        "evaluate",
+        "--embeddings",
+        str(folder / "test.npz"),
+        "--labels",
+        str(folder / "labels.csv"),
+        "--only",
+        "probe",
+    ]
+    assert main(words) == 2
+    assert "'probe' needs labelled training volumes: give --train-data or --train-embeddings" in capsys.readouterr().err
+
+
 def test_what_the_command_refuses(files, capsys):
     folder, _ = files
     assert main(command(folder)) == 2
-    assert "there are no labels" in capsys.readouterr().err
+    assert "'probe' needs labels of the volumes" in capsys.readouterr().err
     for words, says in (
         (["--step", "3"], "give --workdir RUN"),
         (["--workdir", "RUN", "--train-labels", "x.csv"], "prepared folders have their labels"),

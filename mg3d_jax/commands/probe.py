@@ -9,7 +9,6 @@ from typing import Any
 
 from mg3d_jax import options as options_lib
 from mg3d_jax.commands.evaluate import print_tables
-from mg3d_jax.errors import UserError
 from mg3d_jax.evaluation.document import OVERRIDE, Evaluated, configured
 from mg3d_jax.evaluation.label_tables import MAPPINGS
 from mg3d_jax.evaluation.probe import Probe
@@ -67,8 +66,6 @@ def main(argv: list[str]) -> int:
         evaluated, facts = _of_files(parser, args, overrides)
     else:
         evaluated, facts = _of_run(parser, args, overrides)
-    if "probe" not in evaluated.document:
-        raise UserError(f"{args.train[0]} and {args.test[0]}: there are no labels to fit a probe to")
     probe = evaluated.evaluations["probe"]
     assert isinstance(probe, Probe)
     head = probe.head(evaluated.found["probe"], facts)

@@ -114,6 +114,10 @@ class Evaluation:
         """Further texts to embed: `Embedded.texts` has one row for each."""
         return ()
 
+    def lacks(self, found: Embedded) -> str:
+        """What it would need beside that, in words, e.g. "needs ...: give ..."; "" where it has all."""
+        return ""
+
     def metrics(self, found: Embedded) -> dict[str, float]:
         """What a training run logs: few numbers, quickly. They are named `evaluation/KEY` there, beside those of others."""
         return {}

@@ -8,6 +8,7 @@ import numpy as np
 
 from mg3d_jax.data.pipeline import PreparedData
 from mg3d_jax.data.tokens import ReportTokenizer
+from mg3d_jax.errors import UserError
 from mg3d_jax.evaluation import document
 from mg3d_jax.evaluation.document import Evaluated
 from mg3d_jax.evaluation.embed import DataEmbedder, Embedder
@@ -42,6 +43,9 @@ def evaluate(
     embed = DataEmbedder(Embedder(run.setup, tokenizer, batch_size), data, evaluations, train=train)
     with Progress("embed", total, unit="volumes") as progress:
         found = embed(run.params, progress)
+    lacking = {name: words for name, one in evaluations.items() if (words := one.lacks(found[name]))}
+    if wanted := lacking.keys() & set(only or ()):
+        raise UserError("; ".join(f"the evaluation {name!r} {lacking[name]}" for name in sorted(wanted)))
     patients = next(iter(found.values())).patients  # shared; empty where no evaluation needs embeddings
     about = {
         "run": str(run.folder),
@@ -50,6 +54,7 @@ def evaluate(
         "data": list(data_folders),
         "volumes": len(data),
         "patients": len(np.unique(patients)) if len(patients) else data.patients,
+        "left_out": lacking,
     }
     if train is not None:
         about["train_data"] = list(train_folders)
@@ -58,4 +63,6 @@ def evaluate(
         record = data.read(row)
         return record.volume, np.linalg.norm(record.affine[:3, :3], axis=0)
 
-    return document.measure(found, evaluations, about, volume)
+    return document.measure(
+        found, {name: one for name, one in evaluations.items() if name not in lacking}, about, volume
+    )

@@ -114,7 +114,7 @@ def _lacks(one: Evaluation, found: Embedded) -> str:
         return "needs labels: give a table with --labels"
     if by_prompts and not found.prompts:
         return "needs prompt_embeddings and classes in the file"
-    return ""
+    return one.lacks(found)
 
 
 def _check_prompts(found: Embedded, evaluations: Mapping[str, Evaluation]) -> None:

@@ -89,6 +89,11 @@ class Probe(Evaluation):
             found.append(problem("evaluations.probe.seeds", options.seeds, "must be at least 1"))
         return found
 
+    def lacks(self, found: Embedded) -> str:
+        if found.train is None or not len(found.train.volumes):
+            return "needs labelled training volumes: give --train-data or --train-embeddings"
+        return "" if found.label_names else "needs labels of the volumes that it scores"
+
     def metrics(self, found: Embedded) -> dict[str, float]:
         """`probe/METHOD/auroc_macro`, with several classes `probe/METHOD/accuracy` too."""
         if (fitted := self.fit(found)) is None:
@@ -103,7 +108,6 @@ class Probe(Evaluation):
 
     def full(self, found: Embedded) -> dict[str, Any]:
         if (fitted := self.fit(found)) is None:
-            logger.info("probe: left out, there are no labelled training volumes (mg3d evaluate --train-data)")
             return {}
         settings, names = self.settings, found.label_names
         result: dict[str, Any] = {
@@ -194,7 +198,7 @@ class Probe(Evaluation):
         Training volumes of patients that are also evaluated are left out; classes are found by name. `UserError` where no
         patient or no class remains.
         """
-        if found.train is None or not len(found.train.volumes) or not found.label_names:
+        if found.train is None or self.lacks(found):
             return None
         if self._last is None or self._last[0] is not found:
             self._last = (found, _fit(found, found.train, self.settings))
