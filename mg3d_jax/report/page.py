@@ -38,7 +38,9 @@ def render(run: RunFiles, evaluated: Iterable[html.Section] = ()) -> str:
         evaluation=run.evaluation,
         evaluated=evaluated,
         not_shown=[
-            name for name, value in run.evaluation.items() if isinstance(value, dict) and name not in (*EVALUATIONS, "left_out")
+            name
+            for name, value in run.evaluation.items()
+            if isinstance(value, dict) and name not in (*EVALUATIONS, "left_out")
         ],
         attention=[(title, path.read_bytes()) for title, path in run.attention.items()],
         faults=_faults(run),
