@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
 from typing import Any
 
@@ -67,9 +68,15 @@ def dummy_inputs(config: Config, batch_size: int = 1) -> dict[str, Any]:
     return jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), inputs)
 
 
+@functools.lru_cache(maxsize=4)
+def _parameters(model: MG3D, config: Config) -> Any:
+    """`key -> parameters` (boxed), jitted: what asks for shapes first and for values later is traced once."""
+    return jax.jit(lambda key: model.init(key, dummy_inputs(config))["params"])
+
+
 def abstract_parameters(model: MG3D, config: Config) -> Any:
     """Shapes of the parameters with their logical axis names (boxed), without computing anything."""
-    return jax.eval_shape(lambda key: model.init(key, dummy_inputs(config))["params"], jax.random.key(0))
+    return jax.eval_shape(_parameters(model, config), jax.random.key(0))
 
 
 def build(config: Config, vocab_size: int, mesh: Mesh, steps: int, records: int = 0) -> Setup:
@@ -80,7 +87,8 @@ def build(config: Config, vocab_size: int, mesh: Mesh, steps: int, records: int 
         records: of one epoch; needed where the schedule counts in epochs.
     """
     model, attention = build_model(config, vocab_size)
-    boxed = abstract_parameters(model, config)
+    with sharding.in_mesh(mesh):  # as in `initialize`, or the trace could not be shared
+        boxed = abstract_parameters(model, config)
     shapes, shardings = nn.unbox(boxed), sharding.parameter_shardings(boxed, mesh)
     rate = _learning_rate(config, steps, records)
     factors = optimizer.multipliers(shapes, config.optimizer, (*trained_rows(config), *layer_decay_rows(config)))
@@ -126,7 +134,7 @@ def initialize(setup: Setup) -> State:
     """Step 0, from `config.seed`, made in place: explicit output shardings, or the moments would come out replicated."""
 
     def init(key: jax.Array) -> State:
-        params = nn.unbox(setup.model.init(key, dummy_inputs(setup.config))["params"])
+        params = nn.unbox(_parameters(setup.model, setup.config)(key))
         state = {"params": params, "opt_state": setup.tx.init(params), "step": jnp.int32(0)}
         # Step 0 starts the average; until then it must not share its memory with the parameters, which are donated.
         return state | ({"ema": jax.tree.map(jnp.copy, params)} if "ema" in setup.abstract else {})
