@@ -34,6 +34,7 @@ FEW_PROTOCOL = (
     "everything chosen and fitted within the part of the patients; smaller parts lie in larger ones; a class that a part "
     "shows one outcome of scores as chance; mean over seeds with its 95 % interval (Student's t)"
 )
+NAMED = 5  # classes of a long list
 METHODS = {"linear": "linear probe", "neighbours": "nearest neighbours"}
 
 
@@ -323,9 +324,11 @@ def _summary(result: Mapping[str, Any]) -> Section:
     if shared := result["shared_patients_left_out"]:
         warnings.append(f"{shared} patients are in the training and the evaluated set: they are left out of the fit.")
     if edge := result["linear"]["penalties_at_edge"]:
-        warnings.append(f"The penalty of the linear probe is at the edge of those tried for {', '.join(edge)}.")
-    headline = [("AUROC of a linear probe", f"{result['linear']['auroc_macro']:.3f}")]
-    return Section("Probes of the embeddings", protocol, table, warnings=warnings, headline=headline)
+        rest = f" and {len(edge) - NAMED} more classes" if len(edge) > NAMED else ""
+        warnings.append(
+            f"The penalty of the linear probe is at the edge of those tried for {', '.join(edge[:NAMED])}{rest}."
+        )
+    return Section("Probes of the embeddings", protocol, table, warnings=warnings)
 
 
 def _few_section(result: Mapping[str, Any]) -> Section:

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from mg3d_jax.charts import COLOURS, Chart, plain_axes
 from mg3d_jax.errors import UserError
 from mg3d_jax.evaluation import galleries as galleries_lib
 from mg3d_jax.evaluation.base import Embedded, Evaluation, EvaluationOptions
@@ -148,12 +149,27 @@ class Retrieval(Evaluation):
         return found
 
     def sections(self, result: Mapping[str, Any]) -> Sequence[Section]:
+        headline = [
+            (
+                f"recall at 10, {direction.replace('_', ' ')} (of {result[f'{direction}/gallery']:,})",
+                f"{result[key]:.3f}",
+            )
+            for direction in _directions(result)
+            if (key := f"{direction}/recall@10") in result
+        ]
+        several = len(result.get("galleries", ())) > 1
+        charts = [Chart("Recall at k, its interval and chance", lambda axes: _curves(axes, result))]
+        if several:
+            charts.append(Chart("Recall at 10 by gallery", lambda axes: _by_gallery(axes, result)))
         summary = Section(
-            "Retrieval", result.get("protocol", ""), _recall_table(result), lambda axes: _lines(axes, result)
+            "Retrieval",
+            result.get("protocol", ""),
+            _recall_table(result),
+            lambda axes: _lines(axes, result),
+            charts=charts if _directions(result) else (),
+            headline=headline,
         )
-        if len(result.get("galleries", ())) < 2:
-            return [summary]
-        return [summary, _side_by_side(result)]
+        return [summary, _side_by_side(result)] if several else [summary]
 
     def _select(self, found: Embedded, name: str) -> Pairs:
         gallery, excluded = GALLERIES[name], frozenset[str]()
@@ -300,7 +316,7 @@ def _side_by_side(result: Mapping[str, Any]) -> Section:
         more.append(f"Not measured without a list of what is no chest scan (--exclude): {', '.join(missing)}.")
     table = Table(head, rows, numbers=range(2, len(head)), more=" ".join(more))
     protocol = "recall at k and median rank of the same embeddings; only what is searched differs"
-    return Section("Retrieval by gallery", protocol, table)
+    return Section("Retrieval by gallery", protocol, table, on_terminal=False)
 
 
 def _lines(axes: Axes, result: Mapping[str, Any]) -> None:
@@ -315,3 +331,42 @@ def _lines(axes: Axes, result: Mapping[str, Any]) -> None:
     axes.minorticks_off()
     axes.legend()
     axes.grid(alpha=0.3)
+
+
+def _curves(axes: Axes, result: Mapping[str, Any]) -> None:
+    """Recall over k with its interval, and chance, named at the end of each line."""
+    plain_axes(axes)
+    for direction, colour in zip(_directions(result), COLOURS, strict=False):
+        ks = _ks(result, direction)
+        values = [result[f"{direction}/recall@{k}"] for k in ks]
+        ends = [result.get(f"{direction}/recall@{k}_95", (np.nan, np.nan)) for k in ks]
+        axes.fill_between(ks, *zip(*ends, strict=True), color=colour, alpha=0.15, linewidth=0)
+        axes.plot(ks, values, "o-", color=colour, markersize=3.5, linewidth=1.6, label=direction.replace("_", " "))
+        axes.plot(ks, [result[f"{direction}/chance@{k}"] for k in ks], ":", color=colour, linewidth=1)
+    axes.plot([], [], ":", color="0.5", linewidth=1, label="chance")
+    axes.set(xscale="log", ylim=(-0.02, 1.02), xlabel="k", ylabel="recall")
+    shown = sorted({k for direction in _directions(result) for k in _ks(result, direction)})
+    axes.set_xticks(shown, list(map(str, shown)))
+    axes.minorticks_off()
+    axes.legend(frameon=False, fontsize=8, loc="upper left")
+
+
+def _by_gallery(axes: Axes, result: Mapping[str, Any]) -> None:
+    """The same embeddings in every gallery: a dot with its interval per direction."""
+    plain_axes(axes, grid="x")
+    names = list(result["galleries"])[::-1]
+    for offset, direction, colour in zip((0.13, -0.13), _directions(result), COLOURS, strict=False):
+        key = f"{direction}/recall@10"
+        rows = [(place + offset, result["galleries"][name]) for place, name in enumerate(names)]
+        rows = [(place, one) for place, one in rows if key in one]
+        for place, one in rows:
+            axes.plot(one.get(f"{key}_95", (np.nan, np.nan)), (place, place), color=colour, linewidth=1.2, alpha=0.6)
+        axes.plot(
+            [one[key] for _, one in rows], [place for place, _ in rows], "o", color=colour, markersize=5,
+            label=direction.replace("_", " "),
+        )  # fmt: skip
+    axes.set_yticks(
+        range(len(names)), [f"{name} ({result['galleries'][name]['report_to_volume/gallery']:,})" for name in names]
+    )
+    axes.set(xlim=(-0.02, 1.02), ylim=(-0.6, len(names) - 0.4), xlabel="recall at 10")
+    axes.legend(frameon=False, fontsize=8, loc="lower right")

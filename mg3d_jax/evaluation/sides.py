@@ -98,7 +98,7 @@ class Sides(Evaluation):
             return Section("Left against right", result["protocol"], nothing)
         low, high = result["accuracy_95"]
         confusion = result["confusion"]
-        rows = [(f"report says {side}", *(f"{confusion[side][other]:.3f}" for other in SIDES)) for side in SIDES]
+        rows = [(f"report says {side}", *(_number(confusion[side][other]) for other in SIDES)) for side in SIDES]
         table = Table(("", "taken for left", "taken for right"), rows, numbers=(1, 2))
         warnings = []
         if low <= 0.5 <= high:
@@ -155,12 +155,16 @@ def _taken_for(named: np.ndarray, correct: np.ndarray, side: str) -> dict[str, f
     return {other: right if other == side else 1 - right for other in SIDES}
 
 
+def _number(share: float, digits: int = 3) -> str:
+    return "" if np.isnan(share) else f"{share:.{digits}f}"
+
+
 def _matrix(axes: Any, confusion: Mapping[str, Mapping[str, float]]) -> None:
     values = np.array([[confusion[side][other] for other in SIDES] for side in SIDES])
     axes.imshow(np.nan_to_num(values), vmin=0, vmax=1, cmap="Blues", alpha=0.8)
     for (i, j), value in np.ndenumerate(values):
         axes.text(
-            j, i, f"{value:.2f}", ha="center", va="center", color="white" if value > 0.6 else COLOURS[0], fontsize=13
+            j, i, _number(value, 2), ha="center", va="center", color="white" if value > 0.6 else COLOURS[0], fontsize=13
         )
     axes.set_xticks((0, 1), [f"taken for {side}" for side in SIDES])
     axes.set_yticks((0, 1), [f"report says {side}" for side in SIDES], rotation=90, va="center")

@@ -88,7 +88,7 @@ class VolumeRetrieval(Evaluation):
 
     def section(self, result: Mapping[str, Any]) -> Section:
         rows = [
-            (name, *(f"{result[f'{name}@{k}']:.3f}" for k in KS), str(result[f"{name}/queries"])) for name in MEASURES
+            (name, *(_number(result[f"{name}@{k}"]) for k in KS), str(result[f"{name}/queries"])) for name in MEASURES
         ]
         head = ("measure", *(f"at {k}" for k in KS), "queries")
         more = " ".join(f"{name}: {words}." for name, words in MEASURES.items())
@@ -108,6 +108,10 @@ class VolumeRetrieval(Evaluation):
             "jaccard": _jaccard(volumes, labels),
             "legacy_ct_clip_map": _legacy(volumes, labels),
         }
+
+
+def _number(value: float) -> str:
+    return "" if np.isnan(value) else f"{value:.3f}"
 
 
 def _known(found: Embedded) -> np.ndarray:
