@@ -111,7 +111,7 @@ def test_a_damaged_newest_checkpoint_and_other_data_at_the_start_of_the_loop(fin
     text.write_text(text.read_text().replace('"step"', '"stop"', 1))
     resumed = Trainer(config, workdir)
     resumed.checkpoints.close()
-    assert resumed.first == SAVED_BEFORE and f"{STEPS} is damaged and not used" in capsys.readouterr().err
+    assert resumed.resume_step == SAVED_BEFORE and f"{STEPS} is damaged and not used" in capsys.readouterr().err
     config = config_lib.replace(config, {"data.train": (tiny_data["valid"],)})
     with pytest.raises(UserError, match=r"started on folders of \[29\] records"):
         Trainer(config, workdir)

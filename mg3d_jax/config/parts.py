@@ -1,9 +1,12 @@
 """The parts of a configuration as frozen dataclasses: every key that there is, its default, and what it means.
 
 Config files see the same tree as an `ml_collections.ConfigDict` (`config.default()`); after `config.load` it is these
-dataclasses, and each function takes only the part that it needs. The keys of objectives, tasks and towers are declared in
-their own files and found in their registries. Flags of a key (`options.key`): `resume_free`, it may differ between a run and
-its resume; `neutral`, what an older run that lacks the key gets.
+dataclasses, and each function takes only the part that it needs. The keys of objectives, tasks, evaluations and towers
+(encoders) are declared in their own files and found in their registries.
+
+`key(default, meaning)` declares a key; `key(None, "", factory=...)` nests further ones, and has no default or meaning of its
+own. Flags of a key (`options.key`): `resume_free`, it may differ between a run and its resume; `neutral`, what an older run
+that lacks the key gets. The meanings make the table of `docs/configuration.md`.
 """
 
 from __future__ import annotations
@@ -18,14 +21,14 @@ from mg3d_jax.options import Group, checked_options, key
 from mg3d_jax.registry import EVALUATIONS, OBJECTIVES, REPORT_TOWERS, TASKS, VOLUME_TOWERS, Registry
 from mg3d_jax.sharding import MeshConfig
 
-Range = tuple[float, float]
+Range = tuple[float, float]  # (low, high)
 
 
 @dataclass(frozen=True)
 class AugmentConfig:
     """Random changes of the training volumes, drawn on the device. Never a flip: reports name sides."""
 
-    shift: int = key(0, "largest shift along each axis, in voxels; what enters is air")
+    shift: int = key(0, "largest shift along each axis, in voxels; air fills the border")
     scale: float = key(0.0, "largest relative change of the intensity above air")
     offset: float = key(0.0, "largest offset, in HU")
     noise: float = key(0.0, "standard deviation of the noise, in HU")
@@ -42,15 +45,15 @@ class DataConfig:
     tokenizer: str = key(
         "train", '"train": a WordPiece tokenizer of the training reports; else a Hugging Face name or folder'
     )
-    vocab_size: int = key(4096, "of a tokenizer that is trained")
+    vocab_size: int = key(4096, 'tokens in the vocabulary of tokenizer "train"')
     max_tokens: int = key(250, "tokens of a report; what does not fit is cut")
-    max_sentences: int = key(32, "sentences of a report")
+    max_sentences: int = key(32, "sentences of a report; later ones are cut")
     windows: tuple[Range, ...] = key(
         ((-1000.0, 1000.0),), "HU windows, one channel each, scaled to [0, 1] on the device"
     )
     shuffle_reports: bool = key(False, "control experiment: pairs every volume with another patient's report")
     weights: tuple[float, ...] = key(
-        (), "share of each folder of `train` among the samples, e.g. (3, 1); empty: by records"
+        (), "share of each folder of `train` among the samples, e.g. (3, 1); empty: in proportion to its records"
     )
     max_bad_records: int = key(
         100,
@@ -64,9 +67,10 @@ class DataConfig:
 
 @dataclass(frozen=True)
 class EncoderConfig:
-    """Base of both encoder parts, which declare the fields again with their defaults and meanings.
+    """What both encoders have in common. The subclasses declare the fields again, with their own defaults and meanings.
 
-    `options` is the dataclass that the tower of this `kind` declares; config files have its fields beside the common ones.
+    `options` is the dataclass that the tower of this `kind` declares for itself (`models/towers`); config files have its
+    fields flat, beside the common ones.
     """
 
     kind: str = ""
@@ -81,13 +85,13 @@ class EncoderConfig:
             object.__setattr__(self, "options", options_of(self.tower)())
 
     def to_dict(self) -> dict[str, Any]:
-        """Flat, as in config files: common keys, own options, and the options of all other kinds at their defaults."""
+        """Flat, as in config files: common keys, the options of this kind, and those of all other kinds at their defaults."""
         own = {field.name: getattr(self, field.name) for field in fields(self) if field.name != "options"}
         return tower_defaults(self.towers()) | own | options_lib.to_dict(self.options)
 
     @staticmethod
     def towers() -> Registry[Any]:
-        """The registry of its kinds."""
+        """The registry of the kinds that this encoder can be."""
         raise NotImplementedError
 
     @property
@@ -97,7 +101,7 @@ class EncoderConfig:
 
     @property
     def sizes(self) -> Any:
-        """The chosen preset: at least `width`, `depth`, `num_heads`. `UserError` names the presets of the kind."""
+        """Sizes of the chosen preset: at least `width`, `depth`, `num_heads`. `UserError` for a preset that the kind lacks."""
         presets = self.tower.presets
         if self.preset not in presets:
             raise UserError(f"{self.kind} preset {self.preset!r} is unknown; choose one of {', '.join(presets)}.")
@@ -115,7 +119,7 @@ class VolumeEncoderConfig(EncoderConfig):
     pooling: str = key("attention", '"attention", "mean", or "flatten": a linear layer over all tokens, as in CT-CLIP')
     dropout: float = key(0.0, "dropout in the tower")
     pretrained: str = key("", "a folder written by `mg3d import`")
-    frozen_layers: int = key(0, "the embedding and the first k layers are not trained; -1: the whole tower")
+    frozen_layers: int = key(0, "k: the embedding and the first k layers are frozen; 0: nothing; -1: the whole tower")
 
     @staticmethod
     def towers() -> Registry[Any]:
@@ -131,9 +135,9 @@ class ReportEncoderConfig(EncoderConfig):
     max_positions: int = key(512, "longest text, in tokens")
     dropout: float = key(0.0, "dropout in the tower")
     pretrained: str = key(
-        "", "a BERT-type checkpoint: a folder or a name on the hub; its tokenizer goes to data.tokenizer"
+        "", "a BERT-type checkpoint: a folder or a name on the Hugging Face hub; set data.tokenizer to it, too"
     )
-    frozen_layers: int = key(0, "the embedding and the first k layers are not trained; -1: the whole tower")
+    frozen_layers: int = key(0, "k: the embedding and the first k layers are frozen; 0: nothing; -1: the whole tower")
 
     @staticmethod
     def towers() -> Registry[Any]:
@@ -196,7 +200,7 @@ class ModelConfig:
 
 @dataclass(frozen=True)
 class OptimizerConfig:
-    """The optimizer and which parameters it trains how."""
+    """The optimizer, and which parameters get what learning rate and decay."""
 
     name: str = key("adamw", "adamw, or muon for matrices with AdamW for the rest")
     learning_rate: float = key(1e-4, "peak of the schedule")
@@ -204,7 +208,7 @@ class OptimizerConfig:
     b2: float = key(0.98, "decay of Adam's second moment")
     weight_decay: float = key(0.05, "decoupled weight decay")
     clip_norm: float = key(1.0, "largest norm of the gradient; 0: no clipping")
-    accumulation: int = key(1, "micro-batches that a batch is walked in")
+    accumulation: int = key(1, "micro-batches that a batch is split into, one after another")
     gradient_cache: bool = key(
         False, "with accumulation > 1: the exact gradient of the whole batch, for one more forward pass"
     )
@@ -227,8 +231,8 @@ class OptimizerConfig:
 
 @dataclass(frozen=True)
 class ScheduleConfig:
-    """The learning rate over the run. Of a length in several units the first that is not 0 counts: steps, epochs, samples,
-    else percent."""
+    """The learning rate over the run. Warm-up and cooldown have a key for each unit of length; the first that is not 0
+    counts, in the order steps, epochs, samples, percent."""
 
     kind: str = key("linear", '"linear" or "cosine" decay, or "constant" with a cooldown')
     warmup_steps: int = key(0, "length of the warm-up, in steps")
@@ -256,10 +260,12 @@ class TrainingConfig:
     keep_checkpoints: int = key(2, "how many of the newest are kept", resume_free=True)
     best_metric: str = key(
         "",
-        'keeps the checkpoint that is best by this too: "valid/loss", "evaluation/auroc_macro", ...',
+        'the checkpoint with the best value of this metric is kept, too: "valid/loss", "evaluation/auroc_macro", ...',
         resume_free=True,
     )
-    best_mode: str = key("min", "is the best value of it the smallest (min) or the largest (max)?", resume_free=True)
+    best_mode: str = key(
+        "min", "is the best value of best_metric the smallest (min) or largest (max)?", resume_free=True
+    )
     max_skipped: int = key(
         10, "updates with a non-finite loss or gradient are skipped; this many in a row end the run", resume_free=True
     )
@@ -282,7 +288,7 @@ class InitConfig:
 
 @dataclass(frozen=True)
 class Config:
-    """A whole configuration. Its functions take the parts that they need."""
+    """A whole configuration."""
 
     name: str = key("mg3d", "what the run is called", resume_free=True)
     seed: int = key(0, "of parameters, order of the samples, masks, views and dropout")
@@ -290,44 +296,45 @@ class Config:
     init_from: InitConfig = key(None, "", factory=InitConfig, neutral=None)
     data: DataConfig = key(None, "", factory=DataConfig)
     model: ModelConfig = key(None, "", factory=ModelConfig)
-    objectives: Group = key(None, "", factory=lambda: _declared(OBJECTIVES))
-    tasks: Group = key(None, "", factory=lambda: _declared(TASKS), neutral=None)
-    evaluations: Group = key(None, "", factory=lambda: _declared(EVALUATIONS), neutral=None, resume_free=True)
+    objectives: Group = key(None, "", factory=lambda: _default_options(OBJECTIVES))
+    tasks: Group = key(None, "", factory=lambda: _default_options(TASKS), neutral=None)
+    evaluations: Group = key(None, "", factory=lambda: _default_options(EVALUATIONS), neutral=None, resume_free=True)
     optimizer: OptimizerConfig = key(None, "", factory=OptimizerConfig)
     schedule: ScheduleConfig = key(None, "", factory=ScheduleConfig)
     training: TrainingConfig = key(None, "", factory=TrainingConfig)
     mesh: MeshConfig = key(None, "", factory=MeshConfig)
 
     def text_tokens(self) -> int:
-        """Length of one text as the alignment shows it to the report encoder: a sentence, or a whole report."""
+        """Tokens of one text as the alignment objective gives it to the report encoder: a sentence, or a whole report."""
         alignment = self.objectives["alignment"]
         return alignment.sentence_tokens if alignment.report_view == "sentences" else self.data.max_tokens
 
 
-# Groups of a configuration whose keys come from a registry: one entry per registered thing.
+# Groups of a configuration whose keys come from a registry: `GROUP.NAME.KEY`, with an entry for every registered name.
 DECLARED: dict[str, Registry[Any]] = {"objectives": OBJECTIVES, "tasks": TASKS, "evaluations": EVALUATIONS}
 
 
 def options_of(item: Any) -> type:
-    """The options that an objective, task or tower declares."""
+    """The class of the options that an objective, task, evaluation or tower declares."""
     return checked_options(item.options)
 
 
-def _declared(registry: Registry[Any]) -> Group:
+def _default_options(registry: Registry[Any]) -> Group:
     return Group({name: options_of(item)() for name, item in registry.items()})
 
 
 def tower_defaults(towers: Registry[Any]) -> dict[str, Any]:
-    """The options of all kinds of one tower, side by side, at their defaults."""
-    return _side_by_side(towers, lambda options: options_lib.to_dict(options()))
+    """The options of all kinds of one encoder in one flat dict, at their defaults."""
+    return _flat_options(towers, lambda options: options_lib.to_dict(options()))
 
 
 def tower_neutral(towers: Registry[Any]) -> dict[str, Any]:
-    """The options of all kinds of one tower, side by side, at their neutral values (`options.key`)."""
-    return _side_by_side(towers, options_lib.neutral)
+    """The options of all kinds of one encoder in one flat dict, at their neutral values (`options.key`)."""
+    return _flat_options(towers, options_lib.neutral)
 
 
-def _side_by_side(towers: Registry[Any], values_of: Callable[[type], dict[str, Any]]) -> dict[str, Any]:
+def _flat_options(towers: Registry[Any], values_of: Callable[[type], dict[str, Any]]) -> dict[str, Any]:
+    """`values_of` every kind's options, merged. Two kinds may share the name of an option only with the same value."""
     merged: dict[str, Any] = {}
     for kind, tower in towers.items():
         for name, value in values_of(options_of(tower)).items():
@@ -341,9 +348,10 @@ def _side_by_side(towers: Registry[Any], values_of: Callable[[type], dict[str, A
 def assemble(values: Mapping[str, Any]) -> tuple[Config, list[str]]:
     """The typed configuration of a nested mapping with all keys, and the list of what is wrong with it.
 
-    Problems are returned, not raised: one line a key, which then keeps its default.
+    Problems are returned, not raised: one line for each key, which then keeps its default.
     """
     problems: list[str] = []
+    # What `options.build` cannot read off the dataclasses: groups of a registry, and encoders, whose options are flat.
     custom = {
         **{name: _group_builder(registry) for name, registry in DECLARED.items()},
         "model.volume_encoder": _encoder_builder(VolumeEncoderConfig),
@@ -367,33 +375,33 @@ def _group_builder(registry: Registry[Any]) -> Callable[[Any, str, list[str]], G
     return build
 
 
-def _encoder_builder(kind: type[EncoderConfig]) -> Callable[[Any, str, list[str]], EncoderConfig]:
-    """Builds an encoder part from its flat keys: common ones, and options of the chosen kind.
+def _encoder_builder(part: type[EncoderConfig]) -> Callable[[Any, str, list[str]], EncoderConfig]:
+    """Builds a `VolumeEncoderConfig` or `ReportEncoderConfig` from flat keys: common ones, and options of the chosen kind.
 
     Options of other kinds may be there, because `config.default()` lists them all, but only at their defaults.
     """
 
     def build(values: Mapping[str, Any], full: str, problems: list[str]) -> EncoderConfig:
-        towers, defaults = kind.towers(), tower_defaults(kind.towers())
+        towers, defaults = part.towers(), tower_defaults(part.towers())  # `defaults`: options of all kinds
         common = {name: values[name] for name in values if name not in defaults}
-        chosen = values.get("kind", kind().kind)
-        if chosen not in towers:
-            problems += options_lib.choice(f"{full}.kind", chosen, tuple(towers))
-            return kind()
-        own = options_of(towers[chosen])
-        mine = {field.name for field in fields(own)}
-        for name in sorted(defaults.keys() - mine):
+        kind = values.get("kind", part().kind)
+        if kind not in towers:
+            problems += options_lib.choice(f"{full}.kind", kind, tuple(towers))
+            return part()
+        options_type = options_of(towers[kind])
+        names = {field.name for field in fields(options_type)}
+        for name in sorted(defaults.keys() - names):  # options of other kinds
             if options_lib.tuples(values.get(name, defaults[name])) != defaults[name]:
-                remedy = f"means nothing with kind = {chosen!r}: leave it at {defaults[name]!r}"
+                remedy = f"means nothing with kind = {kind!r}: leave it at {defaults[name]!r}"
                 problems.append(options_lib.problem(f"{full}.{name}", values[name], remedy))
-        given = {name: values[name] for name in mine if name in values}
-        chosen_options: Any = options_lib.build(own, given, f"{full}.", problems)
+        given = {name: values[name] for name in names if name in values}
+        options: Any = options_lib.build(options_type, given, f"{full}.", problems)
         return options_lib.build(
-            kind,
-            common | {"options": chosen_options},
+            part,
+            common | {"options": options},
             f"{full}.",
             problems,
-            {f"{full}.options": lambda value, *_: value},
+            {f"{full}.options": lambda value, *_: value},  # built above, so it stays as it is
         )
 
     return build

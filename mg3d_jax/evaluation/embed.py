@@ -1,4 +1,8 @@
-"""Embeddings of prepared data: volumes, distinct reports and texts of evaluations, on any mesh and number of processes."""
+"""Embeds prepared data with a model, on any mesh and number of processes.
+
+`Embedder` embeds volumes and texts; `DataEmbedder` embeds all that a list of evaluations needs of one data set: its volumes,
+each distinct report once, and the evaluations' own prompts and texts.
+"""
 
 from __future__ import annotations
 
@@ -17,35 +21,42 @@ from mg3d_jax.data.pipeline import PreparedData, evaluation_batches
 from mg3d_jax.data.record import RecordText
 from mg3d_jax.data.tokens import ReportTokenizer
 from mg3d_jax.errors import UserError
-from mg3d_jax.evaluation.base import Embedded, Evaluation, Model, Phrasings, Prompts
+from mg3d_jax.evaluation.base import Embedded, Evaluation, Model, Phrasings, Prompts, Text
 from mg3d_jax.models.mg3d import MAX_LOGIT_SCALE
 from mg3d_jax.objectives.pairwise import l2_normalize
 from mg3d_jax.progress import Progress
 from mg3d_jax.training import inputs as step_inputs
 from mg3d_jax.training.state import Setup
 
-TEXT_FIELDS = ("token_ids", "token_mask", "sentence_index")
-FACTS = ("labels", "record_index", "valid")  # of a batch, that come back with the embeddings
-Sentences = Sequence[str]
+TEXT_FIELDS = ("token_ids", "token_mask", "sentence_index")  # of a batch: what an embedding of a text is made from
+PASSED_THROUGH = ("labels", "record_index", "valid")  # of a batch: what comes back beside the embeddings of its volumes
 
 
 @dataclass(frozen=True)
 class TokenizedTexts:
-    """Distinct texts, tokenised once, and which of them each entry is the mean direction of."""
+    """Entries to embed, each distinct text of them tokenised once.
+
+    An entry is one text, or several that are embedded as their mean direction (the sum of their unit vectors, normalised):
+    the sentences of a report, the phrasings of a prompt. A text is a list of sentences. The entries `[[["a"], ["b"]],
+    [["a"]]]` have the distinct texts `["a"]` and `["b"]`, `rows` [0, 1, 0] and `entries` [0, 0, 1].
+    """
 
     fields: dict[str, np.ndarray]  # TEXT_FIELDS, [distinct texts, T]
-    rows: np.ndarray  # [parts], into `fields`
-    entries: np.ndarray  # [parts], ascending: the entry that the part belongs to
-    count: int  # entries
+    rows: np.ndarray  # [texts of all entries]: the row of each in `fields`
+    entries: np.ndarray  # [texts of all entries], ascending: the number of the entry that each belongs to
+    count: int  # of entries
 
 
 class Embedder:
-    """Embeds texts and volumes with whatever parameters it is given; each is compiled once.
+    """Embeds volumes and texts with whatever parameters it is given. Embeddings are `[., k]` float32, l2-normalised.
+
+    One function for volumes and one for texts, each compiled once.
 
     Args:
         setup: of the run; parameters lie on its mesh.
         tokenizer: of the run, with its limits for whole reports.
-        batch_size: volumes or texts per call, of all devices together; rounded up to a multiple of the batch shards.
+        batch_size: volumes or texts per call, of all devices together; rounded up to a multiple of
+            `sharding.batch_shards`.
 
     All processes of a run must call its methods, and all get the whole result.
     """
@@ -54,19 +65,19 @@ class Embedder:
         self.setup, self.config, self.tokenizer = setup, setup.config, tokenizer
         shards = sharding.batch_shards(setup.mesh)
         self.batch_size = math.ceil(batch_size / shards) * shards
-        places: dict[str, Any] = {
+        shardings: dict[str, Any] = {
             "in_shardings": (setup.shardings["params"], sharding.batch_sharding(setup.mesh)),
             "out_shardings": sharding.replicated(setup.mesh),
         }
-        self.width = self.config.model.projection_dim
-        self._embed_volumes = jax.jit(self._volume_features, **places)
-        self._embed_texts = jax.jit(self._text_features, **places)
+        self.width = self.config.model.projection_dim  # k
+        self._compiled_volumes = jax.jit(self._volume_features, **shardings)
+        self._compiled_texts = jax.jit(self._text_features, **shardings)
 
     def _volume_features(self, params: Any, batch: dict[str, jax.Array]) -> dict[str, jax.Array]:
         windowed = step_inputs.window(batch["volume"], self.config.data.windows)
         features = self.setup.model.apply({"params": params}, windowed, method="embed_volume")
-        facts = {name: array for name, array in batch.items() if name != "volume"}
-        return {"embedding": l2_normalize(features["volume_embedding"])} | facts
+        passed_through = {name: array for name, array in batch.items() if name != "volume"}
+        return {"embedding": l2_normalize(features["volume_embedding"])} | passed_through
 
     def _text_features(self, params: Any, text: dict[str, jax.Array]) -> jax.Array:
         features = self.setup.model.apply({"params": params}, text, method="embed_report")
@@ -81,16 +92,18 @@ class Embedder:
     ) -> dict[str, np.ndarray]:
         """`embedding` [n, k] of every record in order, with its `labels` [n, L] and `record_index` [n].
 
-        A damaged record is a `UserError`, or skipped and named as `bad_records`, the options of `evaluation_batches`, say.
+        Args:
+            bad_records: `max_bad_records` and `log_folder` of `pipeline.evaluation_batches`: up to that many damaged
+                records are left out, and named. Without these options a damaged record is a `UserError`.
         """
-        found = []
-        for rows in self.volume_batches(params, data, **bad_records):
-            found.append(rows)
+        batches = []
+        for batch in self.volume_batches(params, data, **bad_records):
+            batches.append(batch)
             if progress is not None:
-                progress.advance(len(rows["embedding"]))
-        if not found:
+                progress.advance(len(batch["embedding"]))
+        if not batches:
             raise UserError(f"{', '.join(str(reader.folder) for reader in data.readers)}: there is no record to embed")
-        return {name: np.concatenate([rows[name] for rows in found]) for name in found[0]}
+        return {name: np.concatenate([batch[name] for batch in batches]) for name in batches[0]}
 
     def volume_batches(
         self, params: Any, data: PreparedData, *, start: int = 0, **bad_records: Any
@@ -102,59 +115,63 @@ class Embedder:
         )  # fmt: skip
         for batch in batches:
             with sharding.in_mesh(self.setup.mesh):
-                rows = _fetch(self._embed_volumes(params, {name: batch[name] for name in ("volume", *FACTS)}))
+                inputs = {name: batch[name] for name in ("volume", *PASSED_THROUGH)}
+                rows = _fetch(self._compiled_volumes(params, inputs))
             yield {name: rows[name][rows["valid"]] for name in ("embedding", "labels", "record_index")}
 
     def volume(self, params: Any, hounsfield: np.ndarray) -> np.ndarray:
-        """The embedding [k] of one volume, int16 HU [X, Y, Z]. Every device embeds it."""
+        """The embedding [k] of one volume, int16 HU [X, Y, Z]."""
+        # The smallest batch that the mesh can hold: a copy of the volume for each shard.
         size = sharding.batch_shards(self.setup.mesh)
         local = np.broadcast_to(hounsfield, (len(sharding.local_rows(self.setup.mesh, size)), *hounsfield.shape))
         batch = sharding.to_global({"volume": local}, self.setup.mesh, size)
         with sharding.in_mesh(self.setup.mesh):
-            return _fetch(self._embed_volumes(params, batch))["embedding"][0]
+            return _fetch(self._compiled_volumes(params, batch))["embedding"][0]
 
-    def tokenize(self, entries: Sequence[Sequence[Sentences]]) -> TokenizedTexts:
-        """Each entry is some texts, each text some sentences. At least one entry, each of at least one text."""
+    def tokenize(self, entries: Sequence[Sequence[Text]]) -> TokenizedTexts:
+        """Tokenises `entries` (see `TokenizedTexts`): at least one, each of at least one text. Texts are cut at the length
+        that the run was trained with (`Config.text_tokens`)."""
         length = self.config.text_tokens()
         tokenizer = ReportTokenizer(self.tokenizer.tokenizer, length, self.config.data.max_sentences)
-        distinct: dict[tuple[str, ...], int] = {}
+        distinct: dict[tuple[str, ...], int] = {}  # text -> its row
         rows = [distinct.setdefault(tuple(text), len(distinct)) for texts in entries for text in texts]
-        tokens = [tokenizer(text) for text in distinct]
-        fields = {name: np.stack([row[name] for row in tokens]) for name in TEXT_FIELDS}
-        owners = np.repeat(np.arange(len(entries)), [len(texts) for texts in entries])
-        return TokenizedTexts(fields, np.array(rows), owners, len(entries))
+        tokenized = [tokenizer(text) for text in distinct]
+        fields = {name: np.stack([text[name] for text in tokenized]) for name in TEXT_FIELDS}
+        entry_of_text = np.repeat(np.arange(len(entries)), [len(texts) for texts in entries])
+        return TokenizedTexts(fields, np.array(rows), entry_of_text, len(entries))
 
-    def report_texts(self, sentences: Sentences) -> list[Sentences]:
-        """A report as texts of the kind that the run was trained on.
+    def report_texts(self, sentences: Text) -> list[Text]:
+        """The entry of `tokenize` for a report: texts of the kind that the run was trained on.
 
         A model trained on single sentences embeds a report as the mean direction of its sentences; one trained on whole
         reports embeds it whole.
         """
         if self.config.objectives["alignment"].report_view == "report":
             return [sentences]
-        return [[sentence] for sentence in sentences] or [[]]
+        return [[sentence] for sentence in sentences] or [[]]  # without sentences: one empty text
 
     def texts(self, params: Any, texts: TokenizedTexts) -> np.ndarray:
         """One embedding per entry, [entries, k]."""
-        total, size, found = len(texts.fields["token_ids"]), self.batch_size, []
-        local = np.array(sharding.local_rows(self.setup.mesh, size))
+        total, size, batches = len(texts.fields["token_ids"]), self.batch_size, []
+        local = np.array(sharding.local_rows(self.setup.mesh, size))  # rows of a batch that this process holds
         for first in range(0, total, size):
-            rows = np.minimum(first + local, total - 1)  # the last text pads
-            part = {name: array[rows] for name, array in texts.fields.items()}
-            batch = sharding.to_global(part, self.setup.mesh, size)
+            rows = np.minimum(first + local, total - 1)  # the last batch is filled with copies of the last text
+            fields = {name: array[rows] for name, array in texts.fields.items()}
+            batch = sharding.to_global(fields, self.setup.mesh, size)
             with sharding.in_mesh(self.setup.mesh):
-                found.append(_fetch(self._embed_texts(params, batch))[: total - first])
-        directions = np.concatenate(found)
+                batches.append(_fetch(self._compiled_texts(params, batch))[: total - first])
+        directions = np.concatenate(batches)
         sums = np.zeros((texts.count, directions.shape[1]), np.float32)
         np.add.at(sums, texts.entries, directions[texts.rows])
         return np.asarray(l2_normalize(jnp.asarray(sums)))
 
 
-PromptSets = Mapping[str, Mapping[str, Phrasings]]  # of an evaluation: set -> class -> (present, absent)
+PromptSets = Mapping[str, Mapping[str, Phrasings]]  # what `Evaluation.prompts` returns
 
 
-def prompt_entries(sets: PromptSets) -> list[list[Sentences]]:
-    """What `Embedder.tokenize` takes: of each set the present prompts of all classes, then the absent ones."""
+def prompt_entries(sets: PromptSets) -> list[list[Text]]:
+    """The entries of `Embedder.tokenize` for these prompts: set by set, present before absent, class by class. The
+    phrasings of a prompt are the texts of its entry."""
     return [
         [[sentence] for sentence in pair[side]]
         for by_class in sets.values()
@@ -163,23 +180,25 @@ def prompt_entries(sets: PromptSets) -> list[list[Sentences]]:
     ]
 
 
-def prompts_of(sets: PromptSets, rows: np.ndarray) -> dict[str, Prompts]:
-    """The sets of prompts from the embeddings of their `prompt_entries`, `[entries, k]`."""
-    start, found = 0, {}
-    for title, by_class in sets.items():
+def embedded_prompts(sets: PromptSets, embeddings: np.ndarray) -> dict[str, Prompts]:
+    """The sets with the embeddings `[entries, k]` of their `prompt_entries`."""
+    start, prompts = 0, {}
+    for name, by_class in sets.items():
         end = start + 2 * len(by_class)
-        found[title] = Prompts(tuple(by_class), rows[start:end].reshape(2, len(by_class), -1))
+        prompts[name] = Prompts(tuple(by_class), embeddings[start:end].reshape(2, len(by_class), -1))
         start = end
-    return found
+    return prompts
 
 
 class DataEmbedder:
-    """`params -> {name: Embedded}`: one data set for several evaluations, each with its own texts; the rest is shared.
+    """Embeds one data set for several evaluations: `params -> {name of the evaluation: Embedded}`.
 
-    Every volume is read once per call. All texts are tokenised once. `bad_records` as for `Embedder.volumes`.
+    The evaluations share the embeddings of volumes and reports; prompts and texts are each one's own. Every volume is read
+    once per call; texts are tokenised in the first call only.
 
     Args:
-        train: volumes for the evaluations that need "train".
+        train: training volumes, for the evaluations that need "train".
+        bad_records: as for `Embedder.volumes`.
     """
 
     def __init__(
@@ -193,8 +212,10 @@ class DataEmbedder:
     ):
         self.embedder, self.data, self.train = embedder, data, train
         self.evaluations, self.bad_records = evaluations, bad_records
-        self._texts: dict[str, TokenizedTexts | None] = {}  # by what they are of
-        self._reports: dict[str, Sentences] = {}
+        # By what they are: "reports", "prompts of EVALUATION", "texts of EVALUATION". None where there are none.
+        self._tokenized: dict[str, TokenizedTexts | None] = {}
+        # The sentences of every report of `data`, by report id; filled when its volumes are embedded for the first time.
+        self._reports: dict[str, Text] = {}
 
     def __call__(
         self, params: Any, progress: Progress | None = None, *, only: Sequence[str] | None = None
@@ -202,48 +223,54 @@ class DataEmbedder:
         """For all evaluations, or those of the names `only`."""
         wanted = {name: one for name, one in self.evaluations.items() if only is None or name in only}
         needs = {need for one in wanted.values() for need in one.needs}
-        shared = self._labelled(params, self.data, progress, volumes=bool(needs & {"volumes", "reports"}))
+        shared = self._embed_volumes(params, self.data, progress, skip=not needs & {"volumes", "reports"})
         if "reports" in needs:
             shared = dataclasses.replace(shared, **self._embed_reports(params))
         if "train" in needs and self.train is not None:
-            shared = dataclasses.replace(shared, train=self._labelled(params, self.train, progress, volumes=True))
-        model, names = Model(self.embedder, params, self.data), self.data.label_names
+            shared = dataclasses.replace(shared, train=self._embed_volumes(params, self.train, progress))
+        model, label_names = Model(self.embedder, params, self.data), self.data.label_names
         return {
             name: dataclasses.replace(
                 shared,
-                prompts=self._embed_prompts(params, name, one.prompts(names)),
-                texts=self._embed_texts(params, f"texts of {name}", [[text] for text in one.texts(names)]),
+                prompts=self._embed_prompts(params, name, one.prompts(label_names)),
+                texts=self._embed_texts(params, f"texts of {name}", [[text] for text in one.texts(label_names)]),
                 model=model if "model" in one.needs else None,
             )
             for name, one in wanted.items()
         }
 
-    def _labelled(self, params: Any, data: PreparedData, progress: Progress | None, *, volumes: bool) -> Embedded:
-        """The volumes of `data` with all that is known of them; none where `volumes` is False."""
-        nothing = np.zeros((0, self.embedder.width), np.float32)
-        found: dict[str, Any] = {
-            "embedding": nothing,
+    def _embed_volumes(
+        self, params: Any, data: PreparedData, progress: Progress | None, *, skip: bool = False
+    ) -> Embedded:
+        """The volumes of `data` with their labels and ids, and the reports of `self.data` remembered; no texts yet.
+
+        Args:
+            skip: read no volume, and leave the arrays of volumes empty.
+        """
+        no_embeddings = np.zeros((0, self.embedder.width), np.float32)
+        volumes: dict[str, Any] = {
+            "embedding": no_embeddings,
             "labels": np.zeros((0, len(data.label_names)), np.int8),
             "record_index": [],
         }
-        if volumes:
-            found = self.embedder.volumes(params, data, progress, **self.bad_records)
-        about = [data.text(index) for index in found["record_index"]]
+        if not skip:
+            volumes = self.embedder.volumes(params, data, progress, **self.bad_records)
+        records = [data.text(index) for index in volumes["record_index"]]
         if data is self.data and not self._reports:
-            self._reports = {text.report_id: text.sentences for text in about}
+            self._reports = {record.report_id: record.sentences for record in records}
         return Embedded(
-            volumes=found["embedding"],
-            labels=found["labels"],
+            volumes=volumes["embedding"],
+            labels=volumes["labels"],
             label_names=tuple(data.label_names),
-            volume_ids=_strings(about, "name"),
-            scans=_strings(about, "scan"),
-            patients=_strings(about, "patient"),
-            volume_reports=_strings(about, "report_id"),
-            reports=nothing,
+            volume_ids=_strings(records, "name"),
+            scans=_strings(records, "scan"),
+            patients=_strings(records, "patient"),
+            volume_reports=_strings(records, "report_id"),
+            reports=no_embeddings,
             report_ids=np.zeros(0, str),
             report_texts=(),
             prompts={},
-            texts=nothing,
+            texts=no_embeddings,
             logit_scale=logit_scale(params),
         )
 
@@ -256,26 +283,28 @@ class DataEmbedder:
         }
 
     def _embed_prompts(self, params: Any, name: str, sets: PromptSets) -> dict[str, Prompts]:
-        return prompts_of(sets, self._embed_texts(params, f"prompts of {name}", prompt_entries(sets)))
+        return embedded_prompts(sets, self._embed_texts(params, f"prompts of {name}", prompt_entries(sets)))
 
-    def _embed_texts(self, params: Any, of: str, entries: Sequence[Sequence[Sentences]]) -> np.ndarray:
-        if of not in self._texts:
-            self._texts[of] = self.embedder.tokenize(entries) if entries else None
-        tokenized = self._texts[of]
+    def _embed_texts(self, params: Any, key: str, entries: Sequence[Sequence[Text]]) -> np.ndarray:
+        """`[entries, k]`. The entries of a `key` are tokenised the first time, and must be the same every time."""
+        if key not in self._tokenized:
+            self._tokenized[key] = self.embedder.tokenize(entries) if entries else None
+        tokenized = self._tokenized[key]
         if tokenized is None:
             return np.zeros((0, self.embedder.width), np.float32)
         return self.embedder.texts(params, tokenized)
 
 
-def _strings(about: Sequence[RecordText], name: str) -> np.ndarray:
-    return np.array([getattr(text, name) for text in about], str)
+def _strings(records: Sequence[RecordText], field: str) -> np.ndarray:
+    return np.array([getattr(record, field) for record in records], str)
 
 
 def logit_scale(params: Any) -> float:
-    """1 / temperature, within the limit of training."""
+    """1 / temperature, at most `MAX_LOGIT_SCALE` as in training."""
     return min(float(np.exp(np.asarray(jax.device_get(params["logit_scale"]), np.float64))), MAX_LOGIT_SCALE)
 
 
 def _fetch(tree: Any) -> Any:
-    """To the host, once all devices are done: fetching waits for one of them, and CPU devices must not drift apart."""
+    """To the host, once all devices are done. `device_get` alone waits for only one of them, and CPU devices that get
+    several computations apart deadlock in their collectives."""
     return jax.device_get(jax.block_until_ready(tree))

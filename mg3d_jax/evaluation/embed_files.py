@@ -24,7 +24,7 @@ from mg3d_jax.data.tokens import ReportTokenizer
 from mg3d_jax.errors import UserError
 from mg3d_jax.evaluation import embedding_files
 from mg3d_jax.evaluation.base import Evaluation, Text
-from mg3d_jax.evaluation.embed import Embedder, Sentences, logit_scale, prompt_entries, prompts_of
+from mg3d_jax.evaluation.embed import Embedder, embedded_prompts, logit_scale, prompt_entries
 from mg3d_jax.evaluation.embedding_files import Arrays
 from mg3d_jax.evaluation.label_tables import bare
 from mg3d_jax.evaluation.scans import read_scan, run_grid
@@ -209,7 +209,7 @@ def _embed_volumes(run: RestoredRun, embedder: Embedder, data: PreparedData, par
 
 
 def _embed_texts(
-    run: RestoredRun, embedder: Embedder, parts: Parts, name: str, entries: Sequence[Sequence[Sentences]]
+    run: RestoredRun, embedder: Embedder, parts: Parts, name: str, entries: Sequence[Sequence[Text]]
 ) -> np.ndarray:
     """`[entries, k]`, part by part."""
     done = parts.whole(name)
@@ -240,4 +240,4 @@ def _prompts(run: RestoredRun, embedder: Embedder, evaluation: Evaluation, label
     if not (entries := prompt_entries(sets)):
         return {}
     rows = embedder.texts(run.params, embedder.tokenize(entries))
-    return dict(embedding_files.prompt_arrays(prompts_of(sets, rows)))
+    return dict(embedding_files.prompt_arrays(embedded_prompts(sets, rows)))

@@ -2,7 +2,10 @@
 
     sources -> leak checks -> ordered examples -> fixed shards -> (workers: volumes, reports, records) -> manifest, QA
 
-Started again it continues; `--shard i/n` splits it over machines, and whichever finishes last writes the manifest.
+An example is a volume with its report, not read yet; a shard is a file of records. A volume that cannot be used, or has no
+report, is "bad": it is left out, counted, and listed with the reason. Each finished shard has a sidecar, a JSON file that
+says what it holds (`prepare/shards.py`): started again, only the others are made, and those of which a bad volume may be
+whole by now. `--shard i/n` splits the shards over machines, and whichever finishes last writes the manifest.
 """
 
 from __future__ import annotations
@@ -42,12 +45,13 @@ from mg3d_jax.progress import Progress
 
 logger = logging.getLogger(__name__)
 
-_SHOWN_BAD = 10
+_SHOWN_BAD = 10  # bad volumes that an error names
 
 
 @dataclass(frozen=True)
 class Settings:
-    """One preparation. Axes are in RAS+ order: x to the patient's right, y anterior, z superior."""
+    """What to prepare and how: the options of `mg3d prepare`. Axes are in RAS+ order: x to the patient's right, y anterior, z
+    superior."""
 
     source: str  # layout of the data set: a name in `mg3d_jax.registry.SOURCES`
     root: Path  # folder of the data set, or its table
@@ -62,13 +66,13 @@ class Settings:
     shard_records: int = 256  # records per shard
     zstd_level: int = 3  # compression of the volumes, 1 to 22; 0: none
     window: tuple[float, float] | None = None  # (low, high) in HU: clipped to it and stored as uint8; None: HU as int16
-    reconstructions: str = "all"  # which ones of a scan are kept: "all", "first", "best" (`sources`)
+    reconstructions: str = "all"  # which ones of a scan are kept: "all", "first", "best" (`prepare/selection.py`)
     exclude: Path | None = None  # text file of volumes, scans or patients to leave out, one a line
     array_spacing: tuple[float, float, float] | None = None  # of arrays and slices: mm of the three index axes
     array_axes: str | None = None  # of arrays and slices: where the index axes point, such as "LPS"
     slice_window: tuple[float, float] | None = None  # of 8-bit slices: HU of grey 0 and 255
     fetch: str | None = None  # shell command that brings a volume (see `prepare/fetch.py`)
-    shard: tuple[int, int] = (0, 1)  # (i, n), i from 0: this machine does shards i, i + n, i + 2n, ...
+    shard: tuple[int, int] = (0, 1)  # (i, n), i from 0: this machine's share is the shards i, i + n, i + 2n, ...
     against: tuple[Path, ...] = ()  # prepared folders to check for leaks
     allow_leak: tuple[str, ...] = ()  # leaks to accept: names in `leaks.LEAKS`
     qa_samples: int = 8  # volumes drawn in qa.html
@@ -85,7 +89,8 @@ class Settings:
     def plan(self) -> dict[str, Any]:
         """The settings that an interrupted preparation must be continued with; `root` is only recorded.
 
-        `exclude`, `array_spacing`, `array_axes` and `slice_window` act on the listed examples, whose digest stands beside.
+        `exclude`, `array_spacing`, `array_axes` and `slice_window` are left out: they change the listed examples, and
+        `prepare` adds a digest of those.
         """
         fraction = self.policy == "fraction"
         return {
@@ -126,7 +131,7 @@ class Settings:
 
 
 def list_examples(settings: Settings) -> Listing:
-    """What the source holds, after its own rules."""
+    """The examples of the source that are to be prepared, after `exclude` and `reconstructions`. No volume is opened."""
     options = SourceOptions(
         root=settings.root,
         split=settings.split,
@@ -141,7 +146,8 @@ def list_examples(settings: Settings) -> Listing:
 
 
 def check_bad(settings: Settings, bad: list[dict[str, str]], total: int) -> None:
-    """Raises `UserError` when nothing is left or too much is bad; the whole list goes to `bad.json`."""
+    """Raises `UserError` when all of the `total` volumes are bad or more than `max_bad_share` of them; `bad.json` then has
+    the whole list, `[{"path", "reason"}, ...]`."""
     share = len(bad) / total if total else 1.0
     if total and len(bad) < total and share <= settings.max_bad_share:
         return
@@ -165,39 +171,39 @@ def _process(settings: Settings, chunks: dict[str, list[Example]], bad: int) -> 
         bad: how many volumes were found bad while listing, for the note beside the progress.
 
     Returns:
-        The sidecars of all processes by shard: what each finished shard holds, and which of its volumes are bad.
+        The sidecars of all finished shards by name, those of other processes too.
     """
     sidecars = read_sidecars(settings.out, list(chunks))
     index, count = settings.shard
     mine = list(chunks)[index::count]
-    again = [
+    redo = [
         name for name in mine if name in sidecars and worth_redoing(settings.out, name, sidecars[name], chunks[name])
     ]
-    todo = {name: chunks[name] for name in mine if name not in sidecars or name in again}
+    todo = {name: chunks[name] for name in mine if name not in sidecars or name in redo}
     examples = [example for chunk in todo.values() for example in chunk]
     recipe = Recipe(settings.grid, settings.window, settings.zstd_level, settings.fetch)
     if expected := estimate(examples, recipe, settings.workers):
         logger.info("prepare: %s", expected)
         check_disk(expected, settings.out)
     total = sum(len(chunks[name]) for name in mine)
-    if todo:  # first: should this process be killed, no manifest describes shards that have changed since
+    if todo:  # before any shard changes: should this process be killed, no manifest describes shards that are gone
         (settings.out / MANIFEST_NAME).unlink(missing_ok=True)
-    for name in again:
+    for name in redo:
         forget_shard(settings.out, name)
         del sidecars[name]
-    found = bad + sum(len(sidecar["bad"]) for sidecar in sidecars.values())
+    bad_so_far = bad + sum(len(sidecar["bad"]) for sidecar in sidecars.values())
     begun = time.time()
     # One stream over all shards: the workers stay busy across their boundaries.
     results = outcomes(examples, recipe, settings.workers)
     with Progress("prepare", total=total, unit="volumes", initial=total - len(examples)) as progress:
 
-        def each(outcome: Outcome) -> None:
-            nonlocal found
-            found += outcome.data is None
-            progress.advance(1, note=f"{found} bad" if found else "")
+        def show(outcome: Outcome) -> None:
+            nonlocal bad_so_far
+            bad_so_far += outcome.data is None
+            progress.advance(1, note=f"{bad_so_far} bad" if bad_so_far else "")
 
         for name, chunk in todo.items():
-            sidecars[name] = write_shard(settings.out, name, results, len(chunk), each, begun)
+            sidecars[name] = write_shard(settings.out, name, results, len(chunk), show, begun)
     # Read again: other machines (--shard i/n) may have finished shards meanwhile.
     return read_sidecars(settings.out, list(chunks)) | sidecars
 
@@ -206,13 +212,19 @@ def _finish(
     settings: Settings,
     listing: Listing,
     code: dict[str, Any],
-    shards: list[dict[str, Any]],
-    allowed: list[leaks.Leak],
+    sidecars: list[dict[str, Any]],
+    listed_leaks: list[leaks.Leak],
     total: int,
 ) -> dict[str, Any]:
     """Checks the whole, then writes index, quality and manifest; the manifest marks the folder as finished.
 
     The QA page comes after it: it only shows what the others hold.
+
+    Args:
+        code: the version of the code that began the preparation (`version.code`).
+        sidecars: of every shard, in order.
+        listed_leaks: those that were found, and allowed, before any volume was read.
+        total: how many volumes were listed, bad ones included.
     """
     context = {
         "label_names": list(listing.label_names),
@@ -220,12 +232,12 @@ def _finish(
         "skipped": listing.skipped,
         "notes": listing.notes,
     }
-    manifest = build_manifest(settings.plan(), code, shards, context)
+    manifest = build_manifest(settings.plan(), code, sidecars, context)
     check_bad(settings, manifest["bad"], total)
-    entries = [entry for shard in shards for entry in shard["entries"]]
-    found = allowed + leaks.content_leaks(entries, list(settings.against))
-    manifest["allowed_leaks"] = leaks.check(found, settings.allow_leak)
-    quality = [line for shard in shards for line in shard["quality"]]
+    entries = [entry for sidecar in sidecars for entry in sidecar["entries"]]
+    all_leaks = listed_leaks + leaks.content_leaks(entries, list(settings.against))
+    manifest["allowed_leaks"] = leaks.check(all_leaks, settings.allow_leak)
+    quality = [line for sidecar in sidecars for line in sidecar["quality"]]
     write_lines(settings.out / INDEX_NAME, entries)
     write_lines(settings.out / QUALITY_NAME, quality)
     (settings.out / "bad.json").unlink(missing_ok=True)
@@ -235,6 +247,7 @@ def _finish(
 
 
 def _nothing_listed(settings: Settings, listing: Listing) -> str:
+    """The error for a split without a volume: the splits that there are, and the rules that left volumes out."""
     others = f"the other splits are {sorted(listing.other_splits)}" if listing.other_splits else "it has no other split"
     left_out = [f"{count} left out: {rule}" for rule, count in listing.skipped.items()]
     return "; ".join([f"{settings.root} lists nothing to prepare for split {settings.split!r}", others, *left_out])
@@ -257,13 +270,13 @@ def prepare(settings: Settings) -> dict[str, Any] | None:
         raise UserError(_nothing_listed(settings, listing))
     # What is bad already; volumes that cannot be read are known after processing, and `_finish` checks again.
     check_bad(settings, listing.bad, total)
-    allowed = leaks.listed_leaks(listing) + leaks.patient_leaks(listing.examples, list(settings.against))
-    leaks.check(allowed, settings.allow_leak)  # raises where one is not
+    listed_leaks = leaks.listed_leaks(listing) + leaks.patient_leaks(listing.examples, list(settings.against))
+    leaks.check(listed_leaks, settings.allow_leak)  # raises for one that is not allowed
     examples = ordered(listing.examples)
     step = settings.shard_records
     parts = [examples[start : start + step] for start in range(0, len(examples), step)]
     chunks = dict(zip(shard_names(len(parts)), parts, strict=True))
-    root = settings.root if settings.root.is_dir() else settings.root.parent
+    root = settings.root if settings.root.is_dir() else settings.root.parent  # `root` may be a table: its folder
     plan = open_folder(settings.out, settings.plan() | {"input": input_digest(examples, root)})
     if plan is None:  # finished with another version of the recipe: it stays as it is
         return migrated(read_manifest(settings.out))
@@ -272,7 +285,7 @@ def prepare(settings: Settings) -> dict[str, Any] | None:
         return None
     if (settings.out / MANIFEST_NAME).is_file():
         logger.info("prepare: %s was prepared already", settings.out)
-    return _finish(settings, listing, plan["code"], [sidecars[name] for name in chunks], allowed, total)
+    return _finish(settings, listing, plan["code"], [sidecars[name] for name in chunks], listed_leaks, total)
 
 
 def summary(manifest: dict[str, Any]) -> str:

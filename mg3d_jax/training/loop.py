@@ -1,4 +1,8 @@
-"""The training loop: fetch a batch, run the compiled step, call the hooks (`training.hooks`)."""
+"""The training loop, behind `mg3d train`: fetch a batch, run the compiled step (`training.step`), call the hooks.
+
+Whatever is logged, measured or saved beside the steps is a hook (`training.hooks`); `training.wiring` lists the standard
+ones in the order of their calls.
+"""
 
 from __future__ import annotations
 
@@ -28,7 +32,8 @@ from mg3d_jax.training.stopping import DONE, PREEMPTED, SkippedUpdates, StopRequ
 from mg3d_jax.training.writers import Writers, drop_evaluations, open_writers
 
 logger = logging.getLogger(__name__)
-# `(setup, fresh state, tokenizer) -> state` with other weights in it; the usual one is `interop.warm_start.load_initial`.
+# `(setup, random state, tokenizer) -> state` with loaded weights. The usual one, `interop.warm_start.load_initial`, is handed
+# in because `interop` imports this package.
 Initializer = Callable[[state_lib.Setup, state_lib.State, ReportTokenizer], state_lib.State]
 
 
@@ -36,7 +41,7 @@ class Trainer:
     """One run: `__init__` checks the configuration, opens the data and restores or makes the state; `run` trains.
 
     Args:
-        config: validated here.
+        config: checked here; a `UserError` lists what is impossible.
         workdir: where checkpoints, metrics, tokenizer and summary go; an earlier run there is resumed.
         hooks: called in addition to the standard ones (`training.wiring`): evaluations, pictures, your own.
         initialize: loads the weights that `init_from` and `model.*_encoder.pretrained` name; called for a new run only, and
@@ -55,11 +60,11 @@ class Trainer:
     ):
         checks.validate(config)
         check_writable(workdir)
-        data, training = config.data, config.training
-        self.config, self.workdir, mesh = config, workdir, sharding.make_mesh(config.mesh)
-        size = config.model.volume_size
-        self.data = PreparedData(data.train, max_patients=data.max_patients, volume_size=size)
-        self.valid = PreparedData(data.valid, volume_size=size) if data.valid else None
+        self.config, self.workdir = config, workdir
+        data, training, volume_size = config.data, config.training, config.model.volume_size
+        mesh = sharding.make_mesh(config.mesh)
+        self.data = PreparedData(data.train, max_patients=data.max_patients, volume_size=volume_size)
+        self.valid = PreparedData(data.valid, volume_size=volume_size) if data.valid else None
         self.tokenizer = run_folder.run_tokenizer(data, workdir)
         self.steps = total_steps(training, data.batch_size, len(self.data))
         self.setup = state_lib.build(config, self.tokenizer.vocab_size, mesh, self.steps, records=len(self.data))
@@ -67,28 +72,35 @@ class Trainer:
         self.checkpoints = Checkpoints(
             workdir, keep=training.keep_checkpoints, best_metric=training.best_metric, best_mode=training.best_mode
         )
-        self.state, self.first, meta = self._start(initialize)
+        self.state, self.resume_step, meta = self._restore_or_initialize(initialize)
         self.cost = StepCost(self.setup, training=Flops(**meta["flops"]) if "flops" in meta else None)
-        facts = run_folder.facts(config, self.tokenizer.vocab_size, self.data, self.cost.training)
-        self.clock = Clock(meta.get("trained_seconds", 0.0))  # after the count of FLOPs, which is no training
-        records = run_folder.records_of_steps(self.data, data, config.seed)
-        skipped = SkippedUpdates(workdir, training.max_skipped, records, resume_step=self.first)
+        checkpoint_facts = run_folder.facts(config, self.tokenizer.vocab_size, self.data, self.cost.training)
+        # Runs from here on, so only now: counting the FLOPs (`cost.training` above) takes seconds that are no training.
+        self.clock = Clock(meta.get("trained_seconds", 0.0))
+        records_of_step = run_folder.records_of_steps(self.data, data, config.seed)
+        skipped = SkippedUpdates(workdir, training.max_skipped, records_of_step, resume_step=self.resume_step)
         self.hooks = wiring.standard_hooks(
-            training, workdir, batch_size=data.batch_size, checkpoints=self.checkpoints, clock=self.clock, cost=self.cost,
-            facts=facts, given=hooks, profile_steps=profile_steps, skipped=skipped, validates=self.valid is not None,
+            training, workdir, given=hooks, batch_size=data.batch_size, checkpoints=self.checkpoints, clock=self.clock,
+            cost=self.cost, facts=checkpoint_facts, profile_steps=profile_steps, skipped=skipped,
+            validates=self.valid is not None,
         )  # fmt: skip
 
-    def _start(self, initialize: Initializer | None) -> tuple[state_lib.State, int, dict[str, Any]]:
-        """State, number of steps that were taken and JSON of the newest readable checkpoint; a new state, 0 and {} without."""
-        found = self.checkpoints.newest(self.setup)
-        if found is None:
-            state = state_lib.initialize(self.setup)
+    def _restore_or_initialize(self, initialize: Initializer | None) -> tuple[state_lib.State, int, dict[str, Any]]:
+        """Restores the newest readable checkpoint; without one, makes the state of a new run.
+
+        Returns:
+            The state, the number of steps it has taken (0 for a new run), and the JSON that the checkpoint has beside it
+            (`hooks.Save` writes it; {} for a new run).
+        """
+        restored = self.checkpoints.newest(self.setup)
+        if restored is None:
+            state = state_lib.initialize(self.setup)  # random weights
             if initialize is not None:
-                state = initialize(self.setup, state, self.tokenizer)
-            elif starts_from := state_lib.starts_from(self.config.init_from, self.config.model):
-                raise ValueError(f"{starts_from} is set: give `initialize`, e.g. `interop.warm_start.load_initial`")
+                state = initialize(self.setup, state, self.tokenizer)  # the weights that the configuration names
+            elif keys := state_lib.starts_from(self.config.init_from, self.config.model):
+                raise ValueError(f"{keys} is set: give `initialize`, e.g. `interop.warm_start.load_initial`")
             return state, 0, {}
-        state, meta, step = found
+        state, meta, step = restored
         run_folder.check_same_records(meta, self.data)
         logger.info("%s: resuming after step %d of %d", self.workdir, step, self.steps)
         return state, step, meta
@@ -98,8 +110,8 @@ class Trainer:
 
         The state is saved in both cases.
         """
-        if self.first >= self.steps:
-            logger.info("%s: already done, %d of %d steps", self.workdir, self.first, self.steps)
+        if self.resume_step >= self.steps:
+            logger.info("%s: already done, %d of %d steps", self.workdir, self.resume_step, self.steps)
             final = self._measure_again() if run_folder.lacks_summary(self.workdir) else None
             self.checkpoints.close()
         else:
@@ -114,21 +126,26 @@ class Trainer:
         return DONE
 
     def _train(self) -> dict[str, float] | None:
-        """Steps until the end. Returns what hooks measured there, `{"SPLIT/NAME": value}`; None if asked to stop before."""
+        """Takes the steps that are left.
+
+        Returns:
+            What the hooks measured after the last step, `{"SPLIT/NAME": value}`; None where the run was asked to stop
+            before.
+        """
         compiled, batch_size = None, self.config.data.batch_size
-        tokens = self.cost.volume_tokens + self.cost.report_tokens
+        tokens_per_patient = self.cost.volume_tokens + self.cost.report_tokens
         with ExitStack() as stack:  # every clean-up runs, last first, whatever one of them raises
-            stop = StopRequest(self.checkpoints, self.first)
+            stop = StopRequest(self.checkpoints, self.resume_step)
             stack.callback(stop.restore_handler)
-            writers = self._open_writers(stack, resume_step=self.first)
+            writers = self._open_writers(stack, resume_step=self.resume_step)
             batches = self._open_batches(stack)
             self._start_hooks(stack, self.hooks, writers)
-            for step in range(self.first + 1, self.steps + 1):
+            for step in range(self.resume_step + 1, self.steps + 1):
                 with self.clock.waiting():
                     batch = next(batches)
-                compiled = compiled or self._compile(batch)
+                compiled = compiled or self._compile(batch)  # the first batch gives the shapes
                 self.state, metrics = compiled(self.state, batch)
-                self.clock.count(batch_size, batch_size * tokens)
+                self.clock.count(batch_size, batch_size * tokens_per_patient)
                 after = AfterStep(step, self.steps, self.state, metrics, writers)
                 self._call_hooks(after)
                 if step < self.steps and stop.asked(step):
@@ -138,25 +155,28 @@ class Trainer:
         return after.measured
 
     def _call_hooks(self, after: AfterStep) -> None:
-        """The due hooks, in the order of their list. Each is asked twice: first whether the host must wait for this step, then
-        at its turn, as what a hook before it measured may change the answer (`hooks.Save`)."""
+        """Calls the hooks that are due, in the order of their list.
+
+        Each is asked twice whether it is due: before all of them, to know whether the host must wait for this step; and at
+        its turn, since what a hook before it measured may make it due (`hooks.Save`: a value of `training.best_metric`).
+        """
         after.waits = any(hook.waits and hook.due(after) for hook in self.hooks)
         for hook in self.hooks:
             if hook.due(after):
+                # Held-out losses and evaluations do not lower the logged samples per second; saving does.
                 with self.clock.paused() if hook.measures else nullcontext():
                     after.record(hook(after))
 
     def _measure_again(self) -> dict[str, float]:
-        """Of a run that was killed between its last checkpoint and its summary: measures the last step again, without training.
-
-        What the killed run wrote of that step may be incomplete and is dropped first.
+        """Measures the last step again, without training: for a run that was killed between its last checkpoint and its
+        summary. What the killed run wrote of that step may be incomplete and is dropped first.
         """
         drop_evaluations(self.workdir, self.steps)
         measuring = [hook for hook in self.hooks if hook.measures]
         with ExitStack() as stack:
             writers = self._open_writers(stack, resume_step=self.steps)
             self._start_hooks(stack, measuring, writers)
-            after = AfterStep(self.steps, self.steps, self.state, {}, writers)
+            after = AfterStep(step=self.steps, last=self.steps, state=self.state, metrics={}, writers=writers)
             for hook in measuring:
                 if hook.due(after):
                     after.record(hook(after))
@@ -172,14 +192,17 @@ class Trainer:
 
     def _open_batches(self, stack: ExitStack) -> Iterator[dict[str, Any]]:
         batches = train_batches(
-            self.data, self.tokenizer, self.config.data, self.setup.mesh, seed=self.config.seed, start=self.first,
+            self.data, self.tokenizer, self.config.data, self.setup.mesh, seed=self.config.seed, start=self.resume_step,
             stop=self.steps, accumulation=self.config.optimizer.accumulation, log_folder=self.workdir,
         )  # fmt: skip
         stack.callback(batches.close)  # type: ignore[attr-defined]
         return batches
 
     def _start_hooks(self, stack: ExitStack, hooks: Sequence[Hook], writers: Writers) -> None:
-        run = TrainingRun(self.workdir, self.setup, self.tokenizer, self.data, self.valid, self.first, writers)
+        run = TrainingRun(
+            self.workdir, self.setup, self.tokenizer, train=self.data, valid=self.valid, first=self.resume_step,
+            writers=writers,
+        )  # fmt: skip
         for hook in hooks:
             stack.callback(hook.close)
             hook.start(run)
@@ -189,16 +212,19 @@ class Trainer:
         with self.clock.paused():
             compiled = step_lib.train_step(self.setup, self.tokenizer.special).compile(self.setup.abstract, batch)
             if jax.process_index() == 0:
-                flops = self.cost.training.total * self.config.data.batch_size
                 rows = tables.data_rows(self.config, self.data, self.tokenizer)
-                tables.start_table(self.setup, compiled, data=rows, flops=flops)
+                tables.start_table(self.setup, compiled, data=rows, flops=self._flops_per_step)
             # Some processes compile much longer than others; the first collective would not wait for them that long.
             distributed.barrier("compiled")
         return compiled
+
+    @property
+    def _flops_per_step(self) -> float:
+        return self.cost.training.total * self.config.data.batch_size
 
     def _write_summary(self, final: dict[str, float]) -> None:
         run_folder.write_summary(
             self.workdir, self.config, self.data, steps=self.steps, final=final, trained_seconds=self.clock.trained,
             parameters=tables.tower_parameters(self.setup.abstract["params"]),
-            flops_per_step=self.cost.training.total * self.config.data.batch_size,
+            flops_per_step=self._flops_per_step,
         )  # fmt: skip
