@@ -142,3 +142,38 @@ def test_runs_of_one_model_share_their_count():
     assert cost_of(small(**{"seed": 7, "data.max_patients": 3, "training.steps": 9, "data.train": ("x",)})) is one
     assert cost_of(small(**{"data.batch_size": 4})) is not one
     assert step_cost.of_config(small(), VOCAB + 1) is not one
+
+
+@pytest.mark.parametrize(
+    ("objectives", "changes"),
+    [
+        ("clip", {}),
+        ("mg3d", {"model.remat": "full"}),
+        ("clip", {"optimizer.accumulation": 2}),
+        ("mg3d", {"optimizer.freeze": ("volume_encoder/.*",)}),
+    ],
+)
+def test_the_traced_step_gives_the_same_count(objectives, changes):
+    """So that a run need not trace its losses a second time."""
+    config = small(objectives, **changes)
+    mesh = sharding.make_mesh(sharding.MeshConfig(), jax.devices()[:1])
+    setup = state_lib.build(config, VOCAB, mesh, steps=1)
+    batch = step_cost.StepCost(setup)._arguments[1]
+    rows = config.data.batch_size
+    batch = {name: jax.ShapeDtypeStruct((rows, *one.shape[1:]), one.dtype) for name, one in batch.items()}
+    found = step_cost.StepCost(setup)
+    step_lib.train_step(setup, SPECIAL).compile(setup.abstract, batch, look=found.count_in)
+    assert "training" in vars(found)
+    expected = step_cost.StepCost(setup).training
+    assert found.training.products == pytest.approx(expected.products, rel=1e-12)
+    assert found.training.total == pytest.approx(expected.total, rel=1e-3)
+
+
+def test_a_step_that_computes_more_is_not_counted_in():
+    for changes in ({"data.augment.noise": 5.0}, {"model.volume_encoder.dropout": 0.1}):
+        setup = state_lib.build(
+            small("clip", **changes), VOCAB, sharding.make_mesh(sharding.MeshConfig(), jax.devices()[:1]), steps=1
+        )
+        found = step_cost.StepCost(setup)
+        found.count_in(None)
+        assert "training" not in vars(found)

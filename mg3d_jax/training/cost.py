@@ -25,7 +25,7 @@ from mg3d_jax.flops import Flops
 from mg3d_jax.objectives.base import label_count
 from mg3d_jax.training import optimizer
 from mg3d_jax.training import state as state_lib
-from mg3d_jax.training.step import Losses
+from mg3d_jax.training.step import GRADIENTS, Losses
 
 # Keys of the configuration, or beginnings of keys, that change neither the model nor its losses.
 IRRELEVANT = (
@@ -77,6 +77,7 @@ class StepCost:
     def __init__(self, setup: state_lib.Setup, training: Flops | None = None):
         # Fused attention kernels cannot be looked into; the plain form has the same products.
         model = setup.model.clone(attention_backend="xla")
+        self._plain_attention = setup.model.attention_backend == "xla"
         self._setup = dataclasses.replace(setup, model=model)
         self.sizes = Sizes.of(setup.abstract["params"])
         if training is not None:
@@ -96,6 +97,22 @@ class StepCost:
     def by_path(self) -> dict[str, Flops]:
         """Of the losses and their gradient for all rows of `batch_rows`, by the names that made them (`flops.by_path`)."""
         return flops.by_path(jax.grad(self._loss, has_aux=True), *self._arguments)
+
+    def count_in(self, step: jax.stages.Traced) -> None:
+        """Takes the FLOPs from a training step that was traced anyway, where it computes just the losses and their gradient.
+
+        Nothing happens where they are known already, or where the step computes more (augmentation, dropout, the second
+        forward pass of the gradient cache) or what cannot be looked into (fused attention): then they are traced when asked
+        for.
+        """
+        config = self._setup.config
+        random = [value for key, value in config_lib.flatten(config).items() if key.endswith(".dropout")]
+        random += dataclasses.astuple(config.data.augment)
+        if "training" in self.__dict__ or any(random) or config.optimizer.gradient_cache or not self._plain_attention:
+            return
+        paths = flops.operations(step.jaxpr.jaxpr)
+        found = (one for path, one in paths if GRADIENTS in path and RECOMPUTED not in path)
+        self.training = sum(found, Flops()) * (1 / config.data.batch_size)
 
     @property
     def batch_rows(self) -> int:

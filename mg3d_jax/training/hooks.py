@@ -17,7 +17,7 @@ of those that every run gets.
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -209,14 +209,15 @@ class Save(Hook):
     """Checkpoints: at their interval, when a candidate for the best one was measured, at the end, and when asked to stop.
 
     Args:
-        facts: the part of a checkpoint's JSON that is the same at every step.
+        facts: gives the part of a checkpoint's JSON that is the same at every step.
         best_metric: of `checkpoints`; empty for none.
     """
 
     measures = False
 
     def __init__(
-        self, every: int, checkpoints: Checkpoints, clock: Clock, batch_size: int, facts: Mapping[str, Any], best_metric: str
+        self, every: int, checkpoints: Checkpoints, clock: Clock, batch_size: int,
+        facts: Callable[[], Mapping[str, Any]], best_metric: str,
     ):  # fmt: skip
         self.every, self._checkpoints, self._clock, self._batch_size = every, checkpoints, clock, batch_size
         self._facts, self._best_metric = facts, best_metric
@@ -230,7 +231,7 @@ class Save(Hook):
             "step": after.step,
             "samples_seen": after.step * self._batch_size,
             "trained_seconds": self._clock.trained,
-            **self._facts,
+            **self._facts(),
         }
         self._checkpoints.save(after.state, meta, after.step, metrics=after.measured)
 

@@ -74,14 +74,12 @@ class Trainer:
         )
         self.state, self.resume_step, meta = self._restore_or_initialize(initialize)
         self.cost = StepCost(self.setup, training=Flops(**meta["flops"]) if "flops" in meta else None)
-        checkpoint_facts = run_folder.facts(config, self.tokenizer.vocab_size, self.data, self.cost.training)
-        # Runs from here on, so only now: counting the FLOPs (`cost.training` above) takes seconds that are no training.
         self.clock = Clock(meta.get("trained_seconds", 0.0))
         records_of_step = run_folder.records_of_steps(self.data, data, config.seed)
         skipped = SkippedUpdates(workdir, training.max_skipped, records_of_step, resume_step=self.resume_step)
         self.hooks = wiring.standard_hooks(
             training, workdir, given=hooks, batch_size=data.batch_size, checkpoints=self.checkpoints, clock=self.clock,
-            cost=self.cost, facts=checkpoint_facts, profile_steps=profile_steps, skipped=skipped,
+            cost=self.cost, facts=self._checkpoint_facts, profile_steps=profile_steps, skipped=skipped,
             validates=self.valid is not None,
         )  # fmt: skip
 
@@ -210,13 +208,19 @@ class Trainer:
     def _compile(self, batch: dict[str, Any]) -> jax.stages.Compiled:
         """Compiles the step ahead of time; process 0 prints the table of the run: sizes, data, FLOPs, memory."""
         with self.clock.paused():
-            compiled = step_lib.train_step(self.setup, self.tokenizer.special).compile(self.setup.abstract, batch)
+            compiled = step_lib.train_step(self.setup, self.tokenizer.special).compile(
+                self.setup.abstract, batch, look=self.cost.count_in
+            )
+            flops = self._flops_per_step  # in all processes: where the step does not say, counting takes seconds
             if jax.process_index() == 0:
                 rows = tables.data_rows(self.config, self.data, self.tokenizer)
-                tables.start_table(self.setup, compiled, data=rows, flops=self._flops_per_step)
+                tables.start_table(self.setup, compiled, data=rows, flops=flops)
             # Some processes compile much longer than others; the first collective would not wait for them that long.
             distributed.barrier("compiled")
         return compiled
+
+    def _checkpoint_facts(self) -> dict[str, Any]:
+        return run_folder.facts(self.config, self.tokenizer.vocab_size, self.data, self.cost.training)
 
     @property
     def _flops_per_step(self) -> float:

@@ -29,6 +29,7 @@ from mg3d_jax.training.state import Setup, State
 Batch = dict[str, jax.Array]
 
 CENTER_RATE = 0.1  # share of the distance to the batch mean that a projection's bias goes per step
+GRADIENTS = "losses_and_gradients"  # the scope of both in the traced step
 TOWERS = ("volume_encoder", "report_encoder", "fusion", "voxel_decoder")  # whose gradients are reported one by one
 
 
@@ -93,7 +94,8 @@ def _gradients(setup: Setup, loss_fn: Losses) -> Callable[[Any, Batch, jax.Array
         return loss_fn(optimizer.freeze(p, setup.factors), b, k)
 
     def whole(params: Any, batch: Batch, key: jax.Array) -> tuple[Any, dict]:
-        return jax.grad(loss_of, has_aux=True)(params, batch, key)
+        with jax.named_scope(GRADIENTS):
+            return jax.grad(loss_of, has_aux=True)(params, batch, key)
 
     def cached(params: Any, batch: Batch, key: jax.Array) -> tuple[Any, dict]:
         (_, metrics), grads = cached_value_and_grad(
@@ -215,7 +217,10 @@ class _in_mesh:
         with sharding.in_mesh(self._mesh):
             return self.jitted(*args)
 
-    def compile(self, *args: Any) -> jax.stages.Compiled:
-        """Ahead of time, from arrays or abstract values."""
+    def compile(self, *args: Any, look: Callable[[jax.stages.Traced], None] | None = None) -> jax.stages.Compiled:
+        """Ahead of time, from arrays or abstract values. `look` sees the traced program first."""
         with sharding.in_mesh(self._mesh):
-            return self.jitted.lower(*args).compile()
+            traced = self.jitted.trace(*args)
+            if look is not None:
+                look(traced)
+            return traced.lower().compile()

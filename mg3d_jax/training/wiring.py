@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +25,7 @@ def standard_hooks(
     checkpoints: Checkpoints,
     clock: Clock,
     cost: StepCost,
-    facts: Mapping[str, Any],
+    facts: Callable[[], Mapping[str, Any]],
     profile_steps: int,
     skipped: SkippedUpdates,
     validates: bool,
@@ -34,7 +34,7 @@ def standard_hooks(
 
     Args:
         given: further hooks: evaluations, pictures, those of a user.
-        facts: the part of a checkpoint's JSON that is the same at every step.
+        facts: gives the part of a checkpoint's JSON that is the same at every step.
         profile_steps: how many steps to trace.
         validates: is there held-out data?
     """
