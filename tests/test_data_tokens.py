@@ -120,3 +120,23 @@ def test_another_kind_of_tokenizer_is_an_error():
     tokenizer.add_special_tokens(["<start>", "[UNK]"])
     with pytest.raises(UserError, match=r"lacks .*PAD.*CLS.*SEP.*MASK"):
         ReportTokenizer(tokenizer, 8, 2)
+
+
+def test_padding_and_truncation_of_a_published_file_are_dropped(tokenizer, tmp_path):
+    """As in the files of sentence encoders: every text padded to one length, and cut without a word."""
+    sentence = "nodule in the right upper lobe and an effusion at the base of the left lung"
+    plain = ReportTokenizer(tokenizer, 64, 4)
+    saved = Tokenizer.from_str(tokenizer.to_str())
+    saved.enable_padding(length=32, pad_token="[PAD]", pad_id=saved.token_to_id("[PAD]"))
+    saved.enable_truncation(max_length=6)
+    saved.save(str(tmp_path / "tokenizer.json"))
+    loaded = ReportTokenizer(load_tokenizer(str(tmp_path)), 64, 4)
+    for name, expected in plain([sentence, "heart"]).items():
+        np.testing.assert_array_equal(loaded([sentence, "heart"])[name], expected, err_msg=name)
+    assert loaded.lengths([sentence]) == plain.lengths([sentence]) > [6]
+
+
+def test_a_file_that_is_no_tokenizer_is_named(tmp_path):
+    (tmp_path / "tokenizer.json").write_text("{}")
+    with pytest.raises(UserError, match=r"tokenizer\.json is no tokenizer"):
+        load_tokenizer(str(tmp_path))

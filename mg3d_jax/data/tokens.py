@@ -51,10 +51,26 @@ def train_wordpiece(sentences: Iterable[str], vocab_size: int) -> Tokenizer:
 
 
 def load_tokenizer(name_or_folder: str) -> Tokenizer:
-    """A fast tokenizer from a folder with `tokenizer.json`, or of any other kind that transformers reads, or by hub name."""
+    """A fast tokenizer from a folder with `tokenizer.json`, or of any other kind that transformers reads, or by hub name.
+
+    Many published files carry the padding and truncation of some application. They are dropped: texts are padded and cut to
+    the limits of the configuration, and what is cut is counted.
+    """
+    tokenizer = _read_tokenizer(name_or_folder)
+    tokenizer.no_padding()
+    tokenizer.no_truncation()
+    return tokenizer
+
+
+def _read_tokenizer(name_or_folder: str) -> Tokenizer:
     folder = Path(name_or_folder)
     if (folder / "tokenizer.json").is_file():
-        return Tokenizer.from_file(str(folder / "tokenizer.json"))
+        try:
+            return Tokenizer.from_file(str(folder / "tokenizer.json"))
+        except Exception as error:  # the library raises nothing more specific
+            raise UserError(
+                f"{folder / 'tokenizer.json'} is no tokenizer that this version of `tokenizers` reads: {error}"
+            ) from error
     from transformers import AutoTokenizer, BertTokenizerFast  # slow import, needed only here
 
     # CXR-BERT names a class of its own, which is BERT's; its repository's code is never run.
