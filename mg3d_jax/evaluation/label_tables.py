@@ -8,6 +8,7 @@ agreed on, and the mappings in use are here by name.
 from __future__ import annotations
 
 import logging
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,6 +27,7 @@ VALUES = {"1": 1, "1.0": 1, "0": 0, "0.0": 0, "-1": -1, "-1.0": -1, "": -1, "nan
 FINDINGS = ("Findings_EN", "findings", "Findings")
 IMPRESSION = ("Impressions_EN", "impression", "Impression", "impressions")
 WHOLE = ("report", "text", "Report")
+UNNAMED = "Unnamed: "  # what pandas calls a column without a name
 
 _DEVICES = (
     "catheter_or_port", "tracheal_tube", "chest_tube", "breast_implant", "pacemaker_or_defib", "stent", "clip", "staple",
@@ -137,9 +139,18 @@ def read_labels(paths: Sequence[Path], *, mapping: str = "") -> LabelTable:
 
 def _plain(path: Path) -> LabelTable:
     frame, id_column = _read(path)
+    for name in [name for name in frame.columns if name.startswith(UNNAMED) and name != id_column]:
+        if (frame[name].str.strip() != "").any():
+            raise UserError(
+                f"{path}: column {frame.columns.get_loc(name) + 1} has no name: name it as its class, or take it out; "
+                "pandas writes none with to_csv(index=False)"
+            )
+        frame = frame.drop(columns=name)  # of a comma at the end of every line
     names = tuple(name for name in frame.columns if name != id_column)
     if not names:
-        raise UserError(f"{path}: has no column beside {id_column!r}: one per class is needed")
+        other = next((mark for mark in ";\t|" if mark in id_column), "")
+        remedy = f"separate them with commas, not {other!r}" if other else "one per class is needed"
+        raise UserError(f"{path}: has no column beside {id_column!r}: {remedy}")
     return LabelTable(str(path), _ids(frame[id_column]), names, _labels(path, frame, id_column, names))
 
 
@@ -171,10 +182,19 @@ def _read(path: Path, keep: Any = None) -> tuple[Any, str]:
 
     if not path.is_file():
         raise UserError(f"{path} does not exist: a csv with a column of ids and one per class is needed")
+    options: dict[str, Any] = {"dtype": str, "keep_default_na": False, "encoding": "utf-8-sig"}
     try:
-        frame = pd.read_csv(path, dtype=str, keep_default_na=False, usecols=keep)
+        with warnings.catch_warnings():
+            # pandas takes a field too many for an index, or drops it; both would shift or lose labels.
+            warnings.simplefilter("error", pd.errors.ParserWarning)
+            head = pd.read_csv(path, header=None, nrows=1, **options).iloc[0].str.strip()
+            frame = pd.read_csv(path, usecols=keep, index_col=False, **options)
+    except pd.errors.ParserWarning as error:
+        raise UserError(f"{path}: rows have more fields than the first line: give every column a name") from error
     except (ValueError, OSError) as error:
         raise UserError(f"{path}: is not a readable csv ({error})") from error
+    if twice := sorted(set(head[head.duplicated() & (head != "")])):
+        raise UserError(f"{path}: has the column {', '.join(map(repr, twice))} more than once: leave one")
     frame.columns = [str(column).strip() for column in frame.columns]
     if frame.empty:
         raise UserError(f"{path}: has no rows")
