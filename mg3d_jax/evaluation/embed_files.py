@@ -212,6 +212,8 @@ def _embed_texts(
     run: RestoredRun, embedder: Embedder, parts: Parts, name: str, entries: Sequence[Sequence[Sentences]]
 ) -> np.ndarray:
     """`[entries, k]`, part by part."""
+    if not entries:
+        return np.zeros((0, embedder.width), np.float32)
     done = parts.whole(name)
     with Progress(
         f"embed {name}", len(entries), unit="texts", initial=min(done * PART_TEXTS, len(entries))
