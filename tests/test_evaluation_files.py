@@ -275,6 +275,8 @@ def test_labels_of_rad_chestct(tmp_path, mapping, classes):
         hit = [i for i, column in enumerate(columns) if column.split("*")[0] in MAPPINGS[mapping][name]]
         np.testing.assert_array_equal(table.labels[:, place], values[:, hit].max(axis=1))
     np.testing.assert_array_equal(table.of(["tst10003.npz"])[0], table.labels[3])
+    with pytest.raises(UserError, match=r"--label-mapping hlip\|radfinder_standard"):
+        read_labels([tmp_path / "a.csv"])
     (tmp_path / "c.csv").write_text("NoteAcc_DEID,mass*heart\nx,1\n")
     with pytest.raises(UserError, match=r"ABNORMALITY\*PLACE for .*atelectasis"):
         read_labels([tmp_path / "c.csv"], mapping=mapping)
@@ -301,6 +303,9 @@ def test_texts_of_reports_by_report_or_by_volume(folder):
     (folder / "some.csv").write_text("id,report\nr0,One.\n")
     with pytest.raises(UserError, match="no text for 19 of 20 reports"):
         from_files.read(model, reports=folder / "some.csv")
+    (folder / "twice.csv").write_text("id,report\nr0,One.\nr0,One.\nr0,Two.\n")
+    with pytest.raises(UserError, match="'r0' has several rows with different texts"):
+        label_tables.read_reports(folder / "twice.csv")
     (folder / "none.csv").write_text("id,words\nr0,One.\n")
     with pytest.raises(UserError, match="no column with texts"):
         label_tables.read_reports(folder / "none.csv")

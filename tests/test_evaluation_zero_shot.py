@@ -48,6 +48,12 @@ def embedded(sign=1.0, signal=1.0, seed=0, patients=150, names=NAMES, **changes)
     return dataclasses.replace(found, **changes)
 
 
+def strangers(**changes):
+    """Volumes of other patients than those of `embedded`."""
+    found = embedded(**changes)
+    return dataclasses.replace(found, patients=np.char.add("other ", found.patients))
+
+
 def evaluation(**options):
     return ZeroShot(ZeroShotOptions(**options))
 
@@ -208,9 +214,10 @@ def test_thresholds_by_rule():
     truth, score = labels[labels[:, 0] >= 0, 0], probabilities[labels[:, 0] >= 0, 0]
 
     def distance(cut):
-        return np.hypot(1 - np.mean(score[truth == 1] >= cut), np.mean(score[truth == 0] >= cut))
+        return np.hypot(1 - np.mean(score[truth == 1] > cut), np.mean(score[truth == 0] > cut))
 
-    assert tuned in np.linspace(0, 1, 100) and distance(tuned) == min(map(distance, np.linspace(0, 1, 100)))
+    best = min(np.linspace(0, 1, 100)[::-1], key=distance)  # of equals the last one, as in public code
+    assert tuned == np.nextafter(best, 1) and np.array_equal(score >= tuned, score > best)
     assert list(scoring.thresholds("half", "softmax", labels, scores, None)) == [0.5, 0.5]
     assert list(scoring.thresholds("half", "difference", labels, scores, None)) == [0.0, 0.0]
     one_sided = scoring.thresholds(scoring.TUNED, "softmax", np.ones((5, 1)), np.ones((5, 1)), None)
@@ -218,7 +225,7 @@ def test_thresholds_by_rule():
 
 
 def test_thresholds_are_of_training_volumes_and_never_of_the_evaluated():
-    one, other = embedded(seed=1), embedded(seed=2)
+    one, other = embedded(seed=1), strangers(seed=2)
     assert evaluation().needs == ("volumes",) and "train" in evaluation(thresholds="train_f1").needs
     with pytest.raises(UserError, match="--train-data"):
         evaluation(thresholds="train_youden").full(one)
@@ -363,14 +370,13 @@ def test_training_volumes_of_evaluated_patients_teach_nothing():
     """A probe or a threshold of the evaluated volumes themselves would be tuned on them."""
     found = embedded()
     half = np.isin(found.patients, np.unique(found.patients)[:75])
-    strangers, both = embedded(seed=3), found.rows(half)
-    strangers = dataclasses.replace(strangers, patients=np.char.add("other ", strangers.patients))
-    mixed = dataclasses.replace(strangers, **{
-        name: np.concatenate([getattr(strangers, name), getattr(both, name)])
+    others, both = strangers(seed=3), found.rows(half)
+    mixed = dataclasses.replace(others, **{
+        name: np.concatenate([getattr(others, name), getattr(both, name)])
         for name in ("volumes", "volume_ids", "scans", "patients", "volume_reports", "labels")
     })  # fmt: skip
     one = evaluation(thresholds="train_youden")
-    alone, together = (one.arrays(dataclasses.replace(found, train=train)) for train in (strangers, mixed))
+    alone, together = (one.arrays(dataclasses.replace(found, train=train)) for train in (others, mixed))
     for name in ("threshold", "probe"):
         np.testing.assert_array_equal(alone[name], together[name])
     with pytest.raises(UserError, match="all patients of the training volumes are evaluated, too"):

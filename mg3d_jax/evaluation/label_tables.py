@@ -139,6 +139,11 @@ def read_labels(paths: Sequence[Path], *, mapping: str = "") -> LabelTable:
 
 def _plain(path: Path) -> LabelTable:
     frame, id_column = _read(path)
+    if id_column == "NoteAcc_DEID" and any("*" in name for name in frame.columns):
+        raise UserError(
+            f"{path}: has Rad-ChestCT's own {len(frame.columns) - 1:,} labels: say which stand for a finding, with "
+            f"--label-mapping {'|'.join(MAPPINGS)}"
+        )
     for name in [name for name in frame.columns if name.startswith(UNNAMED) and name != id_column]:
         if (frame[name].str.strip() != "").any():
             raise UserError(
@@ -238,7 +243,9 @@ def read_reports(path: Path) -> dict[str, tuple[str, ...]]:
     texts = zip(
         empty if findings is None else findings, empty if impression is None else impression, strict=True
     )  # fmt: skip
-    return {
-        bare(str(name).strip()): report_sentences(*map(str, text))
-        for name, text in zip(frame[id_column], texts, strict=True)
-    }
+    found: dict[str, tuple[str, ...]] = {}
+    for name, text in zip(_ids(frame[id_column]).tolist(), texts, strict=True):
+        sentences = report_sentences(*map(str, text))
+        if found.setdefault(name, sentences) != sentences:
+            raise UserError(f"{path}: {name!r} has several rows with different texts: leave one")
+    return found
