@@ -90,7 +90,7 @@ def read_scores(path: Path) -> dict[str, dict[str, np.ndarray]]:
             f"{path}: there are no scores ({' or '.join(map(str, places))}). Evaluate it first: mg3d evaluate --workdir {path} "
             "--data FOLDER"
         )
-    arrays = load_npz(file, "evaluate the run again")
+    arrays = load_npz(file, "scores", "evaluate the run again")
     if not any("/" in key for key in arrays):
         raise UserError(
             f"{file}: holds no scores of an evaluation, but {', '.join(arrays) or 'nothing'}: evaluate it first"

@@ -91,11 +91,11 @@ def load(path: Path) -> Arrays:
         from mg3d_jax.evaluation.embedding_tables import read_parquet
 
         return read_parquet(path)
-    return load_npz(path, "texts are saved as np.array(list, dtype=str), not as objects")
+    return load_npz(path, ".npz", "texts are saved as np.array(list, dtype=str), not as objects")
 
 
-def load_npz(path: Path, remedy: str) -> Arrays:
-    """The arrays of an `.npz`. `UserError` with `remedy` where it cannot be read."""
+def load_npz(path: Path, kind: str, remedy: str) -> Arrays:
+    """The arrays of an `.npz`. `UserError` that it cannot be read as `kind`, with `remedy`."""
     try:
         loaded = np.load(path, allow_pickle=False)
         if isinstance(loaded, np.ndarray):
@@ -103,7 +103,7 @@ def load_npz(path: Path, remedy: str) -> Arrays:
         with loaded as file:
             return {name: file[name] for name in file.files}
     except (ValueError, OSError, EOFError, RuntimeError, zipfile.BadZipFile, zlib.error, AttributeError) as error:
-        raise UserError(f"{path}: cannot be read as .npz ({error}); {remedy}") from error
+        raise UserError(f"{path}: cannot be read as {kind} ({error}); {remedy}") from error
 
 
 def read(path: Path) -> Embedded:
