@@ -282,6 +282,17 @@ def test_labels_of_rad_chestct(tmp_path, mapping, classes):
         read_labels([tmp_path / "c.csv"], mapping=mapping)
 
 
+def test_a_mapping_is_for_the_tables_that_need_one(tmp_path):
+    """An external test set with training volumes of CT-RATE, and the other way round."""
+    own, plain = tmp_path / "own.csv", tmp_path / "plain.csv"
+    rad_chestct(own, 3, 1)
+    plain.write_text("id,Emphysema\nx,1\n")
+    each = label_tables.mapping_of_each
+    assert each("hlip", [own], [plain]) == ("hlip", "") and each("hlip", [plain], [own]) == ("", "hlip")
+    assert each("hlip", [own], [own]) == ("hlip", "hlip") and each("hlip", [plain], []) == ("hlip", "")
+    assert each("", [own], [own]) == ("", "") and each("hlip", [], [own]) == ("", "hlip")
+
+
 def test_mappings_differ_where_the_field_disagrees():
     hlip, standard, extended = (MAPPINGS[name] for name in ("hlip", "radfinder_standard", "radfinder_extended"))
     assert hlip["Pulmonary fibrotic sequela"] == ("fibrosis",) and standard["Pulmonary fibrotic sequela"] == (

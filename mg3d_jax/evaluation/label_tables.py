@@ -137,9 +137,24 @@ def read_labels(paths: Sequence[Path], *, mapping: str = "") -> LabelTable:
     return LabelTable(where, ids, first.names, np.concatenate([table.labels for table in tables]))
 
 
+def mapping_of_each(mapping: str, tables: Sequence[Path], train: Sequence[Path]) -> tuple[str, str]:
+    """For which of two groups of tables a mapping is: for those that are Rad-ChestCT's own. Where none is it stays with
+    `tables`, of which `read_labels` then says what they lack."""
+    of_train = any(map(_is_rad_chestct, train))
+    return mapping if any(map(_is_rad_chestct, tables)) or not of_train else "", mapping if of_train else ""
+
+
+def _is_rad_chestct(path: Path) -> bool:
+    """By its columns ABNORMALITY*PLACE."""
+    if not path.is_file():
+        return False
+    with path.open(encoding="utf-8", errors="replace") as file:
+        return "*" in file.readline()
+
+
 def _plain(path: Path) -> LabelTable:
     frame, id_column = _read(path)
-    if id_column == "NoteAcc_DEID" and any("*" in name for name in frame.columns):
+    if id_column == "NoteAcc_DEID" and _is_rad_chestct(path):
         raise UserError(
             f"{path}: has Rad-ChestCT's own {len(frame.columns) - 1:,} labels: say which stand for a finding, with "
             f"--label-mapping {'|'.join(MAPPINGS)}"
