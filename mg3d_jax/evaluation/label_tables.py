@@ -159,7 +159,7 @@ def _plain(path: Path) -> LabelTable:
             f"{path}: has Rad-ChestCT's own {len(frame.columns) - 1:,} labels: say which stand for a finding, with "
             f"--label-mapping {'|'.join(MAPPINGS)}"
         )
-    for name in [name for name in frame.columns if name.startswith(UNNAMED) and name != id_column]:
+    for name in [name for name in frame.columns if (name.startswith(UNNAMED) or not name) and name != id_column]:
         if (frame[name].str.strip() != "").any():
             raise UserError(
                 f"{path}: column {frame.columns.get_loc(name) + 1} has no name: name it as its class, or take it out; "
