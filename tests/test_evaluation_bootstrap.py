@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from mg3d_jax.errors import UserError
-from mg3d_jax.evaluation import bootstrap
+from mg3d_jax.evaluation import bootstrap, classification_metrics
 from mg3d_jax.evaluation.bootstrap import PatientDraws, interval
 
 
@@ -69,3 +69,15 @@ def test_the_interval_covers_at_its_level_although_volumes_come_in_pairs():
         width.append(high - low)
     assert 88 <= covered <= 99
     assert np.mean(width) == pytest.approx(2 * 1.96 / np.sqrt(50), rel=0.1)  # and not over sqrt(100)
+
+
+def test_one_patient_has_no_interval():
+    """Not one of length 0: it says nothing of other patients."""
+    patients = np.array(["p"] * 4)
+    weights = PatientDraws(patients, 20).weights(patients)
+    for values in (
+        bootstrap.weighted_mean(np.arange(4.0), weights),
+        bootstrap.weighted_median(np.arange(4.0), weights),
+        classification_metrics.auroc(np.array([0, 1, 0, 1]), np.arange(4.0), weights),
+    ):
+        assert not np.isnan(values[0]) and np.isnan(interval(values)).all()

@@ -123,6 +123,29 @@ def test_runs_that_were_measured_on_other_things_are_refused(save):
         read_scores(broken)
 
 
+def test_the_same_number_of_other_classes_is_refused(save):
+    """Their key says only how many there are."""
+    names = ("a", "b", "c", "d", "e")
+    found = embedded(names=names)
+
+    def scores(name, classes):
+        arrays = ZeroShot(ZeroShotOptions(classes=classes, compare_prompts=())).arrays(found)
+        path = save(name, found) / "evaluation" / "scores.npz"
+        np.savez(path, **{f"zero_shot/{key}": array for key, array in arrays.items()})
+        return path
+
+    with pytest.raises(UserError, match="scored other classes under one name, labels_4; not in both: d, e"):
+        compare([scores("one", "a,b,c,d")], [scores("two", "a,b,c,e")], draws=5)
+
+
+def test_files_that_hold_no_scores(tmp_path):
+    (tmp_path / "cut.npz").write_bytes(b"PK\x03\x04")
+    np.savez(tmp_path / "other.npz", volume_ids=np.zeros(2))
+    for name, says in (("cut", "cannot be read"), ("other", "holds no scores of an evaluation, but volume_ids")):
+        with pytest.raises(UserError, match=says):
+            read_scores(tmp_path / f"{name}.npz")
+
+
 def test_the_command(save, capsys, tmp_path):
     runs = [save(name, noisy(embedded(patients=50), 0.1, seed)) for seed, name in enumerate("abcd")]
     out = tmp_path / "compare.json"

@@ -9,6 +9,7 @@ from support import ROOT
 
 import mg3d_jax
 from mg3d_jax.commands.main import main
+from mg3d_jax.config import config_hash
 from mg3d_jax.data.pipeline import PreparedData
 from mg3d_jax.evaluation import embed_files, embedding_files
 from mg3d_jax.evaluation.base import chosen
@@ -57,7 +58,8 @@ def test_the_file_holds_the_data_with_its_ids(run, whole):
     np.testing.assert_allclose(found["sentence_embeddings"][5], loaded.embed_texts([sentences[5][1]])[0], atol=2e-6)
     texts = loaded.embed_texts([list(text) for text in reports.values()])
     np.testing.assert_allclose(found["report_embeddings"], texts, atol=2e-6)
-    assert json.loads(str(found["about"]))["step"] == loaded.step
+    about = json.loads(str(found["about"]))
+    assert about["step"] == loaded.step and about["config_hash"] == config_hash(loaded.restored.config)
 
 
 def test_its_evaluation_is_that_of_the_run(run, whole, tmp_path):

@@ -123,6 +123,14 @@ def wrong(**changes):
         "scale": ({"logit_scale": np.array(-2.0)}, "one positive number"),
         "labels": ({"labels": np.full((40, 1), 2), "label_names": np.array(["a"])}, "labels holds 2"),
         "label shape": ({"labels": np.zeros((39, 1)), "label_names": np.array(["a"])}, "(40, 1) is needed"),
+        "nobody": ({"patient_ids": np.array([""] * 39 + ["p"])}, "patient_ids is empty for 39 of 40 volumes"),
+        "bytes": ({"patient_ids": np.array([b"\xff"] * 40)}, "patient_ids is not UTF-8"),
+        "infinite": ({"volume_embeddings": 1e300 * arrays["volume_embeddings"].astype(float)}, "infinite in 40 of 40"),
+        "set": ({"prompt_set": np.array(["a", "b"])}, "prompt_set has shape (2,)"),
+        "second set": (
+            {"prompt_embeddings@ct_clip": arrays["prompt_embeddings"], "classes@ct_clip": arrays["classes"]},
+            "a second set of prompts by the name of 'ct_clip'",
+        ),
         "objects": ({"volume_ids": np.array(arrays["volume_ids"], object)}, "dtype=str"),
     }
     return [pytest.param(changes, says, id=name) for name, (changes, says) in cases.items()]
@@ -140,10 +148,62 @@ def test_what_is_wrong_with_a_file_is_said(tmp_path, changes, says):
 def test_files_that_are_none(tmp_path):
     (tmp_path / "a.npz").write_bytes(b"text")
     np.savez(tmp_path / "b.npz", embeddings=np.zeros(3))
-    for name, says in (("a.npz", "cannot be read"), ("b.npz", "has no volume_embeddings; it has embeddings"),
-                       ("c.npz", "does not exist"), ("d.pt", "ends in .npz or .parquet")):  # fmt: skip
+    with (tmp_path / "e.npz").open("wb") as file:
+        np.save(file, np.zeros(3))
+    for name, says in (
+        ("a.npz", "cannot be read"),
+        ("b.npz", "has no volume_embeddings; it has embeddings"),
+        ("c.npz", "does not exist"),
+        ("d.pt", "ends in .npz or .parquet"),
+        ("e.npz", "one array without a name"),
+    ):
         with pytest.raises(UserError, match=says):
             embedding_files.read(tmp_path / name)
+
+
+def table(**columns):
+    """A table as pandas writes it, without our metadata."""
+    arrays, labels = arrays_of()
+    ids = {"kind": ["volume"] * 40, "id": arrays["volume_ids"].tolist(), "patient_id": arrays["patient_ids"].tolist()}
+    return ids | {"embedding": arrays["volume_embeddings"].tolist()} | columns, labels
+
+
+@pytest.mark.parametrize(
+    ("columns", "header", "says"),
+    [
+        ({"embedding": [[1.0], [1.0, 2.0, 3.0]] * 20}, None, "different lengths"),
+        ({"embedding": ["x"] * 40}, None, "lists of numbers are needed"),
+        ({"kind": ["volume"] * 39 + ["prompt"]}, None, "lack the columns ['prompt_set', 'class', 'present']"),
+        ({}, b'{"label_names": ["a"]}', "labels needs 1 numbers for each volume"),
+        ({"labels": [[1]] * 39 + [None]}, b'{"label_names": ["a"]}', "labels needs 1 numbers for each volume"),
+        ({}, b'{"label', "is no JSON"),
+    ],
+)
+def test_what_is_wrong_with_a_parquet_table_is_said(tmp_path, columns, header, says):
+    pyarrow = pytest.importorskip("pyarrow")
+    parquet = pytest.importorskip("pyarrow.parquet")
+    found = pyarrow.table(table(**columns)[0]).replace_schema_metadata({} if header is None else {b"mg3d": header})
+    parquet.write_table(found, tmp_path / "model.parquet")
+    with pytest.raises(UserError) as error:
+        embedding_files.read(tmp_path / "model.parquet")
+    assert says in str(error.value) and "model.parquet" in str(error.value)
+
+
+def test_labels_of_a_table_that_does_not_name_them_are_not_taken_in_silence(tmp_path, capsys):
+    pyarrow, parquet = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
+    columns, labels = table()
+    parquet.write_table(pyarrow.table(columns | {"labels": labels.tolist()}), tmp_path / "model.parquet")
+    assert embedding_files.read(tmp_path / "model.parquet").label_names == ()
+    assert "does not name them; give them with --labels" in capsys.readouterr().err
+
+
+def test_what_is_taken_for_granted_is_said(tmp_path, capsys):
+    arrays, _ = arrays_of()
+    del arrays["logit_scale"]
+    embedding_files.save(tmp_path / "model.npz", arrays | {"patient_ids": np.array(["p"] * 40)})
+    assert embedding_files.read(tmp_path / "model.npz").logit_scale == 1.0
+    said = capsys.readouterr().err
+    assert "has no logit_scale, 1 is taken" in said and "one patient: there are no intervals" in said
 
 
 def test_labels_find_their_volumes(tmp_path, capsys):
@@ -167,6 +227,10 @@ def test_labels_find_their_volumes(tmp_path, capsys):
         ("id,a\n", "has no rows"),
         ("id\nx\n", "no column beside 'id'"),
         ("", "not a readable csv"),
+        ("id;a\nx;1\n", "separate them with commas, not ';'"),
+        ("id,a,b\nx,1,0,\ny,0,1,\n", "more fields than the first line"),
+        ("id,a, a\nx,1,0\n", "the column 'a' more than once"),
+        (",id,a\n0,x,1\n1,y,0\n", "column 1 has no name"),
     ],
 )
 def test_what_is_wrong_with_a_table_is_said(tmp_path, text, says):
@@ -179,6 +243,9 @@ def test_what_is_wrong_with_a_table_is_said(tmp_path, text, says):
 def test_every_way_to_write_a_label(tmp_path):
     (tmp_path / "labels.csv").write_text("id,a\n1,1\n2,0\n3,\n4,-1\n5,nan\n6,1.0\n7,0.0\n8,NaN\n")
     assert read_labels([tmp_path / "labels.csv"]).labels[:, 0].tolist() == [1, 0, -1, -1, -1, 1, 0, -1]
+    (tmp_path / "labels.csv").write_text("\ufeffnote,a,\nx.nii.gz,1,\ny, 0 ,\n", encoding="utf-8")
+    table = read_labels([tmp_path / "labels.csv"])
+    assert table.names == ("a",) and table.of(["y.nii.gz", "x"]).tolist() == [[0], [1]]
 
 
 def rad_chestct(path, rows, seed):
@@ -208,9 +275,22 @@ def test_labels_of_rad_chestct(tmp_path, mapping, classes):
         hit = [i for i, column in enumerate(columns) if column.split("*")[0] in MAPPINGS[mapping][name]]
         np.testing.assert_array_equal(table.labels[:, place], values[:, hit].max(axis=1))
     np.testing.assert_array_equal(table.of(["tst10003.npz"])[0], table.labels[3])
+    with pytest.raises(UserError, match=r"--label-mapping hlip\|radfinder_standard"):
+        read_labels([tmp_path / "a.csv"])
     (tmp_path / "c.csv").write_text("NoteAcc_DEID,mass*heart\nx,1\n")
     with pytest.raises(UserError, match=r"ABNORMALITY\*PLACE for .*atelectasis"):
         read_labels([tmp_path / "c.csv"], mapping=mapping)
+
+
+def test_a_mapping_is_for_the_tables_that_need_one(tmp_path):
+    """An external test set with training volumes of CT-RATE, and the other way round."""
+    own, plain = tmp_path / "own.csv", tmp_path / "plain.csv"
+    rad_chestct(own, 3, 1)
+    plain.write_text("id,Emphysema\nx,1\n")
+    each = label_tables.mapping_of_each
+    assert each("hlip", [own], [plain]) == ("hlip", "") and each("hlip", [plain], [own]) == ("", "hlip")
+    assert each("hlip", [own], [own]) == ("hlip", "hlip") and each("hlip", [plain], []) == ("hlip", "")
+    assert each("", [own], [own]) == ("", "") and each("hlip", [], [own]) == ("", "hlip")
 
 
 def test_mappings_differ_where_the_field_disagrees():
@@ -234,6 +314,9 @@ def test_texts_of_reports_by_report_or_by_volume(folder):
     (folder / "some.csv").write_text("id,report\nr0,One.\n")
     with pytest.raises(UserError, match="no text for 19 of 20 reports"):
         from_files.read(model, reports=folder / "some.csv")
+    (folder / "twice.csv").write_text("id,report\nr0,One.\nr0,One.\nr0,Two.\n")
+    with pytest.raises(UserError, match="'r0' has several rows with different texts"):
+        label_tables.read_reports(folder / "twice.csv")
     (folder / "none.csv").write_text("id,words\nr0,One.\n")
     with pytest.raises(UserError, match="no column with texts"):
         label_tables.read_reports(folder / "none.csv")
@@ -295,6 +378,9 @@ def test_options_of_evaluations_on_the_command_line(folder, capsys):
         (["--galleries", "al"], "choose one of distinct"),
         (["--only", "volume_retrieval", "--galleries", "all"], "none of the evaluations has such an option"),
         (["--only", "sides"], "'sides' needs the model itself"),
+        (["--classes", ","], "names no class"),
+        (["--prompts", "hlip"], "the embeddings have prompts by the name of ct_clip"),
+        (["--train-embeddings", str(folder / "model.npz")], "has no labels, and training volumes are for probes"),
     ):
         assert evaluate(folder, *words) == 2, words
         assert says in capsys.readouterr().err, words
@@ -341,3 +427,18 @@ def test_training_embeddings_must_be_of_the_same_model(folder, capsys):
     })  # fmt: skip
     assert evaluate(folder, "--train-embeddings", str(folder / "train.npz")) == 2
     assert "5 numbers each" in capsys.readouterr().err
+
+
+def test_texts_without_embeddings_of_reports_are_an_error(folder, capsys):
+    arrays, _ = arrays_of()
+    kept = ("volume_embeddings", "volume_ids", "patient_ids")
+    embedding_files.save(folder / "model.npz", {name: arrays[name] for name in kept})
+    (folder / "reports.csv").write_text("id,report\nvalid_0_a_1,Normal.\n")
+    assert evaluate(folder, "--reports", str(folder / "reports.csv")) == 2
+    assert "embed the reports, too" in capsys.readouterr().err
+
+
+def test_a_list_that_names_nothing_here_is_said(folder, capsys):
+    (folder / "no_chest.txt").write_text("train_3_a\n")
+    evaluate(folder, "--only", "retrieval", "--galleries", "chest", "--exclude", str(folder / "no_chest.txt"))
+    assert capsys.readouterr().err.count("no_chest.txt: names no volume, scan or patient that is here") == 1

@@ -48,6 +48,12 @@ def embedded(sign=1.0, signal=1.0, seed=0, patients=150, names=NAMES, **changes)
     return dataclasses.replace(found, **changes)
 
 
+def strangers(**changes):
+    """Volumes of other patients than those of `embedded`."""
+    found = embedded(**changes)
+    return dataclasses.replace(found, patients=np.char.add("other ", found.patients))
+
+
 def evaluation(**options):
     return ZeroShot(ZeroShotOptions(**options))
 
@@ -208,9 +214,10 @@ def test_thresholds_by_rule():
     truth, score = labels[labels[:, 0] >= 0, 0], probabilities[labels[:, 0] >= 0, 0]
 
     def distance(cut):
-        return np.hypot(1 - np.mean(score[truth == 1] >= cut), np.mean(score[truth == 0] >= cut))
+        return np.hypot(1 - np.mean(score[truth == 1] > cut), np.mean(score[truth == 0] > cut))
 
-    assert tuned in np.linspace(0, 1, 100) and distance(tuned) == min(map(distance, np.linspace(0, 1, 100)))
+    best = min(np.linspace(0, 1, 100)[::-1], key=distance)  # of equals the last one, as in public code
+    assert tuned == np.nextafter(best, 1) and np.array_equal(score >= tuned, score > best)
     assert list(scoring.thresholds("half", "softmax", labels, scores, None)) == [0.5, 0.5]
     assert list(scoring.thresholds("half", "difference", labels, scores, None)) == [0.0, 0.0]
     one_sided = scoring.thresholds(scoring.TUNED, "softmax", np.ones((5, 1)), np.ones((5, 1)), None)
@@ -218,7 +225,7 @@ def test_thresholds_by_rule():
 
 
 def test_thresholds_are_of_training_volumes_and_never_of_the_evaluated():
-    one, other = embedded(seed=1), embedded(seed=2)
+    one, other = embedded(seed=1), strangers(seed=2)
     assert evaluation().needs == ("volumes",) and "train" in evaluation(thresholds="train_f1").needs
     with pytest.raises(UserError, match="--train-data"):
         evaluation(thresholds="train_youden").full(one)
@@ -347,6 +354,40 @@ def test_prompts_that_a_file_of_embeddings_has():
 def test_severity_counts_the_other_findings():
     labels = np.array([[1, 1, 0, -1], [0, 1, 1, 1], [-1, 0, 0, 0]])
     np.testing.assert_array_equal(baselines.severity(labels), [[1, 1, 2, 2], [3, 2, 2, 2], [0, 0, 0, 0]])
+    assert baselines.severity(labels[:, :0]).shape == (3, 0)
+
+
+def test_severity_does_not_know_a_finding_by_its_copy():
+    """As Rad-ChestCT's one calcification stands for two findings of CT-RATE."""
+    labels = np.random.default_rng(0).integers(0, 2, (400, 5))
+    copied = np.concatenate([labels, labels[:, 4:]], axis=1)
+    score = baselines.severity(copied)
+    np.testing.assert_array_equal(score[:, 4:], np.repeat(labels[:, :4].sum(axis=1, keepdims=True), 2, axis=1))
+    np.testing.assert_array_equal(score[:, 0], copied[:, 1:].sum(axis=1))
+
+
+def test_training_volumes_of_evaluated_patients_teach_nothing():
+    """A probe or a threshold of the evaluated volumes themselves would be tuned on them."""
+    found = embedded()
+    half = np.isin(found.patients, np.unique(found.patients)[:75])
+    others, both = strangers(seed=3), found.rows(half)
+    mixed = dataclasses.replace(others, **{
+        name: np.concatenate([getattr(others, name), getattr(both, name)])
+        for name in ("volumes", "volume_ids", "scans", "patients", "volume_reports", "labels")
+    })  # fmt: skip
+    one = evaluation(thresholds="train_youden")
+    alone, together = (one.arrays(dataclasses.replace(found, train=train)) for train in (others, mixed))
+    for name in ("threshold", "probe"):
+        np.testing.assert_array_equal(alone[name], together[name])
+    with pytest.raises(UserError, match="all patients of the training volumes are evaluated, too"):
+        evaluation(thresholds="train_f1").arrays(dataclasses.replace(found, train=both))
+    assert "folds" in str(evaluation().arrays(dataclasses.replace(found, train=both))["probe_name"])
+
+
+def test_one_patient_is_no_reason_for_a_warning_about_the_baseline():
+    found = embedded(signal=2.0)
+    result = evaluation(classes="a,b,c").full(dataclasses.replace(found, patients=np.full(len(found.patients), "p")))
+    assert np.isnan(result["auroc_macro_95"]).all() and not any("nan" in text for text in result["warnings"])
 
 
 def test_a_probe_never_sees_the_patient_it_scores():

@@ -13,7 +13,7 @@ from rich.table import Table
 from mg3d_jax import options as options_lib
 from mg3d_jax.evaluation.base import sections
 from mg3d_jax.evaluation.document import OVERRIDE, Evaluated, configured, short_forms
-from mg3d_jax.evaluation.label_tables import MAPPINGS
+from mg3d_jax.evaluation.label_tables import MAPPINGS, mapping_of_each
 
 SHORT = {
     "classes": "which labels count: a set by name, or names with commas between them",
@@ -48,7 +48,7 @@ def _parser() -> argparse.ArgumentParser:
     files.add_argument("--embeddings", type=Path, metavar="FILE", help=".npz or .parquet, as `mg3d embed` writes it")
     files.add_argument("--labels", nargs="+", type=Path, default=[], metavar="CSV", help="ids, and a column per class")
     files.add_argument(
-        "--label-mapping", default="", choices=list(MAPPINGS), help="--labels are Rad-ChestCT's own tables"
+        "--label-mapping", default="", choices=list(MAPPINGS), help="for tables that are Rad-ChestCT's own"
     )
     files.add_argument("--reports", type=Path, metavar="FILE", help="embeddings of reports, or a csv with their texts")
     files.add_argument("--train-embeddings", type=Path, metavar="FILE", help="for probes and thresholds")
@@ -122,11 +122,11 @@ def _of_files(args: argparse.Namespace, overrides: Mapping[str, str]) -> Evaluat
     from mg3d_jax.evaluation import from_files
 
     evaluations = configured(args.only, overrides=overrides)
-    found = from_files.read(args.embeddings, labels=args.labels, label_mapping=args.label_mapping, reports=args.reports)
+    mapping, of_train = mapping_of_each(args.label_mapping, args.labels, args.train_labels)
+    found = from_files.read(args.embeddings, labels=args.labels, label_mapping=mapping, reports=args.reports)
     train = None
     if args.train_embeddings is not None:
-        mapping = args.label_mapping if args.train_labels else ""
-        train = from_files.read(args.train_embeddings, labels=args.train_labels, label_mapping=mapping)
+        train = from_files.read(args.train_embeddings, labels=args.train_labels, label_mapping=of_train)
     return from_files.evaluate(found, evaluations, train=train, named=args.only or ())
 
 

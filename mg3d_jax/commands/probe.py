@@ -10,7 +10,7 @@ from typing import Any
 from mg3d_jax import options as options_lib
 from mg3d_jax.commands.evaluate import print_tables
 from mg3d_jax.evaluation.document import OVERRIDE, Evaluated, configured
-from mg3d_jax.evaluation.label_tables import MAPPINGS
+from mg3d_jax.evaluation.label_tables import MAPPINGS, mapping_of_each
 from mg3d_jax.evaluation.probe import Probe
 from mg3d_jax.evaluation.probes import save_head
 from mg3d_jax.evaluation.probes.linear import KINDS
@@ -45,7 +45,7 @@ def _parser() -> argparse.ArgumentParser:
     )  # fmt: skip
     parser.add_argument("--test-labels", nargs="+", type=Path, default=[], metavar="CSV", help="the same of --test")
     parser.add_argument(
-        "--label-mapping", default="", choices=list(MAPPINGS), help="--test-labels are Rad-ChestCT's own tables"
+        "--label-mapping", default="", choices=list(MAPPINGS), help="for tables that are Rad-ChestCT's own"
     )
     parser.add_argument("--kind", choices=KINDS, help="do labels stand side by side or exclude one another?")
     parser.add_argument("--fractions", help="percent of the patients, e.g. 1,5,10,100")
@@ -105,8 +105,9 @@ def _of_files(parser: argparse.ArgumentParser, args: argparse.Namespace, overrid
     if len(args.train) > 1 or len(args.test) > 1 or args.step is not None:
         parser.error("several folders, and --step, are of a run: give --workdir RUN, or one file of embeddings each")
     evaluations = configured(["probe"], overrides=overrides)
-    train = from_files.read(Path(args.train[0]), labels=args.train_labels)
-    found = from_files.read(Path(args.test[0]), labels=args.test_labels, label_mapping=args.label_mapping)
+    mapping, of_train = mapping_of_each(args.label_mapping, args.test_labels, args.train_labels)
+    train = from_files.read(Path(args.train[0]), labels=args.train_labels, label_mapping=of_train)
+    found = from_files.read(Path(args.test[0]), labels=args.test_labels, label_mapping=mapping)
     about = train.facts.get("about") or {}
     known = {name: about[name] for name in ("run", "step", "config_hash") if name in about}
     return from_files.evaluate(found, evaluations, train=train, named=["probe"]), known | {"train": args.train}

@@ -8,7 +8,7 @@ run shows results without it.
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -70,6 +70,11 @@ class Embedded:
     train: Embedded | None = None  # labelled volumes that the evaluated ones may be compared with: probes, thresholds
     model: Model | None = None
     facts: Mapping[str, Any] = field(default_factory=dict)  # where it comes from; the result repeats them
+
+    def rows(self, rows: np.ndarray) -> Embedded:
+        """These volumes only."""
+        fields = ("volumes", "volume_ids", "scans", "patients", "volume_reports", "labels")
+        return replace(self, **{name: getattr(self, name)[rows] for name in fields})
 
 
 @dataclass(frozen=True)

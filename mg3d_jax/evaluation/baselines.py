@@ -12,10 +12,15 @@ FOLDS = 5
 def severity(labels: np.ndarray) -> np.ndarray:
     """How many OTHER findings are known to be present, `[n, L]` for labels `[n, L]` in {1, 0, -1 unknown}.
 
-    As a score it knows nothing of the finding itself: it says how ill the patient is.
+    As a score it knows nothing of the finding itself: it says how ill the patient is. A copy of a finding's labels under
+    another name is the finding itself and does not count: mappings of Rad-ChestCT have one calcification for two findings.
     """
     present = labels == 1
-    return present.sum(axis=1, keepdims=True) - present
+    copies = (
+        np.unique(labels, axis=1, return_inverse=True)[1].reshape(-1) if labels.size else np.arange(labels.shape[1])
+    )
+    own = present.astype(np.int64) @ (copies[:, None] == copies[None, :])
+    return present.sum(axis=1, keepdims=True) - own
 
 
 def cross_validated_probe(volumes: np.ndarray, labels: np.ndarray, patients: np.ndarray, seed: int = 0) -> np.ndarray:

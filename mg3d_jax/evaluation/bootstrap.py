@@ -18,7 +18,8 @@ BLOCK = 1 << 20  # elements of a block of weights that is worked on at a time: 8
 
 
 class PatientDraws:
-    """`draws` samples of the distinct patients with replacement, each of as many as there are.
+    """`draws` samples of the distinct patients with replacement, each of as many as there are. Of a single patient all are
+    empty: intervals are then NaN.
 
     The same patients, number of draws and seed give the same samples, whatever the order of the volumes.
 
@@ -33,6 +34,9 @@ class PatientDraws:
         self.draws, count = draws, len(self.patients)
         rng = np.random.default_rng(seed)
         self._counts = np.ones((1 + draws, count), np.uint8)
+        if count == 1:  # it says nothing of other patients: intervals are undefined, and not of length 0
+            self._counts[1:] = 0
+            return
         for row in range(1, 1 + draws):
             # As bytes: that a patient is drawn 256 times does not happen.
             self._counts[row] = np.bincount(rng.integers(0, count, count), minlength=count)

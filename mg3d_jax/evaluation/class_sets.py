@@ -31,6 +31,8 @@ def classes_of(name: str, label_names: Sequence[str]) -> tuple[str, ...]:
     if name == ALL:
         return tuple(label_names)
     wanted = CLASS_SETS.get(name) or tuple(part.strip() for part in name.split(",") if part.strip())
+    if not wanted:
+        raise UserError(f"classes = {name!r} names no class: choose {ALL!r}, or one of {', '.join(CLASS_SETS)}")
     if missing := [one for one in wanted if one not in label_names]:
         what = "needs labels" if name in CLASS_SETS else "is no set of classes and names labels"
         raise UserError(

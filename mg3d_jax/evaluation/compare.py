@@ -15,6 +15,7 @@ import numpy as np
 
 from mg3d_jax.errors import UserError
 from mg3d_jax.evaluation.bootstrap import DRAWS, PatientDraws, interval
+from mg3d_jax.evaluation.embedding_files import load_npz
 from mg3d_jax.registry import EVALUATIONS
 
 FILE = "scores.npz"
@@ -89,11 +90,11 @@ def read_scores(path: Path) -> dict[str, dict[str, np.ndarray]]:
             f"{path}: there are no scores ({' or '.join(map(str, places))}). Evaluate it first: mg3d evaluate --workdir {path} "
             "--data FOLDER"
         )
-    try:
-        with np.load(file) as archive:
-            arrays = dict(archive)
-    except (OSError, ValueError, EOFError) as error:
-        raise UserError(f"{file}: cannot be read as scores ({error}): evaluate the run again") from error
+    arrays = load_npz(file, "scores", "evaluate the run again")
+    if not any("/" in key for key in arrays):
+        raise UserError(
+            f"{file}: holds no scores of an evaluation, but {', '.join(arrays) or 'nothing'}: evaluate it first"
+        )
     found: dict[str, dict[str, np.ndarray]] = {}
     for key, array in arrays.items():
         evaluation, _, name = key.partition("/")
@@ -123,6 +124,13 @@ def _check_same(first: Path, one: Arrays, second: Path, other: Arrays) -> None:
                 f"{first} and {second} were not evaluated on the same data: {evaluation} has {len(ids)} and {len(theirs)} "
                 f"entries, and only one of them has {', '.join(map(str, missing))}. Evaluate both on the same data"
             )
+        sets = [(str(run.get(f"{start}class_set", "")), set(run.get(f"{start}classes", np.zeros(0, str)).tolist()))
+                for run in (one[evaluation], found)]  # fmt: skip
+        if sets[0][0] == sets[1][0] and sets[0][1] != sets[1][1]:
+            raise UserError(
+                f"{first} and {second}: {evaluation} scored other classes under one name, {sets[0][0]}; not in both: "
+                f"{', '.join(sorted(sets[0][1] ^ sets[1][1])[:SHOWN])}. Evaluate both on the same classes, with --classes"
+            )
         orders = np.argsort(ids, kind="stable"), np.argsort(theirs, kind="stable")
         for field in ("patients", "labels"):
             ours, other_field = one[evaluation].get(f"{start}{field}"), found.get(f"{start}{field}")
@@ -135,7 +143,7 @@ def _check_same(first: Path, one: Arrays, second: Path, other: Arrays) -> None:
 
 
 def _same_classes(one: Mapping[str, np.ndarray], other: Mapping[str, np.ndarray], start: str, field: str) -> bool:
-    """Labels of different classes are not compared: such metrics have different keys."""
+    """Labels of different classes are not compared: such metrics have different keys, which is checked before."""
     name = f"{start}classes"
     return field != "labels" or np.array_equal(one.get(name, np.zeros(0)), other.get(name, np.zeros(0)))
 

@@ -84,7 +84,7 @@ def _against_baselines(arrays: Mapping[str, np.ndarray], values: Mapping[str, np
     severity, probe = _macro(values, "/score=severity_baseline/"), _macro(values, "/score=linear_probe")
     if severity is not None:
         low, high = interval(pair - severity)
-        if not low > 0:
+        if low <= 0:
             found.append(
                 f"{pair[0]:.2f} is not above the severity baseline of {severity[0]:.2f} (difference "
                 f"{pair[0] - severity[0]:+.2f}, 95 % {low:+.2f} to {high:+.2f}): the count of a patient's "

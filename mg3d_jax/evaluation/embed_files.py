@@ -18,6 +18,7 @@ from typing import Any
 
 import numpy as np
 
+from mg3d_jax import config as config_lib
 from mg3d_jax.data.abnormalities import ABNORMALITIES
 from mg3d_jax.data.pipeline import PreparedData
 from mg3d_jax.data.tokens import ReportTokenizer
@@ -175,7 +176,8 @@ def _embedder(run: RestoredRun, batch_size: int) -> Embedder:
 
 
 def _about(run: RestoredRun) -> dict[str, Any]:
-    return {"run": str(run.folder), "step": run.step, "weights": "average" if run.ema else "raw"}
+    about = {"run": str(run.folder), "step": run.step, "config_hash": config_lib.config_hash(run.config)}
+    return about | {"weights": "average" if run.ema else "raw"}
 
 
 def _scalars(run: RestoredRun, about: Mapping[str, Any]) -> Arrays:
@@ -212,6 +214,8 @@ def _embed_texts(
     run: RestoredRun, embedder: Embedder, parts: Parts, name: str, entries: Sequence[Sequence[Text]]
 ) -> np.ndarray:
     """`[entries, k]`, part by part."""
+    if not entries:
+        return np.zeros((0, embedder.width), np.float32)
     done = parts.whole(name)
     with Progress(
         f"embed {name}", len(entries), unit="texts", initial=min(done * PART_TEXTS, len(entries))

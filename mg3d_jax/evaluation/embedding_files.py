@@ -19,6 +19,7 @@ from __future__ import annotations
 import json
 import logging
 import zipfile
+import zlib
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -90,13 +91,19 @@ def load(path: Path) -> Arrays:
         from mg3d_jax.evaluation.embedding_tables import read_parquet
 
         return read_parquet(path)
+    return load_npz(path, ".npz", "texts are saved as np.array(list, dtype=str), not as objects")
+
+
+def load_npz(path: Path, kind: str, remedy: str) -> Arrays:
+    """The arrays of an `.npz`. `UserError` that it cannot be read as `kind`, with `remedy`."""
     try:
-        with np.load(path, allow_pickle=False) as file:
+        loaded = np.load(path, allow_pickle=False)
+        if isinstance(loaded, np.ndarray):
+            raise ValueError("it is one array without a name, as np.save writes it")
+        with loaded as file:
             return {name: file[name] for name in file.files}
-    except (ValueError, OSError, EOFError, zipfile.BadZipFile, AttributeError) as error:
-        raise UserError(
-            f"{path}: cannot be read as .npz ({error}); texts are saved as np.array(list, dtype=str), not as objects"
-        ) from error
+    except (ValueError, OSError, EOFError, RuntimeError, zipfile.BadZipFile, zlib.error, AttributeError) as error:
+        raise UserError(f"{path}: cannot be read as {kind} ({error}); {remedy}") from error
 
 
 def read(path: Path) -> Embedded:
@@ -137,6 +144,12 @@ class _Reader:
             raise self.error("volume_embeddings", "holds no volume", "embed at least one")
         ids = {name: self.strings(name, count, needed=name in ("volume_ids", "patient_ids")) for name in IDS}
         self.distinct("volume_ids", ids["volume_ids"])
+        if empty := int((ids["patient_ids"] == "").sum()):
+            raise self.error(
+                "patient_ids", f"is empty for {empty} of {count} volumes", "each needs one; intervals rest on it"
+            )
+        if count > 1 and len(np.unique(ids["patient_ids"])) == 1:
+            logger.warning("%s: all volumes are of one patient: there are no intervals", self.path)
         reports = self.embeddings("report_embeddings", width=width)
         report_ids = self.strings("report_ids", len(reports), needed=bool(len(reports)))
         self.distinct("report_ids", report_ids)
@@ -180,7 +193,8 @@ class _Reader:
             raise self.error(
                 name, f"has {array.shape[-1]} numbers each, volume_embeddings {width}", "take both from one model"
             )
-        array = array.astype(np.float32)
+        with np.errstate(over="ignore"):  # infinite, which is said below
+            array = array.astype(np.float32)
         length = np.linalg.norm(array.astype(np.float64), axis=-1, keepdims=True)
         for bad, what in ((~np.isfinite(length), "NaN or infinite"), (length == 0, "0 everywhere")):
             if bad.any():
@@ -202,7 +216,10 @@ class _Reader:
         array = self.arrays[name]
         if array.shape != (count,) or array.dtype.kind not in "USiu":
             raise self.error(name, f"has shape {array.shape} and type {array.dtype}", f"{count} texts are needed")
-        return np.char.decode(array, "utf-8") if array.dtype.kind == "S" else array.astype(str)
+        try:
+            return np.char.decode(array, "utf-8") if array.dtype.kind == "S" else array.astype(str)
+        except UnicodeDecodeError as error:
+            raise self.error(name, f"is not UTF-8 ({error})", "save it as np.array(list, dtype=str)") from error
 
     def texts(self, count: int) -> tuple[tuple[str, ...], ...]:
         """Sentences of every report; nothing where they are not known."""
@@ -244,9 +261,24 @@ class _Reader:
             embeddings = self.embeddings(name, width=width, axes=3)
             classes = self.strings(f"classes@{of}" if of else "classes", embeddings.shape[1], needed=True)
             self.distinct(f"classes@{of}" if of else "classes", classes)
-            title = of or (str(self.arrays["prompt_set"]) if "prompt_set" in self.arrays else OWN_PROMPTS)
+            title = of or self.prompt_set()
+            if title in found:
+                raise self.error(name, f"is a second set of prompts by the name of {title!r}", "give it another name")
             found[title] = Prompts(tuple(classes.tolist()), embeddings)
+        if found and "logit_scale" not in self.arrays:
+            logger.warning(
+                "%s: has no logit_scale, 1 is taken: ranks are not touched by it, probabilities and calibration are",
+                self.path,
+            )
         return found
+
+    def prompt_set(self) -> str:
+        """The name of the set without one in the names of its arrays."""
+        if "prompt_set" not in self.arrays:
+            return OWN_PROMPTS
+        if self.arrays["prompt_set"].size != 1:
+            raise self.error("prompt_set", f"has shape {self.arrays['prompt_set'].shape}", "one text is needed")
+        return str(self.arrays["prompt_set"].item())
 
     def logit_scale(self) -> float:
         array = self.arrays.get("logit_scale", np.ones(()))

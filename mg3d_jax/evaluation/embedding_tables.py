@@ -6,6 +6,7 @@ df = pandas.read_parquet(FILE); df[df.kind == "volume"].embedding
 from __future__ import annotations
 
 import json
+import logging
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,8 @@ from typing import Any
 import numpy as np
 
 from mg3d_jax.errors import UserError
+
+logger = logging.getLogger(__name__)
 
 # kind -> (embeddings, {column: array})
 _KINDS: dict[str, tuple[str, dict[str, str]]] = {
@@ -80,7 +83,10 @@ def read_parquet(path: Path) -> dict[str, np.ndarray]:
         raise UserError(
             f"{path}: lacks the columns {missing}; it has {table.column_names}. `kind` is volume, report, sentence or prompt"
         )
-    header = json.loads((table.schema.metadata or {}).get(_HEADER, b"{}"))
+    try:
+        header = json.loads((table.schema.metadata or {}).get(_HEADER, b"{}"))
+    except ValueError as error:
+        raise UserError(f"{path}: the metadata {_HEADER.decode()!r} is no JSON ({error})") from error
     kinds, arrays = np.array(table.column("kind").to_pylist(), str), {}
     for kind, (name, columns) in _KINDS.items():
         rows = table.filter(pyarrow.array(kinds == kind))
@@ -92,23 +98,39 @@ def read_parquet(path: Path) -> dict[str, np.ndarray]:
             if any(value is not None for value in values):
                 arrays[of] = np.array(["" if value is None else value for value in values], str)
         if kind == "volume" and "label_names" in header:
-            arrays["labels"] = np.array(rows.column("labels").to_pylist(), np.int8)
+            arrays["labels"] = _labels(path, rows, len(header["label_names"]))
+        elif kind == "volume" and "labels" in rows.column_names and rows.column("labels").null_count < rows.num_rows:
+            logger.warning(
+                "%s: labels are not read, because the file does not name them; give them with --labels", path
+            )
     arrays |= _prompts(path, table.filter(pyarrow.array(kinds == "prompt")))
     return arrays | {name: np.array(value) for name, value in header.items()}
 
 
+def _labels(path: Path, rows: Any, count: int) -> np.ndarray:
+    lists = rows.column("labels").to_pylist() if "labels" in rows.column_names else [None]
+    if any(one is None or len(one) != count or None in one for one in lists):
+        raise UserError(f"{path}: the column labels needs {count} numbers for each volume, as label_names says")
+    return np.array(lists).reshape(len(lists), count)
+
+
 def _embeddings(path: Path, rows: Any) -> np.ndarray:
     lists = rows.column("embedding").combine_chunks()
-    flat = lists.flatten().to_numpy(zero_copy_only=False)
-    if len(lists) and len(flat) % len(lists):
-        raise UserError(f"{path}: the embeddings have different lengths")
-    return flat.reshape(len(lists), -1) if len(lists) else np.zeros((0, 0), np.float32)
+    if not len(lists):
+        return np.zeros((0, 0), np.float32)
+    if not hasattr(lists, "value_lengths"):
+        raise UserError(f"{path}: the column embedding holds {lists.type}: lists of numbers are needed")
+    if lists.null_count or len(lists.value_lengths().unique()) > 1:
+        raise UserError(f"{path}: the embeddings have different lengths, or some rows have none")
+    return lists.flatten().to_numpy(zero_copy_only=False).reshape(len(lists), -1)
 
 
 def _prompts(path: Path, rows: Any) -> dict[str, np.ndarray]:
     found: dict[str, np.ndarray] = {}
     if not rows.num_rows:
         return found
+    if missing := [name for name in ("prompt_set", "class", "present") if name not in rows.column_names]:
+        raise UserError(f"{path}: the rows of prompts lack the columns {missing}")
     sets = np.array([name or "" for name in rows.column("prompt_set").to_pylist()], str)
     classes, present = (
         np.array(rows.column("class").to_pylist(), str),

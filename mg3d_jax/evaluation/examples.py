@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from mg3d_jax.evaluation.base import Embedded, Text
+from mg3d_jax.evaluation.ranking import ranks_by_group
 
 SHOWN = 3  # volumes of an example
 WINDOW = (-1000.0, 400.0)  # HU
@@ -50,7 +51,7 @@ def retrieval_examples(found: Embedded, volume: Volume | None = None, *, seed: i
         return []
     rng = np.random.default_rng(seed)
     rows = np.sort(rng.permutation(owned)[:QUERIES])
-    ranks = np.array([_rank(found, row) for row in rows])
+    ranks = ranks_by_group(found.reports[rows], found.volumes, found.report_ids[rows], found.volume_reports)
     order = np.argsort(ranks, kind="stable")
     places = {"found first": 0, "at the median": len(order) // 2, "found last": len(order) - 1}
     return [_example(found, rows[order[place]], title, volume) for title, place in places.items()]

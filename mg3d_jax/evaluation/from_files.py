@@ -48,6 +48,11 @@ def _with_reports(found: Embedded, path: Path) -> Embedded:
             )
         return found
     texts = label_tables.read_reports(path)
+    if not len(found.report_ids):
+        raise UserError(
+            f"{path}: texts of reports are shown beside their embeddings, and {found.facts['embeddings']} has no "
+            "report_embeddings and report_ids: embed the reports, too"
+        )
     by_report = {bare(name): bare(name) for name in found.report_ids.tolist()}
     if not by_report.keys() & texts.keys():  # a table by volume, as CT-RATE's
         for volume, report in zip(found.volume_ids.tolist(), found.volume_reports.tolist(), strict=True):
@@ -81,6 +86,11 @@ def evaluate(
             raise UserError(
                 f"{train.facts['embeddings']}: its embeddings have {train.volumes.shape[1]} numbers each, those of "
                 f"{found.facts['embeddings']} {found.volumes.shape[1]}: take both from one model"
+            )
+        if not train.label_names:
+            raise UserError(
+                f"{train.facts['embeddings']}: has no labels, and training volumes are for probes and thresholds: give a table "
+                "with --train-labels"
             )
         found = dataclasses.replace(found, train=train)
     lacking = {name: words for name, one in evaluations.items() if (words := _lacks(one, found))}

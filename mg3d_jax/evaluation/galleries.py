@@ -19,6 +19,7 @@ from mg3d_jax.prepare.listing import without_suffix
 
 DISTINCT, COPIES, TEXTS = "distinct", "copies", "texts"
 SHARED, OWN = "shared", "own"
+NO_CHEST = "volumes that the list names"
 
 
 @dataclass(frozen=True)
@@ -99,7 +100,7 @@ def select(found: Embedded, gallery: Gallery, excluded: frozenset[str] = frozens
     if gallery.chest:
         names = (found.volume_ids, found.scans, found.patients)
         named = np.array([any(without_suffix(str(of[row])) in excluded for of in names) for row in kept], bool)
-        _count(left_out, "volumes that the list names", int(named.sum()))
+        _count(left_out, NO_CHEST, int(named.sum()))
         kept = kept[~named]
     if gallery.one_per_scan:
         kept = _first_of(kept, list(zip(found.patients[kept], found.scans[kept], strict=True)), found, left_out)

@@ -8,6 +8,7 @@ agreed on, and the mappings in use are here by name.
 from __future__ import annotations
 
 import logging
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,6 +27,7 @@ VALUES = {"1": 1, "1.0": 1, "0": 0, "0.0": 0, "-1": -1, "-1.0": -1, "": -1, "nan
 FINDINGS = ("Findings_EN", "findings", "Findings")
 IMPRESSION = ("Impressions_EN", "impression", "Impression", "impressions")
 WHOLE = ("report", "text", "Report")
+UNNAMED = "Unnamed: "  # what pandas calls a column without a name
 
 _DEVICES = (
     "catheter_or_port", "tracheal_tube", "chest_tube", "breast_implant", "pacemaker_or_defib", "stent", "clip", "staple",
@@ -135,11 +137,40 @@ def read_labels(paths: Sequence[Path], *, mapping: str = "") -> LabelTable:
     return LabelTable(where, ids, first.names, np.concatenate([table.labels for table in tables]))
 
 
+def mapping_of_each(mapping: str, tables: Sequence[Path], train: Sequence[Path]) -> tuple[str, str]:
+    """For which of two groups of tables a mapping is: for those that are Rad-ChestCT's own. Where none is it stays with
+    `tables`, of which `read_labels` then says what they lack."""
+    of_train = any(map(_is_rad_chestct, train))
+    return mapping if any(map(_is_rad_chestct, tables)) or not of_train else "", mapping if of_train else ""
+
+
+def _is_rad_chestct(path: Path) -> bool:
+    """By its columns ABNORMALITY*PLACE."""
+    if not path.is_file():
+        return False
+    with path.open(encoding="utf-8", errors="replace") as file:
+        return "*" in file.readline()
+
+
 def _plain(path: Path) -> LabelTable:
     frame, id_column = _read(path)
+    if id_column == "NoteAcc_DEID" and _is_rad_chestct(path):
+        raise UserError(
+            f"{path}: has Rad-ChestCT's own {len(frame.columns) - 1:,} labels: say which stand for a finding, with "
+            f"--label-mapping {'|'.join(MAPPINGS)}"
+        )
+    for name in [name for name in frame.columns if (name.startswith(UNNAMED) or not name) and name != id_column]:
+        if (frame[name].str.strip() != "").any():
+            raise UserError(
+                f"{path}: column {frame.columns.get_loc(name) + 1} has no name: name it as its class, or take it out; "
+                "pandas writes none with to_csv(index=False)"
+            )
+        frame = frame.drop(columns=name)  # of a comma at the end of every line
     names = tuple(name for name in frame.columns if name != id_column)
     if not names:
-        raise UserError(f"{path}: has no column beside {id_column!r}: one per class is needed")
+        other = next((mark for mark in ";\t|" if mark in id_column), "")
+        remedy = f"separate them with commas, not {other!r}" if other else "one per class is needed"
+        raise UserError(f"{path}: has no column beside {id_column!r}: {remedy}")
     return LabelTable(str(path), _ids(frame[id_column]), names, _labels(path, frame, id_column, names))
 
 
@@ -171,10 +202,19 @@ def _read(path: Path, keep: Any = None) -> tuple[Any, str]:
 
     if not path.is_file():
         raise UserError(f"{path} does not exist: a csv with a column of ids and one per class is needed")
+    options: dict[str, Any] = {"dtype": str, "keep_default_na": False, "encoding": "utf-8-sig"}
     try:
-        frame = pd.read_csv(path, dtype=str, keep_default_na=False, usecols=keep)
+        with warnings.catch_warnings():
+            # pandas takes a field too many for an index, or drops it; both would shift or lose labels.
+            warnings.simplefilter("error", pd.errors.ParserWarning)
+            head = pd.read_csv(path, header=None, nrows=1, **options).iloc[0].str.strip()
+            frame = pd.read_csv(path, usecols=keep, index_col=False, **options)
+    except pd.errors.ParserWarning as error:
+        raise UserError(f"{path}: rows have more fields than the first line: give every column a name") from error
     except (ValueError, OSError) as error:
         raise UserError(f"{path}: is not a readable csv ({error})") from error
+    if twice := sorted(set(head[head.duplicated() & (head != "")])):
+        raise UserError(f"{path}: has the column {', '.join(map(repr, twice))} more than once: leave one")
     frame.columns = [str(column).strip() for column in frame.columns]
     if frame.empty:
         raise UserError(f"{path}: has no rows")
@@ -218,7 +258,9 @@ def read_reports(path: Path) -> dict[str, tuple[str, ...]]:
     texts = zip(
         empty if findings is None else findings, empty if impression is None else impression, strict=True
     )  # fmt: skip
-    return {
-        bare(str(name).strip()): report_sentences(*map(str, text))
-        for name, text in zip(frame[id_column], texts, strict=True)
-    }
+    found: dict[str, tuple[str, ...]] = {}
+    for name, text in zip(_ids(frame[id_column]).tolist(), texts, strict=True):
+        sentences = report_sentences(*map(str, text))
+        if found.setdefault(name, sentences) != sentences:
+            raise UserError(f"{path}: {name!r} has several rows with different texts: leave one")
+    return found

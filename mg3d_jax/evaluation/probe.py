@@ -250,7 +250,7 @@ def _fit(found: Embedded, train: Embedded, settings: ProbeOptions) -> Fitted:
     count = len(np.unique(train.patients[shared]))
     if count:
         logger.warning("probe: %d training patients are evaluated, too: they are left out of the fit", count)
-        train = _rows(train, ~shared)
+        train = train.rows(~shared)
     train = dataclasses.replace(
         train, labels=_same_classes(train, found.label_names, settings.kind), label_names=found.label_names
     )
@@ -280,11 +280,6 @@ def _same_classes(train: Embedded, names: Sequence[str], kind: str) -> np.ndarra
         logger.warning("probe: the training volumes have no labels for %s", ", ".join(lacking))
     unknown = np.full(len(train.labels), -1, np.int8)
     return np.stack([train.labels[:, column[name]] if name in column else unknown for name in names], axis=1)
-
-
-def _rows(one: Embedded, rows: np.ndarray) -> Embedded:
-    fields = ("volumes", "volume_ids", "scans", "patients", "volume_reports", "labels")
-    return dataclasses.replace(one, **{name: getattr(one, name)[rows] for name in fields})
 
 
 def _with_interval(row: dict[str, Any]) -> dict[str, Any]:

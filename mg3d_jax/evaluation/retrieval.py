@@ -7,6 +7,7 @@ miss: a constant model scores 0.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,6 +29,7 @@ from mg3d_jax.prepare.selection import excluded_names
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
+logger = logging.getLogger(__name__)
 DEFAULT_KS = (1, 5, 10, 50, 100)
 DIRECTIONS = ("report_to_volume", "volume_to_report")
 PRIMARY = "distinct"
@@ -104,6 +106,9 @@ class Retrieval(Evaluation):
             about = {"protocol": GALLERIES[name].protocol, "volumes": len(pairs.volumes), "reports": len(pairs.reports)}
             about |= {"left_out": dict(pairs.left_out)}
             by_gallery[name] = about | _numbers(measured, DEFAULT_KS) | _intervals(measured, DEFAULT_KS)
+        lists = [one["left_out"] for name, one in by_gallery.items() if GALLERIES[name].chest]
+        if lists and not any(galleries_lib.NO_CHEST in left_out for left_out in lists):
+            logger.warning("%s: names no volume, scan or patient that is here", self.settings.exclude)
         first = self.names[0]
         protocol = PROTOCOL if first == PRIMARY else GALLERIES[first].protocol
         primary = {name: value for name, value in by_gallery[first].items() if "/" in name}

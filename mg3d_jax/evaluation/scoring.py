@@ -88,10 +88,11 @@ def _closest_to_corner(labels: np.ndarray, scores: np.ndarray, scoring: str) -> 
     lowest, highest = (0.0, 1.0) if scoring == "softmax" else (float(scores.min()), float(scores.max()))
     best, found = np.inf, float("nan")
     for threshold in np.linspace(lowest, highest, STEPS):
-        one = counts(labels, scores, threshold)
+        above = float(np.nextafter(threshold, np.inf))  # there a score has to be larger, here to reach it
+        one = counts(labels, scores, above)
         distance = np.hypot(1 - one.sensitivity[0], 1 - one.specificity[0])
-        if distance < best:
-            best, found = distance, float(threshold)
+        if distance <= best:  # of equals the last one
+            best, found = distance, above
     return found
 
 

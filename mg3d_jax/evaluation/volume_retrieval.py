@@ -76,7 +76,8 @@ class VolumeRetrieval(Evaluation):
 
     def arrays(self, found: Embedded) -> dict[str, np.ndarray]:
         kept = _known(found)
-        return {"ids": found.volume_ids[kept], "patients": found.patients[kept]} | self._measure(found)
+        about = {"ids": found.volume_ids, "patients": found.patients, "labels": found.labels}
+        return {name: array[kept] for name, array in about.items()} | self._measure(found)
 
     @staticmethod
     def resampled(arrays: Mapping[str, np.ndarray], draws: PatientDraws) -> dict[str, np.ndarray]:

@@ -7,6 +7,7 @@ the positive prompts alone, and other prompt sets. `diagnosis.warnings` says in 
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,6 +26,7 @@ from mg3d_jax.evaluation.zero_shot_shown import shown
 from mg3d_jax.html import Section
 from mg3d_jax.options import choice, key
 
+logger = logging.getLogger(__name__)
 BAND_DRAWS = 200  # for the bands of the ROC curves
 OTHERS = tuple(prompts_lib.PROMPT_SETS)
 PROBE_ON_TRAIN, PROBE_IN_FOLDS = "linear_probe_on_train", f"linear_probe_{baselines.FOLDS}_folds_by_patient"
@@ -154,9 +156,9 @@ class ZeroShot(Evaluation):
         return shown(result)
 
     def _with_probe(self, found: Embedded) -> dict[str, np.ndarray]:
-        arrays, train = self._scored(found), found.train
+        arrays, train = self._scored(found), _of_others(found)
         classes = [str(name) for name in arrays["classes"]]
-        if train is not None and len(train.volumes) and set(classes) <= set(train.label_names):
+        if train is not None and set(classes) <= set(train.label_names):
             labels = train.labels[:, [train.label_names.index(name) for name in classes]]
             scores, name = baselines.probe(train.volumes, labels, train.patients, found.volumes), PROBE_ON_TRAIN
         else:
@@ -201,9 +203,9 @@ class ZeroShot(Evaluation):
 
     def _chosen(self, sets: Mapping[str, Prompts], classes: Sequence[str]) -> tuple[str, Mapping[str, Prompts]]:
         """The name of the chosen set. Embeddings from a file may have one of another name: it is taken where it is the only
-        one."""
+        one and none was asked for by name."""
         title = _title(self.settings.prompts)
-        if title not in sets and len(sets) == 1:
+        if title not in sets and len(sets) == 1 and title == ZeroShotOptions.prompts:
             title = next(iter(sets))
         if title not in sets:
             raise UserError(
@@ -228,9 +230,14 @@ class ZeroShot(Evaluation):
                 f"thresholds = {self.settings.thresholds!r}: the training volumes are not labelled for "
                 f"{', '.join(missing)}: choose thresholds = 'half', or fewer classes"
             )
-        columns = [found.train.label_names.index(name) for name in classes]
-        similarity = scoring_lib.similarities(found.train.volumes, prompts)
-        return found.train.labels[:, columns], scoring_lib.score(self.settings.scoring, similarity, found.logit_scale)
+        if (train := _of_others(found)) is None:
+            raise UserError(
+                f"thresholds = {self.settings.thresholds!r}: all patients of the training volumes are evaluated, too: give "
+                "another split as training data, or choose thresholds = 'half'"
+            )
+        columns = [train.label_names.index(name) for name in classes]
+        similarity = scoring_lib.similarities(train.volumes, prompts)
+        return train.labels[:, columns], scoring_lib.score(self.settings.scoring, similarity, found.logit_scale)
 
     def _protocol(self, arrays: Mapping[str, np.ndarray]) -> str:
         title = str(arrays["prompts"])
@@ -241,6 +248,15 @@ class ZeroShot(Evaluation):
             + f", {scoring_lib.SCORINGS[self.settings.scoring]}, per volume; thresholds: "
             f"{scoring_lib.THRESHOLDS[self.settings.thresholds]}; intervals: 95 % of {DRAWS} draws of patients"
         )
+
+
+def _of_others(found: Embedded) -> Embedded | None:
+    """The training volumes of patients that are not evaluated; None where there are none."""
+    if found.train is None or (shared := np.isin(found.train.patients, found.patients)).all():
+        return None
+    if shared.any():
+        logger.warning("zero-shot: %d training volumes are of patients that are evaluated: left out", shared.sum())
+    return found.train.rows(~shared)
 
 
 def _title(prompts: str) -> str:

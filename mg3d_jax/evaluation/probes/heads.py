@@ -87,9 +87,10 @@ def load_head(path: Path) -> ProbeHead:
         with safe_open(str(path), framework="numpy") as file:
             about = json.loads((file.metadata() or {}).get("mg3d_jax", "{}"))
             arrays = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  (it is no mapping)
-    except (OSError, SafetensorError) as error:
+    except (OSError, SafetensorError, ValueError) as error:
         raise UserError(f"{path}: cannot be read ({error}): give a probe.safetensors of `mg3d probe`") from error
-    if about.get("format") != FORMAT or about.get("kind") not in KINDS or arrays.keys() != {"weight", "bias"}:
+    whole = {"classes", "facts"} <= about.keys() and arrays.keys() == {"weight", "bias"}
+    if about.get("format") != FORMAT or about.get("kind") not in KINDS or not whole:
         raise UserError(f"{path} is no head of a probe: give a probe.safetensors of `mg3d probe`")
     shapes = arrays["weight"].shape[:1], arrays["bias"].shape
     if set(shapes) != {(len(about["classes"]),)}:
