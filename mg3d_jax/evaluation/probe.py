@@ -323,7 +323,8 @@ def _summary(result: Mapping[str, Any]) -> Section:
         warnings.append(
             f"The penalty of the linear probe is at the edge of those tried for {', '.join(edge[:NAMED])}{rest}."
         )
-    return Section("Probes of the embeddings", protocol, table, warnings=warnings)
+    headline = [("AUROC of a linear probe", f"{result['linear']['auroc_macro']:.3f}")]
+    return Section("Probes of the embeddings", protocol, table, warnings=warnings, headline=headline)
 
 
 def _few_section(result: Mapping[str, Any]) -> Section:

@@ -344,8 +344,8 @@ def _curves(axes: Axes, result: Mapping[str, Any]) -> None:
     for direction, colour in zip(_directions(result), COLOURS, strict=False):
         ks = _ks(result, direction)
         values = [result[f"{direction}/recall@{k}"] for k in ks]
-        ends = [result.get(f"{direction}/recall@{k}_95", (np.nan, np.nan)) for k in ks]
-        axes.fill_between(ks, *zip(*ends, strict=True), color=colour, alpha=0.15, linewidth=0)
+        low, high = np.array([result.get(f"{direction}/recall@{k}_95", (np.nan, np.nan)) for k in ks]).T
+        axes.fill_between(ks, low, high, color=colour, alpha=0.15, linewidth=0)
         axes.plot(ks, values, "o-", color=colour, markersize=3.5, linewidth=1.6, label=direction.replace("_", " "))
         axes.plot(ks, [result[f"{direction}/chance@{k}"] for k in ks], ":", color=colour, linewidth=1)
     axes.plot([], [], ":", color="0.5", linewidth=1, label="chance")
