@@ -51,7 +51,9 @@ def size(tree) -> int:
     ids=["all objectives", "learned positions, roberta", "swin"],
 )
 def test_sizes_equal_those_of_the_parameters(config, tables):
-    params = nn.unbox(state_lib.abstract_parameters(state_lib.build_model(config, VOCAB)[0], config))
+    params = nn.unbox(
+        state_lib.abstract_parameters(state_lib.random_parameters(state_lib.build_model(config, VOCAB)[0], config))
+    )
     sizes = cost_of(config).sizes
     assert sizes.n_total == size(params)
     assert sizes.n_vision == size(params["volume_encoder"])

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import functools
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -33,6 +33,7 @@ class Setup:
 
     config: Config
     model: MG3D
+    random_parameters: Callable[[jax.Array], Any]  # `random_parameters` below
     mesh: Mesh
     tx: optax.GradientTransformationExtraArgs
     learning_rate: optax.Schedule
@@ -68,15 +69,15 @@ def dummy_inputs(config: Config, batch_size: int = 1) -> dict[str, Any]:
     return jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), inputs)
 
 
-@functools.lru_cache(maxsize=4)
-def _parameters(model: MG3D, config: Config) -> Any:
-    """`key -> parameters` (boxed), jitted: what asks for shapes first and for values later is traced once."""
+def random_parameters(model: MG3D, config: Config) -> Callable[[jax.Array], Any]:
+    """`key -> parameters` with their logical axis names (boxed). Jitted: who asks for shapes first and for values later
+    traces the model once."""
     return jax.jit(lambda key: model.init(key, dummy_inputs(config))["params"])
 
 
-def abstract_parameters(model: MG3D, config: Config) -> Any:
-    """Shapes of the parameters with their logical axis names (boxed), without computing anything."""
-    return jax.eval_shape(_parameters(model, config), jax.random.key(0))
+def abstract_parameters(random: Callable[[jax.Array], Any]) -> Any:
+    """The shapes (boxed) of what `random_parameters` gives, without computing anything."""
+    return jax.eval_shape(random, jax.random.key(0))
 
 
 def build(config: Config, vocab_size: int, mesh: Mesh, steps: int, records: int = 0) -> Setup:
@@ -88,7 +89,8 @@ def build(config: Config, vocab_size: int, mesh: Mesh, steps: int, records: int 
     """
     model, attention = build_model(config, vocab_size)
     with sharding.in_mesh(mesh):  # as in `initialize`, or the trace could not be shared
-        boxed = abstract_parameters(model, config)
+        random = random_parameters(model, config)
+        boxed = abstract_parameters(random)
     shapes, shardings = nn.unbox(boxed), sharding.parameter_shardings(boxed, mesh)
     rate = _learning_rate(config, steps, records)
     factors = optimizer.multipliers(shapes, config.optimizer, (*trained_rows(config), *layer_decay_rows(config)))
@@ -115,7 +117,7 @@ def build(config: Config, vocab_size: int, mesh: Mesh, steps: int, records: int 
     }
     if config.optimizer.ema:
         abstract["ema"] = abstract["params"]
-    return Setup(config, model, mesh, tx, rate, factors, groups, abstract, attention, steps)
+    return Setup(config, model, random, mesh, tx, rate, factors, groups, abstract, attention, steps)
 
 
 def _learning_rate(config: Config, steps: int, records: int) -> optax.Schedule:
@@ -134,7 +136,7 @@ def initialize(setup: Setup) -> State:
     """Step 0, from `config.seed`, made in place: explicit output shardings, or the moments would come out replicated."""
 
     def init(key: jax.Array) -> State:
-        params = nn.unbox(_parameters(setup.model, setup.config)(key))
+        params = nn.unbox(setup.random_parameters(key))
         state = {"params": params, "opt_state": setup.tx.init(params), "step": jnp.int32(0)}
         # Step 0 starts the average; until then it must not share its memory with the parameters, which are donated.
         return state | ({"ema": jax.tree.map(jnp.copy, params)} if "ema" in setup.abstract else {})
