@@ -49,7 +49,7 @@ step "4/5 train again: the same command resumes"
 "${train[@]}" --workdir "$RUN"
 
 step "5/5 evaluate on unseen patients"
-mg3d evaluate --workdir "$RUN" --data "$OUT/valid"
+mg3d evaluate --workdir "$RUN" --data "$OUT/valid" --train-data "$OUT/train"
 mg3d report "$RUN"
 
 if [ "${MG3D_CONTROL:-0}" = 1 ]; then
