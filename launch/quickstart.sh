@@ -63,7 +63,7 @@ cat <<EOF
 volumes and reports   $OUT/phantoms/dataset
 records               $OUT/train, $OUT/valid
 run                   $RUN   (checkpoints, metrics.jsonl, tensorboard, tokenizer, config.json, summary.json)
-evaluation            $RUN/evaluation/evaluation.json, $RUN/evaluation/evaluation.png
+evaluation            $RUN/evaluation/evaluation.html (look at it), $RUN/evaluation/metrics.json
 report                $RUN/report.html   (one page, opens offline)
 EOF
 python - "$RUN/evaluation/evaluation.json" <<'EOF'
