@@ -73,9 +73,7 @@ class Run:
 
     def __init__(self, restored: RestoredRun, *, spacing: Spacing | None = None, policy: str | None = None):
         self.restored, self._spacing, self._policy = restored, spacing, policy
-        options = restored.config.data
-        whole_reports = ReportTokenizer(restored.tokenizer, options.max_tokens, options.max_sentences)
-        self._embedder = Embedder(restored.setup, whole_reports, TEXTS_PER_CALL)
+        self._embedder = Embedder.of_run(restored, TEXTS_PER_CALL)
 
     @property
     def config(self) -> Config:

@@ -70,6 +70,11 @@ def render(template: str, title: str, **values: object) -> str:
     return _environment().get_template(template).render(title=title, sections=[], **values)
 
 
+def number(value: float | None, digits: int = 3) -> str:
+    """A number of a table; "" where there is none, or NaN."""
+    return "" if value is None or value != value else f"{value:.{digits}f}"
+
+
 def anchor(title: str) -> str:
     """The name by which a section can be linked to."""
     return "".join(c if c.isalnum() else "-" for c in title.lower())

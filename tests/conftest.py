@@ -7,7 +7,7 @@ import shutil
 import tempfile
 from pathlib import Path
 
-from support import FLAGS
+from support import FLAGS, OLD
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ.setdefault("TRANSFORMERS_OFFLINE", "1")
@@ -67,3 +67,9 @@ def tiny_data(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
         command += ["--out", str(folder / split), "--size", "16", "16", "16", "--spacing", "20", "18", "20"]
         assert main(command) == 0
     return {"root": str(folder / "phantoms"), "train": str(folder / "train"), "valid": str(folder / "valid")}
+
+
+@pytest.fixture(scope="module")
+def old_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A copy, for this file, of the run that version 0.1.0 wrote."""
+    return Path(shutil.copytree(OLD / "run", tmp_path_factory.mktemp("old") / "run"))

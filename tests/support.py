@@ -20,6 +20,7 @@ from mg3d_jax.config import Config
 from mg3d_jax.evaluation.base import Embedded
 
 ROOT = Path(__file__).resolve().parents[1]
+OLD = ROOT / "tests" / "fixtures" / "v0.1.0"  # what version 0.1.0 wrote
 # XLA flags of every test and its processes. With the first one's scheduler fake CPU devices may enter independent
 # collectives in different orders and wait for ever. The others: a test's programs run for seconds, and to compile them
 # well takes longer than that; it halves the time of the suite.

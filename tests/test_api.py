@@ -1,13 +1,12 @@
 """The Python API: what it embeds is what `mg3d evaluate` embeds, and what cannot be used is said in words."""
 
-import shutil
 import subprocess
 import sys
 
 import nibabel as nib
 import numpy as np
 import pytest
-from support import ROOT
+from support import OLD, ROOT
 
 import mg3d_jax
 from mg3d_jax.commands.main import main
@@ -19,15 +18,12 @@ from mg3d_jax.evaluation import scoring
 from mg3d_jax.evaluation.base import chosen
 from mg3d_jax.evaluation.embed import DataEmbedder, Embedder
 
-FIXTURES = ROOT / "tests" / "fixtures" / "v0.1.0"
 SIZE, SPACING = ("16", "16", "16"), ("20", "18", "20")
 
 
 @pytest.fixture(scope="module")
-def run(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("api") / "run"
-    shutil.copytree(FIXTURES / "run", folder)
-    return mg3d_jax.load(folder)
+def run(old_run):
+    return mg3d_jax.load(old_run)
 
 
 @pytest.fixture(scope="module")
@@ -99,7 +95,7 @@ def test_a_sentence_looks_at_a_scan_in_its_own_space(run, data, tmp_path):
 
 
 def test_evaluate_gives_the_document_of_the_command(run):
-    found = run.evaluate([FIXTURES / "valid"], only=["retrieval"])
+    found = run.evaluate([OLD / "valid"], only=["retrieval"])
     assert found["step"] == run.step == 3 and found["retrieval"]["report_to_volume/gallery"] == 6
 
 

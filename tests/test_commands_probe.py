@@ -2,12 +2,11 @@
 
 import dataclasses
 import json
-import shutil
 
 import numpy as np
 import pytest
 import torch
-from support import ROOT
+from support import OLD
 
 from mg3d_jax import config as config_lib
 from mg3d_jax.commands.main import main
@@ -18,14 +17,11 @@ from mg3d_jax.evaluation.probes import load_head, save_head
 from mg3d_jax.interop.torch_template.modeling_mg3d import MG3DModel
 from mg3d_jax.training.restore import restore_run
 
-FIXTURES = ROOT / "tests" / "fixtures" / "v0.1.0"
-
 
 @pytest.fixture(scope="module")
-def probed(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("probe")
-    shutil.copytree(FIXTURES / "run", folder / "run")
-    data = ["--train", str(FIXTURES / "train"), "--test", str(FIXTURES / "valid")]
+def probed(old_run):
+    folder = old_run.parent
+    data = ["--train", str(OLD / "train"), "--test", str(OLD / "valid")]
     options = ["--fractions", "50,100", "--seeds", "2", "--evaluations.probe.draws=20"]
     assert main(["probe", "--workdir", str(folder / "run"), *data, "--out", str(folder / "out"), *options]) == 0
     return folder
@@ -33,12 +29,10 @@ def probed(tmp_path_factory):
 
 def test_a_probe_of_a_run(probed):
     document = json.loads((probed / "out" / "evaluation.json").read_text())
-    assert document["step"] == 3 and document["train_data"] == [str(FIXTURES / "train")]
+    assert document["step"] == 3 and document["train_data"] == [str(OLD / "train")]
     result, head = document["probe"], load_head(probed / "out" / "probe.safetensors")
     assert result["train"]["patients"] == 8 and 0 <= result["linear"]["auroc_macro"] <= 1
-    assert set(head.classes) | set(head.facts["not_learned"]) == set(
-        PreparedData((str(FIXTURES / "valid"),)).label_names
-    )
+    assert set(head.classes) | set(head.facts["not_learned"]) == set(PreparedData((str(OLD / "valid"),)).label_names)
     assert head.facts["step"] == 3 and head.facts["fitted_to"]["patients"] == 8
 
 
@@ -49,7 +43,7 @@ def test_the_head_goes_with_an_export(probed, capsys):
     assert "probability of the probe: JAX and PyTorch differ by at most" in capsys.readouterr().out
     head, model = load_head(file), MG3DModel.from_pretrained(out).eval()
     assert tuple(model.config.probe_classes) == head.classes
-    data = PreparedData((str(FIXTURES / "valid"),))
+    data = PreparedData((str(OLD / "valid"),))
     hu = torch.from_numpy(np.stack([data.read(i).volume for i in range(2)]))
     with torch.no_grad():
         expected = head.probabilities(model.encode_volume(hu).numpy())
@@ -64,12 +58,12 @@ def test_probes_and_a_head_while_a_run_trains(probed):
     """The probe reads the training volumes of the configuration; a run without a head has nothing to say of one."""
     run = restore_run(probed / "run")
     changes = {f"evaluations.{name}.every": -1 for name in run.config.evaluations} | {
-        "evaluations.probe.every": 1, "evaluations.classification.every": 1, "data.train": (str(FIXTURES / "train"),),
+        "evaluations.probe.every": 1, "evaluations.classification.every": 1, "data.train": (str(OLD / "train"),),
     }  # fmt: skip
     setup = dataclasses.replace(run.setup, config=config_lib.replace(run.config, changes))
     options = run.config.data
     tokenizer = ReportTokenizer(run.tokenizer, options.max_tokens, options.max_sentences)
-    online = OnlineEvaluation(setup, tokenizer, PreparedData((str(FIXTURES / "valid"),)))
+    online = OnlineEvaluation(setup, tokenizer, PreparedData((str(OLD / "valid"),)))
     found = online.metrics(run.params)
     result = json.loads((probed / "out" / "evaluation.json").read_text())["probe"]
     expected = {f"probe/{m}/auroc_macro": result[m]["auroc_macro"] for m in ("linear", "neighbours")}

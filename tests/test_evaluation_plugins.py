@@ -2,11 +2,10 @@
 run, logged while training and shown on the page without a change to the package."""
 
 import json
-import shutil
 
 import numpy as np
 import pytest
-from support import ROOT
+from support import OLD
 from test_report_page import Page
 
 from mg3d_jax.commands.main import main
@@ -18,15 +17,6 @@ from mg3d_jax.evaluation.online import OnlineEvaluation
 from mg3d_jax.html import Section, Table
 from mg3d_jax.registry import EVALUATIONS
 from mg3d_jax.training.restore import restore_run
-
-FIXTURES = ROOT / "tests" / "fixtures" / "v0.1.0"
-
-
-@pytest.fixture(scope="module")
-def run(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("fixture") / "run"
-    shutil.copytree(FIXTURES / "run", folder)
-    return folder
 
 
 class Toy(Evaluation):
@@ -57,13 +47,13 @@ def toy():
 
 
 def evaluate(run, *options):
-    command = ["evaluate", "--workdir", str(run), "--data", str(FIXTURES / "valid"), *options]
+    command = ["evaluate", "--workdir", str(run), "--data", str(OLD / "valid"), *options]
     assert main(command) == 0
     return json.loads((run / "evaluation" / "evaluation.json").read_text())
 
 
-def test_the_numbers_are_those_of_version_0_1_0(run, capsys):
-    found, expected = evaluate(run), json.loads((FIXTURES / "expected_evaluation.json").read_text())
+def test_the_numbers_are_those_of_version_0_1_0(old_run, capsys):
+    found, expected = evaluate(old_run), json.loads((OLD / "expected_evaluation.json").read_text())
     assert found["zero_shot"]["auroc_macro"] == pytest.approx(expected["auroc_macro"], abs=1e-6)
     assert found["retrieval"].pop("protocol") == expected["retrieval"].pop("protocol")
     same = {name: found["retrieval"][name] for name in expected["retrieval"]}
@@ -73,37 +63,35 @@ def test_the_numbers_are_those_of_version_0_1_0(run, capsys):
     assert "Zero-shot AUROC" in shown and "Retrieval" in shown and "evaluation.png" in shown
 
 
-def test_an_evaluation_of_ones_own(run, toy, capsys):
-    found = evaluate(run)
+def test_an_evaluation_of_ones_own(old_run, toy, capsys):
+    found = evaluate(old_run)
     assert {"zero_shot", "retrieval", "volume_retrieval"} <= found.keys() and list(found)[-1] == "toy"
-    width = restore_run(run).config.model.projection_dim
+    width = restore_run(old_run).config.model.projection_dim
     assert found["toy"]["texts"] == [3, width] and found["toy"]["scale"] == 1
     assert found["toy"]["toy/length"] == pytest.approx(1.0, abs=1e-5)
     assert "Lengths <toy>" in capsys.readouterr().out
-    assert (run / "evaluation" / "evaluation.png").read_bytes()[:4] == b"\x89PNG"
-    assert main(["report", str(run)]) == 0
-    page = Page((run / "report.html").read_text())
+    assert (old_run / "evaluation" / "evaluation.png").read_bytes()[:4] == b"\x89PNG"
+    assert main(["report", str(old_run)]) == 0
+    page = Page((old_run / "report.html").read_text())
     assert "Lengths <toy>" in page.text and ["volumes", "1.00"] in page.rows
     EVALUATIONS.unregister("toy")  # as for a reader without the module that defines it
-    assert main(["report", str(run)]) == 0
-    assert "Results without a table here: toy" in Page((run / "report.html").read_text()).text
+    assert main(["report", str(old_run)]) == 0
+    assert "Results without a table here: toy" in Page((old_run / "report.html").read_text()).text
     EVALUATIONS.register("toy", Toy)
 
 
-def test_only_one_of_them(run, toy, capsys):
-    found = evaluate(run, "--only", "toy")
+def test_only_one_of_them(old_run, toy, capsys):
+    found = evaluate(old_run, "--only", "toy")
     assert "zero_shot" not in found and "toy" in found and found["patients"] == 4
-    assert main(["evaluate", "--workdir", str(run), "--data", str(FIXTURES / "valid"), "--only", "to"]) == 2
+    assert main(["evaluate", "--workdir", str(old_run), "--data", str(OLD / "valid"), "--only", "to"]) == 2
     assert "Did you mean 'toy'?" in capsys.readouterr().err
 
 
-def test_it_is_logged_while_training(run, toy):
-    restored = restore_run(run)
+def test_it_is_logged_while_training(old_run, toy):
+    restored = restore_run(old_run)
     options = restored.config.data
     tokenizer = ReportTokenizer(restored.tokenizer, options.max_tokens, options.max_sentences)
-    found = OnlineEvaluation(restored.setup, tokenizer, PreparedData((str(FIXTURES / "valid"),))).metrics(
-        restored.params
-    )
+    found = OnlineEvaluation(restored.setup, tokenizer, PreparedData((str(OLD / "valid"),))).metrics(restored.params)
     assert found["toy/length"] == pytest.approx(1.0, abs=1e-5)
     assert {"auroc_macro", "report_to_volume/median_rank"} <= found.keys()
 

@@ -1,13 +1,12 @@
 """`configs/finetune.py` from a pre-trained run to the evaluation of the fine-tuned one, on phantoms."""
 
 import json
-import shutil
 
 import jax
 import numpy as np
 import pytest
 from sklearn.metrics import roc_auc_score
-from support import ROOT
+from support import OLD
 
 from mg3d_jax import config as config_lib
 from mg3d_jax.commands.main import main
@@ -19,24 +18,15 @@ from mg3d_jax.training.restore import restore_run
 from mg3d_jax.training.writers import read_metrics
 
 CONFIG = "configs/finetune.py"
-FIXTURES = ROOT / "tests" / "fixtures" / "v0.1.0"
-TRAIN, VALID = str(FIXTURES / "train"), str(FIXTURES / "valid")
+TRAIN, VALID = str(OLD / "train"), str(OLD / "valid")
 
 
-@pytest.fixture(scope="module")
-def pretrained(tmp_path_factory):
-    """The run that version 0.1.0 wrote."""
-    folder = tmp_path_factory.mktemp("pretrained") / "run"
-    shutil.copytree(FIXTURES / "run", folder)
-    return folder
-
-
-def test_the_config_takes_what_the_run_was(pretrained):
-    config = config_lib.load(f"{CONFIG}:{pretrained}", ["--config.data.valid=VALID", "--config.data.train=TRAIN"])
+def test_the_config_takes_what_the_run_was(old_run):
+    config = config_lib.load(f"{CONFIG}:{old_run}", ["--config.data.valid=VALID", "--config.data.train=TRAIN"])
     checks.validate(config)
-    theirs = config_lib.read(pretrained / "config.json")
+    theirs = config_lib.read(old_run / "config.json")
     assert config.model == theirs.model and config.data.windows == theirs.data.windows
-    assert config.init_from.path == str(pretrained) and config.optimizer.layer_decay == 0.75
+    assert config.init_from.path == str(old_run) and config.optimizer.layer_decay == 0.75
     assert {name: one.weight for name, one in config.objectives.items() if one.weight} == {}
     assert [name for name, one in config.evaluations.items() if one.every != -1] == ["classification"]
     plain = config_lib.load(CONFIG, ["--config.data.valid=VALID", "--config.init_from.path=RUN"])
@@ -47,14 +37,14 @@ def test_the_config_takes_what_the_run_was(pretrained):
 
 
 @pytest.fixture(scope="module")
-def finetuned(pretrained, tmp_path_factory):
+def finetuned(old_run, tmp_path_factory):
     run = tmp_path_factory.mktemp("finetuned") / "run"
     options = {
         "data.train": TRAIN, "data.valid": VALID, "data.batch_size": 8, "training.steps": 2, "training.evaluate_every": 1,
         "training.checkpoint_every": 1, "training.log_every": 1, "training.keep_checkpoints": 4, "schedule.warmup_percent": 0,
     }  # fmt: skip
     words = [f"--config.{key}={value}" for key, value in options.items()]
-    assert main(["train", "--config", f"{CONFIG}:{pretrained}", "--workdir", str(run), *words]) == 0
+    assert main(["train", "--config", f"{CONFIG}:{old_run}", "--workdir", str(run), *words]) == 0
     return run
 
 
@@ -63,9 +53,9 @@ def parameters(run, step=None):
     return {"/".join(str(p.key) for p in path): x for path, x in jax.tree_util.tree_leaves_with_path(tree)}
 
 
-def test_it_starts_from_the_run_and_trains_tower_and_head_only(pretrained, finetuned):
+def test_it_starts_from_the_run_and_trains_tower_and_head_only(old_run, finetuned):
     """What is nearer to the input moves less; the report encoder does not move at all."""
-    before, after = parameters(pretrained), parameters(finetuned)
+    before, after = parameters(old_run), parameters(finetuned)
     assert after.keys() - before.keys() == {"classification_head/kernel", "classification_head/bias"}
     for name in before.keys() & after.keys():
         if not name.startswith("volume_encoder/"):

@@ -29,13 +29,17 @@ Text = Sequence[str]  # its sentences
 Phrasings = tuple[Sequence[str], Sequence[str]]  # sentences that say "present", and those that say "absent"
 
 
+def every_key(default: int) -> Any:
+    """The option `every` with this default."""
+    meaning = f"steps between measurements in training; 0: training.evaluate_every, {NEVER}: never"
+    return key(default, meaning, neutral=default)
+
+
 @dataclass(frozen=True)
 class EvaluationOptions:
     """What every evaluation can be told; options of its own are fields of a subclass."""
 
-    every: int = key(
-        0, f"steps between measurements in training; 0: training.evaluate_every, {NEVER}: never", neutral=0
-    )
+    every: int = every_key(0)
 
 
 @dataclass(frozen=True)
@@ -70,6 +74,17 @@ class Embedded:
     train: Embedded | None = None  # labelled volumes that the evaluated ones may be compared with: probes, thresholds
     model: Model | None = None
     facts: Mapping[str, Any] = field(default_factory=dict)  # where it comes from; the result repeats them
+
+    def train_of_others(self) -> tuple[Embedded | None, int]:
+        """The training volumes of patients that are not evaluated, None where there are none; and how many of the training
+        patients are evaluated, too: what they teach would be memory."""
+        if self.train is None:
+            return None, 0
+        shared = np.isin(self.train.patients, self.patients)
+        count = len(np.unique(self.train.patients[shared]))
+        if not count:
+            return self.train, 0
+        return None if shared.all() else self.train.rows(~shared), count
 
     def rows(self, rows: np.ndarray) -> Embedded:
         """These volumes only."""

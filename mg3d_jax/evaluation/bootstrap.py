@@ -72,7 +72,7 @@ def blocks(weights: np.ndarray) -> Iterator[slice]:
 
 def weighted_mean(values: np.ndarray, weights: np.ndarray) -> np.ndarray:
     """The mean of `values [n]` or `[n, m]` in every draw of `weights [D, n]`: `[D]` or `[D, m]`. NaN where nothing counts."""
-    return _ratio(weighted_sum(values, weights), weighted_sum(np.ones(weights.shape[1]), weights))
+    return ratio(weighted_sum(values, weights), weighted_sum(np.ones(weights.shape[1]), weights))
 
 
 def weighted_sum(values: np.ndarray, weights: np.ndarray) -> np.ndarray:
@@ -98,6 +98,7 @@ def weighted_median(values: np.ndarray, weights: np.ndarray) -> np.ndarray:
     return found
 
 
-def _ratio(above: np.ndarray, below: np.ndarray) -> np.ndarray:
+def ratio(above: np.ndarray, below: np.ndarray) -> np.ndarray:
+    """`above / below`, NaN where `below` is 0; `below` may lack the last axes of `above`."""
     below = below.reshape(below.shape + (1,) * (above.ndim - below.ndim))
     return np.divide(above, below, out=np.full(above.shape, np.nan), where=below > 0)

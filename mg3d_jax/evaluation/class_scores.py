@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from mg3d_jax.evaluation import classification_metrics as metrics
-from mg3d_jax.evaluation.bootstrap import PatientDraws, interval, weighted_mean, weighted_sum
+from mg3d_jax.evaluation.bootstrap import PatientDraws, interval, ratio, weighted_mean, weighted_sum
 from mg3d_jax.evaluation.probes.linear import class_of
 
 MULTI_CLASS = "multi_class"
@@ -116,8 +116,7 @@ def _drawn(
         right = _right(labels[known], logits[known])
         drawn["accuracy"] = weighted_mean(right, mine)
         found, there = weighted_sum(right[:, None] * truth, mine), weighted_sum(truth, mine)
-        recall = np.divide(found, there, out=np.full(there.shape, np.nan), where=there > 0)
-        drawn["balanced_accuracy"] = metrics.macro(recall.T)
+        drawn["balanced_accuracy"] = metrics.macro(ratio(found, there).T)
     return by_class, usable, drawn
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -14,6 +14,9 @@ from mg3d_jax.evaluation.base import Embedded, Evaluation, EvaluationOptions, Mo
 from mg3d_jax.evaluation.bootstrap import PatientDraws
 from mg3d_jax.html import Section, Table
 from mg3d_jax.options import key
+
+if TYPE_CHECKING:
+    from mg3d_jax.evaluation.embed import Embedder
 
 logger = logging.getLogger(__name__)
 HEAD = "classification_head"
@@ -110,28 +113,10 @@ class Classification(Evaluation):
         return self._last[1]
 
     def _scores(self, model: Model, **bad_records: Any) -> _Scored:
-        import jax  # where results are only shown there may be none
-
-        from mg3d_jax import sharding
-        from mg3d_jax.data.pipeline import evaluation_batches
-
         embedder, data = model.embedder, model.data
         if self._compiled is None or self._compiled[0] is not embedder:
-            self._compiled = (embedder, _compile(embedder))
-        batches = evaluation_batches(
-            data,
-            embedder.tokenizer,
-            embedder.setup.mesh,
-            embedder.batch_size,
-            threads=embedder.config.data.read_threads,
-            **bad_records,
-        )
-        rows: list[dict[str, np.ndarray]] = []
-        for batch in batches:
-            kept = {name: batch[name] for name in ("volume", "labels", "record_index", "valid")}
-            with sharding.in_mesh(embedder.setup.mesh):
-                found = jax.device_get(jax.block_until_ready(self._compiled[1](model.params, kept)))
-            rows.append({name: array[found["valid"]] for name, array in found.items()})
+            self._compiled = (embedder, embedder.compiled(_logits_of(embedder)))
+        rows = list(embedder.walk(self._compiled[1], model.params, data, **bad_records))
         whole = {name: np.concatenate([part[name] for part in rows]) for name in rows[0]}
         about = [data.text(index) for index in whole["record_index"]]
         return _Scored(
@@ -156,26 +141,20 @@ def _with_head(found: Embedded) -> Model | None:
     return model
 
 
-def _compile(embedder: Any) -> Any:
-    """`(params, batch) -> {"logits", "labels", "record_index", "valid"}`, the same on every device."""
-    import jax
-    import jax.numpy as jnp
+def _logits_of(embedder: Embedder) -> Any:
+    """`(params, batch) -> {"logits": [rows, L], ...}`, with what else the batch has passed through."""
+    import jax.numpy as jnp  # where results are only shown there may be no JAX
 
-    from mg3d_jax import sharding
     from mg3d_jax.training import inputs
 
-    setup = embedder.setup
-
     def logits(params: Any, batch: dict[str, Any]) -> dict[str, Any]:
-        windowed = inputs.window(batch["volume"], embedder.config.data.windows)
-        inside = {"volume": windowed}
-        pooled = setup.model.apply({"params": params}, inside, ("volume_pooled",), method="compute")["volume_pooled"]
+        inside = {"volume": inputs.window(batch["volume"], embedder.config.data.windows)}
+        pooled = embedder.setup.model.apply({"params": params}, inside, ("volume_pooled",), method="compute")
         head = params[HEAD]
-        found = pooled.astype(jnp.float32) @ head["kernel"] + head["bias"]
-        return {"logits": found} | {name: batch[name] for name in ("labels", "record_index", "valid")}
+        found = pooled["volume_pooled"].astype(jnp.float32) @ head["kernel"] + head["bias"]
+        return {"logits": found} | {name: array for name, array in batch.items() if name != "volume"}
 
-    places = (setup.shardings["params"], sharding.batch_sharding(setup.mesh))
-    return jax.jit(logits, in_shardings=places, out_shardings=sharding.replicated(setup.mesh))
+    return logits
 
 
 def _protocol_of(kind: str) -> str:

@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from mg3d_jax.evaluation.bootstrap import blocks, weighted_sum
+from mg3d_jax.evaluation.bootstrap import blocks, ratio, weighted_sum
 
 ROC_POINTS = 101
 BINS = 10
@@ -54,10 +54,6 @@ def _before(weights: np.ndarray) -> np.ndarray:
     return found
 
 
-def _divide(above: np.ndarray, below: np.ndarray) -> np.ndarray:
-    return np.divide(above, below, out=np.full(np.shape(above), np.nan), where=below > 0)
-
-
 def auroc(labels: np.ndarray, scores: np.ndarray, weights: np.ndarray | None = None) -> Any:
     """Area under the ROC curve: the chance that a present volume scores higher than an absent one, ties counting half."""
     given, one = _weights(labels, weights), _outcomes(labels, scores)
@@ -70,7 +66,7 @@ def auroc(labels: np.ndarray, scores: np.ndarray, weights: np.ndarray | None = N
         won = np.einsum("dp,dp->d", present, below[:, lower])
         if not np.array_equal(lower, upper):
             won = (won + np.einsum("dp,dp->d", present, below[:, upper])) / 2
-        found[rows] = _divide(won, present.sum(axis=1) * below[:, -1])
+        found[rows] = ratio(won, present.sum(axis=1) * below[:, -1])
     return _result(found, weights)
 
 
@@ -86,7 +82,7 @@ def average_precision(labels: np.ndarray, scores: np.ndarray, weights: np.ndarra
         true = of_present[:, -1:] - of_present[:, same]
         false = of_absent[:, -1:] - of_absent[:, absent]
         precision = np.divide(true, true + false, out=np.zeros_like(true), where=true > 0)
-        area = _divide((present * precision).sum(axis=1), of_present[:, -1])
+        area = ratio((present * precision).sum(axis=1), of_present[:, -1])
         found[rows] = np.where(of_absent[:, -1] > 0, area, np.nan)
     return _result(found, weights)
 
@@ -113,11 +109,11 @@ class Counts:
 
     @property
     def sensitivity(self) -> np.ndarray:
-        return self._defined(_divide(self.true_present, self.present))
+        return self._defined(ratio(self.true_present, self.present))
 
     @property
     def specificity(self) -> np.ndarray:
-        return self._defined(_divide(self.true_absent, self.absent))
+        return self._defined(ratio(self.true_absent, self.absent))
 
     @property
     def balanced_accuracy(self) -> np.ndarray:
@@ -127,16 +123,16 @@ class Counts:
     def f1(self) -> np.ndarray:
         """Of "present"."""
         wrong = self.false_present + self.false_absent
-        return self._defined(_divide(2 * self.true_present, 2 * self.true_present + wrong))
+        return self._defined(ratio(2 * self.true_present, 2 * self.true_present + wrong))
 
     @property
     def f1_both_outcomes(self) -> np.ndarray:
         """The F1 of "present" and that of "absent", weighted by how often each is true. CT-CLIP's public evaluation takes
         this for every class and calls it the weighted F1."""
         wrong = self.false_present + self.false_absent
-        of_absent = _divide(2 * self.true_absent, 2 * self.true_absent + wrong)
+        of_absent = ratio(2 * self.true_absent, 2 * self.true_absent + wrong)
         total = self.present + self.absent
-        return self._defined(_divide(self.present * self.f1 + self.absent * of_absent, total))
+        return self._defined(ratio(self.present * self.f1 + self.absent * of_absent, total))
 
 
 def counts(labels: np.ndarray, scores: np.ndarray, threshold: float, weights: np.ndarray | None = None) -> Counts:
@@ -160,7 +156,7 @@ def roc_curve(labels: np.ndarray, scores: np.ndarray, weights: np.ndarray | None
         for columns, place in zip((one.present_rows, one.absent_rows), places, strict=True):
             before = _before(given[rows][:, columns])
             reached = before[:, -1:] - before[:, place]
-            shares.append(_divide(reached, np.broadcast_to(before[:, -1:], reached.shape)))
+            shares.append(ratio(reached, np.broadcast_to(before[:, -1:], reached.shape)))
         for row, true, false in zip(range(rows.start, rows.start + len(shares[0])), *shares, strict=True):
             if not (np.isnan(true[-1]) or np.isnan(false[-1])):
                 found[row] = np.interp(grid, np.r_[0, false], np.r_[0, true])
@@ -172,7 +168,7 @@ def brier(labels: np.ndarray, probabilities: np.ndarray, weights: np.ndarray | N
     given, known = _weights(labels, weights), (labels >= 0).astype(np.float64)
     wrong = np.where(np.isnan(probabilities), 1.0, (probabilities - labels) ** 2) * known
     above, below, present = weighted_sum(np.stack([wrong, known, labels == 1], axis=1), given).T
-    values = np.where((present > 0) & (present < below), _divide(above, below), np.nan)
+    values = np.where((present > 0) & (present < below), ratio(above, below), np.nan)
     return _result(values, weights)
 
 
@@ -191,8 +187,8 @@ def reliability(
     )
     return {
         "count": count,
-        "probability": _divide(probability, count),
-        "observed": _divide(observed, count),
+        "probability": ratio(probability, count),
+        "observed": ratio(observed, count),
     }
 
 
@@ -207,10 +203,10 @@ def calibration_error(
     present = weighted_sum(labels == 1, given)
     total = found["count"].sum(axis=1)
     defined = (present > 0) & (weighted_sum(labels == 0, given) > 0)
-    return _result(np.where(defined, _divide(gaps.sum(axis=1), total), np.nan), weights)
+    return _result(np.where(defined, ratio(gaps.sum(axis=1), total), np.nan), weights)
 
 
 def macro(by_class: np.ndarray) -> np.ndarray:
     """The mean over classes, `[L, D] -> [D]`: in every draw of those that are defined in it; NaN where none is."""
     defined = ~np.isnan(by_class)
-    return _divide(np.where(defined, by_class, 0).sum(axis=0), defined.sum(axis=0))
+    return ratio(np.where(defined, by_class, 0).sum(axis=0), defined.sum(axis=0))

@@ -9,20 +9,10 @@ import numpy as np
 
 from mg3d_jax.evaluation.bootstrap import interval
 from mg3d_jax.evaluation.scoring import TUNED
+from mg3d_jax.evaluation.zero_shot_numbers import FEW, prefixes
 
-INVERTED = 0.45  # an AUROC below this, or an interval that ends below 0.5, is on the wrong side of chance
 NOTABLE = 0.03  # a difference of AUROCs that is worth a sentence, where its interval leaves 0 out
-FEW = 10
 ALIKE = 0.98  # mean cosine of volumes that can hardly be told apart
-
-
-def sign(row: Mapping[str, Any]) -> dict[str, Any]:
-    """`inverted`, and for a class that is, its AUROC with the sign turned; from a row of `by_class`. A class with fewer than
-    `FEW` volumes of one outcome is on the wrong side of chance too often to be called so."""
-    area, high = row["auroc"], row["auroc_high"]
-    many = min(row["present"], row["absent"]) >= FEW
-    inverted = area is not None and many and (area < INVERTED or high < 0.5)
-    return {"inverted": inverted, "turned_auroc": 1 - area if inverted else None}
 
 
 def warnings(
@@ -78,9 +68,7 @@ def _macro(values: Mapping[str, np.ndarray], part: str) -> np.ndarray | None:
 
 def _against_baselines(arrays: Mapping[str, np.ndarray], values: Mapping[str, np.ndarray]) -> list[str]:
     found = []
-    pair = values[
-        f"zero_shot/classes={arrays['class_set']}/prompts={arrays['prompts']}/score={arrays['scoring']}/auroc_macro"
-    ]
+    pair = values[f"{prefixes(arrays)[0]}auroc_macro"]
     severity, probe = _macro(values, "/score=severity_baseline/"), _macro(values, "/score=linear_probe")
     if severity is not None:
         low, high = interval(pair - severity)

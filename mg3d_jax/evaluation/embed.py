@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -26,6 +26,7 @@ from mg3d_jax.models.mg3d import MAX_LOGIT_SCALE
 from mg3d_jax.objectives.pairwise import l2_normalize
 from mg3d_jax.progress import Progress
 from mg3d_jax.training import inputs as step_inputs
+from mg3d_jax.training.restore import RestoredRun
 from mg3d_jax.training.state import Setup
 
 TEXT_FIELDS = ("token_ids", "token_mask", "sentence_index")  # of a batch: what an embedding of a text is made from
@@ -70,8 +71,20 @@ class Embedder:
             "out_shardings": sharding.replicated(setup.mesh),
         }
         self.width = self.config.model.projection_dim  # k
-        self._compiled_volumes = jax.jit(self._volume_features, **shardings)
-        self._compiled_texts = jax.jit(self._text_features, **shardings)
+        self._shardings = shardings
+        self._compiled_volumes = self.compiled(self._volume_features)
+        self._compiled_texts = self.compiled(self._text_features)
+
+    @classmethod
+    def of_run(cls, run: RestoredRun, batch_size: int) -> Embedder:
+        """For the parameters of a run, `run.params`."""
+        options = run.config.data
+        tokenizer = ReportTokenizer(run.tokenizer, options.max_tokens, options.max_sentences)
+        return cls(run.setup, tokenizer, batch_size)
+
+    def compiled(self, program: Callable[[Any, dict[str, jax.Array]], Any]) -> Callable[..., Any]:
+        """`(params, batch) -> arrays`, jitted for the mesh; every device gets the whole result."""
+        return jax.jit(program, **self._shardings)
 
     def _volume_features(self, params: Any, batch: dict[str, jax.Array]) -> dict[str, jax.Array]:
         windowed = step_inputs.window(batch["volume"], self.config.data.windows)
@@ -109,15 +122,25 @@ class Embedder:
         self, params: Any, data: PreparedData, *, start: int = 0, **bad_records: Any
     ) -> Iterator[dict[str, np.ndarray]]:
         """Yields what `volumes` returns, batch by batch of `batch_size` records, from batch number `start` on."""
+        yield from self.walk(self._compiled_volumes, params, data, start=start, **bad_records)
+
+    def walk(
+        self, program: Callable[..., Any], params: Any, data: PreparedData, *, start: int = 0, **bad_records: Any
+    ) -> Iterator[dict[str, np.ndarray]]:
+        """Yields what a program of `compiled` gives for the volumes of `data`, with their `labels` and `record_index`.
+
+        Args:
+            program: `(params, batch) -> {name: [rows, ...]}`; the batch has "volume" and `PASSED_THROUGH`.
+            start, bad_records: as for `volume_batches`.
+        """
         batches = evaluation_batches(
             data, self.tokenizer, self.setup.mesh, self.batch_size, threads=self.config.data.read_threads, start=start,
             **bad_records,
         )  # fmt: skip
         for batch in batches:
             with sharding.in_mesh(self.setup.mesh):
-                inputs = {name: batch[name] for name in ("volume", *PASSED_THROUGH)}
-                rows = _fetch(self._compiled_volumes(params, inputs))
-            yield {name: rows[name][rows["valid"]] for name in ("embedding", "labels", "record_index")}
+                rows = _fetch(program(params, {name: batch[name] for name in ("volume", *PASSED_THROUGH)}))
+            yield {name: array[rows["valid"]] for name, array in rows.items() if name != "valid"}
 
     def volume(self, params: Any, hounsfield: np.ndarray) -> np.ndarray:
         """The embedding [k] of one volume, int16 HU [X, Y, Z]."""

@@ -21,7 +21,6 @@ import numpy as np
 from mg3d_jax import config as config_lib
 from mg3d_jax.data.abnormalities import ABNORMALITIES
 from mg3d_jax.data.pipeline import PreparedData
-from mg3d_jax.data.tokens import ReportTokenizer
 from mg3d_jax.errors import UserError
 from mg3d_jax.evaluation import embedding_files
 from mg3d_jax.evaluation.base import Evaluation, Text
@@ -107,7 +106,7 @@ def embed_data(
     """
     embedding_files.check_format(out)
     data = PreparedData(tuple(folders), volume_size=run.config.model.volume_size)
-    embedder = _embedder(run, batch_size)
+    embedder = Embedder.of_run(run, batch_size)
     about = _about(run) | {"data": list(folders), "volumes": len(data), "batch_size": embedder.batch_size}
     parts = Parts(out.with_name(f"{out.name}.parts"), about | {"sentences": sentences})
     started = time.monotonic()
@@ -153,7 +152,7 @@ def embed_scans(
     names = [bare(scan.name) for scan in scans]
     if twice := sorted({name for name in names if names.count(name) > 1}):
         raise UserError(f"--scan: {', '.join(twice)} would be the id of several scans: give them in separate files")
-    embedder, grid, started = _embedder(run, 1), run_grid(run, spacing, policy), time.monotonic()
+    embedder, grid, started = Embedder.of_run(run, 1), run_grid(run, spacing, policy), time.monotonic()
     found = []
     with Progress("embed", len(scans), unit="scans") as progress:
         for scan in scans:
@@ -167,12 +166,6 @@ def embed_scans(
     arrays |= _prompts(run, embedder, evaluation, ABNORMALITIES)
     embedding_files.save(out, arrays | _scalars(run, _about(run) | {"scans": [str(scan) for scan in scans]}))
     return Done(len(scans), 0, 0, time.monotonic() - started)
-
-
-def _embedder(run: RestoredRun, batch_size: int) -> Embedder:
-    options = run.config.data
-    tokenizer = ReportTokenizer(run.tokenizer, options.max_tokens, options.max_sentences)
-    return Embedder(run.setup, tokenizer, batch_size)
 
 
 def _about(run: RestoredRun) -> dict[str, Any]:

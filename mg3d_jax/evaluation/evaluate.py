@@ -7,7 +7,6 @@ from collections.abc import Iterable, Mapping, Sequence
 import numpy as np
 
 from mg3d_jax.data.pipeline import PreparedData
-from mg3d_jax.data.tokens import ReportTokenizer
 from mg3d_jax.errors import UserError
 from mg3d_jax.evaluation import document
 from mg3d_jax.evaluation.document import Evaluated
@@ -39,8 +38,7 @@ def evaluate(
     if train_folders and any("train" in one.needs for one in evaluations.values()):
         train = PreparedData(tuple(train_folders), volume_size=config.model.volume_size)
         total += len(train)
-    tokenizer = ReportTokenizer(run.tokenizer, config.data.max_tokens, config.data.max_sentences)
-    embed = DataEmbedder(Embedder(run.setup, tokenizer, batch_size), data, evaluations, train=train)
+    embed = DataEmbedder(Embedder.of_run(run, batch_size), data, evaluations, train=train)
     with Progress("embed", total, unit="volumes") as progress:
         found = embed(run.params, progress)
     lacking = {name: words for name, one in evaluations.items() if (words := one.lacks(found[name]))}

@@ -16,7 +16,7 @@ import numpy as np
 from mg3d_jax.charts import COLOURS, Chart, plain_axes
 from mg3d_jax.errors import UserError
 from mg3d_jax.evaluation import class_scores
-from mg3d_jax.evaluation.base import NEVER, Embedded, Evaluation, EvaluationOptions
+from mg3d_jax.evaluation.base import NEVER, Embedded, Evaluation, EvaluationOptions, every_key
 from mg3d_jax.evaluation.bootstrap import PatientDraws
 from mg3d_jax.evaluation.probes.few_patients import FRACTIONS, SEEDS, few_shot
 from mg3d_jax.evaluation.probes.heads import ProbeHead, head_of
@@ -42,9 +42,7 @@ METHODS = {"linear": "linear probe", "neighbours": "nearest neighbours"}
 class ProbeOptions(EvaluationOptions):
     """Probes of the embeddings."""
 
-    every: int = key(
-        NEVER, f"steps between measurements in training; 0: training.evaluate_every, {NEVER}: never", neutral=NEVER
-    )
+    every: int = every_key(NEVER)
     kind: str = key(
         "multi_label",
         "multi_label, or multi_class: labels that exclude one another, of volumes with one present label",
@@ -202,7 +200,7 @@ class Probe(Evaluation):
         if found.train is None or self.lacks(found):
             return None
         if self._last is None or self._last[0] is not found:
-            self._last = (found, _fit(found, found.train, self.settings))
+            self._last = (found, _fit(found, self.settings))
         return self._last[1]
 
     def _few_shot(self, found: Embedded, fitted: Fitted) -> list[dict[str, Any]]:
@@ -240,17 +238,15 @@ class Probe(Evaluation):
         return [_with_interval(row) for row in rows.values()]
 
 
-def _fit(found: Embedded, train: Embedded, settings: ProbeOptions) -> Fitted:
-    shared = np.isin(train.patients, found.patients)
-    if shared.all():
+def _fit(found: Embedded, settings: ProbeOptions) -> Fitted:
+    train, shared = found.train_of_others()
+    if train is None:
         raise UserError(
             "all patients of the training volumes are evaluated, too: a probe of them would measure memory. Give another "
             "split as training data"
         )
-    count = len(np.unique(train.patients[shared]))
-    if count:
-        logger.warning("probe: %d training patients are evaluated, too: they are left out of the fit", count)
-        train = train.rows(~shared)
+    if shared:
+        logger.warning("probe: %d training patients are evaluated, too: they are left out of the fit", shared)
     train = dataclasses.replace(
         train, labels=_same_classes(train, found.label_names, settings.kind), label_names=found.label_names
     )
@@ -260,7 +256,7 @@ def _fit(found: Embedded, train: Embedded, settings: ProbeOptions) -> Fitted:
     near = nearest_neighbours(x, judged, patients, found.volumes, seed=settings.seed)
     with np.errstate(divide="ignore"):  # a share of 0 or 1 is an infinite logit
         odds = np.log(near.scores) - (0 if settings.kind == class_scores.MULTI_CLASS else np.log1p(-near.scores))
-    return Fitted(linear, {"linear": linear.scores, "neighbours": odds}, near.count, train, count)
+    return Fitted(linear, {"linear": linear.scores, "neighbours": odds}, near.count, train, shared)
 
 
 def _same_classes(train: Embedded, names: Sequence[str], kind: str) -> np.ndarray:

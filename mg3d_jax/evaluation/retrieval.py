@@ -170,7 +170,7 @@ class Retrieval(Evaluation):
             "Retrieval",
             result.get("protocol", ""),
             _recall_table(result),
-            lambda axes: _lines(axes, result),
+            lambda axes: _curves(axes, result),
             charts=charts if _directions(result) else (),
             headline=headline,
         )
@@ -324,29 +324,24 @@ def _side_by_side(result: Mapping[str, Any]) -> Section:
     return Section("Retrieval by gallery", protocol, table, on_terminal=False)
 
 
-def _lines(axes: Axes, result: Mapping[str, Any]) -> None:
-    """Recall over k, and chance."""
-    axes.set(xscale="log", xlabel="k", ylabel="recall at k (dotted: chance)", ylim=(0, 1), title="retrieval")
-    for direction, colour in zip(_directions(result), ("tab:blue", "tab:orange"), strict=False):
-        ks = _ks(result, direction)
-        label = direction.replace("_", " ") + f" (gallery {result[f'{direction}/gallery']})"
-        axes.plot(ks, [result[f"{direction}/recall@{k}"] for k in ks], "o-", color=colour, label=label)
-        axes.plot(ks, [result[f"{direction}/chance@{k}"] for k in ks], ":", color=colour)
-        axes.set_xticks(ks, map(str, ks))
-    axes.minorticks_off()
-    axes.legend()
-    axes.grid(alpha=0.3)
-
-
 def _curves(axes: Axes, result: Mapping[str, Any]) -> None:
     """Recall over k with its interval, and chance, named at the end of each line."""
     plain_axes(axes)
     for direction, colour in zip(_directions(result), COLOURS, strict=False):
         ks = _ks(result, direction)
+        label = f"{direction.replace('_', ' ')}, of {result[f'{direction}/gallery']:,}"
         values = [result[f"{direction}/recall@{k}"] for k in ks]
         low, high = np.array([result.get(f"{direction}/recall@{k}_95", (np.nan, np.nan)) for k in ks]).T
         axes.fill_between(ks, low, high, color=colour, alpha=0.15, linewidth=0)
-        axes.plot(ks, values, "o-", color=colour, markersize=3.5, linewidth=1.6, label=direction.replace("_", " "))
+        axes.plot(
+            ks,
+            values,
+            "o-",
+            color=colour,
+            markersize=3.5,
+            linewidth=1.6,
+            label=label,
+        )
         axes.plot(ks, [result[f"{direction}/chance@{k}"] for k in ks], ":", color=colour, linewidth=1)
     axes.plot([], [], ":", color="0.5", linewidth=1, label="chance")
     axes.set(xscale="log", ylim=(-0.02, 1.02), xlabel="k", ylabel="recall")

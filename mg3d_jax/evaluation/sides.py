@@ -14,9 +14,9 @@ from typing import Any
 import numpy as np
 
 from mg3d_jax.charts import COLOURS, Chart
-from mg3d_jax.evaluation.base import NEVER, Embedded, Evaluation, EvaluationOptions
+from mg3d_jax.evaluation.base import NEVER, Embedded, Evaluation, EvaluationOptions, every_key
 from mg3d_jax.evaluation.bootstrap import PatientDraws, interval, weighted_mean
-from mg3d_jax.html import Section, Table
+from mg3d_jax.html import Section, Table, number
 from mg3d_jax.options import key
 
 SIDES = ("left", "right")
@@ -31,9 +31,7 @@ _WORDS = re.compile(r"\b(left|right)(?=\b|-)", re.IGNORECASE)
 class SidesOptions(EvaluationOptions):
     """Left against right."""
 
-    every: int = key(
-        NEVER, f"steps between measurements in training; 0: training.evaluate_every, {NEVER}: never", neutral=-1
-    )
+    every: int = every_key(NEVER)
     most_sentences: int = key(20000, "pairs of volume and sentence that are compared at most", neutral=20000)
     draws: int = key(1000, "resamplings of the patients for the interval", neutral=1000)
 
@@ -98,7 +96,7 @@ class Sides(Evaluation):
             return Section("Left against right", result["protocol"], nothing)
         low, high = result["accuracy_95"]
         confusion = result["confusion"]
-        rows = [(f"report says {side}", *(_number(confusion[side][other]) for other in SIDES)) for side in SIDES]
+        rows = [(f"report says {side}", *(number(confusion[side][other]) for other in SIDES)) for side in SIDES]
         table = Table(("", "taken for left", "taken for right"), rows, numbers=(1, 2))
         warnings = []
         if low <= 0.5 <= high:
@@ -155,16 +153,12 @@ def _taken_for(named: np.ndarray, correct: np.ndarray, side: str) -> dict[str, f
     return {other: right if other == side else 1 - right for other in SIDES}
 
 
-def _number(share: float, digits: int = 3) -> str:
-    return "" if np.isnan(share) else f"{share:.{digits}f}"
-
-
 def _matrix(axes: Any, confusion: Mapping[str, Mapping[str, float]]) -> None:
     values = np.array([[confusion[side][other] for other in SIDES] for side in SIDES])
     axes.imshow(np.nan_to_num(values), vmin=0, vmax=1, cmap="Blues", alpha=0.8)
     for (i, j), value in np.ndenumerate(values):
         axes.text(
-            j, i, _number(value, 2), ha="center", va="center", color="white" if value > 0.6 else COLOURS[0], fontsize=13
+            j, i, number(value, 2), ha="center", va="center", color="white" if value > 0.6 else COLOURS[0], fontsize=13
         )
     axes.set_xticks((0, 1), [f"taken for {side}" for side in SIDES])
     axes.set_yticks((0, 1), [f"report says {side}" for side in SIDES], rotation=90, va="center")

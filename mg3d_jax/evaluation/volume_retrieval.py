@@ -17,7 +17,7 @@ import numpy as np
 from mg3d_jax.evaluation.base import Embedded, Evaluation, EvaluationOptions
 from mg3d_jax.evaluation.bootstrap import PatientDraws, interval, weighted_mean
 from mg3d_jax.evaluation.ranking import neighbours
-from mg3d_jax.html import Section, Table
+from mg3d_jax.html import Section, Table, number
 from mg3d_jax.options import key
 
 KS = (1, 5, 10, 50)
@@ -89,7 +89,7 @@ class VolumeRetrieval(Evaluation):
 
     def section(self, result: Mapping[str, Any]) -> Section:
         rows = [
-            (name, *(_number(result[f"{name}@{k}"]) for k in KS), str(result[f"{name}/queries"])) for name in MEASURES
+            (name, *(number(result[f"{name}@{k}"]) for k in KS), str(result[f"{name}/queries"])) for name in MEASURES
         ]
         head = ("measure", *(f"at {k}" for k in KS), "queries")
         more = " ".join(f"{name}: {words}." for name, words in MEASURES.items())
@@ -109,10 +109,6 @@ class VolumeRetrieval(Evaluation):
             "jaccard": _jaccard(volumes, labels),
             "legacy_ct_clip_map": _legacy(volumes, labels),
         }
-
-
-def _number(value: float) -> str:
-    return "" if np.isnan(value) else f"{value:.3f}"
 
 
 def _known(found: Embedded) -> np.ndarray:

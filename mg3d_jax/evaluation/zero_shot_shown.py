@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from mg3d_jax.charts import COLOURS, Chart, plain_axes
-from mg3d_jax.html import Section, Table
+from mg3d_jax.html import Section, Table, number
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -36,10 +36,6 @@ def _classes(result: Mapping[str, Any]) -> list[str]:
     return sorted(names, key=lambda name: -result[f"auroc/{name}"])
 
 
-def _number(value: float | None) -> str:
-    return "" if value is None or np.isnan(value) else f"{value:.3f}"
-
-
 def baselines(result: Mapping[str, Any]) -> dict[str, float]:
     """The macro AUROC of what stands beside the prompts, by its name in a row of `by_class`; those that there are."""
     parts = {"severity_auroc": "/score=severity_baseline/", "probe_auroc": "/score=linear_probe"}
@@ -60,7 +56,7 @@ def _auroc(result: Mapping[str, Any]) -> Section:
     rows = []
     for name, key in keys.items():
         beside = macro if key == "auroc_macro" else by_class.get(name, {})
-        cells = [_number(beside.get(column)) for column in BESIDE if column in macro]
+        cells = [number(beside.get(column)) for column in BESIDE if column in macro]
         rows.append((name, f"{result[key]:.3f}", f"{ends[key][0]:.3f} to {ends[key][1]:.3f}", *cells))
     missing = result.get("classes_without_both_outcomes")
     beside = [title for column, title in BESIDE.items() if column in macro]
@@ -104,8 +100,8 @@ def _prompts(result: Mapping[str, Any]) -> Section:
     rows = [
         (
             name + (" (chosen)" if name == choices["prompts"] else ""),
-            _number(one.get("pair")),
-            _number(one.get("positive")),
+            number(one.get("pair")),
+            number(one.get("positive")),
         )
         for name, one in sorted(found.items(), key=lambda item: -item[1].get("pair", NAN))
     ]
@@ -116,18 +112,16 @@ def _prompts(result: Mapping[str, Any]) -> Section:
 def _decisions(result: Mapping[str, Any]) -> Section:
     columns = ("f1", "balanced_accuracy", "sensitivity", "specificity", "auprc", "prevalence", "threshold")
     titles = ("F1", "balanced accuracy", "sensitivity", "specificity", "AUPRC", "prevalence", "threshold")
-    macro = [_number(result.get(f"{name}_macro")) for name in columns[:5]]
+    macro = [number(result.get(f"{name}_macro")) for name in columns[:5]]
     rows: list[tuple[str, ...]] = [("macro mean", *macro, "", "")]
-    rows += [
-        (name, *(_number(result["by_class"][name].get(column)) for column in columns)) for name in _classes(result)
-    ]
+    rows += [(name, *(number(result["by_class"][name].get(column)) for column in columns)) for name in _classes(result)]
     table = Table(
         ("abnormality", *titles),
         rows,
         numbers=range(1, 8),
         classes=["total"] + [""] * (len(rows) - 1),
-        more=f"F1 with the classes weighted by how often they are present: {_number(result.get('f1_weighted'))}; as CT-CLIP's "
-        f"weighted F1, over both outcomes of each class: {_number(result.get('f1_both_outcomes_macro'))}.",
+        more=f"F1 with the classes weighted by how often they are present: {number(result.get('f1_weighted'))}; as CT-CLIP's "
+        f"weighted F1, over both outcomes of each class: {number(result.get('f1_both_outcomes_macro'))}.",
     )
     return Section(
         "Zero-shot: decisions",

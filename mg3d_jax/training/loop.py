@@ -6,6 +6,7 @@ ones in the order of their calls.
 
 from __future__ import annotations
 
+import functools
 import logging
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, nullcontext
@@ -79,7 +80,7 @@ class Trainer:
         skipped = SkippedUpdates(workdir, training.max_skipped, records_of_step, resume_step=self.resume_step)
         self.hooks = wiring.standard_hooks(
             training, workdir, given=hooks, batch_size=data.batch_size, checkpoints=self.checkpoints, clock=self.clock,
-            cost=self.cost, facts=self._checkpoint_facts, profile_steps=profile_steps, skipped=skipped,
+            cost=self.cost, facts=functools.cache(self._checkpoint_facts), profile_steps=profile_steps, skipped=skipped,
             validates=self.valid is not None,
         )  # fmt: skip
 

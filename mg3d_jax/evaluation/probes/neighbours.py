@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from mg3d_jax.errors import UserError
+from mg3d_jax.evaluation.bootstrap import ratio
 from mg3d_jax.evaluation.probes.linear import validation_part
 
 COUNTS = (1, 5, 10, 20, 50, 100, 200)
@@ -52,12 +53,7 @@ def nearest_neighbours(
         truth = train_y[held]
         wrong = (scores - truth) ** 2
         counted = (truth >= 0) & ~np.isnan(wrong)
-        by_class = np.divide(
-            np.sum(wrong, axis=1, where=counted),
-            counted.sum(axis=1),
-            out=np.full(wrong.shape[::2], np.nan),
-            where=counted.sum(axis=1) > 0,
-        )
+        by_class = ratio(np.sum(wrong, axis=1, where=counted), counted.sum(axis=1))
         usable = ~np.isnan(by_class).any(axis=0)
         if usable.any():
             chosen = tried[int(by_class[:, usable].mean(axis=1).argmin())]
@@ -74,8 +70,7 @@ def _scores(
 ) -> np.ndarray:
     """`[counts, m, L]`. Of equally similar volumes the first ones count."""
     present, known = (y == 1).astype(np.float64), (y >= 0).astype(np.float64)
-    total = known.sum(axis=0)
-    among_all = np.divide(present.sum(axis=0), total, out=np.full(len(total), np.nan), where=total > 0)
+    among_all = ratio(present.sum(axis=0), known.sum(axis=0))
     places = np.minimum(np.array(counts), len(x)) - 1
     found = np.empty((len(counts), len(queries), y.shape[1]))
     rows = max(1, min(BLOCK // len(x), BLOCK // max(1, (places[-1] + 1) * y.shape[1])))
