@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import jax
 import numpy as np
 
 UNKNOWN_LABEL = -1
@@ -45,10 +46,13 @@ FIELDS: dict[str, Field] = {
 }
 
 
-def shapes(batch_size: int, volume_size: tuple[int, int, int], tokens: int, labels: int) -> dict[str, tuple[int, ...]]:
-    """Concrete shapes of every field, batch axis first."""
+def abstract(
+    batch_size: int, volume_size: tuple[int, int, int], tokens: int, labels: int
+) -> dict[str, jax.ShapeDtypeStruct]:
+    """Shape, batch axis first, and dtype of every field: enough to trace what takes a batch."""
     sizes = dict(zip("XYZ", volume_size, strict=True)) | {"T": tokens, "L": labels}
-    return {name: (batch_size, *(sizes[axis] for axis in field.shape)) for name, field in FIELDS.items()}
+    shapes = {name: (batch_size, *(sizes[axis] for axis in field.shape)) for name, field in FIELDS.items()}
+    return {name: jax.ShapeDtypeStruct(shape, FIELDS[name].dtype) for name, shape in shapes.items()}
 
 
 def check(batch: dict[str, np.ndarray]) -> None:

@@ -21,7 +21,6 @@ from mg3d_jax.interop import export as export_lib
 from mg3d_jax.interop.export_format import Probe
 from mg3d_jax.interop.export_run import Run
 from mg3d_jax.interop.torch_template import modeling_mg3d
-from mg3d_jax.models import mg3d
 from mg3d_jax.models.towers.vit.monai import to_monai
 from mg3d_jax.phantom import patients as phantoms
 from mg3d_jax.phantom.dataset import nifti_bytes
@@ -75,8 +74,8 @@ def make_run(tokenizer_folder):
 
     def make(**overrides):
         config = tiny_config(**overrides)
-        model = mg3d.build(config, load_tokenizer(str(tokenizer_folder)).get_vocab_size())
-        shapes = jax.eval_shape(model.init, jax.random.key(0), state_lib.dummy_inputs(config))["params"]
+        model = state_lib.build_model(config, load_tokenizer(str(tokenizer_folder)).get_vocab_size())
+        shapes = jax.eval_shape(model.init, jax.random.key(0), step_inputs.dummy_inputs(model))["params"]
         rng = np.random.default_rng(1)
         params = jax.tree.map(lambda x: np.float32(0.15 * rng.standard_normal(x.shape)), state_lib.nn.unbox(shapes))
         return Run(config, params, tokenizer_folder, 7, SPACING, ("ctrate",))
@@ -87,7 +86,7 @@ def make_run(tokenizer_folder):
 def linen(run, volumes, text):
     """Normalised embeddings of the Linen model in float32, computed here."""
     config = config_lib.replace(run.config, {"model.dtype": "float32"})
-    model = mg3d.build(config, load_tokenizer(str(run.tokenizer_folder)).get_vocab_size())
+    model = state_lib.build_model(config, load_tokenizer(str(run.tokenizer_folder)).get_vocab_size())
     windowed = step_inputs.window(volumes, config.data.windows)
     volume = model.apply({"params": run.params}, windowed, method="embed_volume")
     report = {
@@ -244,7 +243,7 @@ def test_monais_vit_loads_the_state_dict_and_gives_the_tokens(make_run, tmp_path
     windowed = np.moveaxis(np.asarray(step_inputs.window(volumes, run.config.data.windows)), -1, 1)
     with torch.no_grad():
         tokens = vit.eval()(torch.from_numpy(windowed.copy()))[0].numpy()
-    model = mg3d.build(run.config, 300)
+    model = state_lib.build_model(run.config, 300)
     expected = model.apply(
         {"params": run.params}, np.moveaxis(windowed, 1, -1), method=lambda m, v: m.volume_encoder(v)["tokens"]
     )

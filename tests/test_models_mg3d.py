@@ -18,10 +18,9 @@ from mg3d_jax import config as config_lib
 from mg3d_jax import sharding
 from mg3d_jax.config import checks
 from mg3d_jax.errors import UserError
-from mg3d_jax.models import mg3d
 from mg3d_jax.objectives.multitask import multitask_loss
 from mg3d_jax.training import optimizer
-from mg3d_jax.training.freezing import trained_rows
+from mg3d_jax.training import state as state_lib
 from mg3d_jax.training.inputs import model_inputs
 
 VOCAB = 400
@@ -44,10 +43,10 @@ def make_config(**overrides):
 
 def losses(config):
     """The model, fresh parameters' shapes, and `(params, batch) -> (loss, metrics)` as the step computes it."""
-    model = mg3d.build(config, VOCAB)
+    model = state_lib.build_model(config, VOCAB)
 
     def inputs(batch, train=False):
-        return model_inputs(batch, jax.random.key(1), config, special=SPECIAL, vocab_size=VOCAB, train=train)
+        return model_inputs(batch, jax.random.key(1), model, special=SPECIAL, train=train)
 
     def loss(params, batch):
         features = model.apply({"params": params}, inputs(batch, True), train=True, rngs={"dropout": jax.random.key(2)})
@@ -120,7 +119,7 @@ def test_a_swin_on_a_mesh_gives_what_it_gives_on_one_device():
 
 def test_a_swin_does_not_see_what_is_hidden():
     config = make_config(**SWIN)
-    model, params = mg3d.build(config, VOCAB), parameters(swin=True)
+    model, params = state_lib.build_model(config, VOCAB), parameters(swin=True)
     volume = jax.random.uniform(jax.random.key(0), (1, 16, 16, 16, 1))
     visible = jnp.array([[0, 3, 6]])  # of 2 x 2 x 2 cells
 
@@ -226,7 +225,7 @@ def test_frozen_layers_by_name_and_layer(overrides, name, layers):
     """The gradient is zero exactly where the optimizer's factor is, parameter by parameter and layer by layer."""
     config = make_config(**overrides | {f"model__{name}__frozen_layers": layers, f"model__{name}__dropout": 0.1})
     params, grads = encoder_gradients(config, name)
-    factors = flat(optimizer.multipliers({name: params}, config.optimizer, trained_rows(config)))
+    factors = flat(optimizer.multipliers({name: params}, config.optimizer, optimizer.trained_rows(config.model)))
     for parameter, grad in flat({name: grads}).items():
         factor, by_layer = factors[parameter], "stack" in parameter
         if parameter.endswith("key/bias"):

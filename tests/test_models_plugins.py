@@ -161,10 +161,11 @@ def test_what_is_off_has_no_parameters_and_moves_no_random_number(registered):
     plain = tiny_builder()
     alone = config_lib.typed(plain)
     assert not {"density_head", "classification_head"} & build(alone).abstract["params"].keys()
-    batch, options = random_batch(alone, VOCAB), {"special": SPECIAL, "vocab_size": VOCAB, "train": False}
+    batch, options = random_batch(alone, VOCAB), {"special": SPECIAL, "train": False}
     plain.objectives.density.weight = 1.0
     both = config_lib.typed(plain)
-    found = [inputs.model_inputs(batch, jax.random.key(3), config, **options) for config in (alone, both)]
+    models = [state_lib.build_model(config, VOCAB) for config in (alone, both)]
+    found = [inputs.model_inputs(batch, jax.random.key(3), model, **options) for model in models]
     assert found[1].keys() - found[0].keys() == {"density_noise"}
     jax.tree.map(np.testing.assert_array_equal, found[0], {name: found[1][name] for name in found[0]})
     with_them = config_lib.config_hash(alone)
@@ -186,7 +187,7 @@ def test_what_does_not_fit_is_said(registered):
         one = enabled(config.objectives, config.tasks)[-1]
         one.objective.loss({"classification_logits": jnp.zeros((8, 3))}, random_batch(config, VOCAB), one.options)
     with pytest.raises(UserError, match=r"no features \['liver'\]; it has .*volume_pooled"):
-        made = state_lib.dummy_inputs(config)
+        made = inputs.dummy_inputs(setup.model)
         jax.eval_shape(lambda: setup.model.init(jax.random.key(0), made, ("liver",), method="compute"))
 
 

@@ -19,7 +19,7 @@ from support import ROOT, environment, free_port
 from mg3d_jax import config as config_lib
 from mg3d_jax.errors import UserError, storage_problem
 from mg3d_jax.training.checkpoints import Checkpoints, check_writable
-from mg3d_jax.training.checksums import checksums
+from mg3d_jax.training.integrity import checksums
 
 META = {"config": config_lib.to_json(config_lib.Config()), "trained_seconds": 1.25, "spacing": (1.0, 2.0, 3.0)}
 
@@ -300,7 +300,7 @@ process = int(sys.argv[1])
 jax.distributed.initialize(f"localhost:{sys.argv[2]}", 2, process)
 import test_training_checkpoints as t
 from mg3d_jax.training.checkpoints import Checkpoints
-from mg3d_jax.training.checksums import checksums
+from mg3d_jax.training.integrity import checksums
 setup = t.setup_on(1, 4)
 checkpoints = Checkpoints(Path(sys.argv[3 + process]))
 state, meta, step = checkpoints.newest(setup)

@@ -175,7 +175,9 @@ def test_the_tokenizer_follows_the_config_until_there_is_a_checkpoint(finished, 
 
 def test_skipped_updates_after_the_checkpoint_are_counted_again(tmp_path):
     def skips(resume_step: int) -> stopping.SkippedUpdates:
-        return stopping.SkippedUpdates(tmp_path, 3, lambda step: [f"scan {step}"], resume_step=resume_step)
+        found = stopping.SkippedUpdates(3)
+        found.resume(tmp_path, resume_step, records=lambda step: [f"scan {step}"])
+        return found
 
     first = skips(0)
     for step, finite in enumerate((True, False, True, False, False), start=1):

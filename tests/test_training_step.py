@@ -17,7 +17,7 @@ from mg3d_jax.training import integrity
 from mg3d_jax.training import state as state_lib
 from mg3d_jax.training import step as step_lib
 from mg3d_jax.training.checkpoints import Checkpoints
-from mg3d_jax.training.checksums import checksums
+from mg3d_jax.training.integrity import checksums
 from mg3d_jax.training.optimizer import parameter_names as names_of
 from mg3d_jax.training.restore import restore_run
 

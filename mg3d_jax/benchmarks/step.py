@@ -84,7 +84,7 @@ def measure(config: Config, *, steps: int = 3) -> dict[str, Any]:
         "parameters": tower_parameters(setup.abstract["params"])["total"],
         "dtype": config.model.dtype,
         "remat": config.model.remat,
-        "attention": setup.attention[0],
+        "attention": setup.model.attention[0],
         "peak_flops": None if peak is None else peak * mesh.devices.size,
         "peak_source": source,
     }

@@ -187,6 +187,10 @@ class ModelConfig:
         "auto", "backend of the attention (`models/attention.py`); auto chooses by device", resume_free=True
     )
 
+    def encoders(self) -> dict[str, EncoderConfig]:
+        """Both, by the names that they have here and in the parameters."""
+        return {"volume_encoder": self.volume_encoder, "report_encoder": self.report_encoder}
+
     def token_cell(self) -> tuple[int, int, int]:
         """Voxels that one volume token stands for, along each axis. Masked volume modelling hides such cells, and its
         decoder predicts their voxels."""

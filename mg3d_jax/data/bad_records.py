@@ -6,6 +6,7 @@ import json
 import logging
 import os
 import threading
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -17,20 +18,24 @@ logger = logging.getLogger(__name__)
 BAD_RECORDS_NAME = "bad_records.jsonl"
 
 
+@dataclass(eq=False)
 class BadRecords:
     """Names each bad record once, in a warning and as a line of `folder / "bad_records.jsonl"`.
 
     Threads, data workers and the processes of a run share the file (a line is one appending write) and count by it, also
     over a resume. Without a folder every process counts for itself.
 
-    Args:
-        limit: `data.max_bad_records`: with one more distinct record, `add` raises `UserError`.
+    `limit` is `data.max_bad_records`: with one more distinct record, `add` raises `UserError`.
     """
 
-    def __init__(self, folder: Path | None, limit: int):
-        self._path, self._limit = folder and Path(folder) / BAD_RECORDS_NAME, limit
-        self._seen: set[tuple[str, int]] = set()
-        self._lock = threading.Lock()
+    folder: Path | None
+    limit: int
+    _seen: set[tuple[str, int]] = field(default_factory=set, init=False)
+    _lock: threading.Lock = field(default_factory=threading.Lock, init=False)
+
+    @property
+    def _path(self) -> Path | None:
+        return self.folder and self.folder / BAD_RECORDS_NAME
 
     def __getstate__(self) -> dict[str, Any]:
         return {name: value for name, value in self.__dict__.items() if name != "_lock"}
@@ -47,10 +52,10 @@ class BadRecords:
                 if key not in self._seen:
                     self._seen.add(key)
                     self._write({"folder": str(folder), "record": record, "name": name, "reason": reason})
-            if len(self._seen) > self._limit:
+            if len(self._seen) > self.limit:
                 where = f", listed in {self._path}" if self._path else ""
                 raise UserError(
-                    f"{len(self._seen)} damaged records{where}, more than data.max_bad_records = {self._limit}; the last: "
+                    f"{len(self._seen)} damaged records{where}, more than data.max_bad_records = {self.limit}; the last: "
                     f"{reason}"
                 )
 

@@ -13,7 +13,7 @@ from PIL import Image, ImageDraw
 
 from mg3d_jax import sharding
 from mg3d_jax.models.patches import unpatchify
-from mg3d_jax.objectives.base import Enabled, enabled
+from mg3d_jax.objectives.base import Enabled
 from mg3d_jax.training.inputs import model_inputs
 from mg3d_jax.training.state import Setup
 
@@ -44,7 +44,7 @@ class Reconstructions:
     def __init__(self, setup: Setup, special: dict[str, int], *, spacing: tuple[float, float, float] | None = None):
         self.setup, self.special, self.spacing = setup, special, spacing or (1.0, 1.0, 1.0)
         self._slices: Callable[[Any, Batch], dict] | None = None
-        on = {one.name: one for one in enabled(setup.config.objectives)}
+        on = {one.name: one for one in setup.model.on}
         if "volume_reconstruction" in on:
             self._objective: Enabled = on["volume_reconstruction"]
             self._slices = jax.jit(
@@ -68,11 +68,9 @@ class Reconstructions:
 
     def _compute(self, params: Any, batch: Batch) -> dict[str, Any]:
         """The middle slices [K, ., .] by plane and column, and which of the K rows are patients."""
-        config, model = self.setup.config, self.setup.model
-        size, cell = config.model.volume_size, config.model.token_cell()
-        inputs = model_inputs(
-            batch, jax.random.key(0), config, special=self.special, vocab_size=model.vocab_size, train=False
-        )
+        model, sizes = self.setup.model, self.setup.config.model
+        size, cell = sizes.volume_size, sizes.token_cell()
+        inputs = model_inputs(batch, jax.random.key(0), model, special=self.special, train=False)
         features = model.apply({"params": params}, inputs, self._objective.needs, method="compute")
         rows, shown = distinct_patients(batch["patient_id"], batch["valid"], PATIENTS)
         prediction, patches, mask = (jnp.take(features[name], rows, axis=0) for name in self._objective.needs)

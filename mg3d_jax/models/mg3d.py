@@ -11,14 +11,13 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from mg3d_jax.config import Config
 from mg3d_jax.errors import UserError
+from mg3d_jax.models.attention import choose_backend
 from mg3d_jax.models.decoders import TokenHead, VoxelDecoder
 from mg3d_jax.models.fusion import Fusion, SentenceConditionedVolume
 from mg3d_jax.models.heads import AttentionPool, Projection, mean_pool, sentence_means
 from mg3d_jax.models.patches import patchify
-from mg3d_jax.objectives.base import Context, Enabled, enabled
-from mg3d_jax.options import Group
+from mg3d_jax.objectives.base import Context, Enabled
 
 MAX_LOGIT_SCALE = 100.0  # temperature 0.01: the bound that CLIP uses
 FIXED_WORD_DIM = 256  # length of the random word vectors of `sentence_words`
@@ -76,25 +75,6 @@ def steps_for(needed: Iterable[str]) -> tuple[Step, ...]:
     return tuple(reversed(chosen))
 
 
-def build(config: Config, vocab_size: int, attention_backend: str = "xla") -> MG3D:
-    """The model of a configuration.
-
-    Args:
-        vocab_size: of the run's tokenizer.
-        attention_backend: `config.model.attention`, resolved for the device (never "auto").
-    """
-    context = Context(config.data, config.model, vocab_size, Group({}))
-    alignment = config.objectives["alignment"]
-    return MG3D(
-        context,
-        enabled(config.objectives, config.tasks),
-        temperature=alignment.temperature,
-        learn_temperature=alignment.learn_temperature,
-        sigmoid=alignment.form == "sigmoid",
-        attention_backend=attention_backend,
-    )
-
-
 class MG3D(nn.Module):
     """Volume encoder, report encoder, their embeddings, and the fusion and heads that `on` needs.
 
@@ -111,15 +91,22 @@ class MG3D(nn.Module):
     temperature: float = 0.1
     learn_temperature: bool = False
     sigmoid: bool = False
-    attention_backend: str = "xla"
 
     @property
     def vocab_size(self) -> int:
         """Of the run's tokenizer."""
         return self.context.vocab_size
 
+    @property
+    def attention(self) -> tuple[str, str]:
+        """The backend of the attention on this platform, and why. `UserError` for one that cannot run here."""
+        model = self.context.model
+        sizes = [encoder.sizes for encoder in model.encoders().values()]
+        head_dim = max(one.width // one.num_heads for one in sizes)
+        return choose_backend(model.attention, jax.default_backend(), model.dtype, head_dim)
+
     def setup(self) -> None:
-        model, backend = self.context.model, self.attention_backend
+        model, (backend, _) = self.context.model, self.attention
         report = model.report_encoder.sizes
         self.volume_encoder = model.volume_encoder.tower.build(model, len(self.context.data.windows), backend)
         self.report_encoder = model.report_encoder.tower.build(model, self.vocab_size, backend)
@@ -130,17 +117,17 @@ class MG3D(nn.Module):
         self.logit_scale = self.param("logit_scale", lambda _: jnp.log(jnp.float32(initial)))
         if self.sigmoid:
             self.logit_bias = self.param("logit_bias", lambda _: jnp.float32(INITIAL_LOGIT_BIAS))
-        self._setup_heads(model.volume_encoder.sizes.num_heads, report.num_heads)
+        self._setup_heads(model.volume_encoder.sizes.num_heads, report.num_heads, backend)
         own = {one.name: one.objective.modules(one.options, self.context) for one in self.on}
         for modules in own.values():
             for name, module in modules.items():
                 setattr(self, name, module)  # at the top of the parameter tree, beside the towers
         self.own_modules = {name: tuple(modules) for name, modules in own.items()}
 
-    def _setup_heads(self, volume_heads: int, report_heads: int) -> None:
+    def _setup_heads(self, volume_heads: int, report_heads: int, backend: str) -> None:
         """What only some features need. A module that is never called has no parameters."""
         model, dtype = self.context.model, self.context.model.dtype
-        common = {"dtype": dtype, "remat": model.remat, "attention_backend": self.attention_backend}
+        common = {"dtype": dtype, "remat": model.remat, "attention_backend": backend}
         needed = self._needed()
         read = {*needed, *(name for step in steps_for(needed) for name in step.reads)}
         streams = {"volume": {"fused_volume"}, "report": {"fused_report", "reconstructed_tokens"}}
@@ -155,9 +142,7 @@ class MG3D(nn.Module):
         self.fused_volume_projection = Projection(model.matching_dim, dtype=dtype)
         self.fused_volume_pair_projection = Projection(model.projection_dim, dtype=dtype)
         self.fused_report_pair_projection = Projection(model.projection_dim, dtype=dtype)
-        self.sentence_conditioned_volume = SentenceConditionedVolume(
-            report_heads, model.matching_dim, dtype, self.attention_backend
-        )
+        self.sentence_conditioned_volume = SentenceConditionedVolume(report_heads, model.matching_dim, dtype, backend)
         self.voxel_decoder = VoxelDecoder(
             grid=model.token_grid(),
             patch_values=math.prod(model.token_cell()) * len(self.context.data.windows),

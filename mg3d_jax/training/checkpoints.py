@@ -16,6 +16,7 @@ import secrets
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -51,7 +52,7 @@ class Checkpoints:
         self.folder = (workdir / FOLDER).absolute()
         self._aside = (workdir / DAMAGED_FOLDER).absolute()
         self._policy = _NewestAndBest(keep, best_metric, best_mode)
-        self._storage = Storage(self.folder, self._policy.kept)
+        self._storage = Storage(self.folder)
         self._damaged: dict[int, str] = {}  # step -> reason, of those that `newest` passed over
         self._failed = False
 
@@ -214,7 +215,7 @@ class Checkpoints:
                 self._policy.add(step, self._read_meta(step).get(METRICS))
             except DamagedCheckpointError as error:
                 _warn(f"{error}; it cannot count as the best one")
-        self._storage.open()
+        self._storage.open(self._policy.kept)
 
     def _move_aside(self, step: int) -> None:
         """A damaged checkpoint leaves the folder, or its step could not be saved again."""
@@ -250,28 +251,32 @@ class Checkpoints:
             ) from error
 
 
+@dataclass
 class _NewestAndBest:
-    """Keeps the newest `keep`, and the one with the best value of `metric` if that has a name."""
+    """Keeps the newest `keep`, and the one with the smallest or largest ("min", "max") value of `metric` if that has a
+    name."""
 
-    def __init__(self, keep: int, metric: str, mode: str):
-        self._keep, self._metric, self._sign = keep, metric, {"min": 1.0, "max": -1.0}[mode]
-        self._values: dict[int, float] = {}
+    keep: int
+    metric: str
+    mode: str
+    _values: dict[int, float] = field(default_factory=dict, init=False)
 
     def add(self, step: int, metrics: Mapping[str, float] | None) -> None:
         """A value that is missing or not finite makes no checkpoint the best."""
-        value = (metrics or {}).get(self._metric, math.nan)
-        if self._metric and math.isfinite(value):
+        value = (metrics or {}).get(self.metric, math.nan)
+        if self.metric and math.isfinite(value):
             self._values[step] = float(value)
 
     def metrics(self, step: int) -> dict[str, float]:
         """Of one step, as its JSON keeps it."""
-        return {self._metric: self._values[step]} if step in self._values else {}
+        return {self.metric: self._values[step]} if step in self._values else {}
 
     def kept(self, steps: Sequence[int]) -> set[int]:
         """Those of `steps` that stay."""
-        kept = set(sorted(steps)[-self._keep :])
+        kept = set(sorted(steps)[-self.keep :])
         if rated := [step for step in steps if step in self._values]:
-            kept.add(min(rated, key=lambda step: (self._sign * self._values[step], -step)))  # the later of equals
+            sign = {"min": 1.0, "max": -1.0}[self.mode]
+            kept.add(min(rated, key=lambda step: (sign * self._values[step], -step)))  # the later of equals
         return kept
 
 

@@ -67,31 +67,32 @@ class Sizes:
         return cls(n_total=total, **named, n_heads=heads, n_embedding=tables, n_active=total - tables)
 
 
+@dataclass(eq=False)
 class StepCost:
     """The cost of a step of `setup`; FLOPs are of one patient, traced when they are first asked for.
 
-    Args:
-        training: what was counted before, e.g. when the run began: tracing takes seconds.
+    `counted`: what `training` found before, e.g. when the run began: tracing takes seconds.
     """
 
-    def __init__(self, setup: state_lib.Setup, training: Flops | None = None):
-        # Fused attention kernels cannot be looked into; the plain form has the same products.
-        model = setup.model.clone(attention_backend="xla")
-        self._plain_attention = setup.model.attention_backend == "xla"
-        self._setup = dataclasses.replace(setup, model=model)
-        self.sizes = Sizes.of(setup.abstract["params"])
-        if training is not None:
-            self.training = training
+    setup: state_lib.Setup
+    counted: Flops | None = None
+
+    @cached_property
+    def sizes(self) -> Sizes:
+        """Numbers of parameters."""
+        return Sizes.of(self.setup.abstract["params"])
 
     @cached_property
     def forward(self) -> Flops:
         """Of the losses alone."""
         return self._per_patient(flops.by_path(lambda *of: self._loss(*of)[0], *self._arguments))
 
-    @cached_property
+    @property
     def training(self) -> Flops:
         """Of the losses and their gradient."""
-        return self._per_patient(self.by_path)
+        if self.counted is None:
+            self.counted = self._per_patient(self.by_path)
+        return self.counted
 
     @cached_property
     def by_path(self) -> dict[str, Flops]:
@@ -105,35 +106,35 @@ class StepCost:
         forward pass of the gradient cache) or what cannot be looked into (fused attention): then they are traced when asked
         for.
         """
-        config = self._setup.config
+        config, plain = self.setup.config, self.setup.model.attention[0] == "xla"
         random = [value for key, value in config_lib.flatten(config).items() if key.endswith(".dropout")]
         random += dataclasses.astuple(config.data.augment)
-        if "training" in self.__dict__ or any(random) or config.optimizer.gradient_cache or not self._plain_attention:
+        if self.counted is not None or any(random) or config.optimizer.gradient_cache or not plain:
             return
         paths = flops.operations(step.jaxpr.jaxpr)
         found = (one for path, one in paths if GRADIENTS in path and RECOMPUTED not in path)
-        self.training = sum(found, Flops()) * (1 / config.data.batch_size)
+        self.counted = sum(found, Flops()) * (1 / config.data.batch_size)
 
     @property
     def batch_rows(self) -> int:
         """Patients that a loss sees at once: the batch, or a micro-batch of it."""
-        options = self._setup.config.optimizer
-        return self._setup.config.data.batch_size // (1 if options.gradient_cache else options.accumulation)
+        options = self.setup.config.optimizer
+        return self.setup.config.data.batch_size // (1 if options.gradient_cache else options.accumulation)
 
     @property
     def losses_per_batch(self) -> int:
         """Micro-batches that are walked one after another: 1, or as `optimizer.accumulation` says."""
-        return self._setup.config.data.batch_size // self.batch_rows
+        return self.setup.config.data.batch_size // self.batch_rows
 
     @property
     def volume_tokens(self) -> int:
         """Of one volume."""
-        return prod(self._setup.config.model.token_grid())
+        return prod(self.setup.config.model.token_grid())
 
     @cached_property
     def report_tokens(self) -> int:
         """Of one patient, that the alignment reads, padding included."""
-        data, alignment = self._setup.config.data, self._setup.config.objectives["alignment"]
+        data, alignment = self.setup.config.data, self.setup.config.objectives["alignment"]
         if alignment.report_view == "sentences":
             return min(alignment.report_sentences, data.max_sentences) * alignment.sentence_tokens
         return data.max_tokens
@@ -143,18 +144,19 @@ class StepCost:
         return whole * (1 / self.batch_rows)
 
     def _loss(self, params: Any, batch: Any, key: jax.Array) -> tuple[jax.Array, dict]:
-        losses = Losses(self._setup, dict.fromkeys(SPECIAL_TOKENS, 0), train=False)
-        return losses(optimizer.freeze(params, self._setup.factors), batch, key)
+        # Fused attention kernels cannot be looked into; the plain form has the same products.
+        plain = config_lib.replace(self.setup.config, {"model.attention": "xla"})
+        model = state_lib.build_model(plain, self.setup.model.vocab_size)
+        losses = Losses(dataclasses.replace(self.setup, model=model), dict.fromkeys(SPECIAL_TOKENS, 0), train=False)
+        return losses(optimizer.freeze(params, self.setup.factors), batch, key)
 
     @property
     def _arguments(self) -> tuple[Any, Any, Any]:
         """Shapes of the parameters, a batch and a random key."""
-        config = self._setup.config
-        x, y, z = config.model.volume_size
+        config = self.setup.config
         labels = label_count(config.tasks)
-        shapes = batch_contract.shapes(self.batch_rows, (x, y, z), config.data.max_tokens, labels)
-        batch = {name: jax.ShapeDtypeStruct(shapes[name], one.dtype) for name, one in batch_contract.FIELDS.items()}
-        params = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), self._setup.abstract["params"])
+        batch = batch_contract.abstract(self.batch_rows, config.model.volume_size, config.data.max_tokens, labels)
+        params = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), self.setup.abstract["params"])
         return params, batch, jax.eval_shape(lambda: jax.random.key(0))
 
 

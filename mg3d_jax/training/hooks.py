@@ -17,8 +17,9 @@ of those that every run gets.
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +30,7 @@ from mg3d_jax.data.tokens import ReportTokenizer
 from mg3d_jax.devices import known_peak
 from mg3d_jax.errors import UserError
 from mg3d_jax.progress import Progress
+from mg3d_jax.training import run_folder
 from mg3d_jax.training.checkpoints import Checkpoints
 from mg3d_jax.training.clock import Clock, device_memory
 from mg3d_jax.training.cost import StepCost
@@ -49,6 +51,8 @@ class TrainingRun:
     train: PreparedData
     valid: PreparedData | None
     first: int
+    clock: Clock
+    cost: StepCost
     writers: Writers
 
     @property
@@ -130,37 +134,40 @@ class Hook:
         """The run ends, however it ends; also where `start` was never reached."""
 
 
+@dataclass(eq=False)
 class Log(Hook):
-    """Writes the metrics of the step, rates and memory under "train". `note`: what stands beside the progress bar."""
+    """Writes the metrics of the step, rates and memory under "train". `note`: what stands beside the progress bar.
 
+    `skipped` is the hook that counts skipped updates (`stopping.SkippedUpdates`).
+    """
+
+    skipped: Any
+    every: int = 1
+    note: str = field(default="", init=False)
     measures = False
 
-    def __init__(self, every: int, batch_size: int, clock: Clock, cost: StepCost, skipped: Any):
-        self.every, self.note = every, ""
-        self._batch_size, self._clock, self._cost, self._skipped = batch_size, clock, cost, skipped
-
     def start(self, run: TrainingRun) -> None:
-        self._devices = run.setup.mesh.size
+        self._run = run
         self._peak_flops = known_peak(jax.devices()[0].device_kind, run.setup.config.model.dtype)
 
     def __call__(self, after: AfterStep) -> None:
+        setup, total = self._run.setup, self.skipped.total
         values = {name: float(value) for name, value in jax.device_get(after.metrics).items()}
-        values |= self._clock.rates(self._cost.training.products, self._peak_flops, self._devices)
-        total = self._skipped.total
-        values |= device_memory() | {"samples_seen": after.step * self._batch_size, "skipped_updates": total}
+        values |= self._run.clock.rates(self._run.cost.training.products, self._peak_flops, setup.mesh.size)
+        values |= device_memory()
+        values |= {"samples_seen": after.step * setup.config.data.batch_size, "skipped_updates": total}
         after.writers.scalars(after.step, "train", values)
         skipped = f", {total} skipped" if total else ""
         self.note = f"loss {values['loss']:.4f}, {values['samples_per_second']:.1f} samples/s{skipped}"
 
 
+@dataclass(eq=False)
 class ProgressBar(Hook):
     """Shows how far the run is, with the newest note of `log`."""
 
+    log: Log
+    _progress: Progress | None = field(default=None, init=False)
     measures = waits = False
-
-    def __init__(self, log: Log):
-        self._log = log
-        self._progress: Progress | None = None
 
     def start(self, run: TrainingRun) -> None:
         self._progress = Progress("train", run.setup.steps, unit="steps", initial=run.first)
@@ -168,18 +175,18 @@ class ProgressBar(Hook):
 
     def __call__(self, after: AfterStep) -> None:
         if self._progress is not None:
-            self._progress.advance(note=self._log.note)
+            self._progress.advance(note=self.log.note)
 
     def close(self) -> None:
         if self._progress is not None:
             self._progress.__exit__()
 
 
+@dataclass(eq=False)
 class HeldOutLoss(Hook):
     """The loss on the held-out data, as "valid/loss" and the objectives' own metrics."""
 
-    def __init__(self, every: int):
-        self.every = every
+    every: int = 1
 
     def start(self, run: TrainingRun) -> None:
         self._held_out = HeldOut(run.setup, run.tokenizer, run.held_out, log_folder=run.workdir)
@@ -188,68 +195,69 @@ class HeldOutLoss(Hook):
         return {f"valid/{name}": value for name, value in self._held_out.loss(after.params).items()}
 
 
+@dataclass(eq=False)
 class BestMetric(Hook):
     """Sees to it that `training.best_metric` is among what is measured. `UserError` where its split has another name."""
 
+    metric: str
     waits = False
 
-    def __init__(self, metric: str):
-        self._metric = metric
-
     def due(self, after: AfterStep) -> bool:
-        split = self._metric.partition("/")[0] + "/"
+        split = self.metric.partition("/")[0] + "/"
         return any(name.startswith(split) for name in after.measured)
 
     def __call__(self, after: AfterStep) -> None:
-        if self._metric not in after.measured:
-            raise UserError(f"training.best_metric = {self._metric!r} is none of {', '.join(after.measured)}")
+        if self.metric not in after.measured:
+            raise UserError(f"training.best_metric = {self.metric!r} is none of {', '.join(after.measured)}")
 
 
+@dataclass(eq=False)
 class Save(Hook):
     """Checkpoints: at their interval, when a candidate for the best one was measured, at the end, and when asked to stop.
 
-    Args:
-        facts: gives the part of a checkpoint's JSON that is the same at every step.
-        best_metric: of `checkpoints`; empty for none.
+    `best_metric`: of `checkpoints`; empty for none.
     """
 
+    checkpoints: Checkpoints
+    best_metric: str = ""
+    every: int = 1
     measures = False
 
-    def __init__(
-        self, every: int, checkpoints: Checkpoints, clock: Clock, batch_size: int,
-        facts: Callable[[], Mapping[str, Any]], best_metric: str,
-    ):  # fmt: skip
-        self.every, self._checkpoints, self._clock, self._batch_size = every, checkpoints, clock, batch_size
-        self._facts, self._best_metric = facts, best_metric
-
     def due(self, after: AfterStep) -> bool:
-        return super().due(after) or self._best_metric in after.measured
+        return super().due(after) or self.best_metric in after.measured
+
+    def start(self, run: TrainingRun) -> None:
+        self._run = run
+
+    @cached_property
+    def _facts(self) -> dict[str, Any]:
+        run = self._run
+        return run_folder.facts(run.setup.config, run.tokenizer.vocab_size, run.train, run.cost.training)
 
     def __call__(self, after: AfterStep) -> None:
         """Starts a save, unless the step is saved already. The data position is the step itself."""
         meta = {
             "step": after.step,
-            "samples_seen": after.step * self._batch_size,
-            "trained_seconds": self._clock.trained,
-            **self._facts(),
+            "samples_seen": after.step * self._run.setup.config.data.batch_size,
+            "trained_seconds": self._run.clock.trained,
+            **self._facts,
         }
-        self._checkpoints.save(after.state, meta, after.step, metrics=after.measured)
+        self.checkpoints.save(after.state, meta, after.step, metrics=after.measured)
 
     def stop(self, after: AfterStep) -> None:
         self(after)
         logger.info("asked to stop: saved step %d of %d; the same command goes on", after.step, after.last)
 
     def close(self) -> None:
-        self._checkpoints.close()
+        self.checkpoints.close()
 
 
+@dataclass(eq=False)
 class SaveAtTheEnd(Hook):
     """Saves the last step before it is evaluated: whatever becomes of the evaluation, the weights are there."""
 
+    save: Save
     every, measures = 0, False
 
-    def __init__(self, save: Save):
-        self._save = save
-
     def __call__(self, after: AfterStep) -> None:
-        self._save(after)
+        self.save(after)

@@ -6,17 +6,19 @@ the same run on another mesh.
 
 from __future__ import annotations
 
+import dataclasses
 import zlib
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
+from mg3d_jax import batch as batch_contract
 from mg3d_jax.batch import AIR_HU
-from mg3d_jax.config import Config
 from mg3d_jax.config.parts import AugmentConfig
+from mg3d_jax.data.tokens import SPECIAL_TOKENS
 from mg3d_jax.errors import UserError
-from mg3d_jax.objectives.base import Context, enabled
+from mg3d_jax.models.mg3d import MG3D
 from mg3d_jax.options import Group
 
 TEXT_FIELDS = ("token_ids", "token_mask", "sentence_index", "word_index")
@@ -65,15 +67,9 @@ def streams(key: jax.Array, names: tuple[str, ...]) -> dict[str, jax.Array]:
 
 
 def model_inputs(
-    batch: dict[str, jax.Array],
-    key: jax.Array,
-    config: Config,
-    *,
-    special: dict[str, int],
-    vocab_size: int,
-    train: bool,
+    batch: dict[str, jax.Array], key: jax.Array, model: MG3D, *, special: dict[str, int], train: bool
 ) -> dict[str, Any]:
-    """Batch -> what the model takes: windowed (in training: augmented) volume, report, and what the objectives draw.
+    """Batch -> what `model` takes: windowed (in training: augmented) volume, report, and what the objectives draw.
 
     Args:
         special: ids of the special tokens by role ("[PAD]", "[MASK]", ...), whatever the tokenizer calls them.
@@ -82,15 +78,14 @@ def model_inputs(
         `volume` [B, X, Y, Z, C]; `report`, the text fields [B, T]; and what the `draw` of each objective and task that is
         on gives.
     """
-    on = enabled(config.objectives, config.tasks)
-    keys = streams(key, ("augment", *(one.name for one in on)))
+    context = dataclasses.replace(model.context, special=Group(special))
+    keys = streams(key, ("augment", *(one.name for one in model.on)))
     volume = batch["volume"]
     if train:
-        volume = augment(keys["augment"], volume, config.data.augment)
-    inputs: dict[str, Any] = {"volume": window(volume, config.data.windows)}
+        volume = augment(keys["augment"], volume, context.data.augment)
+    inputs: dict[str, Any] = {"volume": window(volume, context.data.windows)}
     inputs["report"] = {name: batch[name] for name in TEXT_FIELDS}
-    context = Context(config.data, config.model, vocab_size, Group(special))
-    for one in on:
+    for one in model.on:
         drawn = one.objective.draw(keys[one.name], batch, one.options, context) if one.objective.draw else {}
         if taken := sorted(drawn.keys() & inputs.keys()):
             raise UserError(
@@ -98,3 +93,12 @@ def model_inputs(
             )
         inputs |= drawn
     return inputs
+
+
+def dummy_inputs(model: MG3D, batch_size: int = 1) -> dict[str, Any]:
+    """Zeros of the shapes that the model takes; enough to trace it."""
+    sizes = model.context
+    batch = batch_contract.abstract(batch_size, sizes.model.volume_size, sizes.data.max_tokens, labels=1)
+    special = dict.fromkeys(SPECIAL_TOKENS, 0)  # shapes do not depend on them
+    inputs = jax.eval_shape(lambda b: model_inputs(b, jax.random.key(0), model, special=special, train=False), batch)
+    return jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), inputs)

@@ -6,7 +6,6 @@ ones in the order of their calls.
 
 from __future__ import annotations
 
-import functools
 import logging
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, nullcontext
@@ -29,7 +28,7 @@ from mg3d_jax.training.clock import Clock
 from mg3d_jax.training.cost import StepCost
 from mg3d_jax.training.hooks import AfterStep, Hook, TrainingRun
 from mg3d_jax.training.schedule import total_steps
-from mg3d_jax.training.stopping import DONE, PREEMPTED, SkippedUpdates, StopRequest
+from mg3d_jax.training.stopping import DONE, PREEMPTED, StopRequest
 from mg3d_jax.training.writers import Writers, drop_evaluations, open_writers
 
 logger = logging.getLogger(__name__)
@@ -61,28 +60,33 @@ class Trainer:
     ):
         checks.validate(config)
         check_writable(workdir)
-        self.config, self.workdir = config, workdir
-        data, training, volume_size = config.data, config.training, config.model.volume_size
+        self.config = config
+        self.workdir = workdir
+        volume_size = config.model.volume_size
         mesh = sharding.make_mesh(config.mesh)
-        self.data = PreparedData(data.train, max_patients=data.max_patients, volume_size=volume_size)
-        self.valid = PreparedData(data.valid, volume_size=volume_size) if data.valid else None
-        self.tokenizer = run_folder.run_tokenizer(data, workdir)
-        self.steps = total_steps(training, data.batch_size, len(self.data))
+        self.data = PreparedData(config.data.train, max_patients=config.data.max_patients, volume_size=volume_size)
+        self.valid = PreparedData(config.data.valid, volume_size=volume_size) if config.data.valid else None
+        self.tokenizer = run_folder.run_tokenizer(config.data, workdir)
+        self.steps = total_steps(config.training, config.data.batch_size, len(self.data))
         self.setup = state_lib.build(config, self.tokenizer.vocab_size, mesh, self.steps, records=len(self.data))
         sharding.check_replication(self.setup.abstract["params"], config.mesh.max_replicated)
         self.checkpoints = Checkpoints(
-            workdir, keep=training.keep_checkpoints, best_metric=training.best_metric, best_mode=training.best_mode
+            workdir,
+            keep=config.training.keep_checkpoints,
+            best_metric=config.training.best_metric,
+            best_mode=config.training.best_mode,
         )
         self.state, self.resume_step, meta = self._restore_or_initialize(initialize)
-        self.cost = StepCost(self.setup, training=Flops(**meta["flops"]) if "flops" in meta else None)
+        self.cost = StepCost(self.setup, counted=Flops(**meta["flops"]) if "flops" in meta else None)
         self.clock = Clock(meta.get("trained_seconds", 0.0))
-        records_of_step = run_folder.records_of_steps(self.data, data, config.seed)
-        skipped = SkippedUpdates(workdir, training.max_skipped, records_of_step, resume_step=self.resume_step)
         self.hooks = wiring.standard_hooks(
-            training, workdir, given=hooks, batch_size=data.batch_size, checkpoints=self.checkpoints, clock=self.clock,
-            cost=self.cost, facts=functools.cache(self._checkpoint_facts), profile_steps=profile_steps, skipped=skipped,
+            config.training,
+            workdir,
+            self.checkpoints,
+            given=hooks,
+            profile_steps=profile_steps,
             validates=self.valid is not None,
-        )  # fmt: skip
+        )
 
     def _restore_or_initialize(self, initialize: Initializer | None) -> tuple[state_lib.State, int, dict[str, Any]]:
         """Restores the newest readable checkpoint; without one, makes the state of a new run.
@@ -200,7 +204,7 @@ class Trainer:
     def _start_hooks(self, stack: ExitStack, hooks: Sequence[Hook], writers: Writers) -> None:
         run = TrainingRun(
             self.workdir, self.setup, self.tokenizer, train=self.data, valid=self.valid, first=self.resume_step,
-            writers=writers,
+            clock=self.clock, cost=self.cost, writers=writers,
         )  # fmt: skip
         for hook in hooks:
             stack.callback(hook.close)
@@ -214,14 +218,11 @@ class Trainer:
             )
             flops = self._flops_per_step  # in all processes: where the step does not say, counting takes seconds
             if jax.process_index() == 0:
-                rows = tables.data_rows(self.config, self.data, self.tokenizer)
+                rows = tables.data_rows(self.data, self.tokenizer, self.config.objectives["alignment"])
                 tables.start_table(self.setup, compiled, data=rows, flops=flops)
             # Some processes compile much longer than others; the first collective would not wait for them that long.
             distributed.barrier("compiled")
         return compiled
-
-    def _checkpoint_facts(self) -> dict[str, Any]:
-        return run_folder.facts(self.config, self.tokenizer.vocab_size, self.data, self.cost.training)
 
     @property
     def _flops_per_step(self) -> float:

@@ -18,7 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from mg3d_jax.config.parts import OptimizerConfig
+from mg3d_jax.config.parts import ModelConfig, OptimizerConfig
 from mg3d_jax.errors import UserError
 
 FROZEN = "frozen"
@@ -31,7 +31,8 @@ MUON_RMS = (
     0.2  # root mean square of an update, as AdamW's usually is: one learning rate and decay fit both (Liu et al.)
 )
 
-Rows = Sequence[tuple[str, float | np.ndarray]]
+# A regex over whole names, and a share, or an array of shares that broadcasts to the parameters.
+Row = tuple[str, float | np.ndarray]
 
 
 @dataclass(frozen=True)
@@ -47,15 +48,14 @@ def parameter_names(params: Any) -> Any:
     return jax.tree_util.tree_map_with_path(lambda path, _: "/".join(str(p.key) for p in path), params)
 
 
-def multipliers(params: Any, config: OptimizerConfig, trained: Rows = ()) -> Any:
+def multipliers(params: Any, config: OptimizerConfig, rows: Sequence[Row] = ()) -> Any:
     """Learning-rate factor of every parameter: a float, or float32 that broadcasts to it where only some layers train.
 
     Args:
         params: may be abstract.
         config: `config.optimizer`.
-        trained: `(regex, share, or an array of them that broadcasts to the parameters)`; factors are multiplied by the
-            share of every row that matches. A stack of which the first two of four layers are frozen has `[0, 0, 1, 1]`
-            with trailing axes of 1.
+        rows: factors are multiplied by the share of every row that matches. A stack of which the first two of four layers
+            are frozen has `[0, 0, 1, 1]` with trailing axes of 1.
 
     Raises `UserError` for a parameter that no row covers, for a row that is left no parameter by those before it, and for
     a pattern of `freeze` or `no_weight_decay` that matches none.
@@ -63,13 +63,51 @@ def multipliers(params: Any, config: OptimizerConfig, trained: Rows = ()) -> Any
     names = parameter_names(params)
     factors = _factors(jax.tree.leaves(names), config)
     shapes = {name: np.shape(p) for name, p in zip(jax.tree.leaves(names), jax.tree.leaves(params), strict=True)}
-    for pattern, share in trained:
+    for pattern, share in rows:
         for name in (name for name in factors if re.fullmatch(pattern, name)):
             np.broadcast_to(share, shapes[name])
             factor = np.float32(factors[name] * np.asarray(share))
             # Nothing of it trained: a plain 0, so that neither a backward pass nor moments are spent on it.
             factors[name] = factor if factor.ndim and factor.any() else float(factor.max())
     return jax.tree.map(factors.__getitem__, names)
+
+
+def rows_by_depth(model: ModelConfig, config: OptimizerConfig) -> tuple[Row, ...]:
+    """What depends on the depth at which a parameter stands, for `multipliers`: frozen layers and layer-wise decay."""
+    return (*trained_rows(model), *layer_decay_rows(model, config.layer_decay))
+
+
+def trained_rows(model: ModelConfig) -> tuple[Row, ...]:
+    """`(regex over whole parameter names, share)` for `multipliers`.
+
+    The share is 0.0 where everything is frozen. Where an array stacks layers it is float32 [layers, 1, ...], 0 at the
+    frozen ones and 1 at the others, and broadcasts to the array. Parameters that no row matches are trained.
+    """
+    rows: list[Row] = []
+    for name, encoder in model.encoders().items():
+        if encoder.frozen_layers == -1:
+            rows.append((f"{name}/.*", 0.0))
+        elif encoder.frozen_layers:
+            frozen = encoder.tower.frozen(encoder.sizes, encoder.frozen_layers)
+            rows += [(f"{name}/{pattern}", share) for pattern, share in frozen]
+    return tuple(rows)
+
+
+def layer_decay_rows(model: ModelConfig, decay: float) -> tuple[Row, ...]:
+    """Factors of `optimizer.layer_decay` = `decay` in the form of `trained_rows`, for both towers; none where it is 1.
+
+    Of a tower with L layers the last one has the factor decay, the first decay^L, what comes before the layers
+    decay^(L + 1); what comes behind them, and everything outside of the towers, has 1 (He et al. 2022, as BEiT's).
+    """
+    if decay == 1:
+        return ()
+    rows: list[Row] = []
+    for name, encoder in model.encoders().items():
+        for layers in range(encoder.sizes.depth + 1):
+            # Once for each number of layers with which the parameter would be frozen: the more, the nearer to the input.
+            for pattern, share in encoder.tower.frozen(encoder.sizes, layers):
+                rows.append((f"{name}/{pattern}", np.where(np.asarray(share) == 0, np.float32(decay), np.float32(1))))
+    return tuple(rows)
 
 
 def groups(params: Any, config: OptimizerConfig, factors: Any) -> dict[str, Group]:

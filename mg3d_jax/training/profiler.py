@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import jax
@@ -15,23 +16,31 @@ FOLDER = "profile"
 FIRST_STEPS = 3  # of this process, not traced: caches are cold
 
 
+@dataclass(eq=False)
 class Profiler(Hook):
     """Traces `steps` steps of every process into `workdir/profile` (one folder each where there are several).
 
-    Args:
+    Attributes:
+        workdir: the run.
         steps: 0 traces nothing.
     """
 
+    workdir: Path
+    steps: int
+    _seen: int = field(default=0, init=False)  # steps of this process
+    _mark: jax.profiler.StepTraceAnnotation | None = field(default=None, init=False)  # while tracing
     measures = waits = False
 
-    def __init__(self, workdir: Path, steps: int):
-        if steps < 0:
-            raise UserError(f"--profile {steps}: give the number of steps to trace, e.g. --profile 5")
-        self.folder, self.steps = workdir / FOLDER, steps
-        if jax.process_count() > 1:  # the trace's file names are those of the hosts, and processes may share one
-            self.folder /= f"process_{jax.process_index()}"
-        self._seen = 0  # steps of this process
-        self._mark: jax.profiler.StepTraceAnnotation | None = None  # while tracing
+    def __post_init__(self) -> None:
+        if self.steps < 0:
+            raise UserError(f"--profile {self.steps}: give the number of steps to trace, e.g. --profile 5")
+
+    @property
+    def folder(self) -> Path:
+        """Where this process writes."""
+        folder = self.workdir / FOLDER
+        # The trace's file names are those of the hosts, and processes may share one.
+        return folder / f"process_{jax.process_index()}" if jax.process_count() > 1 else folder
 
     def __call__(self, after: AfterStep) -> None:
         """Marks the step that comes next, if it is one to trace."""

@@ -14,7 +14,7 @@ from mg3d_jax.config import Config
 from mg3d_jax.data.records import read_manifest
 from mg3d_jax.data.tokens import ReportTokenizer, load_tokenizer
 from mg3d_jax.errors import UserError
-from mg3d_jax.models.mg3d import MG3D, build
+from mg3d_jax.models.mg3d import MG3D
 from mg3d_jax.training import state as state_lib
 from mg3d_jax.training.checkpoints import Checkpoints
 from mg3d_jax.training.run_folder import CONFIG_FILE, TOKENIZER_FOLDER
@@ -60,7 +60,7 @@ class RestoredRun:
 def exact_model(config: Config, vocab_size: int) -> MG3D:
     """The model computing in float32, whatever the run computed in."""
     exact = config_lib.replace(config, {"model.dtype": "float32", "model.attention": "xla", "model.remat": "none"})
-    return build(exact, vocab_size, "xla")
+    return state_lib.build_model(exact, vocab_size)
 
 
 def restore_run(workdir: Path, step: int | None = None, *, ema: bool | None = None) -> RestoredRun:

@@ -10,16 +10,14 @@ from pathlib import Path
 from typing import Any
 
 import jax
-from tokenizers import Tokenizer
 
 from mg3d_jax import __version__, version
 from mg3d_jax import config as config_lib
 from mg3d_jax.config import Config
 from mg3d_jax.config.parts import DataConfig
 from mg3d_jax.data.order import RecordOrder
-from mg3d_jax.data.pipeline import PreparedData, record_names, skipped_records
-from mg3d_jax.data.shard_reader import DamagedRecordError
-from mg3d_jax.data.tokens import ReportTokenizer, load_tokenizer, save_tokenizer, train_wordpiece
+from mg3d_jax.data.pipeline import PreparedData, make_tokenizer, record_names
+from mg3d_jax.data.tokens import ReportTokenizer, load_tokenizer, save_tokenizer
 from mg3d_jax.environment import environment_facts
 from mg3d_jax.errors import UserError
 from mg3d_jax.files import write_json
@@ -29,40 +27,24 @@ from mg3d_jax.training.checkpoints import Checkpoints
 
 CONFIG_FILE, TOKENIZER_FOLDER = "config.json", "tokenizer"
 SUMMARY_FILE, ENVIRONMENT_FILE = "summary.json", "environment.json"
-TOKENIZER_RECORDS = 2000
 
 
 def run_tokenizer(options: DataConfig, workdir: Path) -> ReportTokenizer:
     """The tokenizer that the run keeps: made before it has a checkpoint, and only read afterwards.
 
     A start that came to no checkpoint may have been one with another `data.tokenizer` or `data.vocab_size`.
-    A trained one reads the first 2,000 records of the whole training set, not of the `max_patients` subset: the runs of a
-    sweep over data size share their vocabulary.
     """
     folder = workdir / TOKENIZER_FOLDER
     kept = (folder / "tokenizer.json").exists() and Checkpoints(workdir).latest() is not None
     if jax.process_index() == 0 and not kept:
-        # Made elsewhere and renamed: a kill in the middle leaves no half a tokenizer.
+        made = make_tokenizer(options, log_folder=workdir)
+        # Written elsewhere and renamed: a kill in the middle leaves no half a tokenizer.
         partial = workdir / f"{TOKENIZER_FOLDER}.partial"
-        save_tokenizer(_make_tokenizer(options, workdir), partial)
+        save_tokenizer(made, partial)
         shutil.rmtree(folder, ignore_errors=True)
         os.replace(partial, folder)
     distributed.barrier("tokenizer")  # the others read what process 0 wrote
     return ReportTokenizer(load_tokenizer(str(folder)), options.max_tokens, options.max_sentences)
-
-
-def _make_tokenizer(options: DataConfig, workdir: Path) -> Tokenizer:
-    if options.tokenizer != "train":
-        return load_tokenizer(options.tokenizer)
-    data = PreparedData(options.train)
-    sentences: set[str] = set()
-    bad = skipped_records(data, workdir, options.max_bad_records)
-    for index in range(min(len(data), TOKENIZER_RECORDS)):
-        try:
-            sentences.update(data.text(index).sentences)
-        except DamagedRecordError as error:
-            data.note(index, bad, error)
-    return train_wordpiece(sentences, options.vocab_size)
 
 
 def identity(config: Config) -> dict[str, Any]:

@@ -46,8 +46,11 @@ def learning_rate(
     """Warm-up from 0 to `peak`, then `linear` or `cosine` decay to `final_fraction * peak`, or `constant` with a cooldown.
 
     The cooldown is linear and the last part of the run. `batch_size` and `records` (of an epoch) are read for lengths in
-    samples and epochs. `UserError` naming the key for a warm-up or cooldown that does not fit into the run.
+    samples and epochs. `UserError` naming the key for a warm-up or cooldown that does not fit into the run. A run of 0
+    `steps`, which is opened and not trained, has 0 throughout.
     """
+    if not steps:
+        return optax.constant_schedule(0.0)
     known = {"batch_size": batch_size, "records": records}
     warmup, key = part_steps(schedule, "warmup", steps, **known)
     if warmup >= steps:

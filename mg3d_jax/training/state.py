@@ -12,17 +12,15 @@ import jax.numpy as jnp
 import optax
 from jax.sharding import Mesh
 
-from mg3d_jax import batch as batch_contract
 from mg3d_jax import sharding
 from mg3d_jax.config import Config
 from mg3d_jax.config.parts import InitConfig, ModelConfig
-from mg3d_jax.data.tokens import SPECIAL_TOKENS
-from mg3d_jax.models import mg3d
-from mg3d_jax.models.attention import choose_backend
 from mg3d_jax.models.mg3d import MG3D
-from mg3d_jax.training import optimizer, schedule
-from mg3d_jax.training.freezing import layer_decay_rows, trained_rows
-from mg3d_jax.training.inputs import model_inputs
+from mg3d_jax.objectives.base import Context, enabled
+from mg3d_jax.options import Group
+from mg3d_jax.training import optimizer
+from mg3d_jax.training.inputs import dummy_inputs
+from mg3d_jax.training.schedule import learning_rate
 
 State = dict[str, Any]  # {"params", "opt_state", "step"}, and "ema" (like "params") with `optimizer.ema`
 
@@ -40,7 +38,6 @@ class Setup:
     factors: Any  # learning-rate multiplier of every parameter, see `optimizer.multipliers`
     groups: dict[str, optimizer.Group]  # the same by group
     abstract: State  # shapes, dtypes and shardings
-    attention: tuple[str, str]  # backend and why
     steps: int
 
     @property
@@ -48,31 +45,22 @@ class Setup:
         return jax.tree.map(lambda x: x.sharding, self.abstract)
 
 
-def build_model(config: Config, vocab_size: int) -> tuple[MG3D, tuple[str, str]]:
-    """The model, and the attention backend with the reason for it."""
-    preset = config.model.volume_encoder.sizes, config.model.report_encoder.sizes
-    head_dim = max(p.width // p.num_heads for p in preset)
-    backend = choose_backend(config.model.attention, jax.default_backend(), config.model.dtype, head_dim)
-    return mg3d.build(config, vocab_size, backend[0]), backend
+def build_model(config: Config, vocab_size: int) -> MG3D:
+    """The model of a configuration. `vocab_size` is that of the run's tokenizer."""
+    alignment = config.objectives["alignment"]
+    return MG3D(
+        Context(config.data, config.model, vocab_size, special=Group({})),
+        enabled(config.objectives, config.tasks),
+        temperature=alignment.temperature,
+        learn_temperature=alignment.learn_temperature,
+        sigmoid=alignment.form == "sigmoid",
+    )
 
 
-def dummy_inputs(config: Config, batch_size: int = 1) -> dict[str, Any]:
-    """Zeros of the shapes that the model takes; enough to trace it."""
-    shapes = batch_contract.shapes(batch_size, config.model.volume_size, config.data.max_tokens, 1)
-    batch = {k: jax.ShapeDtypeStruct(shapes[k], field.dtype) for k, field in batch_contract.FIELDS.items()}
-    options: dict[str, Any] = {
-        "special": dict.fromkeys(SPECIAL_TOKENS, 0),
-        "vocab_size": 8,
-        "train": False,
-    }  # shapes do not depend on them
-    inputs = jax.eval_shape(lambda b: model_inputs(b, jax.random.key(0), config, **options), batch)
-    return jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), inputs)
-
-
-def random_parameters(model: MG3D, config: Config) -> Callable[[jax.Array], Any]:
+def random_parameters(model: MG3D) -> Callable[[jax.Array], Any]:
     """`key -> parameters` with their logical axis names (boxed). Jitted: who asks for shapes first and for values later
     traces the model once."""
-    return jax.jit(lambda key: model.init(key, dummy_inputs(config))["params"])
+    return jax.jit(lambda key: model.init(key, dummy_inputs(model))["params"])
 
 
 def abstract_parameters(random: Callable[[jax.Array], Any]) -> Any:
@@ -87,13 +75,15 @@ def build(config: Config, vocab_size: int, mesh: Mesh, steps: int, records: int 
         steps: length of the run; 0 where a finished state is only opened (the learning rate is then 0).
         records: of one epoch; needed where the schedule counts in epochs.
     """
-    model, attention = build_model(config, vocab_size)
+    model = build_model(config, vocab_size)
+    random = random_parameters(model)
     with sharding.in_mesh(mesh):  # as in `initialize`, or the trace could not be shared
-        random = random_parameters(model, config)
         boxed = abstract_parameters(random)
     shapes, shardings = nn.unbox(boxed), sharding.parameter_shardings(boxed, mesh)
-    rate = _learning_rate(config, steps, records)
-    factors = optimizer.multipliers(shapes, config.optimizer, (*trained_rows(config), *layer_decay_rows(config)))
+    rate = learning_rate(
+        config.schedule, config.optimizer.learning_rate, steps, batch_size=config.data.batch_size, records=records
+    )
+    factors = optimizer.multipliers(shapes, config.optimizer, optimizer.rows_by_depth(config.model, config.optimizer))
     groups = optimizer.groups(shapes, config.optimizer, factors)
     tx = optimizer.make_optimizer(config.optimizer, rate, shapes, factors)
     whole = sharding.replicated(mesh)
@@ -117,14 +107,7 @@ def build(config: Config, vocab_size: int, mesh: Mesh, steps: int, records: int 
     }
     if config.optimizer.ema:
         abstract["ema"] = abstract["params"]
-    return Setup(config, model, random, mesh, tx, rate, factors, groups, abstract, attention, steps)
-
-
-def _learning_rate(config: Config, steps: int, records: int) -> optax.Schedule:
-    if not steps:
-        return optax.constant_schedule(0.0)
-    known = {"batch_size": config.data.batch_size, "records": records}
-    return schedule.learning_rate(config.schedule, config.optimizer.learning_rate, steps, **known)
+    return Setup(config, model, random, mesh, tx, rate, factors, groups, abstract, steps)
 
 
 def _is_masked(x: Any) -> bool:
@@ -147,8 +130,7 @@ def initialize(setup: Setup) -> State:
 
 def starts_from(init_from: InitConfig, model: ModelConfig) -> str:
     """The key that says which weights a new run starts from; "" where it starts from random ones."""
-    encoders = {"volume_encoder": model.volume_encoder, "report_encoder": model.report_encoder}
-    named = [f"model.{name}.pretrained" for name, encoder in encoders.items() if encoder.pretrained]
+    named = [f"model.{name}.pretrained" for name, encoder in model.encoders().items() if encoder.pretrained]
     return ", ".join(["init_from.path"] * bool(init_from.path) + named)
 
 

@@ -44,13 +44,12 @@ class Losses:
     """
 
     def __init__(self, setup: Setup, special: dict[str, int], *, train: bool):
-        self.model, self.config, self.special, self.train = setup.model, setup.config, special, train
+        self.model, self.special, self.train = setup.model, special, train
 
     def features(self, params: Any, batch: Batch, key: jax.Array) -> dict[str, Any]:
         """What the losses need to know of each patient, by the name of the objective or task."""
         input_key, dropout_key = jax.random.split(key)
-        common: dict[str, Any] = {"special": self.special, "vocab_size": self.model.vocab_size, "train": self.train}
-        inputs = step_inputs.model_inputs(batch, input_key, self.config, **common)
+        inputs = step_inputs.model_inputs(batch, input_key, self.model, special=self.special, train=self.train)
         return self.model.apply({"params": params}, inputs, train=self.train, rngs={"dropout": dropout_key})
 
     def objectives(self, params: Any, features: dict[str, Any], batch: Batch) -> tuple[jax.Array, dict]:

@@ -9,14 +9,16 @@ import math
 import signal
 from collections import deque
 from collections.abc import Callable
+from dataclasses import dataclass, field
 from pathlib import Path
 from types import FrameType
 
 import jax
 
 from mg3d_jax.errors import UserError
+from mg3d_jax.training import run_folder
 from mg3d_jax.training.checkpoints import Checkpoints
-from mg3d_jax.training.hooks import AfterStep, Hook
+from mg3d_jax.training.hooks import AfterStep, Hook, TrainingRun
 from mg3d_jax.training.writers import keep_lines
 
 logger = logging.getLogger(__name__)
@@ -52,6 +54,7 @@ class StopRequest:
             signal.signal(signal.SIGTERM, self._old)
 
 
+@dataclass(eq=False)
 class SkippedUpdates(Hook):
     """Counts the updates that the compiled step skipped because loss or gradient was not finite.
 
@@ -60,21 +63,29 @@ class SkippedUpdates(Hook):
     to the same end; process 0 writes. A resumed run counts on; what was noted after its checkpoint happens again and is
     dropped.
 
-    Args:
+    Attributes:
         limit: so many in a row end the run.
-        records: names of the records in the batch of a step, e.g. "FOLDER: SCAN".
-        resume_step: of the checkpoint, 0 for a new run.
+        total: since the first step of the run. `in_a_row`: up to the last step that was checked.
     """
 
+    limit: int
+    total: int = field(default=0, init=False)
+    in_a_row: int = field(default=0, init=False)
+    _in_flight: deque[tuple[int, jax.Array, jax.Array]] = field(default_factory=deque, init=False)
     measures = waits = False
 
-    def __init__(self, workdir: Path, limit: int, records: Callable[[int], list[str]], *, resume_step: int = 0):
-        self._path, self._limit, self._records = workdir / SKIPPED_FILE, limit, records
-        before = keep_lines(self._path, lambda entry: entry.get("step", math.inf) <= resume_step)
+    def start(self, run: TrainingRun) -> None:
+        config = run.setup.config
+        records = run_folder.records_of_steps(run.train, config.data, config.seed)
+        self.resume(run.workdir, run.first, records)
+
+    def resume(self, workdir: Path, first: int, records: Callable[[int], list[str]]) -> None:
+        """Counts what `workdir` tells of the steps up to `first`. `records`: names of those in the batch of a step."""
+        self._path, self._records = workdir / SKIPPED_FILE, records
+        before = keep_lines(self._path, lambda entry: entry.get("step", math.inf) <= first)
         steps = {entry["step"] for entry in before}
         self.total = len(steps)
-        self.in_a_row = next(n for n in itertools.count() if resume_step - n not in steps)
-        self._in_flight: deque[tuple[int, jax.Array, jax.Array]] = deque()
+        self.in_a_row = next(n for n in itertools.count() if first - n not in steps)
 
     def __call__(self, after: AfterStep) -> None:
         """Waits until few enough steps are in flight: none where another hook needs their results."""
@@ -104,7 +115,7 @@ class SkippedUpdates(Hook):
             )
             with self._path.open("a") as file:
                 file.write(json.dumps({"step": step, "loss": repr(loss), "records": records}) + "\n")
-        if self.in_a_row >= self._limit:
+        if self.in_a_row >= self.limit:
             raise UserError(
                 f"{self.in_a_row} updates in a row were not finite (training.max_skipped), the last at step {step}: lower "
                 f"optimizer.learning_rate, or look at the records in {self._path}. The checkpoints before are intact"

@@ -29,11 +29,10 @@ class Storage:
 
     Args:
         folder: absolute.
-        kept: which of the steps stay when another one is saved.
     """
 
-    def __init__(self, folder: Path, kept: Kept):
-        self.folder, self._kept = folder, kept
+    def __init__(self, folder: Path):
+        self.folder = folder
         self._manager: Any = None  # orbax's, between `open` and `close`
         self._quiet = ExitStack()
 
@@ -51,8 +50,11 @@ class Storage:
         """Is there a writer, which has to be closed?"""
         return self._manager is not None
 
-    def open(self) -> None:
-        """Makes the writer. All processes must call it, when what damage and kills have left is out of the way."""
+    def open(self, kept: Kept) -> None:
+        """Makes the writer. All processes must call it, when what damage and kills have left is out of the way.
+
+        `kept` says which of the steps stay when another one is saved.
+        """
         self._quiet.enter_context(_without_repetitions())
         handlers, text = ocp.handlers.DefaultCheckpointHandlerRegistry(), ocp.JsonCheckpointHandler()
         for item, args, handler in (
@@ -61,7 +63,7 @@ class Storage:
         ):
             for kind in args:
                 handlers.add(item, kind, handler)
-        options = ocp.CheckpointManagerOptions(preservation_policy=_Policy(self._kept))
+        options = ocp.CheckpointManagerOptions(preservation_policy=_Policy(kept))
         self._manager = ocp.CheckpointManager(self.folder, options=options, handler_registry=handlers)
 
     def save(self, step: int, state: Any, meta: dict[str, Any]) -> None:

@@ -13,7 +13,6 @@ from rich.console import Console
 from rich.table import Table
 
 from mg3d_jax import sharding
-from mg3d_jax.config import Config
 from mg3d_jax.data.pipeline import PreparedData, cut_shares
 from mg3d_jax.data.tokens import ReportTokenizer
 from mg3d_jax.training.state import Setup, count
@@ -51,13 +50,15 @@ def start_table(setup: Setup, compiled: jax.stages.Compiled, *, data: Mapping[st
         "tokens per volume",
         f"{math.prod(grid)} ({' x '.join(map(str, grid))} patches of {' x '.join(map(str, patch))})",
     )
-    table.add_row("attention", f"{setup.attention[0]}: {setup.attention[1]}")
+    table.add_row("attention", ": ".join(setup.model.attention))
     table.add_row("steps", f"{setup.steps:,} of {config.data.batch_size} samples")
     for name, group in setup.groups.items():
         what = "not trained" if not group.factor else f"{group.factor:g} times the learning rate"
         table.add_row(f"parameters {name}", f"{len(group.parameters)} arrays, {what}")
     if config.optimizer.layer_decay != 1:
-        table.add_row("layer-wise decay", decay_text(config))
+        table.add_row(
+            "layer-wise decay", decay_text(config.optimizer.layer_decay, config.model.volume_encoder.sizes.depth)
+        )
     table.add_row("FLOPs per step", human(flops, "FLOP"))
     table.add_row("memory of a step, per device", memory_text(compiled))
     console = Console(stderr=True)
@@ -67,26 +68,25 @@ def start_table(setup: Setup, compiled: jax.stages.Compiled, *, data: Mapping[st
     console.print(array_table(setup.abstract, setup.mesh))
 
 
-def decay_text(config: Config) -> str:
-    """What `optimizer.layer_decay` makes of the learning rate at the two ends of the volume tower."""
-    decay, depth = config.optimizer.layer_decay, config.model.volume_encoder.sizes.depth
+def decay_text(decay: float, depth: int) -> str:
+    """What `optimizer.layer_decay` = `decay` makes of the learning rate at the two ends of a volume tower of `depth` layers."""
     ends = f"{decay ** (depth + 1):.3g} before layer 1 of the volume tower, {decay:g} at its last"
     return f"{decay:g} per layer of a tower: {ends}"
 
 
-def data_rows(config: Config, data: PreparedData, tokenizer: ReportTokenizer) -> dict[str, str]:
-    """How much is trained on, and what the limits of the text cut of it."""
-    shares = cut_shares(data, tokenizer, config.objectives["alignment"].sentence_tokens)
+def data_rows(data: PreparedData, tokenizer: ReportTokenizer, alignment: Any) -> dict[str, str]:
+    """How much is trained on, and what the limits of the text cut of it. `alignment`: `config.objectives["alignment"]`."""
+    shares = cut_shares(data, tokenizer, alignment.sentence_tokens)
     return {
         "records": f"{len(data):,} of {data.patients:,} patients",
-        "text that is cut": cut_text(config, *shares),
+        "text that is cut": cut_text(tokenizer, alignment, *shares),
     }
 
 
-def cut_text(config: Config, reports: float, sentences: float) -> str:
+def cut_text(tokenizer: ReportTokenizer, alignment: Any, reports: float, sentences: float) -> str:
     """What the shares of `pipeline.cut_shares` mean for the keys that set the limits."""
-    data, alignment = config.data, config.objectives["alignment"]
-    text = f"{reports:.1%} of reports are longer than {data.max_tokens} tokens or {data.max_sentences} sentences"
+    limits = f"{tokenizer.max_tokens} tokens or {tokenizer.max_sentences} sentences"
+    text = f"{reports:.1%} of reports are longer than {limits}"
     if alignment.weight > 0 and alignment.report_view == "sentences":
         text += f", {sentences:.1%} of single sentences than {alignment.sentence_tokens} tokens"
     return text

@@ -12,6 +12,7 @@ import sys
 import threading
 import time
 import traceback
+from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
 
@@ -25,26 +26,27 @@ FOLDER = "stacks"
 FIRST_STEP = 4.0  # the first step compiles and waits for all processes: it may take so many times longer
 
 
+@dataclass(eq=False)
 class Watchdog(Hook):
     """`with Watchdog(workdir, minutes) as watchdog: ...; watchdog.beat(step)` after every step.
 
     When no beat came for `minutes`, the stacks of all threads go to stderr and to `workdir/stacks/process-N.txt`, once per
     hang; when the step ends after all, that is said too. What lies between two beats (evaluation, a checkpoint) counts.
 
-    Args:
+    Attributes:
         workdir: the run.
         minutes: 0 watches nothing.
     """
 
+    workdir: Path
+    minutes: float
+    _changed: threading.Condition = field(default_factory=threading.Condition, init=False)
+    _step: int | None = field(default=None, init=False)  # the last one that ended
+    _beat: float = field(default_factory=time.monotonic, init=False)
+    _reported: bool = field(default=False, init=False)
+    _stopped: bool = field(default=False, init=False)
+    _thread: threading.Thread | None = field(default=None, init=False)
     measures = waits = False
-
-    def __init__(self, workdir: Path, minutes: float):
-        self._limit = minutes * 60.0
-        self._file = workdir / FOLDER / f"process-{jax.process_index()}.txt"
-        self._changed = threading.Condition()
-        self._step: int | None = None  # the last one that ended
-        self._beat, self._reported, self._stopped = time.monotonic(), False, False
-        self._thread: threading.Thread | None = None
 
     def start(self, run: TrainingRun) -> None:
         self.__enter__()
@@ -56,7 +58,7 @@ class Watchdog(Hook):
         self.__exit__(None, None, None)
 
     def __enter__(self) -> Watchdog:
-        if self._limit > 0:
+        if self.minutes > 0:
             self._beat = time.monotonic()
             self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
             self._thread.start()
@@ -75,7 +77,7 @@ class Watchdog(Hook):
 
     def _allowed(self) -> float:
         """Seconds that the step in progress may take; 0 for any time."""
-        return self._limit * (FIRST_STEP if self._step is None else 1.0)
+        return 60 * self.minutes * (FIRST_STEP if self._step is None else 1.0)
 
     def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
         if self._thread is not None:
@@ -121,12 +123,13 @@ class Watchdog(Hook):
         return text
 
     def _write(self, text: str) -> None:
+        path = self.workdir / FOLDER / f"process-{jax.process_index()}.txt"
         try:
-            self._file.parent.mkdir(parents=True, exist_ok=True)
-            with self._file.open("a") as file:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with path.open("a") as file:
                 file.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')} {text}\n")
         except OSError as error:
-            logger.warning(f"watchdog: {self._file} cannot be written: {error}")
+            logger.warning(f"watchdog: {path} cannot be written: {error}")
 
 
 def stacks() -> str:

@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 from mg3d_jax.config.parts import TrainingConfig
 from mg3d_jax.training.checkpoints import Checkpoints
-from mg3d_jax.training.clock import Clock
-from mg3d_jax.training.cost import StepCost
 from mg3d_jax.training.hooks import BestMetric, HeldOutLoss, Hook, Log, ProgressBar, Save, SaveAtTheEnd
 from mg3d_jax.training.profiler import Profiler
 from mg3d_jax.training.stopping import SkippedUpdates
@@ -19,34 +16,28 @@ from mg3d_jax.training.watchdog import Watchdog
 def standard_hooks(
     training: TrainingConfig,
     workdir: Path,
+    checkpoints: Checkpoints,
     *,
     given: Sequence[Hook],
-    batch_size: int,
-    checkpoints: Checkpoints,
-    clock: Clock,
-    cost: StepCost,
-    facts: Callable[[], Mapping[str, Any]],
     profile_steps: int,
-    skipped: SkippedUpdates,
     validates: bool,
 ) -> list[Hook]:
     """What is measured comes before what saves it; what only watches comes last.
 
     Args:
         given: further hooks: evaluations, pictures, those of a user.
-        facts: gives the part of a checkpoint's JSON that is the same at every step.
         profile_steps: how many steps to trace.
         validates: is there held-out data?
     """
-    best = training.best_metric
-    log = Log(training.log_every, batch_size, clock, cost, skipped)
-    save = Save(training.checkpoint_every, checkpoints, clock, batch_size, facts, best)
+    best, skipped = training.best_metric, SkippedUpdates(training.max_skipped)
+    log = Log(skipped, every=training.log_every)
+    save = Save(checkpoints, best, every=training.checkpoint_every)
     return [
         skipped,
         log,
         # The best checkpoint is chosen by the evaluation of the last step: then that comes first.
         *([] if best else [SaveAtTheEnd(save)]),
-        *([HeldOutLoss(training.validate_every)] if validates else []),
+        *([HeldOutLoss(every=training.validate_every)] if validates else []),
         *given,
         *([BestMetric(best)] if best else []),
         save,

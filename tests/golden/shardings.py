@@ -41,9 +41,7 @@ def whole_method(preset: str) -> config_lib.Config:
 def setups(preset: str) -> Iterator[state_lib.Setup]:
     """The state on each of the meshes, abstract; the model is traced once."""
     config = whole_method(preset)
-    boxed = state_lib.abstract_parameters(
-        state_lib.random_parameters(state_lib.build_model(config, VOCABULARY)[0], config)
-    )
+    boxed = state_lib.abstract_parameters(state_lib.random_parameters(state_lib.build_model(config, VOCABULARY)))
     with mock.patch.object(state_lib, "abstract_parameters", return_value=boxed):
         for sizes in MESHES:
             mesh = sharding.make_mesh(sharding.MeshConfig(*("", *sizes)))
