@@ -66,7 +66,7 @@ def test_info_nce_equals_torch_cross_entropy_with_a_learned_temperature():
     def loss(x, y, temperature):
         return info_nce(x, y, temperature=temperature)[0]
 
-    value, gradients = jax.value_and_grad(loss, argnums=(0, 1, 2))(x, y, jnp.float32(0.07))
+    value, gradients = jax.jit(jax.value_and_grad(loss, argnums=(0, 1, 2)))(x, y, jnp.float32(0.07))
     np.testing.assert_allclose(value, expected.item(), rtol=1e-5)
     for ours, tensor in zip(gradients, tensors, strict=True):
         np.testing.assert_allclose(ours, tensor.grad.numpy(), rtol=1e-3, atol=1e-5)
@@ -83,7 +83,7 @@ def test_sigmoid_equals_torch_with_learned_scale_and_bias():
     def loss(x, y, scale, bias):
         return sigmoid_contrastive(x, y, scale=scale, bias=bias, block_size=3)[0]
 
-    value, gradients = jax.value_and_grad(loss, argnums=(0, 1, 2, 3))(x, y, jnp.float32(10), jnp.float32(-10))
+    value, gradients = jax.jit(jax.value_and_grad(loss, argnums=(0, 1, 2, 3)))(x, y, jnp.float32(10), jnp.float32(-10))
     np.testing.assert_allclose(value, expected.item(), rtol=1e-5)
     for ours, tensor in zip(gradients, tensors, strict=True):
         np.testing.assert_allclose(ours, tensor.grad.numpy(), rtol=1e-4, atol=1e-5)
@@ -169,9 +169,8 @@ def test_nothing_is_ever_infinite(loss, slow, case):
         groups = np.zeros(8, np.int32)
     if loss.func is info_nce:
         loss = partial(info_nce, temperature=0.01)
-    (value, metrics), gradients = jax.value_and_grad(
-        lambda x, y: loss(x, y, group_ids=groups, valid=valid), argnums=(0, 1), has_aux=True
-    )(x, y)
+    step = jax.value_and_grad(lambda x, y: loss(x, y, group_ids=groups, valid=valid), argnums=(0, 1), has_aux=True)
+    (value, metrics), gradients = jax.jit(step)(x, y)
     for number in (value, *jax.tree.leaves(metrics), *gradients):
         assert np.all(np.isfinite(np.asarray(number, np.float32)))
     if case == "nobody valid":

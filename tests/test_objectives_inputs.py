@@ -59,6 +59,7 @@ LOSSES = {
         {"reconstructed": Z, "original": Z + 1, "mask": MASK},
     ),
 }
+LOSSES = {name: (jax.jit(loss), arrays) for name, (loss, arrays) in LOSSES.items()}
 WHOLE = [(name, key) for name, (_, arrays) in LOSSES.items() for key in arrays]
 
 
