@@ -2,6 +2,7 @@
 imported Swin."""
 
 import dataclasses
+import functools
 import importlib.util
 import json
 import logging
@@ -42,9 +43,21 @@ def start(config, tokenizer):
     return setup, load_initial(setup, state_lib.initialize(setup), tokenizer)["params"]
 
 
+@functools.cache
+def built(config_json, vocab_size):
+    config = config_lib.from_json(config_json)
+    return state_lib.build(config, vocab_size, sharding.make_mesh(config.mesh), steps=2)
+
+
+def setup_of(config, tokenizer):
+    """What is fixed before the first step; built once for all `init_from`."""
+    plain = config_lib.replace(config, {"init_from.path": "", "init_from.take": (".*",), "init_from.leave": ()})
+    return dataclasses.replace(built(config_lib.to_json(plain), tokenizer.vocab_size), config=config)
+
+
 def start_from_zeros(config, tokenizer):
     """`start`, without compiling the initialisation."""
-    setup = state_lib.build(config, tokenizer.vocab_size, sharding.make_mesh(config.mesh), steps=2)
+    setup = setup_of(config, tokenizer)
     zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), setup.abstract["params"])
     return setup, load_initial(setup, {"params": zeros}, tokenizer)["params"]
 
@@ -72,7 +85,7 @@ def test_a_report_encoder_starts_from_real_weights_sharded(minilm):
 def test_another_tokenizer_is_refused(minilm):
     config = tiny_config(model__report_encoder__preset="mini", model__report_encoder__pretrained=minilm)
     with pytest.raises(UserError):
-        start(config, ReportTokenizer(train_wordpiece(["No nodule."] * 3, 60), 64, 16))
+        start_from_zeros(config, ReportTokenizer(train_wordpiece(["No nodule."] * 3, 60), 64, 16))
 
 
 def test_an_imported_tower_knows_its_tokenizer(minilm, tmp_path):
@@ -84,14 +97,16 @@ def test_an_imported_tower_knows_its_tokenizer(minilm, tmp_path):
     ids["lung"], ids["heart"] = ids["heart"], ids["lung"]
     other = Tokenizer.from_str(json.dumps(own))
     with pytest.raises(UserError, match="2 tokens have another id"):
-        start(config, ReportTokenizer(other, 64, 16))
+        start_from_zeros(config, ReportTokenizer(other, 64, 16))
 
 
 def test_a_vit_starts_from_an_imported_tower_of_another_size(tmp_path):
     tokenizer = ReportTokenizer(train_wordpiece(["No nodule."] * 3, 60), 64, 16)
     small = tiny_config(model__volume_encoder__positions="learned")
-    _, fresh = start(small, tokenizer)
-    encoder = {k: v for k, v in jax.device_get(fresh["volume_encoder"]).items() if k != "pool"}
+    shapes, rng = setup_of(small, tokenizer).abstract["params"]["volume_encoder"], np.random.default_rng(0)
+    encoder = jax.tree.map(
+        lambda x: rng.normal(size=x.shape).astype(np.float32), {k: v for k, v in shapes.items() if k != "pool"}
+    )
     fields = {"volume_size": (16, 16, 16), "patch_size": (8, 8, 8)}
     save_tower(Tower("vit", fields, encoder, "somewhere"), tmp_path / "vit")
     save_tower(Tower("vit", fields | {"exact_gelu": True}, encoder, "somewhere"), tmp_path / "other")
@@ -101,7 +116,7 @@ def test_a_vit_starts_from_an_imported_tower_of_another_size(tmp_path):
         model__volume_encoder__pretrained=str(tmp_path / "vit"),
         seed=1,
     )
-    setup, params = start(larger, tokenizer)
+    setup, params = start_from_zeros(larger, tokenizer)
     params = params["volume_encoder"]
     np.testing.assert_array_equal(params["patch_embedding"]["kernel"], encoder["patch_embedding"]["kernel"])
     np.testing.assert_allclose(params["positions"], interpolate(encoder["positions"], (2, 2, 2), (4, 2, 2)), rtol=1e-6)
@@ -176,7 +191,7 @@ def test_a_roberta_reads_reports_as_in_transformers(tmp_path, monkeypatch):
 def test_what_is_no_tower_is_said(tmp_path):
     config = tiny_config(model__volume_encoder__pretrained=str(tmp_path))
     with pytest.raises(UserError, match="no folder written by `mg3d import`"):
-        start(config, ReportTokenizer(train_wordpiece(["No nodule."] * 3, 60), 64, 16))
+        start_from_zeros(config, ReportTokenizer(train_wordpiece(["No nodule."] * 3, 60), 64, 16))
 
 
 RUN = ROOT / "tests" / "fixtures" / "v0.1.0" / "run"  # every objective on
@@ -214,7 +229,7 @@ def test_a_run_starts_from_another_one(source, caplog):
 def test_an_average_starts_from_the_same(source):
     config = config_lib.replace(source.config, {"init_from.path": str(RUN), "optimizer.ema": 0.9})
     tokenizer = ReportTokenizer(source.tokenizer, 64, 8)
-    setup = state_lib.build(config, tokenizer.vocab_size, sharding.make_mesh(config.mesh), steps=2)
+    setup = setup_of(config, tokenizer)
     zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), setup.abstract["params"])
     state = load_initial(setup, {"params": zeros, "ema": zeros}, tokenizer)
     jax.tree.map(np.testing.assert_array_equal, jax.device_get(state["ema"]), jax.device_get(source.params))
@@ -298,7 +313,7 @@ def test_an_export_is_read_back(source, tmp_path, changes):
     }
     config = config_lib.replace(source.config, changes)
     text = ReportTokenizer(source.tokenizer, 64, 8)
-    setup = state_lib.build(config, text.vocab_size, sharding.make_mesh(config.mesh), steps=2)
+    setup = setup_of(config, text)
     rng = np.random.default_rng(0)
     params = jax.tree.map(lambda x: rng.normal(size=x.shape).astype(np.float32), setup.abstract["params"])
     kept, _ = export_format.split_params(params)

@@ -27,11 +27,8 @@ def run(module, params, *args, **options):
 
 def noisy(params, seed=1):
     """The same tree with noise added, so that biases, scales and layer scales are not at their special values."""
-    leaves, tree = jax.tree.flatten(params)
-    keys = jax.random.split(jax.random.key(seed), len(leaves))
-    return jax.tree.unflatten(
-        tree, [x + 0.1 * jax.random.normal(k, x.shape) for x, k in zip(leaves, keys, strict=True)]
-    )
+    rng = np.random.default_rng(seed)
+    return jax.tree.map(lambda x: np.float32(x + 0.1 * rng.normal(size=x.shape)), params)
 
 
 def torch_layer(params, width, heads, hidden, norm_first):

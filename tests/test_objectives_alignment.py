@@ -84,12 +84,12 @@ def test_centred_loss_does_not_see_a_common_part_and_gives_its_bias_no_gradient(
 
 def test_the_biases_follow_the_means_so_that_embeddings_become_centred():
     config = tiny_config(optimizer__learning_rate=0.0)
-    setup = state_lib.build(config, 400, sharding.make_mesh(config.mesh), steps=10)
+    setup = state_lib.build(config, 400, sharding.make_mesh(config.mesh, jax.devices()[:1]), steps=10)
     batch = sharding.to_global(random_batch(config, 400), setup.mesh, config.data.batch_size)
     state, step = state_lib.initialize(setup), step_lib.train_step(setup, SPECIAL)
 
     inputs = step_lib.step_inputs.window(batch["volume"], config.data.windows)
-    embed = lambda p: setup.model.apply({"params": p}, inputs, method="embed_volume")["volume_embedding"]  # noqa: E731
+    embed = jax.jit(lambda p: setup.model.apply({"params": p}, inputs, method="embed_volume")["volume_embedding"])
     before = np.linalg.norm(np.asarray(embed(state["params"])).mean(0))
     for _ in range(30):
         state, metrics = step(state, batch)

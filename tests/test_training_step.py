@@ -6,7 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from support import SPECIAL, random_batch, tiny_config
+from support import SPECIAL, random_batch, tiny_builder, tiny_config, with_smallest_towers
 
 from mg3d_jax import config as config_lib
 from mg3d_jax import sharding
@@ -56,22 +56,22 @@ def test_every_mesh_gives_the_single_device_loss_and_gradients(single_device, si
     jax.tree.map(close, grads, single_device[1])
 
 
-def run_steps(config, count, *sizes):
-    setup, batch = build(config, *sizes)
-    state, step_fn, losses = state_lib.initialize(setup), step_lib.train_step(setup, SPECIAL), []
-    before = jax.device_get(state["params"])
-    for _ in range(count):
-        state, metrics = step_fn(state, batch)
-        losses.append(float(jax.block_until_ready(metrics["loss"])))
-    assert step_fn.jitted._cache_size() == 1  # shardings of the returned state are those it came with
-    return losses, before, jax.device_get(state["params"])
-
-
 def test_loss_falls_on_one_batch_and_repeats_exactly():
-    config = tiny_config(optimizer__learning_rate=1e-2, schedule__warmup_steps=1)
-    losses = run_steps(config, 10, 2, 2, 2)[0]
-    assert losses == run_steps(config, 10, 2, 2, 2)[0]
-    assert losses[-1] < 0.8 * losses[0]
+    builder = with_smallest_towers(tiny_builder(optimizer__learning_rate=1e-2, schedule__warmup_steps=1))
+    setup, batch = build(config_lib.typed(builder), 2, 2, 2)
+    step = step_lib.train_step(setup, SPECIAL)
+
+    def losses(count):
+        state, found = state_lib.initialize(setup), []
+        for _ in range(count):
+            state, metrics = step(state, batch)
+            found.append(float(jax.block_until_ready(metrics["loss"])))
+        return found
+
+    first = losses(10)
+    assert losses(4) == first[:4]
+    assert first[-1] < 0.8 * first[0]
+    assert step.jitted._cache_size() == 1  # shardings of the returned state are those it came with
 
 
 def test_a_learned_temperature_stops_at_its_limit_and_comes_back():
