@@ -160,6 +160,7 @@ def _sums(whole: NamedSharding | None) -> Callable[[Sequence[jax.Array]], jax.Ar
     return jax.jit(lambda leaves: jnp.stack([_sum(leaf) for leaf in leaves]), out_shardings=whole)
 
 
+@jax.jit  # traced once for all arrays of one shape
 def _sum(x: jax.Array) -> jax.Array:
     bits = jax.lax.bitcast_convert_type(x, jnp.dtype(f"uint{8 * x.dtype.itemsize}")).astype(jnp.uint32)
     position, stride = jnp.uint32(0), 1
