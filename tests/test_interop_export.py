@@ -4,6 +4,7 @@ import dataclasses
 import json
 import subprocess
 import sys
+from functools import partial
 
 import jax
 import numpy as np
@@ -88,13 +89,14 @@ def linen(run, volumes, text):
     config = config_lib.replace(run.config, {"model.dtype": "float32"})
     model = state_lib.build_model(config, load_tokenizer(str(run.tokenizer_folder)).get_vocab_size())
     windowed = step_inputs.window(volumes, config.data.windows)
-    volume = model.apply({"params": run.params}, windowed, method="embed_volume")
+    embed_volume, embed_report = (jax.jit(partial(model.apply, method=f"embed_{of}")) for of in ("volume", "report"))
+    volume = embed_volume({"params": run.params}, windowed)
     report = {
         "token_ids": text["input_ids"].numpy(),
         "token_mask": text["attention_mask"].numpy() > 0,
         "sentence_index": text["sentence_index"].numpy(),
     }
-    report = model.apply({"params": run.params}, report, method="embed_report")
+    report = embed_report({"params": run.params}, report)
     found = volume["volume_embedding"], report["report_embedding"], volume["volume_tokens"]
     return [np.asarray(x / np.linalg.norm(x, axis=-1, keepdims=True)) for x in found[:2]] + [np.asarray(found[2])]
 
@@ -244,9 +246,8 @@ def test_monais_vit_loads_the_state_dict_and_gives_the_tokens(make_run, tmp_path
     with torch.no_grad():
         tokens = vit.eval()(torch.from_numpy(windowed.copy()))[0].numpy()
     model = state_lib.build_model(run.config, 300)
-    expected = model.apply(
-        {"params": run.params}, np.moveaxis(windowed, 1, -1), method=lambda m, v: m.volume_encoder(v)["tokens"]
-    )
+    encode = jax.jit(partial(model.apply, method=lambda m, v: m.volume_encoder(v)["tokens"]))
+    expected = encode({"params": run.params}, np.moveaxis(windowed, 1, -1))
     np.testing.assert_allclose(tokens, expected, atol=1e-4)
 
 
