@@ -7,7 +7,9 @@ receives the same dict as global `jax.Array`s sharded over the batch axis.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from types import MappingProxyType
 
 import jax
 import numpy as np
@@ -21,10 +23,13 @@ HIGHEST_HU = 3071  # and the highest: 12-bit scanners end here; beyond it is met
 class Field:
     """One array of the batch: symbolic shape (without the batch axis), dtype, and what it means."""
 
-    shape: tuple[str, ...]
+    shape: tuple[str | int, ...]
     dtype: type
     meaning: str
+    texts: bool = False  # ids of texts along the last axis, [CLS] first and [SEP] last, then 0; all 0 for no text
 
+
+NOTHING_MORE: Mapping[str, Field] = MappingProxyType({})
 
 FIELDS: dict[str, Field] = {
     "volume": Field(("X", "Y", "Z"), np.int16, "HU, not windowed; air is -1024"),
@@ -47,21 +52,32 @@ FIELDS: dict[str, Field] = {
 
 
 def abstract(
-    batch_size: int, volume_size: tuple[int, int, int], tokens: int, labels: int
+    batch_size: int,
+    volume_size: tuple[int, int, int],
+    tokens: int,
+    labels: int,
+    more: Mapping[str, Field] = NOTHING_MORE,
 ) -> dict[str, jax.ShapeDtypeStruct]:
-    """Shape, batch axis first, and dtype of every field: enough to trace what takes a batch."""
-    sizes = dict(zip("XYZ", volume_size, strict=True)) | {"T": tokens, "L": labels}
-    shapes = {name: (batch_size, *(sizes[axis] for axis in field.shape)) for name, field in FIELDS.items()}
-    return {name: jax.ShapeDtypeStruct(shape, FIELDS[name].dtype) for name, shape in shapes.items()}
+    """Shape, batch axis first, and dtype of every field: enough to trace what takes a batch.
+
+    Args:
+        more: fields that objectives add (`objectives.base.TextFields`); their shapes are numbers.
+    """
+    sizes: dict[str | int, int] = dict(zip("XYZ", volume_size, strict=True)) | {"T": tokens, "L": labels}
+    return {
+        name: jax.ShapeDtypeStruct((batch_size, *(sizes.get(axis, axis) for axis in one.shape)), one.dtype)
+        for name, one in {**FIELDS, **more}.items()
+    }
 
 
-def check(batch: dict[str, np.ndarray]) -> None:
+def check(batch: dict[str, np.ndarray], more: Mapping[str, Field] = NOTHING_MORE) -> None:
     """Raises `ValueError` naming the first field that is missing, unknown, or of the wrong rank or dtype."""
-    if missing := FIELDS.keys() - batch.keys():
+    fields = {**FIELDS, **more}
+    if missing := fields.keys() - batch.keys():
         raise ValueError(f"batch lacks {sorted(missing)}")
-    if unknown := batch.keys() - FIELDS.keys():
+    if unknown := batch.keys() - fields.keys():
         raise ValueError(f"batch has unknown fields {sorted(unknown)}")
-    for name, field in FIELDS.items():
+    for name, field in fields.items():
         array = batch[name]
         if array.ndim != len(field.shape) + 1 or array.dtype != field.dtype:
             raise ValueError(

@@ -79,6 +79,12 @@ def _model_problems(config: Config) -> list[str]:
     problems += choice(
         "model.volume_encoder.pooling", model.volume_encoder.pooling, model.volume_encoder.tower.poolings
     )
+    report = model.report_encoder
+    if report.precompute and report.frozen_layers != -1:
+        problems.append(
+            f"model.report_encoder.precompute: the features of a tower that is trained change (frozen_layers = "
+            f"{report.frozen_layers}): set model.report_encoder.frozen_layers=-1, or precompute=False"
+        )
     return problems + _cell_problems(model)
 
 

@@ -138,6 +138,11 @@ class ReportEncoderConfig(EncoderConfig):
         "", "a BERT-type checkpoint: a folder or a name on the Hugging Face hub; set data.tokenizer to it, too"
     )
     frozen_layers: int = key(0, "k: the embedding and the first k layers are frozen; 0: nothing; -1: the whole tower")
+    precompute: bool = key(
+        False,
+        "encode every single sentence once, before training, and train on the features; for a tower that is wholly frozen",
+        neutral=False,
+    )
 
     @staticmethod
     def towers() -> Registry[Any]:
@@ -311,7 +316,7 @@ class Config:
     def text_tokens(self) -> int:
         """Tokens of one text as the alignment objective gives it to the report encoder: a sentence, or a whole report."""
         alignment = self.objectives["alignment"]
-        return alignment.sentence_tokens if alignment.report_view == "sentences" else self.data.max_tokens
+        return self.data.max_tokens if alignment.report_view == "report" else alignment.sentence_tokens
 
 
 # Groups of a configuration whose keys come from a registry: `GROUP.NAME.KEY`, with an entry for every registered name.

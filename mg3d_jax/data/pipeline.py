@@ -12,7 +12,7 @@ import hashlib
 import itertools
 import math
 import signal
-from collections.abc import Generator, Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext, suppress
 from multiprocessing import resource_tracker
 from pathlib import Path
@@ -38,6 +38,12 @@ PREFETCHED_BATCHES = 2
 SAMPLED_REPORTS = 200
 TOKENIZER_RECORDS = 2000  # whose reports a new tokenizer is trained on
 Row = dict[str, Any]  # what a batch holds of one record, without its volume: arrays and NumPy scalars
+MoreText = Callable[[Sequence[str]], Row]  # sentences of a report -> the fields that objectives add (`objectives.base`)
+
+
+def no_more_text(sentences: Sequence[str]) -> Row:
+    """No fields beyond those of `mg3d_jax.batch`."""
+    return {}
 
 
 class PreparedData:
@@ -174,10 +180,17 @@ class BatchReader:
     Args:
         bad: is told of damaged records, whose rows become `valid = False`: air, an empty report, unknown labels. Without
             it a damaged record is an error.
+        more_text: further fields of a report.
     """
 
-    def __init__(self, data: PreparedData, tokenizer: ReportTokenizer, bad: BadRecords | None = None):
-        self.data, self.tokenizer, self.bad = data, tokenizer, bad
+    def __init__(
+        self,
+        data: PreparedData,
+        tokenizer: ReportTokenizer,
+        bad: BadRecords | None = None,
+        more_text: MoreText = no_more_text,
+    ):
+        self.data, self.tokenizer, self.bad, self.more_text = data, tokenizer, bad, more_text
         self._tokens: dict[str, Row] = {}
         self._other_texts: dict[int, Row | None] = {}
 
@@ -206,7 +219,7 @@ class BatchReader:
         }
 
     def _empty_row(self, index: int) -> Row:
-        return self.tokenizer(()) | {
+        return self._fields(()) | {
             "report_id": np.int32(-1),  # no text's and no patient's id is negative
             "labels": np.full(len(self.data.label_names), UNKNOWN_LABEL, np.int8),
             "patient_id": np.int32(-1),
@@ -216,9 +229,12 @@ class BatchReader:
 
     def _text(self, record: Record) -> Row:
         if record.report_id not in self._tokens:
-            fields = self.tokenizer(record.sentences)
+            fields = self._fields(record.sentences)
             self._tokens[record.report_id] = fields | {"report_id": short_id(record.report_id)}
         return self._tokens[record.report_id]
+
+    def _fields(self, sentences: Sequence[str]) -> Row:
+        return self.tokenizer(sentences) | self.more_text(sentences)
 
     def _text_of(self, index: int) -> Row | None:
         """The text of record `index` alone, None if it is damaged. Kept by index: the record is read once only."""
@@ -316,7 +332,7 @@ def host_batches(
 
 def train_batches(
     data: PreparedData, tokenizer: ReportTokenizer, options: DataConfig, mesh: Mesh, *, seed: int, start: int, stop: int,
-    accumulation: int = 1, log_folder: Path | None = None,
+    accumulation: int = 1, log_folder: Path | None = None, more_text: MoreText = no_more_text,
 ) -> Iterator[dict]:  # fmt: skip
     """Global batches of steps `start ... stop - 1`, as sharded arrays. Read ahead in threads, or in `workers` processes.
 
@@ -332,7 +348,7 @@ def train_batches(
             f"use a multiple of {parts}"
         )
     source = LocalBatches(
-        BatchReader(data, tokenizer, skipped_records(data, log_folder, options.max_bad_records)),
+        BatchReader(data, tokenizer, skipped_records(data, log_folder, options.max_bad_records), more_text),
         RecordOrder(data.lengths, options.weights, seed=seed),
         sharding.local_rows(mesh, size), size, start=start, stop=stop,
         report_of=reports_of_others(data.records_of_patients, seed=seed) if options.shuffle_reports else None,
@@ -347,7 +363,7 @@ def train_batches(
 
 def evaluation_batches(
     data: PreparedData, tokenizer: ReportTokenizer, mesh: Mesh, batch_size: int, *, threads: int,
-    log_folder: Path | None = None, max_bad_records: int = 0, start: int = 0,
+    log_folder: Path | None = None, max_bad_records: int = 0, start: int = 0, more_text: MoreText = no_more_text,
 ) -> Iterator[dict]:  # fmt: skip
     """Every record once, in order, from batch number `start` on; the last batch is padded with `valid = False` rows. Read
     ahead in `threads` threads.
@@ -356,7 +372,7 @@ def evaluation_batches(
     `train_batches`, for the held-out loss during training.
     """
     bad = BadRecords(log_folder, max_bad_records) if max_bad_records else None
-    reader = BatchReader(data, tokenizer, bad)
+    reader = BatchReader(data, tokenizer, bad, more_text)
     source = EvaluationBatches(reader, sharding.local_rows(mesh, batch_size), batch_size, start)
     batches = host_batches(source, threads=threads, workers=0)
     try:

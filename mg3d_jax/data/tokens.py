@@ -154,6 +154,11 @@ class ReportTokenizer:
             "word_index": self._padded(word_of, np.int32, 0),
         }
 
+    def encode(self, texts: Sequence[str]) -> list[list[int]]:
+        """Ids of each text as one by itself, [CLS] first and [SEP] last; of any length."""
+        ends = self.special["[CLS]"], self.special["[SEP]"]
+        return [[ends[0], *encoding.ids, ends[1]] for encoding in self._encode(texts)]
+
     def _padded(self, values: list, dtype: type, fill: int) -> np.ndarray:
         array: np.ndarray = np.full(self.max_tokens, fill, dtype)
         array[: len(values)] = values

@@ -59,7 +59,7 @@ class DrawReconstructions(Hook):
 
     def start(self, run: TrainingRun) -> None:
         self._pictures = Reconstructions(run.setup, run.tokenizer.special, spacing=run.held_out.spacing)
-        self._held_out = HeldOut(run.setup, run.tokenizer, run.held_out, log_folder=run.workdir)
+        self._held_out = HeldOut(run.setup, run.tokenizer, run.held_out, run.more_text, log_folder=run.workdir)
 
     def __call__(self, after: AfterStep) -> None:
         for name, pixels in self._pictures(after.params, self._held_out.first_batch()).items():

@@ -143,7 +143,7 @@ def torch_config(config: Config, params: dict[str, Any], spacing: tuple[float, f
     }
     for found in tower_arguments(params, config.model).values():
         arguments |= found
-    views = config.objectives["alignment"].report_view == "sentences"
+    views = config.objectives["alignment"].report_view != "report"
     return arguments | {
         "max_tokens": config.data.max_tokens,
         "max_sentences": config.data.max_sentences,

@@ -42,6 +42,7 @@ class Step:
 # `training.inputs.model_inputs`: `volume`, `report`, and what the objectives draw.
 STEPS: tuple[Step, ...] = (
     Step("_embed_views", ("view_embeddings", "view_mask", "view_id"), ("views",)),
+    Step("_embed_statements", ("statement_embeddings", "statement_kind"), ("drawn_statements",)),
     Step("_encode_report", ("report_tokens", "report_input_embeddings"), ("report",)),
     Step("_sentences", ("sentences", "sentence_mask"), ("report_tokens", "report")),
     Step("_report_embedding", ("report_embedding",), ("sentences", "sentence_mask")),
@@ -210,14 +211,31 @@ class MG3D(nn.Module):
 
     def _embed_views(self, views: dict[str, jax.Array], train: bool) -> tuple[jax.Array, ...]:
         """Sentence views, token arrays [B, V, L], each encoded as a report of its own -> [B, V, k], mask and id [B, V]."""
-        batch, count, length = views["token_ids"].shape
+        return *self._embed_sentences(views, train), views["view_id"]
+
+    def _embed_statements(self, statements: dict[str, jax.Array], train: bool) -> tuple[jax.Array, ...]:
+        """Statements and their opposites, token arrays [B, V, 2, L] -> [B, V, 2, k], and what they say [B, V]."""
+        return self._embed_sentences(statements, train)[0], statements["kind"]
+
+    def _embed_sentences(self, texts: dict[str, jax.Array], train: bool) -> tuple[jax.Array, jax.Array]:
+        """Single sentences [..., L], each encoded as a report of its own, or their features [..., e] -> embeddings [..., k],
+        and which there are [...]."""
+        features, there = texts.get("features"), texts.get("there")
+        if features is None:
+            features, there = self.sentence_features(texts, train=train)
+        axes = there.shape
+        rows = features.reshape(-1, 1, features.shape[-1]).astype(self.context.model.dtype)
+        (embeddings,) = self._report_embedding(rows, there.reshape(-1, 1), train=train)
+        return embeddings.reshape(*axes, -1), there
+
+    def sentence_features(self, texts: dict[str, jax.Array], *, train: bool = False) -> tuple[jax.Array, jax.Array]:
+        """Single sentences, token arrays [..., L] -> means of their tokens [..., e], and which have any [...]."""
+        *axes, length = texts["token_ids"].shape
         names = ("token_ids", "token_mask", "sentence_index")
-        rows = {name: views[name].reshape(batch * count, length) for name in names}
+        rows = {name: texts[name].reshape(-1, length) for name in names}
         tokens, _ = self._encode_report(rows, train=train)
-        sentences, mask = sentence_means(tokens, rows["sentence_index"], 1)
-        (embeddings,) = self._report_embedding(sentences, mask, train=train)
-        embeddings = embeddings.reshape(batch, count, -1)
-        return embeddings, jnp.any(mask, axis=1).reshape(batch, count), views["view_id"]
+        means, mask = sentence_means(tokens, rows["sentence_index"], 1)
+        return means.reshape(*axes, -1), jnp.any(mask, axis=1).reshape(axes)
 
     def _encode_report(self, report: dict[str, jax.Array], train: bool) -> tuple[jax.Array, ...]:
         encoded = self.report_encoder(report["token_ids"], report["token_mask"], train=train)

@@ -8,6 +8,7 @@ the mesh in any way, and values and gradients stay the same.
 from mg3d_jax.objectives.alignment import ALIGNMENT
 from mg3d_jax.objectives.discrimination import DISCRIMINATION
 from mg3d_jax.objectives.matching import MATCHING
+from mg3d_jax.objectives.negation import NEGATION
 from mg3d_jax.objectives.report_reconstruction import REPORT_RECONSTRUCTION
 from mg3d_jax.objectives.volume_reconstruction import VOLUME_RECONSTRUCTION
 from mg3d_jax.registry import OBJECTIVES
@@ -17,3 +18,4 @@ OBJECTIVES.register("volume_reconstruction", VOLUME_RECONSTRUCTION)
 OBJECTIVES.register("report_reconstruction", REPORT_RECONSTRUCTION)
 OBJECTIVES.register("matching", MATCHING)
 OBJECTIVES.register("discrimination", DISCRIMINATION)
+OBJECTIVES.register("negation", NEGATION)

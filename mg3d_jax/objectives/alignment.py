@@ -6,15 +6,28 @@ Two pairs: (a) the volume's embedding against the report's, which makes zero-sho
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import zlib
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
-from mg3d_jax.objectives.base import CENTERS, Batch, Context, Features, Metrics, Objective
+from mg3d_jax.batch import Field
+from mg3d_jax.objectives.base import (
+    CENTERS,
+    Batch,
+    Context,
+    Encode,
+    Features,
+    Metrics,
+    Objective,
+    TextFields,
+    single_texts,
+)
 from mg3d_jax.objectives.contrastive import info_nce, sigmoid_contrastive
 from mg3d_jax.objectives.pairwise import l2_normalize, masked_mean
 from mg3d_jax.options import choice, key
@@ -30,10 +43,16 @@ class AlignmentOptions:
     )
     learn_temperature: bool = key(False, "is the temperature trained?")
     report_view: str = key(
-        "sentences", '"report": the whole report; "sentences": random sentences of it, each a text of its own'
+        "sentences",
+        '"report": the whole report; "sentences": random sentences of it, each a text of its own; "subsets": the same '
+        "sentences in random groups, each group the mean direction of its sentences",
     )
     report_sentences: int = key(8, 'sentences drawn per report and step, for the view "sentences"')
     sentence_tokens: int = key(48, "length of one, [CLS] and [SEP] included; what does not fit is cut")
+    subset_sizes: tuple[int, ...] = key(
+        (1, 4, 0), 'sentences of a group, one group of each size, for the view "subsets"; 0: all that are drawn',
+        neutral=(1, 4, 0),
+    )  # fmt: skip
     center: bool = key(
         True, "subtract the mean of the batch from the embeddings; at test time the projections' biases stand in for it"
     )
@@ -47,8 +66,10 @@ def problems(options: AlignmentOptions, config: Any) -> list[str]:
     """Unknown choices, and views that no report encoder can read."""
     found = [
         *choice("objectives.alignment.form", options.form, ("softmax", "sigmoid")),
-        *choice("objectives.alignment.report_view", options.report_view, ("report", "sentences")),
+        *choice("objectives.alignment.report_view", options.report_view, ("report", "sentences", "subsets")),
     ]
+    if not options.subset_sizes or min(options.subset_sizes) < 0:
+        found.append(f"objectives.alignment.subset_sizes = {options.subset_sizes}: give sizes, e.g. (1, 4, 0)")
     if options.report_sentences < 1:
         found.append(f"objectives.alignment.report_sentences = {options.report_sentences}: must be at least 1")
     most = config.model.report_encoder.max_positions
@@ -112,25 +133,79 @@ def sentence_views(
     }
 
 
-def draw(rng: jax.Array, batch: Batch, options: AlignmentOptions, context: Context) -> dict[str, Any]:
-    """`views`: the fields of `sentence_views`, where reports are shown as single sentences."""
-    if options.report_view != "sentences":
+def fields(options: AlignmentOptions, context: Context) -> dict[str, Field]:
+    """The sentences of a report as texts, where their features are computed once; else they are cut out on the device."""
+    if options.report_view == "report" or not context.model.report_encoder.precompute:
         return {}
-    views = sentence_views(
-        rng,
-        batch,
-        sentences=options.report_sentences,
-        tokens=options.sentence_tokens,
-        max_sentences=context.data.max_sentences,
-        special=context.special,
-    )
-    return {"views": views}
+    count = context.data.max_sentences
+    return {
+        "sentences": Field((count, options.sentence_tokens), np.int32, "the sentences of the report", texts=True),
+        "sentence_hash": Field((count,), np.int32, "equal for equal sentences; 0: there is none"),
+    }
+
+
+def make(
+    sentences: Sequence[str], encode: Encode, options: AlignmentOptions, context: Context
+) -> dict[str, np.ndarray]:
+    """The arrays of `fields`. A sentence that is too long is cut, and still ends with [SEP]."""
+    arrays = {name: np.zeros(field.shape, field.dtype) for name, field in fields(options, context).items()}
+    if arrays:
+        most = options.sentence_tokens
+        for row, ids in enumerate(encode(sentences[: context.data.max_sentences])):
+            kept = ids if len(ids) <= most else [*ids[: most - 1], ids[-1]]
+            arrays["sentences"][row, : len(kept)] = kept
+            arrays["sentence_hash"][row] = zlib.crc32(arrays["sentences"][row].tobytes()) >> 1 or 1
+    return arrays
+
+
+def draw(rng: jax.Array, batch: Batch, options: AlignmentOptions, context: Context) -> dict[str, Any]:
+    """`views`: random sentences of each report, and for the view "subsets" `view_groups` bool [B, G, V], the groups."""
+    if options.report_view == "report":
+        return {}
+    if context.model.report_encoder.precompute:
+        views = precomputed_views(rng, batch["sentences"], batch["sentence_hash"], options.report_sentences, context)
+    else:
+        views = sentence_views(
+            rng,
+            batch,
+            sentences=options.report_sentences,
+            tokens=options.sentence_tokens,
+            max_sentences=context.data.max_sentences,
+            special=context.special,
+        )
+    if options.report_view == "sentences":
+        return {"views": views}
+    there = views["there"] if "there" in views else jnp.any(views["sentence_index"] > 0, axis=-1)
+    return {"views": views, "view_groups": random_groups(jax.random.fold_in(rng, 1), there, options.subset_sizes)}
+
+
+def precomputed_views(
+    rng: jax.Array, features: jax.Array, hashes: jax.Array, sentences: int, context: Context
+) -> dict[str, jax.Array]:
+    """As `sentence_views`, of features [B, S, e] and hashes [B, S]: `features` [B, V, e], `there` and `view_id` [B, V]."""
+    scores = jnp.where(hashes != 0, jax.random.uniform(rng, hashes.shape), -1.0)
+    chosen = jax.lax.top_k(scores, min(sentences, hashes.shape[1]))[1]
+    drawn = jnp.take_along_axis(hashes, chosen, axis=1)
+    texts = jnp.take_along_axis(features, chosen[..., None], axis=1)
+    return single_texts(texts, drawn != 0, context) | {"view_id": drawn}
+
+
+def random_groups(rng: jax.Array, there: jax.Array, sizes: tuple[int, ...]) -> jax.Array:
+    """Random groups of the sentences that are `there` bool [B, V]: bool [B, G, V], one of each size, the sizes 0 and those
+    that are too large for a report being all of its sentences."""
+    scores = jnp.where(there[:, None], jax.random.uniform(rng, (there.shape[0], len(sizes), there.shape[1])), 2.0)
+    place = jnp.argsort(jnp.argsort(scores, axis=-1), axis=-1)
+    limits = jnp.array([size or there.shape[1] for size in sizes])[:, None]
+    return (place < limits) & there[:, None]
 
 
 def needs(options: AlignmentOptions) -> tuple[str, ...]:
     """The embeddings of both sides, and the fused one where pair (b) has a weight."""
-    views = options.report_view == "sentences"
-    report = ("view_embeddings", "view_mask", "view_id") if views else ("report_embedding", "sentence_mask")
+    report: tuple[str, ...] = ("view_embeddings", "view_mask", "view_id")
+    if options.report_view == "report":
+        report = ("report_embedding", "sentence_mask")
+    elif options.report_view == "subsets":
+        report = (*report, "view_groups")
     return "volume_embedding", *report, *(("fused_embedding",) if options.fused_weight > 0 else ())
 
 
@@ -153,7 +228,9 @@ def loss(features: Features, batch: Batch, options: AlignmentOptions) -> tuple[j
             contrast = partial(sigmoid_contrastive, scale=scale, bias=features["logit_bias"])
         return contrast(volume, text, group_ids=groups, valid=there, block_size=block_size)
 
-    if "view_embeddings" in features:
+    if "view_groups" in features:
+        total, metrics = _mean_over_groups(pair, features, report_ids, valid)
+    elif "view_embeddings" in features:
         total, metrics = _mean_over_views(pair, features, report_ids, valid)
     else:
         total, metrics = pair(report, report_ids, valid)
@@ -252,4 +329,26 @@ def _mean_over_views(
     return jax.tree.map(lambda values: jnp.sum(values * shares), per_view)
 
 
-ALIGNMENT = Objective(options=AlignmentOptions, needs=needs, loss=loss, draw=draw, problems=problems)
+def _mean_over_groups(
+    pair: Callable, features: Features, report_ids: jax.Array, valid: jax.Array
+) -> tuple[jax.Array, Metrics]:
+    """Pair (a) on groups of sentences, `view_groups` [B, G, V]: the mean of one loss per size.
+
+    Groups of the same sentences are not each other's negatives: their sums of ids are equal.
+    """
+    groups = features["view_groups"] & features["view_mask"][:, None]
+    texts = jnp.einsum("bgv,bvk->gbk", groups.astype(jnp.float32), l2_normalize(features["view_embeddings"]))
+    ids = jnp.sum(jnp.where(groups, features["view_id"][:, None], 0), axis=-1).T  # [G, B], modulo 2^32
+    same = jnp.stack([jnp.broadcast_to(report_ids, ids.shape), ids], axis=-1)
+    there = valid & jnp.any(groups, axis=-1).T
+    return jax.tree.map(jnp.mean, jax.vmap(pair)(texts, same, there))
+
+
+ALIGNMENT = Objective(
+    options=AlignmentOptions,
+    needs=needs,
+    loss=loss,
+    draw=draw,
+    problems=problems,
+    texts=TextFields(fields, make),
+)

@@ -6,12 +6,15 @@ The step asks in this order: `draw` what is random, compute the `needs` of all t
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import jax
+import jax.numpy as jnp
+import numpy as np
 
+from mg3d_jax.batch import FIELDS, Field
 from mg3d_jax.config.parts import DataConfig, ModelConfig
 from mg3d_jax.errors import UserError
 from mg3d_jax.options import Group
@@ -51,6 +54,26 @@ def as_needed(modules: Any, needed: Features, options: Any) -> Features:
     return dict(needed)
 
 
+Encode = Callable[[Sequence[str]], list[list[int]]]  # texts -> ids of each: [CLS] text [SEP]
+Lookup = Callable[[np.ndarray], np.ndarray]  # ids of texts [..., L] -> their features [..., e]
+
+
+@dataclass(frozen=True)
+class TextFields:
+    """Further fields of a batch that an objective makes of a report's sentences, on the host, once per report.
+
+    Args:
+        fields: `(options, context) -> {name: Field}`, shapes as numbers, without the batch axis.
+        make: `(sentences, encode, options, context) -> {name: array}` of one report; no sentences for a record that cannot
+            be read. The same report gives the same arrays.
+
+    With `model.report_encoder.precompute` a batch has features float16 [..., e] in place of a field of `texts`.
+    """
+
+    fields: Callable[[Any, Context], dict[str, Field]]
+    make: Callable[[Sequence[str], Encode, Any, Context], dict[str, np.ndarray]]
+
+
 @dataclass(frozen=True)
 class Objective:
     """An objective or a task.
@@ -67,6 +90,7 @@ class Objective:
         modules: `(options, context) -> {name: Linen module}`: parameters of its own, at the top of the parameter tree. What
             depends on whether dropout is on is left to the model: modules are called without `train`.
         problems: `(own options, whole config) -> [problem, ...]`, said before anything is built.
+        texts: what it adds to a batch that only the words of a report give, e.g. its sentences in other words.
     """
 
     options: type
@@ -76,6 +100,7 @@ class Objective:
     draw: Callable[[jax.Array, Batch, Any, Context], dict[str, Any]] | None = None
     modules: Callable[[Any, Context], dict[str, Any]] = no_modules
     problems: Callable[[Any, Any], list[str]] = no_problems
+    texts: TextFields | None = None
 
 
 @dataclass(frozen=True)
@@ -110,3 +135,72 @@ def enabled(objectives: Group, tasks: Group | None = None) -> tuple[Enabled, ...
 def label_count(tasks: Group) -> int:
     """Labels of a record, as the tasks expect them (an option `num_labels`); 1 where none says it."""
     return max((getattr(options, "num_labels", 1) for options in tasks.values()), default=1)
+
+
+def text_fields(on: Sequence[Enabled], context: Context) -> dict[str, Field]:
+    """The fields that objectives and tasks add to a batch. `UserError` where two have the same name."""
+    found = declared_text_fields(on, context)
+    encoder = context.model.report_encoder
+    if not encoder.precompute:
+        return found
+    width = encoder.sizes.width
+    return {
+        name: Field((*field.shape[:-1], width), np.float16, field.meaning) if field.texts else field
+        for name, field in found.items()
+    }
+
+
+def declared_text_fields(on: Sequence[Enabled], context: Context) -> dict[str, Field]:
+    """As `text_fields`, with the ids of texts whether they are precomputed or not."""
+    found: dict[str, Field] = {}
+    for one in on:
+        own = one.objective.texts.fields(one.options, context) if one.objective.texts else {}
+        if taken := sorted(own.keys() & (found.keys() | FIELDS.keys())):
+            raise UserError(f"the objective {one.name!r} adds {taken} to a batch, which has them already: rename them")
+        found |= own
+    return found
+
+
+def text_maker(
+    on: Sequence[Enabled], encode: Encode, context: Context, lookup: Lookup | None = None
+) -> Callable[[Sequence[str]], dict[str, np.ndarray]]:
+    """`sentences of a report -> the arrays of text_fields`.
+
+    Args:
+        encode: of the run's tokenizer (`data.tokens.ReportTokenizer.encode`).
+        lookup: features of texts, for `model.report_encoder.precompute`.
+    """
+    makers = [(one.objective.texts.make, one.options) for one in on if one.objective.texts]
+    texts = {name for name, field in declared_text_fields(on, context).items() if field.texts}
+
+    def make(sentences: Sequence[str]) -> dict[str, np.ndarray]:
+        found: dict[str, np.ndarray] = {}
+        for maker, options in makers:
+            found |= maker(sentences, encode, options, context)
+        if lookup is not None:
+            found |= {name: lookup(found[name]) for name in texts}
+        return found
+
+    return make
+
+
+def single_texts(texts: jax.Array, lengths: jax.Array, context: Context) -> dict[str, jax.Array]:
+    """What the model reads of texts that stand by themselves, from a field of `texts`.
+
+    Args:
+        texts: ids [..., L], or with `model.report_encoder.precompute` their features [..., e].
+        lengths: tokens of each [...]; 0 for no text.
+
+    Returns:
+        `there` [...], and `features`, or `token_ids`, `token_mask`, `sentence_index` [..., L].
+    """
+    there = lengths > 0
+    if context.model.report_encoder.precompute:
+        return {"features": texts, "there": there}
+    position, length = jnp.arange(texts.shape[-1]), lengths[..., None]
+    return {
+        "token_ids": jnp.where(position < length, texts, context.special["[PAD]"]),
+        "token_mask": position < jnp.maximum(length, 1),  # attention needs something to read
+        "sentence_index": ((position >= 1) & (position < length - 1)).astype(jnp.int32),
+        "there": there,
+    }

@@ -22,7 +22,7 @@ from mg3d_jax import flops, sharding
 from mg3d_jax.config import Config
 from mg3d_jax.data.tokens import SPECIAL_TOKENS
 from mg3d_jax.flops import Flops
-from mg3d_jax.objectives.base import label_count
+from mg3d_jax.objectives.base import label_count, text_fields
 from mg3d_jax.training import optimizer
 from mg3d_jax.training import state as state_lib
 from mg3d_jax.training.step import GRADIENTS, Losses
@@ -135,7 +135,7 @@ class StepCost:
     def report_tokens(self) -> int:
         """Of one patient, that the alignment reads, padding included."""
         data, alignment = self.setup.config.data, self.setup.config.objectives["alignment"]
-        if alignment.report_view == "sentences":
+        if alignment.report_view != "report":
             return min(alignment.report_sentences, data.max_sentences) * alignment.sentence_tokens
         return data.max_tokens
 
@@ -153,9 +153,9 @@ class StepCost:
     @property
     def _arguments(self) -> tuple[Any, Any, Any]:
         """Shapes of the parameters, a batch and a random key."""
-        config = self.setup.config
-        labels = label_count(config.tasks)
-        batch = batch_contract.abstract(self.batch_rows, config.model.volume_size, config.data.max_tokens, labels)
+        config, model = self.setup.config, self.setup.model
+        labels, more = label_count(config.tasks), text_fields(model.on, model.context)
+        batch = batch_contract.abstract(self.batch_rows, config.model.volume_size, config.data.max_tokens, labels, more)
         params = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), self.setup.abstract["params"])
         return params, batch, jax.eval_shape(lambda: jax.random.key(0))
 

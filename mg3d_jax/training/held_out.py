@@ -9,7 +9,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from mg3d_jax.data.pipeline import PreparedData, evaluation_batches
+from mg3d_jax.data.pipeline import MoreText, PreparedData, evaluation_batches
 from mg3d_jax.data.tokens import ReportTokenizer
 from mg3d_jax.errors import UserError
 from mg3d_jax.training import step as step_lib
@@ -22,8 +22,17 @@ class HeldOut:
     Damaged records are left out as in training, and named in `log_folder`.
     """
 
-    def __init__(self, setup: Setup, tokenizer: ReportTokenizer, data: PreparedData, *, log_folder: Path | None = None):
+    def __init__(
+        self,
+        setup: Setup,
+        tokenizer: ReportTokenizer,
+        data: PreparedData,
+        more_text: MoreText,
+        *,
+        log_folder: Path | None = None,
+    ):
         self.setup, self.tokenizer, self.data, self._log_folder = setup, tokenizer, data, log_folder
+        self.more_text = more_text
         self.step = step_lib.evaluation_step(setup, tokenizer.special)
 
     def loss(self, params: Any) -> dict[str, float]:
@@ -47,4 +56,5 @@ class HeldOut:
         return evaluation_batches(
             self.data, self.tokenizer, self.setup.mesh, options.batch_size, threads=threads,
             log_folder=self._log_folder, max_bad_records=options.max_bad_records,
+            more_text=self.more_text,
         )  # fmt: skip

@@ -25,7 +25,7 @@ from typing import Any
 
 import jax
 
-from mg3d_jax.data.pipeline import PreparedData
+from mg3d_jax.data.pipeline import MoreText, PreparedData
 from mg3d_jax.data.tokens import ReportTokenizer
 from mg3d_jax.devices import known_peak
 from mg3d_jax.errors import UserError
@@ -43,13 +43,15 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class TrainingRun:
-    """What a hook is told of its run before the first step. `first`: the step that it resumes after, 0 for a new one."""
+    """What a hook is told of its run before the first step. `first`: the step that it resumes after, 0 for a new one;
+    `more_text`: what the objectives add to the batches (`report_texts`)."""
 
     workdir: Path
     setup: Setup
     tokenizer: ReportTokenizer
     train: PreparedData
     valid: PreparedData | None
+    more_text: MoreText
     first: int
     clock: Clock
     cost: StepCost
@@ -189,7 +191,7 @@ class HeldOutLoss(Hook):
     every: int = 1
 
     def start(self, run: TrainingRun) -> None:
-        self._held_out = HeldOut(run.setup, run.tokenizer, run.held_out, log_folder=run.workdir)
+        self._held_out = HeldOut(run.setup, run.tokenizer, run.held_out, run.more_text, log_folder=run.workdir)
 
     def __call__(self, after: AfterStep) -> dict[str, float]:
         return {f"valid/{name}": value for name, value in self._held_out.loss(after.params).items()}

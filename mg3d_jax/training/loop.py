@@ -27,6 +27,7 @@ from mg3d_jax.training.checkpoints import Checkpoints, check_writable
 from mg3d_jax.training.clock import Clock
 from mg3d_jax.training.cost import StepCost
 from mg3d_jax.training.hooks import AfterStep, Hook, TrainingRun
+from mg3d_jax.training.report_texts import report_texts
 from mg3d_jax.training.schedule import total_steps
 from mg3d_jax.training.stopping import DONE, PREEMPTED, StopRequest
 from mg3d_jax.training.writers import Writers, drop_evaluations, open_writers
@@ -77,6 +78,9 @@ class Trainer:
             best_mode=config.training.best_mode,
         )
         self.state, self.resume_step, meta = self._restore_or_initialize(initialize)
+        self.more_text = report_texts(
+            self.setup, self.state["params"], self.tokenizer, [one for one in (self.data, self.valid) if one], workdir
+        )
         self.cost = StepCost(self.setup, counted=Flops(**meta["flops"]) if "flops" in meta else None)
         self.clock = Clock(meta.get("trained_seconds", 0.0))
         self.hooks = wiring.standard_hooks(
@@ -197,14 +201,15 @@ class Trainer:
         batches = train_batches(
             self.data, self.tokenizer, self.config.data, self.setup.mesh, seed=self.config.seed, start=self.resume_step,
             stop=self.steps, accumulation=self.config.optimizer.accumulation, log_folder=self.workdir,
+            more_text=self.more_text,
         )  # fmt: skip
         stack.callback(batches.close)  # type: ignore[attr-defined]
         return batches
 
     def _start_hooks(self, stack: ExitStack, hooks: Sequence[Hook], writers: Writers) -> None:
         run = TrainingRun(
-            self.workdir, self.setup, self.tokenizer, train=self.data, valid=self.valid, first=self.resume_step,
-            clock=self.clock, cost=self.cost, writers=writers,
+            self.workdir, self.setup, self.tokenizer, train=self.data, valid=self.valid, more_text=self.more_text,
+            first=self.resume_step, clock=self.clock, cost=self.cost, writers=writers,
         )  # fmt: skip
         for hook in hooks:
             stack.callback(hook.close)

@@ -87,7 +87,7 @@ def cut_text(tokenizer: ReportTokenizer, alignment: Any, reports: float, sentenc
     """What the shares of `pipeline.cut_shares` mean for the keys that set the limits."""
     limits = f"{tokenizer.max_tokens} tokens or {tokenizer.max_sentences} sentences"
     text = f"{reports:.1%} of reports are longer than {limits}"
-    if alignment.weight > 0 and alignment.report_view == "sentences":
+    if alignment.weight > 0 and alignment.report_view != "report":
         text += f", {sentences:.1%} of single sentences than {alignment.sentence_tokens} tokens"
     return text
 
