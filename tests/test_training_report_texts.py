@@ -1,0 +1,116 @@
+"""Features of a frozen report encoder that are computed once, before training."""
+
+from __future__ import annotations
+
+import json
+import logging
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+import pytest
+from support import tiny_builder, tiny_config
+
+from mg3d_jax import sharding
+from mg3d_jax.config import checks
+from mg3d_jax.data.pipeline import PreparedData, train_batches
+from mg3d_jax.data.tokens import ReportTokenizer, train_wordpiece
+from mg3d_jax.errors import UserError
+from mg3d_jax.training import report_texts as texts_lib
+from mg3d_jax.training import state as state_lib
+from mg3d_jax.training import step as step_lib
+from mg3d_jax.training.loop import Trainer
+from mg3d_jax.training.report_texts import FILE, TextFeatures, report_texts
+
+FROZEN = {
+    "model__report_encoder__frozen_layers": -1,
+    "objectives__alignment__report_view": "subsets",
+    "objectives__alignment__report_sentences": 16,
+    "objectives__alignment__sentence_tokens": 40,
+    "objectives__negation__weight": 1.0,
+    "objectives__negation__statements": 16,
+    "objectives__negation__tokens": 40,
+    "data__max_tokens": 250,
+}
+
+
+@pytest.fixture(scope="module")
+def data(tiny_data: dict[str, str]) -> PreparedData:
+    return PreparedData((tiny_data["train"],))
+
+
+@pytest.fixture(scope="module")
+def tokenizer(data: PreparedData) -> ReportTokenizer:
+    sentences = [one for index in range(len(data)) for one in data.text(index).sentences]
+    return ReportTokenizer(train_wordpiece(sentences, 400), 250, 16)
+
+
+def losses(data: PreparedData, tokenizer: ReportTokenizer, **options: Any) -> dict[str, float]:
+    """Loss and metrics of the first batch, with nothing random: all sentences and statements of each report are drawn."""
+    config = tiny_config(**FROZEN, **options)
+    mesh = sharding.make_mesh(config.mesh)
+    setup = state_lib.build(config, tokenizer.vocab_size, mesh, steps=1)
+    params = state_lib.initialize(setup)["params"]
+    more_text = report_texts(setup, params, tokenizer, [data])
+    batch = next(train_batches(data, tokenizer, config.data, mesh, seed=0, start=0, stop=1, more_text=more_text))
+    metrics = step_lib.evaluation_step(setup, tokenizer.special)(params, batch, jax.random.key(0))
+    return {name: float(value) for name, value in jax.device_get(metrics).items()}
+
+
+def test_precomputed_features_give_the_losses_of_the_tower(data: PreparedData, tokenizer: ReportTokenizer) -> None:
+    sizes = {"objectives__alignment__subset_sizes": (0,)}
+    whole = losses(data, tokenizer, **sizes)
+    once = losses(data, tokenizer, model__report_encoder__precompute=True, **sizes)
+    assert once.keys() == whole.keys()
+    for name in ("loss", "alignment", "negation", "negation/accuracy", "alignment/report_norm"):
+        assert once[name] == pytest.approx(whole[name], rel=2e-3), name
+
+
+def test_a_run_keeps_its_features_and_computes_only_what_is_new(
+    tiny_data: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    counts: list[int] = []
+    encoded = texts_lib._encoded
+
+    def counted(setup: Any, params: Any, texts: Any) -> np.ndarray:
+        counts.append(len(texts))
+        return encoded(setup, params, texts)
+
+    monkeypatch.setattr(texts_lib, "_encoded", counted)
+
+    def trainer(steps: int, **more: Any) -> Trainer:
+        options = FROZEN | {"model__report_encoder__precompute": True, "training__steps": steps} | more
+        return Trainer(tiny_config(tiny_data["train"], tiny_data["valid"], **options), tmp_path / "run")
+
+    assert trainer(2).run() == 0
+    assert len(counts) == 1 and counts[0] > 20
+    records = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert any("valid" in str(record) for record in records)
+    trainer(2)
+    assert len(counts) == 1  # read from the run's folder
+    (tmp_path / "run" / FILE).write_bytes(b"half")
+    with caplog.at_level(logging.WARNING):
+        trainer(2)
+    assert counts[1:] == counts[:1] and "computed again" in caplog.text
+
+
+def test_features_of_other_weights_are_not_read(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    features = TextFeatures(3)
+    text = np.array([2, 7, 3], np.int32)
+    features.add([text.tobytes()], np.array([[1.0, 2.0, 3.0]]))
+    features.save(tmp_path / FILE, "mark")
+    same, other = TextFeatures(3), TextFeatures(3)
+    same.load(tmp_path / FILE, "mark")
+    padded = np.array([[2, 7, 3, 0, 0], [0, 0, 0, 0, 0]], np.int32)
+    assert same(padded).tolist() == [[1.0, 2.0, 3.0], [0.0, 0.0, 0.0]]
+    assert same.missing([text.tobytes(), b"new"]) == [b"new"]
+    other.load(tmp_path / FILE, "other mark")
+    assert other.missing([text.tobytes()]) and "computed again" in caplog.text
+
+
+def test_a_tower_that_is_trained_is_refused() -> None:
+    config = tiny_config(model__report_encoder__precompute=True)
+    with pytest.raises(UserError, match=r"frozen_layers=-1, or precompute=False"):
+        checks.validate(config)
+    assert tiny_builder().model.report_encoder.precompute is False
