@@ -1,6 +1,7 @@
 """What a trained run can do, with the protocol of every number named. An evaluation is one file here and one line below."""
 
 from mg3d_jax.evaluation.classification import Classification
+from mg3d_jax.evaluation.negation import Negation
 from mg3d_jax.evaluation.probe import Probe
 from mg3d_jax.evaluation.retrieval import Retrieval
 from mg3d_jax.evaluation.sides import Sides
@@ -11,6 +12,7 @@ from mg3d_jax.registry import EVALUATIONS
 EVALUATIONS.register("zero_shot", ZeroShot)
 EVALUATIONS.register("retrieval", Retrieval)
 EVALUATIONS.register("sides", Sides)
+EVALUATIONS.register("negation", Negation)
 EVALUATIONS.register("volume_retrieval", VolumeRetrieval)
 EVALUATIONS.register("probe", Probe)
 EVALUATIONS.register("classification", Classification)

@@ -92,6 +92,10 @@ class Statements:
                     return self._statement(subject, present)
         return self._state(text)
 
+    def wordings(self, subject: str, *, present: bool) -> tuple[str, ...]:
+        """All ways to say that `subject` is there, or that it is not."""
+        return tuple(_worded(wording, subject) for wording in self._wordings[present])
+
     def _subject(self, found: re.Match[str] | None, present: bool) -> str:
         """What is there or not, and where; "" where this is no plain statement."""
         if found is None:
@@ -109,10 +113,7 @@ class Statements:
 
     def _statement(self, subject: str, present: bool) -> Statement:
         bare = self._articles.sub("", subject, count=1) if self._articles.match(subject) else subject
-        wordings = {
-            side: tuple(_worded(wording, subject if side else bare) for wording in self._wordings[side])
-            for side in (True, False)
-        }
+        wordings = {True: self.wordings(subject, present=True), False: self.wordings(bare, present=False)}
         return Statement(present, wordings[present], wordings[not present])
 
     def _state(self, text: str) -> Statement | None:
