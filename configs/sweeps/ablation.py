@@ -17,6 +17,12 @@ from ml_collections import ConfigDict
 # within 100 steps by what a report says of itself, and their gradient on the volume encoder is 2 to 3 times the
 # alignment's. Sentences are compared by fixed word vectors, as the encoder is trained.
 ALL = (
+    ("data.batch_size", 16),
+    ("data.vocab_size", 1500),
+    ("objectives.alignment.report_view", "sentences"),
+    ("objectives.alignment.report_sentences", 16),
+    ("objectives.alignment.sentence_tokens", 28),
+    ("objectives.negation.weight", 0.0),
     ("objectives.alignment.fused_weight", 0.02),
     ("objectives.volume_reconstruction.weight", 0.5),
     ("objectives.report_reconstruction.weight", 0.1),
@@ -65,7 +71,7 @@ def get_config(arg: str = "") -> ConfigDict:
     }[arg]
     sweep = ConfigDict()
     sweep.name = "ablation"
-    sweep.base = "../quickstart.py"
+    sweep.base = "../quickstart.py:scratch"
     sweep.models = variants
     sweep.patients = (700,)
     sweep.seeds = (0, 1, 2)

@@ -38,7 +38,7 @@ def get_config(arg: str = "") -> ConfigDict:
     }[arg]
     sweep = ConfigDict()
     sweep.name = "quickstart"
-    sweep.base = "../quickstart.py"
+    sweep.base = "../quickstart.py:scratch"
     sweep.models = tuple((name, MODELS[name]) for name in models)
     sweep.patients = patients
     sweep.seeds = seeds
