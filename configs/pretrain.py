@@ -16,6 +16,7 @@ Arguments, `PRESET,OBJECTIVES,report=FOLDER_OR_NAME`, each may be left out: a pr
 from ml_collections import ConfigDict
 
 from mg3d_jax import config as config_lib
+from mg3d_jax.config.objectives import OBJECTIVE_PRESETS
 from mg3d_jax.config.text_package import package_folder
 from mg3d_jax.errors import UserError
 
@@ -26,7 +27,7 @@ def get_config(arg: str = "") -> ConfigDict:
     parts = [part for part in arg.split(",") if part]
     source = next((part.removeprefix("report=") for part in parts if part.startswith("report=")), "")
     preset, objectives = [*(part for part in parts if not part.startswith("report=")), "", ""][:2]
-    if preset in config_lib.OBJECTIVE_PRESETS:
+    if preset in OBJECTIVE_PRESETS:
         raise UserError(f"configs/pretrain.py:{arg}: the first argument is a preset, e.g. b,{preset}")
     preset, objectives, twin = preset or "b", objectives or "recipe", preset == "twin"
     config = config_lib.default().unlock()
