@@ -102,6 +102,24 @@ def test_nothing_is_ever_infinite(case):
     assert np.all(np.isfinite(np.asarray(gradient, np.float32)))
 
 
+@pytest.mark.parametrize("average", ["pairs", "patients"])
+@pytest.mark.parametrize("side", [0, 1])
+def test_not_a_number_shows_on_either_side_but_not_where_it_only_pads(side, average):
+    batch = list(make_batch(5, 4, seed=3))
+    mask = batch[2]
+    mask[0] = [True, True, True, False]
+    mask[1] = True
+    groups = np.arange(5, dtype=np.int32)
+
+    def value(row):
+        sides = [batch[0].copy(), batch[1].copy()]
+        sides[side][row] = np.nan
+        return float(sentence_matching(*sides, mask, group_ids=groups, average=average)[0])
+
+    assert np.isnan(value((0, 2)))
+    assert np.isfinite(value((0, 3)))
+
+
 def test_an_unknown_average_is_named():
     with pytest.raises(UserError, match="mean"):
         sentence_matching(*make_batch(2, 2)[:3], average="mean")

@@ -73,7 +73,8 @@ def _tile(rows: Tree, columns: Tree, row_constants: Tree, column_constants: Tree
     other = row_constants["group"][:, None] != column_constants["group"]  # [rows, block]
     # [rows, S, block, S], as `similarity` and `target`: True for the sentence pairs that count.
     pair = row_constants["mask"][:, :, None, None] & column_constants["mask"] & other[:, None, :, None]
-    attract, repel = pair & (target >= high), pair & (target <= low)
+    # Not `target >= high`: NaN would be neither, and a report encoder that has diverged would pass unseen.
+    attract, repel = pair & ~(target < high), pair & (target <= low)
     errors = {
         "attract": jnp.where(attract, jnp.abs(similarity - target), 0.0),
         "repel": jnp.where(repel, jnp.abs(similarity), 0.0),
