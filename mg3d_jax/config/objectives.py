@@ -17,6 +17,7 @@ OBJECTIVE_PRESETS: dict[str, dict[str, Any]] = {
         "alignment.report_view": "subsets",
         "alignment.subset_sizes": (1, 0),
         "alignment.sentence_tokens": 40,
+        "alignment.reworded": 0.5,
         # A young model's pairs are not aligned yet; with a low temperature it first learns to make all of them alike.
         "alignment.temperature": 0.5,
         "alignment.learn_temperature": True,

@@ -6,6 +6,7 @@ Two pairs: (a) the volume's embedding against the report's, which makes zero-sho
 
 from __future__ import annotations
 
+import random
 import zlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -17,6 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from mg3d_jax.batch import Field
+from mg3d_jax.language.statements import statements
 from mg3d_jax.objectives.base import (
     CENTERS,
     Batch,
@@ -53,6 +55,11 @@ class AlignmentOptions:
         (1, 4, 0), 'sentences of a group, one group of each size, for the view "subsets"; 0: all that are drawn',
         neutral=(1, 4, 0),
     )  # fmt: skip
+    reworded: float = key(
+        0.0, "share of a report's statements of presence or absence that are said in other words (objectives.negation)",
+        neutral=0.0,
+    )  # fmt: skip
+    language: str = key("en", "rules for other words: a language of the package, or a .toml file", neutral="en")
     center: bool = key(
         True, "subtract the mean of the batch from the embeddings; at test time the projections' biases stand in for it"
     )
@@ -72,6 +79,10 @@ def problems(options: AlignmentOptions, config: Any) -> list[str]:
         found.append(f"objectives.alignment.subset_sizes = {options.subset_sizes}: give sizes, e.g. (1, 4, 0)")
     if options.report_sentences < 1:
         found.append(f"objectives.alignment.report_sentences = {options.report_sentences}: must be at least 1")
+    if not 0 <= options.reworded <= 1:
+        found.append(f"objectives.alignment.reworded = {options.reworded}: a share, from 0 to 1")
+    elif options.reworded:
+        statements(options.language)
     most = config.model.report_encoder.max_positions
     if not 3 <= options.sentence_tokens <= most:
         found.append(
@@ -133,14 +144,20 @@ def sentence_views(
     }
 
 
+def made_on_host(options: AlignmentOptions, context: Context) -> bool:
+    """Do the sentences come as texts of their own, and are not cut out of the report on the device?"""
+    return options.report_view != "report" and (context.model.report_encoder.precompute or options.reworded > 0)
+
+
 def fields(options: AlignmentOptions, context: Context) -> dict[str, Field]:
-    """The sentences of a report as texts, where their features are computed once; else they are cut out on the device."""
-    if options.report_view == "report" or not context.model.report_encoder.precompute:
+    """The sentences of a report as texts, where they are `made_on_host`."""
+    if not made_on_host(options, context):
         return {}
     count = context.data.max_sentences
     return {
         "sentences": Field((count, options.sentence_tokens), np.int32, "the sentences of the report", texts=True),
-        "sentence_hash": Field((count,), np.int32, "equal for equal sentences; 0: there is none"),
+        "sentence_lengths": Field((count,), np.int32, "tokens of each; 0: there is none"),
+        "sentence_hash": Field((count,), np.int32, "equal for equal sentences"),
     }
 
 
@@ -149,21 +166,34 @@ def make(
 ) -> dict[str, np.ndarray]:
     """The arrays of `fields`. A sentence that is too long is cut, and still ends with [SEP]."""
     arrays = {name: np.zeros(field.shape, field.dtype) for name, field in fields(options, context).items()}
-    if arrays:
-        most = options.sentence_tokens
-        for row, ids in enumerate(encode(sentences[: context.data.max_sentences])):
-            kept = ids if len(ids) <= most else [*ids[: most - 1], ids[-1]]
-            arrays["sentences"][row, : len(kept)] = kept
-            arrays["sentence_hash"][row] = zlib.crc32(arrays["sentences"][row].tobytes()) >> 1 or 1
+    if not arrays:
+        return arrays
+    most, kept = options.sentence_tokens, sentences[: context.data.max_sentences]
+    for row, ids in enumerate(encode(reworded(kept, options))):
+        cut = ids if len(ids) <= most else [*ids[: most - 1], ids[-1]]
+        arrays["sentences"][row, : len(cut)] = cut
+        arrays["sentence_lengths"][row] = len(cut)
+        arrays["sentence_hash"][row] = zlib.crc32(kept[row].encode()) >> 1
     return arrays
+
+
+def reworded(sentences: Sequence[str], options: AlignmentOptions) -> list[str]:
+    """The sentences, a share of those that are statements in other words; the same for the same report."""
+    if not options.reworded:
+        return list(sentences)
+    rules, rng, found = statements(options.language), random.Random("\n".join(sentences)), []
+    for sentence in sentences:
+        statement = rules.parse(sentence) if rng.random() < options.reworded else None
+        found.append(rng.choice(statement.said) if statement else sentence)
+    return found
 
 
 def draw(rng: jax.Array, batch: Batch, options: AlignmentOptions, context: Context) -> dict[str, Any]:
     """`views`: random sentences of each report, and for the view "subsets" `view_groups` bool [B, G, V], the groups."""
     if options.report_view == "report":
         return {}
-    if context.model.report_encoder.precompute:
-        views = precomputed_views(rng, batch["sentences"], batch["sentence_hash"], options.report_sentences, context)
+    if made_on_host(options, context):
+        views = text_views(rng, batch, options.report_sentences, context)
     else:
         views = sentence_views(
             rng,
@@ -179,15 +209,14 @@ def draw(rng: jax.Array, batch: Batch, options: AlignmentOptions, context: Conte
     return {"views": views, "view_groups": random_groups(jax.random.fold_in(rng, 1), there, options.subset_sizes)}
 
 
-def precomputed_views(
-    rng: jax.Array, features: jax.Array, hashes: jax.Array, sentences: int, context: Context
-) -> dict[str, jax.Array]:
-    """As `sentence_views`, of features [B, S, e] and hashes [B, S]: `features` [B, V, e], `there` and `view_id` [B, V]."""
-    scores = jnp.where(hashes != 0, jax.random.uniform(rng, hashes.shape), -1.0)
-    chosen = jax.lax.top_k(scores, min(sentences, hashes.shape[1]))[1]
-    drawn = jnp.take_along_axis(hashes, chosen, axis=1)
-    texts = jnp.take_along_axis(features, chosen[..., None], axis=1)
-    return single_texts(texts, drawn != 0, context) | {"view_id": drawn}
+def text_views(rng: jax.Array, batch: Batch, sentences: int, context: Context) -> dict[str, jax.Array]:
+    """As `sentence_views`, of the batch's `fields`: what `single_texts` gives of V sentences a report, and `view_id`."""
+    lengths = batch["sentence_lengths"]
+    scores = jnp.where(lengths > 0, jax.random.uniform(rng, lengths.shape), -1.0)
+    chosen = jax.lax.top_k(scores, min(sentences, lengths.shape[1]))[1]
+    texts = jnp.take_along_axis(batch["sentences"], chosen[..., None], axis=1)
+    views = single_texts(texts, jnp.take_along_axis(lengths, chosen, axis=1), context)
+    return views | {"view_id": jnp.take_along_axis(batch["sentence_hash"], chosen, axis=1)}
 
 
 def random_groups(rng: jax.Array, there: jax.Array, sizes: tuple[int, ...]) -> jax.Array:
