@@ -63,11 +63,17 @@ def abstract(
     Args:
         more: fields that objectives add (`objectives.base.TextFields`); their shapes are numbers.
     """
-    sizes: dict[str | int, int] = dict(zip("XYZ", volume_size, strict=True)) | {"T": tokens, "L": labels}
+    sizes: dict[str | int, int] = {"T": tokens, "L": labels}
+    sizes.update(zip("XYZ", volume_size, strict=True))
     return {
-        name: jax.ShapeDtypeStruct((batch_size, *(sizes.get(axis, axis) for axis in one.shape)), one.dtype)
+        name: jax.ShapeDtypeStruct((batch_size, *(int(sizes.get(axis, axis)) for axis in one.shape)), one.dtype)
         for name, one in {**FIELDS, **more}.items()
     }
+
+
+def zeros(more: Mapping[str, Field], *leading: int) -> dict[str, np.ndarray]:
+    """Arrays of zeros for fields that objectives add: of one report, or with `leading` axes."""
+    return {name: np.zeros((*leading, *map(int, one.shape)), one.dtype) for name, one in more.items()}
 
 
 def check(batch: dict[str, np.ndarray], more: Mapping[str, Field] = NOTHING_MORE) -> None:
@@ -81,5 +87,5 @@ def check(batch: dict[str, np.ndarray], more: Mapping[str, Field] = NOTHING_MORE
         array = batch[name]
         if array.ndim != len(field.shape) + 1 or array.dtype != field.dtype:
             raise ValueError(
-                f"batch[{name!r}] is {array.dtype}{array.shape}, expected {np.dtype(field.dtype)}[B, {', '.join(field.shape)}]"
+                f"batch[{name!r}] is {array.dtype}{array.shape}, expected {np.dtype(field.dtype)}[B, {', '.join(map(str, field.shape))}]"
             )

@@ -72,8 +72,8 @@ def test_a_missing_file_says_what_to_write():
 @pytest.mark.parametrize(
     ("path", "overrides", "says"),
     [
-        (f"{QUICKSTART}:lnog", [], "KeyError: 'lnog'"),
-        (f"{QUICKSTART}:lnog", ["--config.seed=1"], "KeyError: 'lnog'"),
+        (f"{QUICKSTART}:lnog", [], r"\['lnog'\] are no arguments"),
+        (f"{QUICKSTART}:lnog", ["--config.seed=1"], r"\['lnog'\] are no arguments"),
         ("mistyped", [], "volume_encodr"),
     ],
 )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
+from mg3d_jax.batch import zeros
 from mg3d_jax.config import Config
 from mg3d_jax.data.tokens import SPECIAL_TOKENS
 from mg3d_jax.objectives.base import Context, enabled, text_fields
@@ -23,7 +24,7 @@ def random_batch(config: Config, vocab_size: int = 400, labels: int = 18, seed: 
     sentence = 1 + np.minimum(SENTENCES * position // lengths[:, None], SENTENCES - 1)
     context = Context(config.data, config.model, vocab_size, Group({}))
     more = text_fields(enabled(config.objectives, config.tasks), context)
-    return {name: np.zeros((size, *one.shape), one.dtype) for name, one in more.items()} | {
+    return zeros(more, size) | {
         "volume": rng.integers(-1024, 600, (size, *config.model.volume_size)).astype(np.int16),
         "token_ids": np.where(mask, rng.integers(len(SPECIAL_TOKENS), vocab_size, (size, tokens)), 0).astype(np.int32),
         "token_mask": mask,

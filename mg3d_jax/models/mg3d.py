@@ -220,8 +220,9 @@ class MG3D(nn.Module):
     def _embed_sentences(self, texts: dict[str, jax.Array], train: bool) -> tuple[jax.Array, jax.Array]:
         """Single sentences [..., L], each encoded as a report of its own, or their features [..., e] -> embeddings [..., k],
         and which there are [...]."""
-        features, there = texts.get("features"), texts.get("there")
-        if features is None:
+        if "features" in texts:
+            features, there = texts["features"], texts["there"]
+        else:
             features, there = self.sentence_features(texts, train=train)
         axes = there.shape
         rows = features.reshape(-1, 1, features.shape[-1]).astype(self.context.model.dtype)

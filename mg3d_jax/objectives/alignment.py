@@ -17,7 +17,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from mg3d_jax.batch import Field
+from mg3d_jax.batch import Field, zeros
 from mg3d_jax.language.statements import statements
 from mg3d_jax.objectives.base import (
     CENTERS,
@@ -165,7 +165,7 @@ def make(
     sentences: Sequence[str], encode: Encode, options: AlignmentOptions, context: Context
 ) -> dict[str, np.ndarray]:
     """The arrays of `fields`. A sentence that is too long is cut, and still ends with [SEP]."""
-    arrays = {name: np.zeros(field.shape, field.dtype) for name, field in fields(options, context).items()}
+    arrays = zeros(fields(options, context))
     if not arrays:
         return arrays
     most, kept = options.sentence_tokens, sentences[: context.data.max_sentences]

@@ -19,7 +19,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from mg3d_jax.batch import Field
+from mg3d_jax.batch import Field, zeros
 from mg3d_jax.language.statements import Statement, statements
 from mg3d_jax.objectives.base import Batch, Context, Encode, Features, Metrics, Objective, TextFields, single_texts
 from mg3d_jax.objectives.pairwise import l2_normalize, masked_mean
@@ -85,7 +85,7 @@ def worded(sentence: str, found: Statement, rng: random.Random) -> tuple[str, st
 
 def make(sentences: Sequence[str], encode: Encode, options: NegationOptions, context: Context) -> dict[str, np.ndarray]:
     """The statements of a report. Its own words choose the wordings: other reports get others, each the same every time."""
-    arrays = {name: np.zeros(field.shape, field.dtype) for name, field in fields(options, context).items()}
+    arrays = zeros(fields(options, context))
     rules, report = statements(options.language), "\n".join(sentences)
     texts: list[str] = []
     kinds: list[int] = []
