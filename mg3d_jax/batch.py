@@ -86,6 +86,7 @@ def check(batch: dict[str, np.ndarray], more: Mapping[str, Field] = NOTHING_MORE
     for name, field in fields.items():
         array = batch[name]
         if array.ndim != len(field.shape) + 1 or array.dtype != field.dtype:
+            shape = ", ".join(("B", *map(str, field.shape)))
             raise ValueError(
-                f"batch[{name!r}] is {array.dtype}{array.shape}, expected {np.dtype(field.dtype)}[B, {', '.join(map(str, field.shape))}]"
+                f"batch[{name!r}] is {array.dtype}{array.shape}, expected {np.dtype(field.dtype)}[{shape}]"
             )
