@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 
-from mg3d_jax.batch import zeros
 from mg3d_jax.config import Config
 from mg3d_jax.data.tokens import SPECIAL_TOKENS
-from mg3d_jax.objectives.base import Context, enabled, text_fields
+from mg3d_jax.objectives.base import Context, enabled, text_maker
 from mg3d_jax.options import Group
 
 SENTENCES = 3  # of each report
+STATEMENTS = ("There is a hiatal hernia.", "No pleural effusion was detected.", "Heart size is normal.")
+CLS, SEP = (SPECIAL_TOKENS.index(name) for name in ("[CLS]", "[SEP]"))
 
 
 def random_batch(config: Config, vocab_size: int = 400, labels: int = 18, seed: int = 0) -> dict[str, np.ndarray]:
@@ -22,9 +25,7 @@ def random_batch(config: Config, vocab_size: int = 400, labels: int = 18, seed: 
     mask = position < lengths[:, None]
     inside = (position > 0) & (position < lengths[:, None] - 1)
     sentence = 1 + np.minimum(SENTENCES * position // lengths[:, None], SENTENCES - 1)
-    context = Context(config.data, config.model, vocab_size, Group({}))
-    more = text_fields(enabled(config.objectives, config.tasks), context)
-    return zeros(more, size) | {
+    return _more_text(config, vocab_size, rng) | {
         "volume": rng.integers(-1024, 600, (size, *config.model.volume_size)).astype(np.int16),
         "token_ids": np.where(mask, rng.integers(len(SPECIAL_TOKENS), vocab_size, (size, tokens)), 0).astype(np.int32),
         "token_mask": mask,
@@ -36,3 +37,20 @@ def random_batch(config: Config, vocab_size: int = 400, labels: int = 18, seed: 
         "valid": np.ones(size, np.bool_),
         "record_index": np.arange(size, dtype=np.int32),
     }
+
+
+def _more_text(config: Config, vocab_size: int, rng: np.random.Generator) -> dict[str, np.ndarray]:
+    """What the objectives make of reports of `STATEMENTS`, in random tokens or features."""
+    on, context = enabled(config.objectives, config.tasks), Context(config.data, config.model, vocab_size, Group({}))
+    encoder = config.model.report_encoder
+
+    def encode(texts: Sequence[str]) -> list[list[int]]:
+        drawn = rng.integers(len(SPECIAL_TOKENS), vocab_size, (len(texts), 6)).tolist()
+        return [[CLS, *ids, SEP] for ids in drawn]
+
+    def lookup(ids: np.ndarray) -> np.ndarray:
+        return rng.normal(size=(*ids.shape[:-1], encoder.sizes.width)).astype(np.float16)
+
+    make = text_maker(on, encode, context, lookup if encoder.precompute else None)
+    reports = [make(STATEMENTS) for _ in range(config.data.batch_size)]
+    return {name: np.stack([report[name] for report in reports]) for name in reports[0]}

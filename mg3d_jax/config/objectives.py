@@ -10,8 +10,6 @@ from ml_collections import ConfigDict
 from mg3d_jax.errors import UserError
 
 OBJECTIVE_PRESETS: dict[str, dict[str, Any]] = {
-    "clip": {"alignment.weight": 1.0},
-    "siglip": {"alignment.weight": 1.0, "alignment.form": "sigmoid", "alignment.learn_temperature": True},
     "recipe": {
         "alignment.weight": 1.0,
         "alignment.report_view": "subsets",
@@ -24,6 +22,8 @@ OBJECTIVE_PRESETS: dict[str, dict[str, Any]] = {
         "negation.weight": 1.0,
         "negation.tokens": 40,
     },
+    "clip": {"alignment.weight": 1.0},
+    "siglip": {"alignment.weight": 1.0, "alignment.form": "sigmoid", "alignment.learn_temperature": True},
     "mae": {"volume_reconstruction.weight": 1.0, "volume_reconstruction.read_report": False},
     "mg3d": {
         "alignment.weight": 0.1,
