@@ -114,3 +114,21 @@ def test_a_tower_that_is_trained_is_refused() -> None:
     with pytest.raises(UserError, match=r"frozen_layers=-1, or precompute=False"):
         checks.validate(config)
     assert tiny_builder().model.report_encoder.precompute is False
+
+
+@pytest.mark.processes
+def test_worker_processes_make_the_same_texts(data: PreparedData, tokenizer: ReportTokenizer) -> None:
+    def first(**options: Any) -> dict[str, np.ndarray]:
+        config = tiny_config(**FROZEN, model__report_encoder__precompute=True, **options)
+        mesh = sharding.make_mesh(config.mesh)
+        setup = state_lib.build(config, tokenizer.vocab_size, mesh, steps=1)
+        more_text = report_texts(setup, state_lib.initialize(setup)["params"], tokenizer, [data])
+        batches = train_batches(data, tokenizer, config.data, mesh, seed=0, start=0, stop=2, more_text=more_text)
+        batch = jax.device_get(next(batches))
+        batches.close()
+        return batch
+
+    here, there = first(), first(data__workers=1)
+    assert here.keys() == there.keys() and {"statements", "sentences"} <= here.keys()
+    for name in here:
+        np.testing.assert_array_equal(here[name], there[name], err_msg=name)
