@@ -10,9 +10,12 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
+from typing import TYPE_CHECKING
 
-import jax
 import numpy as np
+
+if TYPE_CHECKING:
+    import jax
 
 UNKNOWN_LABEL = -1
 AIR_HU = -1024  # what lies outside of a scan, and the lowest HU of a prepared volume
@@ -63,6 +66,8 @@ def abstract(
     Args:
         more: fields that objectives add (`objectives.base.TextFields`); their shapes are numbers.
     """
+    import jax  # here: the commands that read files import this module and never need jax
+
     sizes: dict[str | int, int] = {"T": tokens, "L": labels}
     sizes.update(zip("XYZ", volume_size, strict=True))
     return {
