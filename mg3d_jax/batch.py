@@ -76,9 +76,9 @@ def abstract(
     }
 
 
-def zeros(more: Mapping[str, Field], *leading: int) -> dict[str, np.ndarray]:
-    """Arrays of zeros for fields that objectives add: of one report, or with `leading` axes."""
-    return {name: np.zeros((*leading, *map(int, one.shape)), one.dtype) for name, one in more.items()}
+def zeros(more: Mapping[str, Field]) -> dict[str, np.ndarray]:
+    """Arrays of zeros, of one report, for fields that objectives add."""
+    return {name: np.zeros(tuple(map(int, one.shape)), one.dtype) for name, one in more.items()}
 
 
 def check(batch: dict[str, np.ndarray], more: Mapping[str, Field] = NOTHING_MORE) -> None:

@@ -7,7 +7,7 @@ run shows results without it.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
@@ -85,6 +85,13 @@ class Embedded:
         if not count:
             return self.train, 0
         return None if shared.all() else self.train.rows(~shared), count
+
+    def sentences(self) -> Iterator[tuple[int, str]]:
+        """The sentences of the reports, each with the row of the volume that its report belongs to."""
+        texts = dict(zip(self.report_ids.tolist(), self.report_texts, strict=True)) if self.report_texts else {}
+        for row, report in enumerate(self.volume_reports.tolist()):
+            for sentence in texts.get(report, ()):
+                yield row, sentence
 
     def rows(self, rows: np.ndarray) -> Embedded:
         """These volumes only."""

@@ -145,12 +145,10 @@ class Negation(Evaluation):
     def _of_volumes(self, found: Embedded) -> dict[str, np.ndarray]:
         """`correct`, `kinds` and `patients` of every comparison; {} where the rules understand no statement."""
         rules = statements(self.settings.language)
-        texts = dict(zip(found.report_ids.tolist(), found.report_texts, strict=True)) if found.report_texts else {}
         pairs: list[tuple[int, str, str, str]] = []
-        for row, report in enumerate(found.volume_reports.tolist()):
-            for sentence in texts.get(report, ()):
-                if one := rules.parse(sentence):
-                    pairs.append((row, sentence, chosen(one.opposite, sentence), KINDS[one.present]))
+        for row, sentence in found.sentences():
+            if one := rules.parse(sentence):
+                pairs.append((row, sentence, chosen(one.opposite, sentence), KINDS[one.present]))
         if not pairs:
             return {}
         if len(pairs) > self.settings.most_statements:  # evenly over all patients

@@ -121,13 +121,7 @@ class Sides(Evaluation):
 
 def _pairs(found: Embedded, most: int) -> tuple[list[str], np.ndarray]:
     """Sentences that name one side, and for each the row of the volume that it belongs to."""
-    texts = dict(zip(found.report_ids.tolist(), found.report_texts, strict=True)) if found.report_texts else {}
-    pairs = [
-        (sentence, row)
-        for row, report in enumerate(found.volume_reports.tolist())
-        for sentence in texts.get(report, ())
-        if side_of(sentence)
-    ]
+    pairs = [(sentence, row) for row, sentence in found.sentences() if side_of(sentence)]
     if len(pairs) > most:  # evenly over all patients
         pairs = [pairs[i] for i in np.linspace(0, len(pairs) - 1, most).round().astype(int)]
     return [sentence for sentence, _ in pairs], np.array([row for _, row in pairs], int)

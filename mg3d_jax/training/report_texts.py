@@ -7,6 +7,7 @@ features are kept in the run's folder, so that a resumed run computes only what 
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import io
 import logging
@@ -50,7 +51,7 @@ def report_texts(
     """
     config = setup.config
     context = Context(config.data, config.model, tokenizer.vocab_size, Group({}))
-    make = lambda lookup=None: text_maker(setup.model.on, tokenizer.encode, context, lookup)  # noqa: E731
+    make = functools.partial(text_maker, setup.model.on, tokenizer.encode, context)
     if not config.model.report_encoder.precompute:
         return make()
     features = TextFeatures(config.model.report_encoder.sizes.width)
