@@ -1,6 +1,5 @@
 """Classification metrics of all draws at once against scikit-learn on the drawn volumes themselves."""
 
-
 import numpy as np
 import pytest
 from sklearn import metrics as sklearn_metrics

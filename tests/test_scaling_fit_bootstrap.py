@@ -1,6 +1,5 @@
 """Intervals: reproducible, grouped, and they cover the truth about as often as they say."""
 
-
 import numpy as np
 import pytest
 from reference.scaling_tables import chinchilla_like, grid, typical_law
