@@ -18,10 +18,12 @@ from mg3d_jax import sharding
 from mg3d_jax.commands import main as cli
 from mg3d_jax.data.tokens import ReportTokenizer, load_tokenizer, save_tokenizer, train_wordpiece
 from mg3d_jax.errors import UserError
+from mg3d_jax.evaluation.embed import Embedder
 from mg3d_jax.interop import export as export_lib
 from mg3d_jax.interop.export_format import Probe
 from mg3d_jax.interop.export_run import Run
 from mg3d_jax.interop.torch_template import modeling_mg3d
+from mg3d_jax.models.mg3d import text_embedding
 from mg3d_jax.models.towers.vit.monai import to_monai
 from mg3d_jax.phantom import patients as phantoms
 from mg3d_jax.phantom.dataset import nifti_bytes
@@ -35,7 +37,10 @@ SPACING = (20.0, 18.0, 20.0)
 ENCODER = "model__volume_encoder__"
 VARIANTS = {
     "linear": {},
-    "conv, two windows": {ENCODER + "stem": "conv", "data__windows": ((-1000.0, 1000.0), (-150.0, 250.0))},
+    "conv, two windows, groups of sentences": {
+        ENCODER + "stem": "conv", "data__windows": ((-1000.0, 1000.0), (-150.0, 250.0)),
+        "objectives__alignment__report_view": "subsets",
+    },
     "everything else": {
         ENCODER + "positions": "learned", ENCODER + "pooling": "mean", ENCODER + "num_registers": 3,
         ENCODER + "qk_norm": True, ENCODER + "layer_scale": 0.1, ENCODER + "patch_size": (8, 4, 16),
@@ -97,8 +102,11 @@ def linen(run, volumes, text):
         "sentence_index": text["sentence_index"].numpy(),
     }
     report = embed_report({"params": run.params}, report)
-    found = volume["volume_embedding"], report["report_embedding"], volume["volume_tokens"]
-    return [np.asarray(x / np.linalg.norm(x, axis=-1, keepdims=True)) for x in found[:2]] + [np.asarray(found[2])]
+    volume_embedding, direction = (
+        np.asarray(x / np.linalg.norm(x, axis=-1, keepdims=True))
+        for x in (volume["volume_embedding"], report["report_embedding"])
+    )
+    return volume_embedding, np.asarray(text_embedding(run.params, direction)), np.asarray(volume["volume_tokens"])
 
 
 @pytest.mark.parametrize("overrides", VARIANTS.values(), ids=VARIANTS)
@@ -290,14 +298,21 @@ def test_tokens_are_those_of_training(tokenizer_folder):
 
 
 def test_a_report_is_the_mean_direction_of_its_sentences(make_run, tmp_path):
-    export_lib.export(make_run(), tmp_path / "out")
+    run = make_run(objectives__alignment__report_view="subsets")
+    export_lib.export(run, tmp_path / "out")
     model = modeling_mg3d.MG3DModel.from_pretrained(tmp_path / "out").eval()
-    tokenizer = modeling_tokenizer(tmp_path / "out")
+    hf_tokenizer = modeling_tokenizer(tmp_path / "out")
     report = list(scans(1)[1][0])[:6]
     with torch.no_grad():
-        sentences = model.encode_report(**model.tokenize(tokenizer, [[sentence] for sentence in report]))
-    expected = torch.nn.functional.normalize(sentences.mean(0), dim=0)
-    torch.testing.assert_close(model.encode_texts(tokenizer, [report])[0], expected)
+        directions = model._direction(**model.tokenize(hf_tokenizer, [[sentence] for sentence in report]))[0]
+    expected = torch.nn.functional.normalize(directions.mean(0) + model.report_direction_bias, dim=0)
+    found = model.encode_texts(hf_tokenizer, [report])
+    torch.testing.assert_close(found[0], expected)
+    mesh = sharding.make_mesh(sharding.MeshConfig(data=1, fsdp=1, tensor=1), jax.devices()[:1])
+    setup = state_lib.build(run.config, run.tokenizer.vocab_size, mesh, steps=0)
+    ours = Embedder(setup, run.tokenizer, 4)
+    embedded = ours.texts(run.params, ours.tokenize([ours.report_texts(report)]))
+    np.testing.assert_allclose(found.numpy(), embedded, atol=1e-5)
 
 
 def test_encode_volume_says_what_it_wants(make_run):

@@ -8,9 +8,10 @@ from reference import contrastive as reference
 from support import SPECIAL, random_batch, tiny_config
 
 from mg3d_jax import sharding
+from mg3d_jax.models.mg3d import text_embedding
 from mg3d_jax.objectives.alignment import AlignmentOptions, embedding_statistics, random_groups
 from mg3d_jax.objectives.alignment import loss as alignment
-from mg3d_jax.objectives.base import CENTERS
+from mg3d_jax.objectives.base import CENTERS, DIRECTION_BIAS
 from mg3d_jax.objectives.contrastive import info_nce
 from mg3d_jax.training import state as state_lib
 from mg3d_jax.training import step as step_lib
@@ -99,6 +100,22 @@ def test_the_biases_follow_the_means_so_that_embeddings_become_centred():
     assert not any(name.startswith(CENTERS) for name in metrics)
 
 
+def test_the_bias_of_directions_follows_minus_their_mean_and_texts_are_embedded_with_it():
+    mean, bias = np.array([0.6, 0.2], np.float32), np.zeros(2, np.float32)
+    params = {DIRECTION_BIAS: bias}
+    for _ in range(60):
+        params, left = step_lib.follow_centers(
+            params, {CENTERS + DIRECTION_BIAS: mean, "loss": 1.0}, {DIRECTION_BIAS: 1.0}
+        )
+    np.testing.assert_allclose(params[DIRECTION_BIAS], -mean, atol=2e-3)
+    assert left == {"loss": 1.0}
+    direction = np.array([[0.6, 0.8]], np.float32)
+    np.testing.assert_allclose(text_embedding(params, direction), [[0, 1]], atol=5e-3)
+    np.testing.assert_allclose(text_embedding({}, 2 * direction), direction, rtol=1e-6)
+    frozen, _ = step_lib.follow_centers({DIRECTION_BIAS: bias}, {CENTERS + DIRECTION_BIAS: mean}, {DIRECTION_BIAS: 0.0})
+    assert not np.any(frozen[DIRECTION_BIAS])
+
+
 def test_groups_of_two_kinds_are_joined():
     """A pair that shares either the report or the sentence is no negative; with one key the other kind is."""
     rng = np.random.default_rng(1)
@@ -133,9 +150,11 @@ def test_alignment_says_how_the_embeddings_lie_before_they_are_centred():
     np.testing.assert_allclose([metrics["report_norm"], metrics["report_cosine"]], expected, rtol=1e-5)
 
 
-def test_groups_of_sentences_equal_the_slow_mean_over_sizes():
-    """Each group of sentences is one text, the sum of its unit vectors; groups of the same sentences are no negatives."""
-    found = features(views=4)
+@pytest.mark.parametrize("center", [False, True])
+def test_groups_of_sentences_equal_the_slow_mean_over_sizes(center):
+    """Each group of sentences is one text, the mean of its unit vectors, with `center` less that of the batch; groups of the
+    same sentences are no negatives."""
+    found, mean_of = features(views=4), {}
     rng = np.random.default_rng(3)
     groups = rng.random((6, 2, 4)) < 0.5
     groups[:, :, 0] = True
@@ -143,17 +162,30 @@ def test_groups_of_sentences_equal_the_slow_mean_over_sizes():
     found["view_id"] = np.arange(24, dtype=np.int32).reshape(6, 4) * 7 + 1
     found["view_id"][4, 0] = found["view_id"][1, 0]  # 1 and 4 say the same in both groups
     found |= {"view_groups": groups}
-    losses = []
+    losses, batch = [], batch_of(6)
+    batch["valid"][5] = False
+    volume, texts = found["volume_embedding"], found["view_embeddings"]
+    if center:
+        volume, texts = volume - volume[:5].mean(0), texts - texts[:5][found["view_mask"][:5]].mean(0)
     for size in range(2):
-        inside = groups[:, size] & found["view_mask"]
-        units = found["view_embeddings"] / np.linalg.norm(found["view_embeddings"], axis=-1, keepdims=True)
-        text = np.sum(units * inside[..., None], axis=1)
+        inside = (groups[:, size] & found["view_mask"])[..., None]
+        units = texts / np.linalg.norm(texts, axis=-1, keepdims=True)
+        text = np.sum(units * inside, axis=1) / np.sum(inside, axis=1)
+        mean_of[size] = text[:5].mean(0)
+        text = text - mean_of[size] if center else text
         same = np.arange(6, dtype=np.int32)
         same[4] = 1
-        losses.append(info_nce(found["volume_embedding"], text, temperature=1 / SCALE, group_ids=same)[0])
-    options = AlignmentOptions(report_view="subsets", center=False, learn_temperature=True)
-    value, _ = alignment(found, batch_of(6), options)
+        known = {"temperature": 1 / SCALE, "group_ids": same, "valid": batch["valid"]}
+        losses.append(info_nce(volume, text, **known)[0])
+    options = AlignmentOptions(report_view="subsets", center=center, learn_temperature=True)
+    value, metrics = alignment(found, batch, options)
     assert value == pytest.approx(float(np.mean(losses)), rel=1e-5)
+    if center:
+        np.testing.assert_allclose(
+            metrics[CENTERS + DIRECTION_BIAS], (mean_of[0] + mean_of[1]) / 2, rtol=1e-4, atol=1e-6
+        )
+    else:
+        assert not any(name.startswith(CENTERS) for name in metrics)
 
 
 def test_random_groups_have_their_sizes_and_only_what_is_there():

@@ -12,6 +12,7 @@ BENCHMARKS = {
     ),
     "model": ("mg3d_jax.benchmarks.towers", "a volume encoder's training step, beside MONAI's ViT in PyTorch"),
     "step": ("mg3d_jax.benchmarks.step", "a training step: its time by part, memory, FLOPs, collectives"),
+    "memory": ("mg3d_jax.benchmarks.memory", "how many patients fit on a device: the step, compiled and not run"),
     "objectives": ("mg3d_jax.benchmarks.objectives", "compiled memory of sentence matching, blocked and dense"),
 }
 

@@ -13,7 +13,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from mg3d_jax import sharding
@@ -22,7 +21,8 @@ from mg3d_jax.data.record import RecordText
 from mg3d_jax.data.tokens import ReportTokenizer
 from mg3d_jax.errors import UserError
 from mg3d_jax.evaluation.base import Embedded, Evaluation, Model, Phrasings, Prompts, Text
-from mg3d_jax.models.mg3d import MAX_LOGIT_SCALE
+from mg3d_jax.models.mg3d import MAX_LOGIT_SCALE, text_embedding
+from mg3d_jax.objectives.base import DIRECTION_BIAS
 from mg3d_jax.objectives.pairwise import l2_normalize
 from mg3d_jax.progress import Progress
 from mg3d_jax.training import inputs as step_inputs
@@ -37,9 +37,9 @@ PASSED_THROUGH = ("labels", "record_index", "valid")  # of a batch: what comes b
 class TokenizedTexts:
     """Entries to embed, each distinct text of them tokenised once.
 
-    An entry is one text, or several that are embedded as their mean direction (the sum of their unit vectors, normalised):
-    the sentences of a report, the phrasings of a prompt. A text is a list of sentences. The entries `[[["a"], ["b"]],
-    [["a"]]]` have the distinct texts `["a"]` and `["b"]`, `rows` [0, 1, 0] and `entries` [0, 0, 1].
+    An entry is one text, or several that are embedded as one (`models.mg3d.text_embedding` of the mean of their unit
+    vectors): the sentences of a report, the phrasings of a prompt. A text is a list of sentences. The entries
+    `[[["a"], ["b"]], [["a"]]]` have the distinct texts `["a"]` and `["b"]`, `rows` [0, 1, 0] and `entries` [0, 0, 1].
     """
 
     fields: dict[str, np.ndarray]  # TEXT_FIELDS, [distinct texts, T]
@@ -186,7 +186,9 @@ class Embedder:
         directions = np.concatenate(batches)
         sums = np.zeros((texts.count, directions.shape[1]), np.float32)
         np.add.at(sums, texts.entries, directions[texts.rows])
-        return np.asarray(l2_normalize(jnp.asarray(sums)))
+        means = sums / np.bincount(texts.entries, minlength=texts.count)[:, None].astype(np.float32)
+        bias = {name: jax.device_get(params[name]) for name in (DIRECTION_BIAS,) if name in params}
+        return np.asarray(text_embedding(bias, means))
 
 
 PromptSets = Mapping[str, Mapping[str, Phrasings]]  # what `Evaluation.prompts` returns

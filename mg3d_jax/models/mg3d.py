@@ -17,7 +17,8 @@ from mg3d_jax.models.decoders import TokenHead, VoxelDecoder
 from mg3d_jax.models.fusion import Fusion, SentenceConditionedVolume
 from mg3d_jax.models.heads import AttentionPool, Projection, mean_pool, sentence_means
 from mg3d_jax.models.patches import patchify
-from mg3d_jax.objectives.base import Context, Enabled
+from mg3d_jax.objectives.base import DIRECTION_BIAS, Context, Enabled
+from mg3d_jax.objectives.pairwise import l2_normalize
 
 MAX_LOGIT_SCALE = 100.0  # temperature 0.01: the bound that CLIP uses
 FIXED_WORD_DIM = 256  # length of the random word vectors of `sentence_words`
@@ -66,6 +67,12 @@ STEPS: tuple[Step, ...] = (
 ALWAYS = ("volume_embedding", "report_embedding")
 
 
+def text_embedding(params: Any, directions: Any) -> Any:
+    """What a text is compared by, `[..., k]`, l2-normalised: its direction, or the mean direction of its parts, less the
+    mean of all texts where the model was trained so (`objectives.alignment`)."""
+    return l2_normalize(directions + params[DIRECTION_BIAS] if DIRECTION_BIAS in params else directions)
+
+
 def steps_for(needed: Iterable[str]) -> tuple[Step, ...]:
     """What has to be computed for these features, in order."""
     wanted, chosen = set(needed), []
@@ -85,6 +92,7 @@ class MG3D(nn.Module):
         temperature: of the softmax at the start; `logit_scale` starts at its inverse, at most `MAX_LOGIT_SCALE`.
         learn_temperature: if False, `logit_scale` gets no gradient.
         sigmoid: adds the learned `logit_bias` of SigLIP's loss.
+        direction_bias: adds `report_direction_bias` [k], see `objectives.alignment`.
     """
 
     context: Context
@@ -92,6 +100,7 @@ class MG3D(nn.Module):
     temperature: float = 0.1
     learn_temperature: bool = False
     sigmoid: bool = False
+    direction_bias: bool = False
 
     @property
     def vocab_size(self) -> int:
@@ -118,6 +127,8 @@ class MG3D(nn.Module):
         self.logit_scale = self.param("logit_scale", lambda _: jnp.log(jnp.float32(initial)))
         if self.sigmoid:
             self.logit_bias = self.param("logit_bias", lambda _: jnp.float32(INITIAL_LOGIT_BIAS))
+        if self.direction_bias:
+            self.report_direction_bias = self.param(DIRECTION_BIAS, nn.initializers.zeros, (model.projection_dim,))
         self._setup_heads(model.volume_encoder.sizes.num_heads, report.num_heads, backend)
         own = {one.name: one.objective.modules(one.options, self.context) for one in self.on}
         for modules in own.values():

@@ -21,6 +21,7 @@ from mg3d_jax.batch import Field, zeros
 from mg3d_jax.language.statements import statements
 from mg3d_jax.objectives.base import (
     CENTERS,
+    DIRECTION_BIAS,
     Batch,
     Context,
     Encode,
@@ -258,7 +259,7 @@ def loss(features: Features, batch: Batch, options: AlignmentOptions) -> tuple[j
         return contrast(volume, text, group_ids=groups, valid=there, block_size=block_size)
 
     if "view_groups" in features:
-        total, metrics = _mean_over_groups(pair, features, report_ids, valid)
+        total, metrics = _mean_over_groups(pair, features, report_ids, valid, center=options.center)
     elif "view_embeddings" in features:
         total, metrics = _mean_over_views(pair, features, report_ids, valid)
     else:
@@ -359,18 +360,30 @@ def _mean_over_views(
 
 
 def _mean_over_groups(
-    pair: Callable, features: Features, report_ids: jax.Array, valid: jax.Array
+    pair: Callable, features: Features, report_ids: jax.Array, valid: jax.Array, *, center: bool
 ) -> tuple[jax.Array, Metrics]:
     """Pair (a) on groups of sentences, `view_groups` [B, G, V]: the mean of one loss per size.
 
     Groups of the same sentences are not each other's negatives: their sums of ids are equal.
+
+    Unit vectors of centred embeddings have a mean of their own, and in the mean over a report's sentences, which is short,
+    it outweighs what is the report's own. `center` subtracts the batch's once more, and the bias of that name follows it.
     """
     groups = features["view_groups"] & features["view_mask"][:, None]
-    texts = jnp.einsum("bgv,bvk->gbk", groups.astype(jnp.float32), l2_normalize(features["view_embeddings"]))
+    sums = jnp.einsum("bgv,bvk->gbk", groups.astype(jnp.float32), l2_normalize(features["view_embeddings"]))
+    texts = sums / jnp.maximum(jnp.sum(groups, axis=-1).T, 1)[..., None]
     ids = jnp.sum(jnp.where(groups, features["view_id"][:, None], 0), axis=-1).T  # [G, B], modulo 2^32
     same = jnp.stack([jnp.broadcast_to(report_ids, ids.shape), ids], axis=-1)
     there = valid & jnp.any(groups, axis=-1).T
-    return jax.tree.map(jnp.mean, jax.vmap(pair)(texts, same, there))
+    centers: Metrics = {}
+    if center:
+        weights = there[..., None].astype(jnp.float32)
+        count = jnp.maximum(jnp.sum(weights, axis=1, keepdims=True), 1.0)
+        means = jnp.sum(texts * weights, axis=1, keepdims=True) / count  # [G, 1, k]
+        texts = texts - means
+        centers[CENTERS + DIRECTION_BIAS] = jax.lax.stop_gradient(jnp.mean(means, axis=(0, 1)))
+    total, metrics = jax.tree.map(jnp.mean, jax.vmap(pair)(texts, same, there))
+    return total, metrics | centers
 
 
 ALIGNMENT = Objective(

@@ -25,8 +25,9 @@ Features = dict[str, Any]  # trees of arrays [B, ...]
 Metrics = dict[str, jax.Array]
 
 # Metrics under this prefix are no scalars but means of embeddings [k], named after the projection of the model whose bias
-# follows them (`training.step.follow_centers`).
+# follows them, or the bias (`training.step.follow_centers`).
 CENTERS = "center/"
+DIRECTION_BIAS = "report_direction_bias"
 
 
 @dataclass(frozen=True)

@@ -54,6 +54,7 @@ def build_model(config: Config, vocab_size: int) -> MG3D:
         temperature=alignment.temperature,
         learn_temperature=alignment.learn_temperature,
         sigmoid=alignment.form == "sigmoid",
+        direction_bias=alignment.weight > 0 and alignment.center and alignment.report_view == "subsets",
     )
 
 
@@ -65,7 +66,7 @@ def random_parameters(model: MG3D) -> Callable[[jax.Array], Any]:
 
 def abstract_parameters(random: Callable[[jax.Array], Any]) -> Any:
     """The shapes (boxed) of what `random_parameters` gives, without computing anything."""
-    return jax.eval_shape(random, jax.random.key(0))
+    return jax.eval_shape(random, jax.eval_shape(jax.random.key, 0))  # a key itself would be computed on the mesh
 
 
 def build(config: Config, vocab_size: int, mesh: Mesh, steps: int, records: int = 0) -> Setup:

@@ -19,7 +19,7 @@ import optax
 
 from mg3d_jax import sharding
 from mg3d_jax.models.mg3d import MAX_LOGIT_SCALE
-from mg3d_jax.objectives.base import CENTERS
+from mg3d_jax.objectives.base import CENTERS, DIRECTION_BIAS
 from mg3d_jax.objectives.gradient_cache import cached_value_and_grad, split
 from mg3d_jax.objectives.multitask import multitask_loss
 from mg3d_jax.training import inputs as step_inputs
@@ -173,20 +173,23 @@ def _trained(tree: dict, factors: Any) -> dict:
 
 
 def follow_centers(params: Any, metrics: dict, factors: Any) -> tuple[Any, dict]:
-    """Moves the biases of projections against the batch means that a loss subtracted; see `objectives.base.CENTERS`.
+    """Moves biases against the batch means that a loss subtracted; see `objectives.base.CENTERS`.
 
-    Returns the parameters, and the metrics without those means. A frozen projection stays.
+    Returns the parameters, and the metrics without those means. What is frozen stays.
     """
     params, (scalars, centers) = dict(params), _split_centers(metrics)
-    for projection, mean in centers.items():
-        if np.any(factors[projection]["out"]["bias"]):
-            out = params[projection]["out"]
-            params[projection] = params[projection] | {"out": out | {"bias": out["bias"] - CENTER_RATE * mean}}
+    for name, mean in centers.items():
+        if name == DIRECTION_BIAS:  # which the loss does not add: the mean is that of the directions alone
+            if np.any(factors[name]):
+                params[name] = params[name] - CENTER_RATE * (mean + params[name])
+        elif np.any(factors[name]["out"]["bias"]):
+            out = params[name]["out"]
+            params[name] = params[name] | {"out": out | {"bias": out["bias"] - CENTER_RATE * mean}}
     return params, scalars
 
 
 def _split_centers(metrics: dict) -> tuple[dict, dict]:
-    """The scalar metrics, and the means of embeddings by projection, in an order that all processes share."""
+    """The scalar metrics, and the means of embeddings by parameter, in an order that all processes share."""
     scalars = {name: value for name, value in metrics.items() if not name.startswith(CENTERS)}
     return scalars, {name.removeprefix(CENTERS): metrics[name] for name in sorted(metrics.keys() - scalars.keys())}
 

@@ -78,6 +78,7 @@ class MG3DConfig(PretrainedConfig):
         report_tokens: int = 0,
         projection_dim: int = 512,
         logit_bias: bool = False,
+        direction_bias: bool = False,
         probe_classes: Sequence[str] = (),
         probe_kind: str = "multi_label",
         head_classes: Sequence[str] = (),
@@ -99,7 +100,7 @@ class MG3DConfig(PretrainedConfig):
         self.type_vocab, self.report_norm_eps = type_vocab, report_norm_eps
         self.max_tokens, self.max_sentences = max_tokens, max_sentences
         self.report_sentences, self.report_tokens = report_sentences, report_tokens
-        self.projection_dim, self.logit_bias = projection_dim, logit_bias
+        self.projection_dim, self.logit_bias, self.direction_bias = projection_dim, logit_bias, direction_bias
         self.probe_classes, self.probe_kind = list(probe_classes), probe_kind
         self.head_classes, self.head_kind = list(head_classes), head_kind
         super().__init__(**{key: value for key, value in kwargs.items() if key != "orientation"})
@@ -378,6 +379,8 @@ class MG3DModel(PreTrainedModel):
         self.report_projection = nn.Linear(config.report_width, config.projection_dim)
         self.logit_scale = nn.Parameter(torch.zeros(()))
         self.logit_bias = nn.Parameter(torch.zeros(())) if config.logit_bias else 0.0  # of the sigmoid (SigLIP) loss
+        if config.direction_bias:  # minus the mean direction of all reports
+            self.report_direction_bias = nn.Parameter(torch.zeros(config.projection_dim))
         if config.probe_classes:
             self.probe = nn.Linear(config.projection_dim, len(config.probe_classes))
         if config.head_classes:
@@ -457,10 +460,20 @@ class MG3DModel(PreTrainedModel):
         self, input_ids: Tensor, attention_mask: Tensor, sentence_index: Tensor, *, return_tokens: bool = False
     ) -> Tensor | tuple[Tensor, Tensor]:
         """The output of `tokenize`, each [B, T] -> normalised embedding [B, k]; with `return_tokens` also [B, T, d]."""
+        direction, tokens = self._direction(input_ids, attention_mask, sentence_index)
+        embedding = self._of_direction(direction)
+        return (embedding, tokens) if return_tokens else embedding
+
+    def _direction(self, input_ids: Tensor, attention_mask: Tensor, sentence_index: Tensor) -> tuple[Tensor, Tensor]:
+        """Unit vectors [B, k] of texts, which are averaged over the parts of a long one, and token features [B, T, d]."""
         tokens = self.report_encoder(input_ids, attention_mask)
         pooled = self.report_pool(*sentence_means(tokens, sentence_index, self.config.max_sentences))
-        embedding = F.normalize(self.report_projection(pooled).float(), dim=-1, eps=1e-6)
-        return (embedding, tokens) if return_tokens else embedding
+        return F.normalize(self.report_projection(pooled).float(), dim=-1, eps=1e-6), tokens
+
+    def _of_direction(self, direction: Tensor) -> Tensor:
+        """The normalised embedding of a direction, or of the mean direction of a text's parts."""
+        biased = direction + self.report_direction_bias.float() if self.config.direction_bias else direction
+        return F.normalize(biased, dim=-1, eps=1e-6)
 
     def tokenize(self, tokenizer, reports: Sequence[Sequence[str]]) -> dict[str, Tensor]:
         """Reports, each a list of sentences -> the inputs of `encode_report`, on the model's device."""
@@ -478,8 +491,8 @@ class MG3DModel(PreTrainedModel):
         groups = [[report[i : i + size] for i in range(0, max(len(report), 1), size)] for report in reports]
         if not self.config.report_sentences:
             groups = [of_report[:1] for of_report in groups]
-        means = [self.encode_report(**self.tokenize(tokenizer, of_report)).mean(0) for of_report in groups]
-        return F.normalize(torch.stack(means), dim=-1, eps=1e-6)
+        means = [self._direction(**self.tokenize(tokenizer, of_report))[0].mean(0) for of_report in groups]
+        return self._of_direction(torch.stack(means))
 
     def forward(
         self, hu: Tensor, input_ids: Tensor, attention_mask: Tensor, sentence_index: Tensor, return_dict: bool = True
