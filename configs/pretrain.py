@@ -34,8 +34,9 @@ def get_config(arg: str = "") -> ConfigDict:
     config.name = f"pretrain-{preset}"
     config_lib.use_objectives(config, objectives)
     if twin:
+        config_lib.use_small_model(config)
         config_lib.use_frozen_report_encoder(config, source or package_folder(), preset="mini")
-        _twin(config)
+        config.training.steps = 500
     else:
         config_lib.use_frozen_report_encoder(config, source or RADBERT, preset="roberta-base")
         config.model.volume_encoder.preset = preset
@@ -56,18 +57,7 @@ def get_config(arg: str = "") -> ConfigDict:
         return config.lock()
     config.objectives.alignment.report_sentences = 24
     config.objectives.alignment.learn_temperature = True
-    config.optimizer.learning_rate = 1e-3 if twin else 2e-4
-    config.optimizer.weight_decay = 0.05
     config.schedule.warmup_percent = 5.0
+    if not twin:
+        config.optimizer.learning_rate = 2e-4
     return config.lock()
-
-
-def _twin(config: ConfigDict) -> None:
-    """48 x 48 x 32 voxels, two layers, five minutes."""
-    config.model.volume_size = (48, 48, 32)
-    config.model.volume_encoder.update({"preset": "pico", "patch_size": (12, 12, 8), "positions": "learned"})
-    config.model.volume_encoder.update({"layer_scale": 0.1, "pooling": "flatten"})
-    config.model.update({"projection_dim": 128, "dtype": "float32", "remat": "none"})
-    config.data.batch_size = 32
-    config.data.windows = ((-1000.0, -400.0), (-160.0, 240.0), (200.0, 1200.0))
-    config.training.steps = 500

@@ -25,24 +25,11 @@ def get_config(arg: str = "") -> ConfigDict:
     folder = package_folder() if "pretrained" in chosen or ("scratch" not in chosen and has_package()) else ""
     config = config_lib.default().unlock()
     config.name = f"quickstart-{'pretrained' if folder else 'scratch'}"
-    config.model.volume_size = (48, 48, 32)
-    config.model.volume_encoder.preset = "pico"
-    config.model.volume_encoder.patch_size = (12, 12, 8)
-    config.model.volume_encoder.positions = "learned"
-    config.model.volume_encoder.layer_scale = 0.1
-    config.model.volume_encoder.pooling = "flatten"
-    config.model.report_encoder.preset = "pico"
-    config.model.projection_dim = 128
-    config.model.dtype = "float32"
-    config.model.remat = "none"
-    config.data.batch_size = 32
+    config_lib.use_small_model(config)
     config.data.vocab_size = 3000
-    config.data.windows = ((-1000.0, -400.0), (-160.0, 240.0), (200.0, 1200.0))  # lung, mediastinum, calcification
     config_lib.use_objectives(config, "recipe")
     config.objectives.alignment.report_sentences = 24 if folder else 8
     if folder:
         config_lib.use_frozen_report_encoder(config, folder, preset="mini")
-    config.optimizer.learning_rate = 1e-3
-    config.schedule.warmup_percent = 5.0
     config.training.steps = 1000 if "long" in chosen else 500
     return config.lock()

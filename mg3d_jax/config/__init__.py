@@ -24,6 +24,7 @@ from mg3d_jax.config.files import (
 from mg3d_jax.config.identity import config_hash, resume_differences
 from mg3d_jax.config.objectives import use_frozen_report_encoder, use_objectives
 from mg3d_jax.config.parts import Config
+from mg3d_jax.config.small_model import use_small_model
 
 __all__ = [
     "Config",
@@ -44,4 +45,5 @@ __all__ = [
     "typed",
     "use_frozen_report_encoder",
     "use_objectives",
+    "use_small_model",
 ]
