@@ -14,6 +14,7 @@ BENCHMARKS = {
     "step": ("mg3d_jax.benchmarks.step", "a training step: its time by part, memory, FLOPs, collectives"),
     "memory": ("mg3d_jax.benchmarks.memory", "how many patients fit on a device: the step, compiled and not run"),
     "objectives": ("mg3d_jax.benchmarks.objectives", "compiled memory of sentence matching, blocked and dense"),
+    "reports": ("mg3d_jax.benchmarks.reports", "language and labels of phantoms beside those of real reports"),
 }
 
 

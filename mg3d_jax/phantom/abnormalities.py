@@ -1,4 +1,4 @@
-"""The 18 abnormalities of CT-RATE in phantoms: how often, what they do to the chest, and the table of who draws what.
+"""The 18 abnormalities of CT-RATE in phantoms: what they do to the chest, and the table of who draws what.
 
 Each abnormality is a pair of functions: `sample_*` decides side, lobes, sizes and geometry (once per scan), `draw_*`
 paints that geometry (once per reconstruction). They look different from one another by place, density and texture, and
@@ -13,60 +13,10 @@ from typing import Any
 
 import numpy as np
 
-from mg3d_jax.data.abnormalities import ABNORMALITIES
 from mg3d_jax.phantom import lungs, mediastinum
 from mg3d_jax.phantom.anatomy import Anatomy
 from mg3d_jax.phantom.canvas import Canvas
 from mg3d_jax.phantom.finding import Finding
-
-PREVALENCE: dict[str, float] = {
-    "Medical material": 0.25,
-    "Arterial wall calcification": 0.3,
-    "Cardiomegaly": 0.28,
-    "Pericardial effusion": 0.22,
-    "Coronary artery wall calcification": 0.3,
-    "Hiatal hernia": 0.24,
-    "Lymphadenopathy": 0.28,
-    "Emphysema": 0.25,
-    "Atelectasis": 0.25,
-    "Lung nodule": 0.32,
-    "Lung opacity": 0.28,
-    "Pulmonary fibrotic sequela": 0.25,
-    "Pleural effusion": 0.25,
-    "Mosaic attenuation pattern": 0.22,
-    "Peribronchial thickening": 0.24,
-    "Consolidation": 0.25,
-    "Bronchiectasis": 0.24,
-    "Interlobular septal thickening": 0.22,
-}
-# What a patient keeps from one scan to the next.
-CHRONIC = (
-    "Medical material",
-    "Arterial wall calcification",
-    "Cardiomegaly",
-    "Coronary artery wall calcification",
-    "Hiatal hernia",
-    "Emphysema",
-    "Pulmonary fibrotic sequela",
-    "Bronchiectasis",
-)
-HEALTHY_SHARE = 0.04
-_AGE_DEPENDENT = ("Arterial wall calcification", "Coronary artery wall calcification")
-
-
-def sample_presence(rng: np.random.Generator, age: int, keep: dict[str, bool] | None = None) -> dict[str, bool]:
-    """Which abnormalities a scan has, drawn independently; `keep` are those of the patient's earlier scan."""
-    healthy = rng.random() < HEALTHY_SHARE
-    draws = rng.random(len(ABNORMALITIES))
-    presence = {}
-    for name, draw in zip(ABNORMALITIES, draws, strict=True):
-        probability = PREVALENCE[name]
-        if name in _AGE_DEPENDENT:
-            probability *= 0.7 + 0.6 * np.clip((age - 35) / 50, 0, 1)
-        presence[name] = bool(draw < probability) and not healthy
-    if keep is not None:
-        presence |= {name: keep[name] for name in CHRONIC}
-    return presence
 
 
 def adapt_anatomy(rng: np.random.Generator, a: Anatomy, presence: dict[str, bool]) -> Anatomy:

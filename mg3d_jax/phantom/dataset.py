@@ -58,12 +58,13 @@ def _write(path: Path, content: bytes) -> None:
 
 
 Rows = dict[str, list[dict[str, str]]]
+Task = tuple[Path, int, int, str, str]  # folder, seed, index, split, style
 
 
-def write_patient(out: Path, seed: int, index: int, split: str) -> Rows:
+def write_patient(out: Path, seed: int, index: int, split: str, style: str) -> Rows:
     """Writes the volumes of one patient that are not there yet; returns its rows of the three csv files."""
     rows: Rows = {"reports": [], "metadata": [], "labels": []}
-    for scan in phantoms.make_patient(seed, index, split).scans:
+    for scan in phantoms.make_patient(seed, index, split, style).scans:
         for reconstruction in scan.reconstructions:
             path = volume_path(out, reconstruction.name)
             if not path.exists():
@@ -77,7 +78,7 @@ def write_patient(out: Path, seed: int, index: int, split: str) -> Rows:
     return rows
 
 
-def _write_task(task: tuple[Path, int, int, str]) -> Rows:
+def _write_task(task: Task) -> Rows:
     return write_patient(*task)
 
 
@@ -94,7 +95,7 @@ def _cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def _run(tasks: Sequence[tuple[Path, int, int, str]], workers: int) -> Iterator[Rows]:
+def _run(tasks: Sequence[Task], workers: int) -> Iterator[Rows]:
     """Rows of every task, in order."""
     if workers == 1:
         yield from map(_write_task, tasks)
@@ -130,7 +131,8 @@ def _open_folder(out: Path, settings: dict[str, int]) -> bool:
         raise UserError(f"{marker} is not readable ({error}). Name a new folder, or delete {out}.") from error
     if found != settings:
         raise UserError(
-            f"{out} holds phantoms of {found}, asked for {settings}. Name a new folder, or delete this one."
+            f"{out} holds phantoms of {found}, asked for {settings}. Name a new folder, or delete this one. "
+            f"(Generators: {', '.join(f'{style.generator} is --style {name}' for name, style in phantoms.STYLES.items())}.)"
         )
     return complete
 
@@ -157,10 +159,12 @@ def _is_whole(out: Path, splits: Sequence[str]) -> bool:
     return True
 
 
-def make(out: Path, patients: int, valid: int, seed: int, workers: int | None = None) -> int:
+def make(
+    out: Path, patients: int, valid: int, seed: int, workers: int | None = None, style: str = phantoms.STYLE
+) -> int:
     """Writes the data set; returns how many volumes it holds, or 0 if `out` was already complete.
 
-    Raises `UserError` if `out` holds something else.
+    `style` is a name of `patients.STYLES`. Raises `UserError` if `out` holds something else.
     """
     if patients < 0 or valid < 0 or patients + valid == 0:
         raise UserError(f"--patients {patients} --valid {valid}: neither may be negative, and one must be positive.")
@@ -168,16 +172,18 @@ def make(out: Path, patients: int, valid: int, seed: int, workers: int | None = 
         raise UserError(f"--seed {seed}: must be 0 or more.")
     if workers is not None and workers < 1:
         raise UserError(f"--workers {workers}: must be 1 or more.")
-    settings = {"patients": patients, "valid": valid, "seed": seed, "generator": phantoms.VERSION}
+    if style not in phantoms.STYLES:
+        raise UserError(f"--style {style}: must be one of {', '.join(phantoms.STYLES)}.")
+    settings = {"patients": patients, "valid": valid, "seed": seed, "generator": phantoms.STYLES[style].generator}
     counts = {"train": patients, "valid": valid}
     if _open_folder(out, settings) and _is_whole(out, [split for split, count in counts.items() if count]):
         return 0
     workers = workers or _cores()
     volumes = 0
-    tasks = [(out, seed, index, split) for split, count in counts.items() for index in range(count)]
+    tasks = [(out, seed, index, split, style) for split, count in counts.items() for index in range(count)]
     split_rows: dict[str, Rows] = {}
     results = track(_run(tasks, min(workers, len(tasks))), "phantom", len(tasks), unit="patients")
-    for (_, _, _, split), rows in zip(tasks, results, strict=True):
+    for (*_, split, _), rows in zip(tasks, results, strict=True):
         merged = split_rows.setdefault(split, {name: [] for name in rows})
         for name, more in rows.items():
             merged[name] += more

@@ -6,21 +6,43 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
 
 from mg3d_jax.batch import AIR_HU, HIGHEST_HU
 from mg3d_jax.data.abnormalities import ABNORMALITIES
-from mg3d_jax.phantom.abnormalities import CHRONIC, FINDINGS, adapt_anatomy, sample_presence
+from mg3d_jax.phantom import clinical, plain
+from mg3d_jax.phantom.abnormalities import FINDINGS, adapt_anatomy
 from mg3d_jax.phantom.anatomy import Anatomy, draw_anatomy, sample_anatomy
 from mg3d_jax.phantom.canvas import Canvas, triple
 from mg3d_jax.phantom.finding import Finding
-from mg3d_jax.phantom.reports import Report, write_report
+from mg3d_jax.phantom.presence import CHRONIC, OLDEST, YOUNGEST, Presence, sample_evenly, sample_like_ct_rate
+from mg3d_jax.phantom.wording import Report
 
-VERSION = 1  # of the generator: raise it whenever the same seed gives different files
 SPLITS = ("train", "valid")
 _TWO_SCANS, _TWO_RECONSTRUCTIONS = 0.15, 0.2
+
+
+@dataclass(frozen=True)
+class Style:
+    """How labels are drawn and reports are written.
+
+    `generator` is its version: a new number whenever the same seed gives different files.
+    """
+
+    generator: int
+    presence: Callable[[np.random.Generator, int, Presence | None], Presence]
+    report: Callable[..., Report]
+
+
+# clinical: labels and language like CT-RATE's. plain: even, independent labels and short sentences; all of version 0.1.0.
+STYLES = {
+    "clinical": Style(2, sample_like_ct_rate, clinical.write_report),
+    "plain": Style(1, sample_evenly, plain.write_report),
+}
+STYLE = "clinical"
 
 
 @dataclass(frozen=True)
@@ -98,10 +120,10 @@ class PhantomPatient:
     scans: tuple[PhantomScan, ...]
 
 
-def make_patient(seed: int, index: int, split: str) -> PhantomPatient:
+def make_patient(seed: int, index: int, split: str, style: str = STYLE) -> PhantomPatient:
     """Patient `index` (from 0) of `split` ("train" or "valid"): the same whatever the number of patients.
 
-    Train and valid are different streams of the same seed.
+    Train and valid are different streams of the same seed. `style` is a name of `STYLES`.
     """
     key = (SPLITS.index(split), index)
 
@@ -110,12 +132,13 @@ def make_patient(seed: int, index: int, split: str) -> PhantomPatient:
 
     rng = stream(0)
     name = f"{split}_{index + 1}"
-    sex, age = ("M", "F")[int(rng.integers(2))], int(rng.integers(24, 89))
+    sex, age = ("M", "F")[int(rng.integers(2))], int(rng.integers(YOUNGEST, OLDEST + 1))
     body = sample_anatomy(rng, age=age, sex=sex)
-    scans, presence = [], None
+    scans: list[PhantomScan] = []
+    presence: Presence | None = None
     for number in range(2 if rng.random() < _TWO_SCANS else 1):
         scan_rng = stream(1, number)
-        presence = sample_presence(scan_rng, age, presence)
+        presence = STYLES[style].presence(scan_rng, age, presence)
         # What is chronic keeps its geometry between the scans of a patient.
         anatomy = adapt_anatomy(stream(2), body, presence)
         findings = {}
@@ -124,7 +147,7 @@ def make_patient(seed: int, index: int, split: str) -> PhantomPatient:
                 own = stream(3, position) if abnormality in CHRONIC else stream(4, number, position)
                 findings[abnormality] = FINDINGS[abnormality][0](own, anatomy)
         scan_name = f"{name}_{'ab'[number]}"
-        report = write_report(stream(5, number), findings, contrast=anatomy.blood_hu > 90)
+        report = STYLES[style].report(stream(5, number), findings, contrast=anatomy.blood_hu > 90)
         count = 2 if scan_rng.random() < _TWO_RECONSTRUCTIONS else 1
         date = (
             f"{2015 + int(scan_rng.integers(8))}{int(scan_rng.integers(1, 13)):02d}{int(scan_rng.integers(1, 29)):02d}"

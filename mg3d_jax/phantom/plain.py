@@ -1,33 +1,22 @@
-"""Reports of phantom scans in the wording of radiology: findings, negations, distractors, impression.
+"""Plain reports of phantom scans: findings, negations, distractors, impression, in short sentences.
 
 Every sentence is chosen among several phrasings, the plain ones of CT-CLIP's prompts
-("Emphysema is present.") among them.
+("Emphysema is present.") among them. For reports like real ones: `clinical.py`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping
 
 import numpy as np
 
 from mg3d_jax.data.abnormalities import ABNORMALITIES
-from mg3d_jax.phantom.anatomy import lobe_of
 from mg3d_jax.phantom.finding import Finding
+from mg3d_jax.phantom.wording import CLINICAL, TECHNIQUE, Report, fill, join_words, lower_first, upper_first, words_of
 
 NEGATION_SHARE = (0.6, 0.8)  # of the absent abnormalities, how many a report denies: drawn per report
 JOINED_SHARE = 0.25  # of the denials, how many share a sentence with another
 NO_IMPRESSION_SHARE = 0.08
-
-
-@dataclass(frozen=True)
-class Report:
-    """The four text columns of CT-RATE's csv."""
-
-    clinical: str
-    technique: str
-    findings: str
-    impression: str
 
 
 # {where}: "in the right upper lobe"; {Where} starts a sentence; {size}, {sizes}: mm; {side}; {degree}; {kind}; {count}.
@@ -223,107 +212,19 @@ _DISTRACTORS = (
     "Chest wall and axillae are normal.",
     "The esophagus has normal wall thickness.",
 )
-_CLINICAL = (
-    "Cough.",
-    "Shortness of breath.",
-    "Chest pain.",
-    "Control.",
-    "Fever, cough.",
-    "Follow-up.",
-    "Not given.",
-    "Weight loss.",
-)
-_TECHNIQUE = (
-    "{contrast} sections were taken in the axial plane.",
-    "{contrast} images of the thorax were taken with the patient supine.",
-    "Thorax CT was obtained in deep inspiration.",
-    "Multiplanar reconstructions were made from axial sections.",
-    "Not given.",
-)
 _NORMAL_IMPRESSIONS = ("Findings within normal limits.", "No pathology was detected.", "Normal thorax CT.")
-
-
-def lower_first(text: str) -> str:
-    return text[:1].lower() + text[1:]
-
-
-def upper_first(text: str) -> str:
-    return text[:1].upper() + text[1:]
-
-
-def join_words(items: Sequence[str]) -> str:
-    """`["a", "b", "c"]` -> `"a, b and c"`."""
-    return items[0] if len(items) == 1 else f"{', '.join(items[:-1])} and {items[-1]}"
-
-
-_BOTH = (
-    (("right upper lobe", "left upper lobe"), "both upper lobes"),
-    (("right lower lobe", "left lower lobe"), "both lower lobes"),
-)
-
-
-def _where(finding: Finding, rng: np.random.Generator) -> str:
-    if finding.kind in ("pacemaker", "port catheter"):
-        return f"in the {finding.side} anterior chest wall"
-    if finding.kind == "sternal wires":
-        return "along the sternum"
-    if not finding.lobes:
-        return {"bilateral": "on both sides", "": ""}.get(finding.side, f"on the {finding.side}")
-    if len(finding.lobes) == 5 or (len(finding.lobes) > 2 and finding.side == "bilateral" and rng.random() < 0.4):
-        return "in both lungs"
-    for lobes, words in _BOTH:
-        if finding.lobes == lobes:
-            return f"in {words}"
-    if len(finding.lobes) > 1 and finding.side != "bilateral" and rng.random() < 0.4:
-        return f"in the {finding.side} lung"
-    return f"in the {join_words(finding.lobes)}"
-
-
-def _largest_lobe(finding: Finding) -> str:
-    return lobe_of(np.array(max(finding.blobs, key=lambda blob: max(blob.radii)).centre))
-
-
-def _words(finding: Finding, rng: np.random.Generator) -> dict[str, str]:
-    where = _where(finding, rng)
-    sizes = [str(size) for size in finding.sizes_mm]
-    number = len(finding.blobs)
-    count = (
-        "A nodule"
-        if number == 1
-        else f"{upper_first(('two', 'three', 'four')[number - 2])} nodules"
-        if number < 5
-        else "Multiple nodules"
-    )
-    words = {
-        "name": lower_first(finding.name),
-        "where": where,
-        "largest_where": f"in the {_largest_lobe(finding)}" if finding.lobes and finding.blobs else where,
-        "hemi": "on both sides" if finding.side == "bilateral" else f"on the {finding.side}",
-        "side": finding.side,
-        "degree": finding.severity,
-        "kind": finding.kind,
-        "a_kind": finding.kind if finding.kind == "sternal wires" else f"a {finding.kind}",
-        "size": sizes[0] if sizes else "",
-        "sizes": join_words(sizes[:3]) if sizes else "",
-        "count": count,
-    }
-    return words | {upper_first(key): upper_first(value) for key, value in words.items()}
-
-
-def _fill(template: str, words: Mapping[str, str]) -> str:
-    return " ".join(template.format(**words).split()).replace(" .", ".").replace(" ,", ",")
 
 
 def positive_sentence(finding: Finding, rng: np.random.Generator, plain: float = 0.45) -> str:
     """States one finding; with probability `plain` in the words of its name."""
     templates = _PLAIN_POSITIVE if rng.random() < plain else _POSITIVE[finding.name]
-    return _fill(templates[int(rng.integers(len(templates)))], _words(finding, rng))
+    return fill(templates[int(rng.integers(len(templates)))], words_of(finding, rng))
 
 
 def negative_sentence(name: str, rng: np.random.Generator, plain: float = 0.6) -> str:
     """Denies one abnormality; with probability `plain` in the words of its name."""
     templates = _PLAIN_NEGATIVE if rng.random() < plain else _NEGATIVE[name]
-    return _fill(templates[int(rng.integers(len(templates)))], {"name": lower_first(name), "Name": name})
+    return fill(templates[int(rng.integers(len(templates)))], {"name": lower_first(name), "Name": name})
 
 
 def _denials(names: list[str], rng: np.random.Generator) -> list[str]:
@@ -334,7 +235,7 @@ def _denials(names: list[str], rng: np.random.Generator) -> list[str]:
             second = names.pop()
             template = _JOINED_NEGATIVE[int(rng.integers(len(_JOINED_NEGATIVE)))]
             words = {"a": lower_first(first), "A": first, "b": lower_first(second)}
-            sentences.append(_fill(template, words))
+            sentences.append(fill(template, words))
         else:
             sentences.append(negative_sentence(first, rng))
     return sentences
@@ -354,8 +255,8 @@ def write_report(rng: np.random.Generator, findings: Mapping[str, Finding], *, c
     sentences += [_DISTRACTORS[index] for index in chosen]
     rng.shuffle(sentences)
     return Report(
-        clinical=_CLINICAL[int(rng.integers(len(_CLINICAL)))],
-        technique=_TECHNIQUE[int(rng.integers(len(_TECHNIQUE)))].format(
+        clinical=CLINICAL[int(rng.integers(len(CLINICAL)))],
+        technique=TECHNIQUE[int(rng.integers(len(TECHNIQUE)))].format(
             contrast="Contrast-enhanced" if contrast else "Non-contrast"
         ),
         findings=" ".join(sentences),
