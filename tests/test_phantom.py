@@ -1,4 +1,7 @@
-"""Phantoms: layout, determinism, geometry against SimpleITK, reports against an independent labeller, visibility."""
+"""Phantoms: layout, determinism, geometry against SimpleITK, plain reports against an independent labeller, visibility.
+
+Clinical reports and labels: `test_phantom_reports.py`.
+"""
 
 from __future__ import annotations
 
@@ -20,10 +23,11 @@ from mg3d_jax.data.abnormalities import ABNORMALITIES, prompt_pair
 from mg3d_jax.errors import UserError
 from mg3d_jax.phantom import dataset
 from mg3d_jax.phantom import patients as phantoms
-from mg3d_jax.phantom.abnormalities import FINDINGS, PREVALENCE, adapt_anatomy
+from mg3d_jax.phantom.abnormalities import FINDINGS, adapt_anatomy
 from mg3d_jax.phantom.anatomy import LOBES, draw_anatomy, lobe_of, lung_depth, sample_anatomy
 from mg3d_jax.phantom.canvas import Canvas
-from mg3d_jax.phantom.reports import negative_sentence, positive_sentence
+from mg3d_jax.phantom.plain import negative_sentence, positive_sentence
+from mg3d_jax.phantom.presence import EVEN
 
 PATIENTS, VALID, SEED = 10, 3, 5
 SHARED_LABELS = Path(__file__).parents[1].parent / "shared" / "data" / "reports" / "ctrate_train_labels_120.csv"
@@ -43,7 +47,8 @@ def data_set(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def patients() -> list[phantoms.PhantomPatient]:
-    return [phantoms.make_patient(SEED, index, "train") for index in range(250)]
+    """Of the plain style, in which every abnormality is frequent."""
+    return [phantoms.make_patient(SEED, index, "train", "plain") for index in range(250)]
 
 
 def rows(path: Path) -> list[dict[str, str]]:
@@ -162,6 +167,10 @@ def test_refuses_what_it_must_not_touch(data_set: Path, tmp_path: Path) -> None:
         dataset.make(tmp_path / "mine.txt", 1, 1, 0)
     with pytest.raises(UserError, match="asked for"):
         dataset.make(data_set, PATIENTS, VALID, SEED + 1)
+    with pytest.raises(UserError, match="1 is --style plain"):
+        dataset.make(data_set, PATIENTS, VALID, SEED, style="plain")
+    with pytest.raises(UserError, match="must be one of clinical, plain"):
+        dataset.make(tmp_path / "new", 1, 1, 0, style="ornate")
     for patients, valid, seed, workers in ((0, 0, 0, 1), (-1, 2, 0, 1), (1, 0, -1, 1), (1, 0, 0, 0)):
         with pytest.raises(UserError, match="--"):
             dataset.make(tmp_path / "new", patients, valid, seed, workers)
@@ -266,7 +275,7 @@ def test_lesions_lie_in_the_lobe_that_is_named(patients: list[phantoms.PhantomPa
 # ---- labels and reports
 def test_prevalence_and_independence(patients: list[phantoms.PhantomPatient]) -> None:
     labels = np.array([patient.scans[0].labels for patient in patients])
-    assert set(PREVALENCE) == set(ABNORMALITIES) == set(FINDINGS)
+    assert set(EVEN) == set(ABNORMALITIES) == set(FINDINGS)
     assert ((labels.mean(0) > 0.13) & (labels.mean(0) < 0.4)).all()
     correlation = np.corrcoef(labels.T) - np.eye(len(ABNORMALITIES))
     assert np.abs(correlation).max() < 0.35

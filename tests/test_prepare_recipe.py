@@ -135,7 +135,7 @@ def test_the_bytes_of_records_change_only_with_the_recipes_version(tmp_path):
 def phantoms(tmp_path_factory) -> Path:
     """The folder in which the fixtures of 0.1.0 were made: its data set is in `phantoms`."""
     folder = tmp_path_factory.mktemp("made")
-    make_phantoms(folder / "phantoms", patients=8, valid=4, seed=0, workers=1)
+    make_phantoms(folder / "phantoms", patients=8, valid=4, seed=0, workers=1, style="plain")
     return folder
 
 

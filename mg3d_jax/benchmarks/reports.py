@@ -109,7 +109,9 @@ def kinds(sentences: Sequence[str]) -> dict[str, float]:
 
 
 def _kind(statement: Statement | None) -> str:
-    return "neither" if statement is None else {False: "absence", True: "presence", None: "how it is"}[statement.present]
+    return (
+        "neither" if statement is None else {False: "absence", True: "presence", None: "how it is"}[statement.present]
+    )
 
 
 def _spread(values: Sequence[int] | np.ndarray) -> str:
@@ -125,23 +127,32 @@ def label_lines(columns: dict[str, np.ndarray]) -> list[str]:
     for index, label in enumerate(ABNORMALITIES):
         lines.append(f"| {label} | {' | '.join(f'{labels[:, index].mean():.2f}' for labels in columns.values())} |")
     upper = np.triu_indices(len(ABNORMALITIES), 1)
-    with np.errstate(invalid="ignore"):  # a label that is the same in all reports has no correlation
-        pairs = [np.nan_to_num(np.corrcoef(labels.T)[upper]) for labels in columns.values()]
+    pairs = [_correlations(labels)[upper] for labels in columns.values()]
     off = " | ".join(f"{np.sqrt(np.mean(np.square(one - pairs[-1]))):.3f}" for one in pairs)
     return [*lines, f"| correlations of pairs: root mean square off {names[-1]} | {off} |"]
+
+
+def _correlations(labels: np.ndarray) -> np.ndarray:
+    """[18, 18]; 0 where a label is the same in all reports."""
+    centred = labels - labels.mean(0)
+    spread = np.maximum(centred.std(0), 1e-12)
+    return centred.T @ centred / (len(labels) * np.outer(spread, spread))
 
 
 def main(argv: list[str]) -> int:
     """The command: two tables in Markdown."""
     parser = argparse.ArgumentParser(prog="mg3d bench reports", description=(__doc__ or "").split("\n\n")[1])
     parser.add_argument("files", nargs="*", type=Path, help="csv files of real reports, one column of the table each")
-    parser.add_argument("--patients", type=int, default=800, help="phantom patients of each style (default %(default)s)")
+    parser.add_argument(
+        "--patients", type=int, default=800, help="phantom patients of each style (default %(default)s)"
+    )
     parser.add_argument("--seed", type=int, default=0, help="of the phantoms (default %(default)s)")
     args = parser.parse_args(argv)
     if args.patients < 1:
         raise UserError(f"--patients {args.patients}: must be positive.")
-    corpora = {f"phantoms, {style}": phantom_corpus(args.patients, style, args.seed) for style in reversed(STYLES)}
-    corpora |= {path.name: read_corpus(path) for path in args.files}
+    real = {path.name: read_corpus(path) for path in args.files}
+    drawn = {f"phantoms, {style}": phantom_corpus(args.patients, style, args.seed) for style in reversed(STYLES)}
+    corpora = drawn | real
     columns = {name: figures(corpus) for name, corpus in corpora.items()}
     print(f"| | {' | '.join(columns)} |\n|---|{'---|' * len(columns)}")
     for row in dict.fromkeys(row for column in columns.values() for row in column):

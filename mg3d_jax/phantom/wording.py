@@ -46,6 +46,11 @@ def lower_first(text: str) -> str:
     return text[:1].lower() + text[1:]
 
 
+def lower_first_word(text: str) -> str:
+    """The text within a sentence: beginning in lower case, but for an abbreviation ("CT", "LAP")."""
+    return text if text[1:2].isupper() else lower_first(text)
+
+
 def upper_first(text: str) -> str:
     """The text beginning with a capital."""
     return text[:1].upper() + text[1:]
