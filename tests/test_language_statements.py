@@ -56,6 +56,8 @@ LEFT_ALONE = [
     "The outlook is nonspecific.",
     "There is a nodule in the right lung that was not detected in the previous examination.",
     "Thorax CT examination within normal limits except for hiatal hernia.",
+    "Neither effusion nor thickening was noted.",
+    "Neither lung shows a mass, nor is the pleura thickened.",
     "",
     " . ",
 ]
