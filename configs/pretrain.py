@@ -3,8 +3,8 @@
     mg3d train --config configs/pretrain.py --workdir RUN --config.data.train=DATA/train --config.data.valid=DATA/valid
 
 Arguments, `PRESET,OBJECTIVES,report=FOLDER_OR_NAME`, each may be left out: a preset of the volume encoder (`ti s b l h g`,
-`swin-b swin-l`, the paper's backbone, or `twin`; default `b`); the objectives (`recipe clip siglip mae mg3d`; default
-`recipe`); a BERT-type report encoder, a folder or hub name (default: RadBERT with 12 layers, as in the paper).
+`swin-b swin-l`, the paper's backbone, or `twin`; default `b`); the objectives (`recipe clip siglip mae mg3d mg3d_same_words`;
+default `recipe`); a BERT-type report encoder, a folder or hub name (default: RadBERT with 12 layers, as in the paper).
 
 `recipe` is alignment of random groups of sentences, and sentences against their opposites (docs/objectives.md says why).
 `mg3d` are all objectives with the paper's weights, learning rate and schedule: published, but never seen to learn here.

@@ -32,6 +32,7 @@ TRAINS = {
     "siglip": "volume_encoder/.*|report_encoder/.*|report_pool/.*|(volume|report)_projection/.*|logit_(scale|bias)",
     "mae": "volume_encoder/(?!pool).*|voxel_decoder/.*",
     "mg3d": ".*(?<!logit_scale)",
+    "mg3d_same_words": ".*(?<!logit_scale)",
     "report_reconstruction": f"{TOWERS}|fusion/.*|token_head/.*|sentence_projection/.*",
     "matching": f"{TOWERS}|sentence_conditioned_volume/.*",
     # Statements are single sentences: pooling one of them needs no query.

@@ -1,5 +1,5 @@
 """Which objectives are on, by name: what is recommended ("recipe"), the whole published method ("mg3d"), and the baselines of
-the same family on equal footing."""
+the same family on equal footing. "mg3d_same_words" is the method with other forms of three terms (docs/objectives.md)."""
 
 from __future__ import annotations
 
@@ -33,6 +33,12 @@ OBJECTIVE_PRESETS: dict[str, dict[str, Any]] = {
         "matching.weight": 0.1,
         "discrimination.weight": 0.1,
     },
+}
+# The same with the three terms between patients in the form in which their words cannot answer for the volume.
+OBJECTIVE_PRESETS["mg3d_same_words"] = OBJECTIVE_PRESETS["mg3d"] | {
+    "alignment.fused_form": "same_words",
+    "matching.form": "same_words",
+    "discrimination.form": "same_words",
 }
 
 

@@ -155,6 +155,9 @@ class FusionConfig:
 
     depth: int = key(2, "number of layers")
     kind: str = key("attention", '"attention", or "gate": the relevance gate of MG-3D\'s release')
+    other_volumes: int = key(
+        3, 'volumes of other patients that a report meets, for the form "same_words" of objectives', neutral=3
+    )
 
 
 @dataclass(frozen=True)

@@ -19,6 +19,7 @@ from mg3d_jax.models.heads import AttentionPool, Projection, mean_pool, sentence
 from mg3d_jax.models.patches import patchify
 from mg3d_jax.objectives.base import DIRECTION_BIAS, Context, Enabled
 from mg3d_jax.objectives.pairwise import l2_normalize
+from mg3d_jax.objectives.same_words import others
 
 MAX_LOGIT_SCALE = 100.0  # temperature 0.01: the bound that CLIP uses
 FIXED_WORD_DIM = 256  # length of the random word vectors of `sentence_words`
@@ -38,7 +39,8 @@ class Step:
 # widths of volume and report tower; k = projection_dim, m = matching_dim; P voxel values of a token's cell.
 #   volume_tokens [B, N, d]; report_tokens, reconstructed_tokens [B, T, e]; sentences [B, S, e]; view_embeddings [B, V, k];
 #   volume_embedding, report_embedding [B, k]; fused_volume_embedding [B, m]; fused_embedding [B, 2k]; z, the sentence-
-#   conditioned volume, and *_sentences [B, S, m]; patches, voxel_prediction* [B, N, P]; token_logits [B, M, vocab].
+#   conditioned volume, and *_sentences [B, S, m]; z_others [B, K, S, m], fused_*_others [B, K, d or e]: the words of a patient
+#   with the volumes of K others (`objectives.same_words`); patches, voxel_prediction* [B, N, P]; token_logits [B, M, vocab].
 # Computed in this order: a module that is called twice draws its dropout by the number of the call. Inputs are those of
 # `training.inputs.model_inputs`: `volume`, `report`, and what the objectives draw.
 STEPS: tuple[Step, ...] = (
@@ -52,7 +54,9 @@ STEPS: tuple[Step, ...] = (
     Step("_volume", ("volume_tokens", "volume_pooled"), ("volume",)),
     Step("_volume_embedding", ("volume_embedding",), ("volume_pooled",)),
     Step("_sentence_conditioned", ("z",), ("sentences", "volume_tokens")),
+    Step("_sentence_conditioned_others", ("z_others",), ("sentences", "volume_tokens")),
     Step("_fused", ("fused_volume", "fused_report"), ("volume_tokens", "report_tokens", "report")),
+    Step("_fused_others", ("fused_volume_others", "fused_report_others"), ("volume_tokens", "report_tokens", "report")),
     Step("_fused_volume_embedding", ("fused_volume_embedding",), ("fused_volume",)),
     Step("_fused_embedding", ("fused_embedding",), ("fused_volume", "fused_report")),
     Step("_patches", ("patches",), ("volume",)),
@@ -142,7 +146,10 @@ class MG3D(nn.Module):
         common = {"dtype": dtype, "remat": model.remat, "attention_backend": backend}
         needed = self._needed()
         read = {*needed, *(name for step in steps_for(needed) for name in step.reads)}
-        streams = {"volume": {"fused_volume"}, "report": {"fused_report", "reconstructed_tokens"}}
+        streams = {
+            "volume": {"fused_volume", "fused_volume_others"},
+            "report": {"fused_report", "fused_report_others", "reconstructed_tokens"},
+        }
         self.fusion = Fusion(
             depth=model.fusion.depth,
             num_heads=volume_heads,
@@ -282,6 +289,14 @@ class MG3D(nn.Module):
     ) -> tuple[jax.Array, ...]:
         return (self.sentence_conditioned_volume(sentences, volume_tokens).astype(jnp.float32),)
 
+    def _sentence_conditioned_others(
+        self, sentences: jax.Array, volume_tokens: jax.Array, train: bool
+    ) -> tuple[jax.Array, ...]:
+        """[B, K, S, m]: what the sentences of a patient find in the volumes of the K next rows."""
+        count = self.context.model.fusion.other_volumes
+        (found,) = self._sentence_conditioned(*_with_others(count, sentences, volume_tokens), train=train)
+        return (found.reshape(-1, count, *found.shape[1:]),)
+
     def _fused(
         self, volume_tokens: jax.Array, report_tokens: jax.Array, report: dict[str, jax.Array], train: bool
     ) -> tuple[jax.Array | None, ...]:
@@ -290,6 +305,16 @@ class MG3D(nn.Module):
         fused = self.fusion(volume_tokens, report_tokens, mask, train)
         volume = mean_pool(fused["volume"]) if "volume" in fused else None
         return volume, mean_pool(fused["report"], mask) if "report" in fused else None
+
+    def _fused_others(
+        self, volume_tokens: jax.Array, report_tokens: jax.Array, report: dict[str, jax.Array], train: bool
+    ) -> tuple[jax.Array | None, ...]:
+        """As `_fused`, of each report with the volumes of the K next rows: [B, K, d] and [B, K, e]."""
+        count = self.context.model.fusion.other_volumes
+        words = {"tokens": report_tokens, "mask": report["token_mask"]}
+        words, volumes = _with_others(count, words, volume_tokens)
+        found = self._fused(volumes, words["tokens"], {"token_mask": words["mask"]}, train)
+        return tuple(None if one is None else one.reshape(-1, count, *one.shape[1:]) for one in found)
 
     def _fused_volume_embedding(self, volume: jax.Array, train: bool) -> tuple[jax.Array, ...]:
         return (self.fused_volume_projection(volume).astype(jnp.float32),)
@@ -337,3 +362,9 @@ class MG3D(nn.Module):
 
     def _original_sentences(self, sentences: jax.Array, train: bool) -> tuple[jax.Array, ...]:
         return (self.sentence_projection(sentences),)
+
+
+def _with_others(count: int, words: Any, volumes: jax.Array) -> tuple[Any, jax.Array]:
+    """The words [B, ...] `count` times, [B K, ...], and beside each the volume of another row (`same_words.others`)."""
+    repeated = jax.tree.map(lambda a: jnp.repeat(a, count, axis=0), words)
+    return repeated, others(volumes, count).reshape(-1, *volumes.shape[1:])

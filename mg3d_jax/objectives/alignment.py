@@ -2,6 +2,11 @@
 
 Two pairs: (a) the volume's embedding against the report's, which makes zero-shot classification and retrieval possible;
 (b) the fused embedding of a patient against the two of (a) side by side.
+
+Pair (b) as published compares patients, and on both sides stands what has read the report: its words tell the patients apart,
+whatever the volume shows. In the form "same_words" it asks instead which volume a report belongs to: a linear head scores the
+report fused with its own volume and with those of other patients, as image-text matching does (ALBEF, arXiv 2107.07651), but
+by a softmax over the volumes, in which the report is the same throughout.
 """
 
 from __future__ import annotations
@@ -13,6 +18,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -33,7 +39,20 @@ from mg3d_jax.objectives.base import (
 )
 from mg3d_jax.objectives.contrastive import info_nce, sigmoid_contrastive
 from mg3d_jax.objectives.pairwise import l2_normalize, masked_mean
+from mg3d_jax.objectives.same_words import (
+    FORM_MEANING,
+    FORMS,
+    PUBLISHED,
+    SAME_WORDS,
+    other_patients,
+    own_among_others,
+    too_few_rows,
+)
 from mg3d_jax.options import choice, key
+
+FUSED_HEAD = "fused_pair_head"
+# Features for pair (b) in the form "same_words"; the last is drawn.
+FUSED_PAIRS = ("fused_volume", "fused_report", "fused_volume_others", "fused_report_others", "fused_pairs")
 
 
 @dataclass(frozen=True)
@@ -67,6 +86,7 @@ class AlignmentOptions:
     form: str = key("softmax", 'of pair (a): "softmax", InfoNCE, or "sigmoid", SigLIP with a learned bias')
     volume_report_weight: float = key(1.0, "weight of pair (a): volume against report")
     fused_weight: float = key(0.0, "weight of pair (b): fused patient against its two embeddings")
+    fused_form: str = key(PUBLISHED, f"of pair (b): {FORM_MEANING}", neutral=PUBLISHED)
     block_size: int = key(0, "columns of the similarity matrix at a time; 0 chooses by size")
 
 
@@ -75,7 +95,10 @@ def problems(options: AlignmentOptions, config: Any) -> list[str]:
     found = [
         *choice("objectives.alignment.form", options.form, ("softmax", "sigmoid")),
         *choice("objectives.alignment.report_view", options.report_view, ("report", "sentences", "subsets")),
+        *choice("objectives.alignment.fused_form", options.fused_form, FORMS),
     ]
+    if options.weight > 0 and _asks_which_volume(options):
+        found += too_few_rows("objectives.alignment, pair (b)", config)
     if not options.subset_sizes or min(options.subset_sizes) < 0:
         found.append(f"objectives.alignment.subset_sizes = {options.subset_sizes}: give sizes, e.g. (1, 4, 0)")
     if options.report_sentences < 1:
@@ -189,10 +212,23 @@ def reworded(sentences: Sequence[str], options: AlignmentOptions) -> list[str]:
     return found
 
 
+def _asks_which_volume(options: AlignmentOptions) -> bool:
+    """Is pair (b) on, in the form "same_words"?"""
+    return options.fused_weight > 0 and options.fused_form == SAME_WORDS
+
+
 def draw(rng: jax.Array, batch: Batch, options: AlignmentOptions, context: Context) -> dict[str, Any]:
-    """`views`: random sentences of each report, and for the view "subsets" `view_groups` bool [B, G, V], the groups."""
-    if options.report_view == "report":
-        return {}
+    """`views`: random sentences of each report, and for the view "subsets" `view_groups` bool [B, G, V], the groups. For the
+    form "same_words" of pair (b) also `fused_pairs` bool [B, K]: which other volumes count for a report."""
+    drawn = _draw_views(rng, batch, options, context) if options.report_view != "report" else {}
+    if _asks_which_volume(options):
+        has_text = batch["valid"] & jnp.any(batch["sentence_index"] > 0, axis=1)
+        pairs = other_patients(batch["valid"], batch["report_id"], context.model.fusion.other_volumes)
+        drawn["fused_pairs"] = pairs & has_text[:, None]
+    return drawn
+
+
+def _draw_views(rng: jax.Array, batch: Batch, options: AlignmentOptions, context: Context) -> dict[str, Any]:
     if made_on_host(options, context):
         views = text_views(rng, batch, options.report_sentences, context)
     else:
@@ -236,7 +272,27 @@ def needs(options: AlignmentOptions) -> tuple[str, ...]:
         report = ("report_embedding", "sentence_mask")
     elif options.report_view == "subsets":
         report = (*report, "view_groups")
-    return "volume_embedding", *report, *(("fused_embedding",) if options.fused_weight > 0 else ())
+    fused: tuple[str, ...] = ("fused_embedding",) if options.fused_weight > 0 else ()
+    return "volume_embedding", *report, *(FUSED_PAIRS if _asks_which_volume(options) else fused)
+
+
+def modules(options: AlignmentOptions, context: Context) -> dict[str, nn.Module]:
+    """The head of pair (b) in the form "same_words": one linear layer to a score; a bias would be the same for all volumes."""
+    if not _asks_which_volume(options):
+        return {}
+    kernel = nn.with_logical_partitioning(nn.initializers.lecun_normal(), ("embed", None))
+    return {FUSED_HEAD: nn.Dense(1, use_bias=False, kernel_init=kernel)}
+
+
+def features(modules: Any, needed: Features, options: AlignmentOptions) -> Features:
+    """What it needs; of fused tokens only `fused_scores` [B, 1 + K], the report with its own volume first."""
+    found = dict(needed)
+    if _asks_which_volume(options):
+        own = jnp.concatenate([found.pop("fused_volume"), found.pop("fused_report")], axis=-1)
+        other = jnp.concatenate([found.pop("fused_volume_others"), found.pop("fused_report_others")], axis=-1)
+        fused = jnp.concatenate([own[:, None], other], axis=1).astype(jnp.float32)
+        found["fused_scores"] = modules[FUSED_HEAD](fused)[..., 0]
+    return found
 
 
 def loss(features: Features, batch: Batch, options: AlignmentOptions) -> tuple[jax.Array, Metrics]:
@@ -266,7 +322,11 @@ def loss(features: Features, batch: Batch, options: AlignmentOptions) -> tuple[j
         total, metrics = pair(report, report_ids, valid)
     total *= options.volume_report_weight
     metrics |= {"temperature": 1.0 / scale} | spread | centers
-    if options.fused_weight:  # pair (b): InfoNCE at the configured temperature, also where pair (a) learns its own
+    if "fused_scores" in features:
+        fused, found = own_among_others(features["fused_scores"], features["fused_pairs"])
+        total += options.fused_weight * fused
+        metrics |= {"fused_loss": fused, "fused_accuracy": found["accuracy"], "fused_chance": found["chance"]}
+    elif options.fused_weight:  # pair (b): InfoNCE at the configured temperature, also where pair (a) learns its own
         single = jnp.concatenate([report, volume], axis=-1)
         fused, fused_metrics = info_nce(
             features["fused_embedding"],
@@ -390,7 +450,9 @@ ALIGNMENT = Objective(
     options=AlignmentOptions,
     needs=needs,
     loss=loss,
+    features=features,
     draw=draw,
+    modules=modules,
     problems=problems,
     texts=TextFields(fields, make),
 )

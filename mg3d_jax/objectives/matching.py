@@ -7,6 +7,12 @@ thresholds there is no loss.
 
 With B patients of S sentences there are (B S)^2 pairs of sentences. That matrix never exists: every device compares its own
 patients with one block of patients at a time, a tile (`pairwise.pair_sum`), and the backward pass computes each tile again.
+
+Published, the two sentences of a pair ask their own volumes, and their words decide both the target and, by the places that
+they attend to, what is compared: similar sentences attend alike, and the loss falls without a look at the volumes. In the form
+"same_words" one sentence asks both volumes. The target is whether the other patient's report says it too: `t` is the largest
+cosine of the sentence with those of that report. Attraction and repulsion count a half each, so that whoever does not tell
+agreement from disagreement, because all volumes look the same or because all look different, stays at a half.
 """
 
 from __future__ import annotations
@@ -20,8 +26,25 @@ import jax.numpy as jnp
 import numpy as np
 
 from mg3d_jax.errors import UserError
-from mg3d_jax.objectives.base import Batch, Features, Metrics, Objective
-from mg3d_jax.objectives.pairwise import Tree, check_shapes, default_ids, l2_normalize, pair_sum, zero_unless
+from mg3d_jax.objectives.base import Batch, Context, Features, Metrics, Objective
+from mg3d_jax.objectives.pairwise import (
+    Tree,
+    check_shapes,
+    default_ids,
+    l2_normalize,
+    masked_mean,
+    pair_sum,
+    zero_unless,
+)
+from mg3d_jax.objectives.same_words import (
+    FORM_MEANING,
+    FORMS,
+    PUBLISHED,
+    SAME_WORDS,
+    other_patients,
+    others,
+    too_few_rows,
+)
 from mg3d_jax.options import choice, key
 
 AVERAGES = ("pairs", "patients")
@@ -37,6 +60,7 @@ class MatchingOptions:
     """Sentence-wise semantic matching between patients."""
 
     weight: float = key(0.0, "weight in the loss; 0: off")
+    form: str = key(PUBLISHED, FORM_MEANING, neutral=PUBLISHED)
     high: float = key(0.9, "sentences of two patients attract from this report-side cosine on")
     low: float = key(0.6, "sentences of two patients repel up to this report-side cosine")
     average: str = key("pairs", 'mean over "pairs" of sentences, or over pairs of "patients" as in MG-3D\'s release')
@@ -52,12 +76,15 @@ def problems(options: MatchingOptions, config: Any) -> list[str]:
     """Unknown choices, and thresholds that are no cosines."""
     found = [
         *choice("objectives.matching.average", options.average, AVERAGES),
+        *choice("objectives.matching.form", options.form, FORMS),
         *choice("objectives.matching.sentence_source", options.sentence_source, tuple(SENTENCE_SOURCES)),
     ]
     if not -1 <= options.low < options.high <= 1:
         found.append(
             f"objectives.matching.low = {options.low}, high = {options.high}: cosines with low < high are needed"
         )
+    if options.weight > 0 and options.form == SAME_WORDS:
+        found += too_few_rows("objectives.matching", config)
     return found
 
 
@@ -155,19 +182,81 @@ def sentence_matching(
     return loss, jax.lax.stop_gradient(metrics)
 
 
+def agreement_matching(
+    z: jax.Array, z_others: jax.Array, targets: jax.Array, pairs: jax.Array, *, high: float = 0.9, low: float = 0.6
+) -> tuple[jax.Array, Metrics]:
+    """The form "same_words": what a sentence finds in its own volume against what it finds in others.
+
+    Args:
+        z: [B, S, k], found in the own volume; l2-normalised here in float32, as `z_others` is.
+        z_others: [B, K, S, k], by the same sentence in the volumes of K other patients.
+        targets: [B, K, S], how much the other patient's report says the same (`agreement`); without gradient.
+        pairs: bool [B, K, S], what counts.
+        high, low: targets >= high attract, <= low repel, the rest is ignored.
+
+    Returns:
+        Half the mean of |cos - target| over what attracts and half the mean of |cos| over what repels; 0 where the batch has
+        pairs of one kind only, which would teach to make all volumes alike, or all different. Metrics as `sentence_matching`.
+    """
+    cosines = jnp.einsum("bsk,bosk->bos", l2_normalize(z), l2_normalize(zero_unless(pairs, z_others)))
+    targets = jax.lax.stop_gradient(targets)
+    # As in `_tile`: NaN on the report side shows.
+    attract, repel = pairs & ~(targets < high), pairs & (targets <= low)
+    attracted = masked_mean(jnp.abs(cosines - targets), attract)
+    repelled = masked_mean(jnp.abs(cosines), repel)
+    both = jnp.any(attract) & jnp.any(repel)
+    count = jnp.maximum(jnp.sum(pairs, dtype=jnp.float32), 1.0)
+    metrics = {
+        "attract": attracted,
+        "repel": repelled,
+        "attract_fraction": jnp.sum(attract, dtype=jnp.float32) / count,
+        "repel_fraction": jnp.sum(repel, dtype=jnp.float32) / count,
+    }
+    return jnp.where(both, (attracted + repelled) / 2, 0.0), jax.lax.stop_gradient(metrics)
+
+
+def agreement(s: jax.Array, mask: jax.Array, count: int) -> jax.Array:
+    """[B, K, S]: the largest cosine of each sentence of `s` [B, S, d] with those, by `mask` bool [B, S], of each of the reports
+    of the `count` rows that follow. -1 for a report without sentences."""
+    s = l2_normalize(zero_unless(mask, s))
+    cosines = jnp.einsum("isk,ijtk->ijst", s, others(s, count), precision=jax.lax.Precision.HIGHEST)
+    largest = jnp.max(jnp.where(others(mask, count)[:, :, None], cosines, -1.0), axis=-1)
+    return jnp.where(largest > 1.0 - ROUNDING, 1.0, largest)
+
+
+def draw(rng: jax.Array, batch: Batch, options: MatchingOptions, context: Context) -> dict[str, Any]:
+    """`matching_pairs` bool [B, K] for the form "same_words": other volumes of other patients, with a report. Not random."""
+    if options.form == PUBLISHED:
+        return {}
+    has_text = batch["valid"] & jnp.any(batch["sentence_index"] > 0, axis=1)
+    return {"matching_pairs": other_patients(has_text, batch["patient_id"], context.model.fusion.other_volumes)}
+
+
 def needs(options: MatchingOptions) -> tuple[str, ...]:
     """Features of the model (`models.mg3d.STEPS`): the sentence-conditioned volume `z`, and the report side of the options."""
-    return "z", SENTENCE_SOURCES[options.sentence_source], "sentence_mask"
+    more = () if options.form == PUBLISHED else ("z_others", "matching_pairs")
+    return "z", SENTENCE_SOURCES[options.sentence_source], "sentence_mask", *more
 
 
 def features(modules: Any, needed: Features, options: MatchingOptions) -> Features:
     """The report side only gives the targets, so it gets no gradient."""
-    targets = jax.lax.stop_gradient(needed[SENTENCE_SOURCES[options.sentence_source]])
-    return {"z": needed["z"], "sentence_targets": targets, "sentence_mask": needed["sentence_mask"]}
+    targets, mask = jax.lax.stop_gradient(needed[SENTENCE_SOURCES[options.sentence_source]]), needed["sentence_mask"]
+    if options.form == PUBLISHED:
+        return {"z": needed["z"], "sentence_targets": targets, "sentence_mask": mask}
+    pairs = needed["matching_pairs"]
+    return {
+        "z": needed["z"],
+        "z_others": needed["z_others"],
+        "targets": agreement(targets, mask, pairs.shape[1]),
+        "pairs": pairs[..., None] & mask[:, None],
+    }
 
 
 def loss(features: Features, batch: Batch, options: MatchingOptions) -> tuple[jax.Array, Metrics]:
-    """`sentence_matching` over the global batch. Scans of one patient are never paired."""
+    """`sentence_matching` over the global batch, or `agreement_matching`. Scans of one patient are never paired."""
+    if options.form == SAME_WORDS:
+        found = (features[name] for name in ("z", "z_others", "targets", "pairs"))
+        return agreement_matching(*found, high=options.high, low=options.low)
     return sentence_matching(
         features["z"],
         features["sentence_targets"],
@@ -180,4 +269,4 @@ def loss(features: Features, batch: Batch, options: MatchingOptions) -> tuple[ja
     )
 
 
-MATCHING = Objective(options=MatchingOptions, needs=needs, loss=loss, features=features, problems=problems)
+MATCHING = Objective(options=MatchingOptions, needs=needs, loss=loss, features=features, draw=draw, problems=problems)
