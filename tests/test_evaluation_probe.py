@@ -101,6 +101,8 @@ def test_probe_of_embeddings():
     assert metrics == pytest.approx(
         {f"probe/{m}/auroc_macro": result[m]["auroc_macro"] for m in ("linear", "neighbours")}
     )
+    more = Probe(ProbeOptions(**QUICK, online_fractions=(10.0,))).metrics(one)
+    assert more == pytest.approx(metrics | {"probe/linear/10_percent/auroc_macro": few["auroc_macro"]})
 
 
 def test_keys_say_the_protocol_and_draws_give_the_same_numbers():

@@ -53,6 +53,9 @@ class ProbeOptions(EvaluationOptions):
         "percent of the training patients for the probes of few patients; empty: none",
         neutral=FRACTIONS,
     )
+    online_fractions: tuple[float, ...] = key(
+        (), "those of them that a run in training measures, too; each takes as many fits as there are seeds", neutral=()
+    )
     seeds: int = key(SEEDS, "draws of each part of the patients", neutral=SEEDS)
     seed: int = key(0, "of the validation part, and the first of the draws", neutral=0)
     draws: int = key(1000, "resamplings of the evaluated patients for the intervals", neutral=1000)
@@ -82,8 +85,9 @@ class Probe(Evaluation):
     @staticmethod
     def problems(options: ProbeOptions, config: Any) -> list[str]:
         found = choice("evaluations.probe.kind", options.kind, KINDS)
-        if wrong := [percent for percent in options.fractions if not 0 < percent <= 100]:
-            found.append(problem("evaluations.probe.fractions", wrong[0], "percent above 0 and up to 100"))
+        for name in ("fractions", "online_fractions"):
+            if wrong := [percent for percent in getattr(options, name) if not 0 < percent <= 100]:
+                found.append(problem(f"evaluations.probe.{name}", wrong[0], "percent above 0 and up to 100"))
         if options.seeds < 1:
             found.append(problem("evaluations.probe.seeds", options.seeds, "must be at least 1"))
         return found
@@ -94,7 +98,8 @@ class Probe(Evaluation):
         return "" if found.label_names else "needs labels of the volumes that it scores"
 
     def metrics(self, found: Embedded) -> dict[str, float]:
-        """`probe/METHOD/auroc_macro`, with several classes `probe/METHOD/accuracy` too."""
+        """`probe/METHOD/auroc_macro`, with several classes `probe/METHOD/accuracy` too; and for each of `online_fractions` the
+        mean over the draws of that share of the training patients, `probe/linear/PERCENT_percent/auroc_macro`."""
         if (fitted := self.fit(found)) is None:
             return {}
         result: dict[str, float] = {}
@@ -103,6 +108,8 @@ class Probe(Evaluation):
                 found.labels, logits, found.label_names, kind=self.settings.kind, left_out=fitted.linear.not_learned
             )
             result |= {f"probe/{method}/{name}": value for name, value in quick.items() if "auroc/" not in name}
+        for row in self._few_shot(found, fitted, self.settings.online_fractions):
+            result[f"probe/linear/{row['percent']:g}_percent/auroc_macro"] = row["auroc_macro"]
         return result
 
     def full(self, found: Embedded) -> dict[str, Any]:
@@ -141,7 +148,7 @@ class Probe(Evaluation):
             }
             for name, value, (low, high) in class_scores.class_rows(result["linear"])
         }
-        result["few_shot"] = self._few_shot(found, fitted)
+        result["few_shot"] = self._few_shot(found, fitted, self.settings.fractions)
         return result
 
     def flat(self, result: Mapping[str, Any]) -> dict[str, float | list[float]]:
@@ -203,10 +210,10 @@ class Probe(Evaluation):
             self._last = (found, _fit(found, self.settings))
         return self._last[1]
 
-    def _few_shot(self, found: Embedded, fitted: Fitted) -> list[dict[str, Any]]:
+    def _few_shot(self, found: Embedded, fitted: Fitted, fractions: Sequence[float]) -> list[dict[str, Any]]:
         """A row for each share: the macro mean of every seed. All patients are one draw: the probe itself."""
         settings, train = self.settings, fitted.train
-        parts = [percent for percent in settings.fractions if percent < 100]
+        parts = [percent for percent in fractions if percent < 100]
         seeds = range(settings.seed, settings.seed + settings.seeds)
         rows: dict[float, dict[str, Any]] = {}
 
@@ -233,7 +240,7 @@ class Probe(Evaluation):
             kind=settings.kind,
         ):
             add(shot.percent, shot.patients, shot.result)
-        if any(percent == 100 for percent in settings.fractions):
+        if any(percent == 100 for percent in fractions):
             add(100.0, len(np.unique(train.patients)), fitted.linear)
         return [_with_interval(row) for row in rows.values()]
 
