@@ -23,7 +23,7 @@ from mg3d_jax.commands.main import main
 from mg3d_jax.data.records import FORMAT_VERSION
 from mg3d_jax.errors import UserError
 from mg3d_jax.scaling.fit import table
-from mg3d_jax.scaling.sweep import collect, states
+from mg3d_jax.scaling.sweep import collect, compare, states
 from mg3d_jax.scaling.sweep import declaration as sweep
 from mg3d_jax.scaling.sweep import plan as planning
 from mg3d_jax.scaling.sweep import runner as runs
@@ -190,6 +190,83 @@ def test_a_failed_run_does_not_stop_the_others_and_is_tried_again(project, capsy
     assert run_all(one, workdir) == 0
     assert starts(workdir, one.runs[1]) == [0, 3]
     assert "is tried again" in capsys.readouterr().err
+
+
+STAGES = """
+    sweep.models = (("first", ()), ("second", (("init_from.take", ("volume_encoder/.*",)),)), ("whole", ()))
+    sweep.patients = (20,)
+    sweep.length = ("flops", 1e12)
+    sweep.shares = (("first", 0.25), ("second", 0.75))
+    sweep.starts_from = (("second", "first"),)
+    return sweep
+"""
+
+
+def staged(project, workdir, *changes):
+    text = SWEEP_FILE[: SWEEP_FILE.index("    if arg")] + STAGES
+    for old, new in changes:
+        assert old in text
+        text = text.replace(old, new)
+    (project / "sweep.py").write_text(text)
+    return sweep.load(str(project / "sweep.py"), settings(project), workdir)
+
+
+def test_a_run_starts_from_another_once_that_is_done(project, capsys):
+    workdir = project / "work"
+    one = staged(project, workdir)
+    first, second, whole = one.runs
+    assert second.after == str(states.run_folder(workdir, first)) == second.config().init_from.path
+    assert first.after == whole.after == "" and second.config().init_from.take == ("volume_encoder/.*",)
+    assert run_all(one, workdir, fail={first.id: True}) == 1
+    assert [states.status(workdir, run).state for run in one.runs] == ["failed", "not started", "done"]
+    assert f"left for later, it starts from {first.id}, which is not done" in capsys.readouterr().err
+    with states.HeldLease.acquire(states.run_folder(workdir, first)):
+        assert states.waits_for(second).state == "running"  # by somebody else
+    assert run_all(one, workdir) == 0
+    assert [starts(workdir, run) for run in one.runs] == [[0, 3], [0], [0]]
+    assert sweep.read_declaration(workdir) == one
+    found, missing = compare.finals(workdir, one)
+    assert list(found) == ["second", "whole"] and not missing  # the first is a stage of the second
+    # Another folder is another path, of the same run.
+    moved = staged(project, project / "elsewhere").runs[1]
+    assert moved.id == second.id and moved.config_hash != second.config_hash
+    command = runs.train_command(second, project / "x")
+    assert f"--config.init_from.path={second.after}" in command
+
+
+def test_runs_of_equal_flops(project):
+    one = staged(project, project / "work")
+    for run, share in zip(one.runs, (0.25, 0.75, 1.0), strict=True):
+        config = run.config()
+        cost = step_cost.of_config(config).training.total * config.data.batch_size
+        assert config.training.steps == max(1, round(share * 1e12 / cost))
+    assert staged(project, project / "work", ('("flops", 1e12)', '("steps", 10)')).runs[0].config().training.steps == 2
+    epochs = staged(project, project / "work", ('("flops", 1e12)', '("epochs", 2.0)')).runs[0].config().training.epochs
+    assert epochs == 0.5
+
+
+def test_runs_of_another_sweep_are_gone_on_from(project):
+    workdir = project / "work"
+    one = staged(project, workdir)
+    sweep.write_declaration(workdir, one)
+    more = ("sweep.shares", f"sweep.starts_in = {str(workdir)!r}; sweep.shares"), ("(20,)", "(10, 20)")
+    tuned = staged(project, project / "tuned", *more)
+    assert [run.after for run in tuned.runs if run.model == "second"] == [
+        str(states.run_folder(workdir, one.runs[0]))
+    ] * 2
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "message"),
+    [
+        ('(("second", "first"),)', '(("first", "second"),)', "earlier in this sweep there are 0"),
+        ('(("second", "first"),)', '(("third", "first"),)', "'starts_from' names third"),
+        ('(("first", 0.25),', '(("first", 0.0),', "above 0 and up to 1"),
+    ],
+)
+def test_wrong_stages_are_clear_errors(project, old, new, message):
+    with pytest.raises(UserError, match=message):
+        staged(project, project / "work", (old, new))
 
 
 def test_exit_code_75_means_run_me_again(project):

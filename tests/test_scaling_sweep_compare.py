@@ -9,6 +9,7 @@ from mg3d_jax.config import checks
 from mg3d_jax.errors import UserError
 from mg3d_jax.scaling.sweep import compare
 from mg3d_jax.scaling.sweep import declaration as sweep
+from mg3d_jax.training import cost as step_cost
 
 T_2 = 4.302652729911275  # 97.5 % quantile of Student's t with 2 degrees of freedom, from a printed table
 
@@ -52,6 +53,48 @@ def test_what_is_written(tmp_path):
 def test_an_unknown_metric_is_an_error():
     with pytest.raises(UserError, match="there are a, b"):
         compare.compare(FOUND, ("c",))
+
+
+def test_the_default_columns_are_those_that_there_are():
+    def sweep_of(*patients):
+        runs = tuple(sweep.Run(f"r{n}", "m", n, 0, "base.py", (), "0") for n in patients)
+        return sweep.Sweep("test", "a", "n_active", "unique_patients", runs)
+
+    auroc, recall = compare.METRICS[:2]
+    assert compare.columns({"m": {0: {auroc: 0.5, "b": 1.0}}}, sweep_of(5)) == (auroc,)
+    assert compare.columns({"m": {0: {auroc: 0.5}}}, sweep_of(5), [recall]) == (recall,)  # which `compare` then misses
+    both = {compare.of_patients(auroc, n): n / 10 for n in (5, 7)}
+    assert compare.columns({"m": {0: both}}, sweep_of(7, 5)) == tuple(both)
+    assert compare.compare({"m": {0: both}}, tuple(both))[0][f"{auroc}, 7 patients"].mean == 0.7
+    with pytest.raises(UserError, match="choose with --metric: b"):
+        compare.columns({"m": {0: {"b": 1.0}}}, sweep_of(5))
+
+
+def test_multi_task_and_fine_tuning_are_possible_sweeps(tmp_path):
+    """The same FLOPs for all, but for rounding to steps; every method fine-tuned from its own last stage, seed by seed."""
+    folders = [f"data.{split}=FOLDER" for split in ("train", "valid")]
+    declared = sweep.load("configs/sweeps/multitask.py:scratch,seeds=2,patients=300", folders, tmp_path)
+    spent = {}
+    for run in declared.runs:
+        config = run.config()
+        checks.validate(config)
+        work = step_cost.of_config(config).training.total * config.data.batch_size * config.training.steps
+        spent[run.model, run.seed] = work
+    wanted = 1.65e13
+    assert spent.pop(("mae-half", 0)) + spent.pop(("mae-then-clip", 0)) == pytest.approx(wanted, rel=0.005)
+    assert spent.pop(("mae-half", 1)) + spent.pop(("mae-then-clip", 1)) == pytest.approx(wanted, rel=0.005)
+    assert len(spent) == 10 and list(spent.values()) == pytest.approx([wanted] * 10, rel=0.005)
+    sweep.write_declaration(tmp_path, declared)
+    tuned = sweep.load(f"configs/sweeps/finetune.py:{tmp_path}", folders, tmp_path / "tuned")
+    assert len(tuned.runs) == 7 * 3 * 2 and {run.patients for run in tuned.runs} == {3, 30, 300}
+    before = {run.id: run for run in declared.runs}
+    for run in tuned.runs:
+        checks.validate(run.config())
+        if run.model == "no-pretraining":
+            assert not run.after and not run.config().init_from.path
+            continue
+        first = before[run.config().init_from.path.rpartition("/")[2]]
+        assert (first.model, first.seed) == (run.model, run.seed) and run.after == run.config().init_from.path
 
 
 def test_the_ablation_is_a_possible_sweep():

@@ -85,7 +85,8 @@ def _add_compare(commands: argparse._SubParsersAction) -> None:
         "--metric",
         action="append",
         default=[],
-        help="metric of summary.json; may be repeated (default: AUROC, recall@10, masked losses)",
+        help="metric of summary.json; may be repeated (default: those of zero-shot, "
+        "recall@10, probes, fine-tuning and masked losses that there are)",
     )
     command.add_argument("--out", type=Path, help="folder for the results (default: WORKDIR/compare)")
 
@@ -107,7 +108,7 @@ def _plan(args: argparse.Namespace) -> int:
     _leave_accelerators_alone()
     from mg3d_jax.scaling.sweep import declaration, plan
 
-    declared = declaration.load(args.config, args.settings)
+    declared = declaration.load(args.config, args.settings, args.workdir)
     print(plan.plan_table(declared, plan.plan(declared, args.workdir)))
     return 0
 
@@ -116,7 +117,7 @@ def _run(args: argparse.Namespace) -> int:
     _leave_accelerators_alone()
     from mg3d_jax.scaling.sweep import declaration, plan, runner
 
-    declared = declaration.load(args.config, args.settings)
+    declared = declaration.load(args.config, args.settings, args.workdir)
     planned = plan.plan(declared, args.workdir)
     print(plan.plan_table(declared, planned), flush=True)
     if any(one.records is None for one in planned):
@@ -136,8 +137,9 @@ def _status(args: argparse.Namespace) -> int:
 def _compare(args: argparse.Namespace) -> int:
     from mg3d_jax.scaling.sweep import compare, declaration
 
-    metrics = tuple(args.metric) or compare.METRICS
-    found, missing = compare.finals(args.workdir, declaration.read_declaration(args.workdir))
+    declared = declaration.read_declaration(args.workdir)
+    found, missing = compare.finals(args.workdir, declared)
+    metrics = compare.columns(found, declared, args.metric)
     rows = compare.compare(found, metrics)
     out = args.out or args.workdir / "compare"
     names = compare.write(out, rows, metrics)

@@ -1,7 +1,8 @@
 """What each variant of a sweep reached, with intervals over seeds: the ablation table.
 
 Seeds are paired: a variant's difference to the reference is taken seed by seed, so that what a seed gives to both
-cancels. Intervals are 95 % Student intervals; with three seeds they are wide, and say so.
+cancels. Intervals are 95 % Student intervals; with three seeds they are wide, and say so. A run that another one of the sweep
+starts from is a stage of that one, and no variant. Several numbers of patients are columns beside one another.
 """
 
 from __future__ import annotations
@@ -23,6 +24,10 @@ from mg3d_jax.scaling.sweep.declaration import Sweep
 METRICS = (
     "evaluation/auroc_macro",
     "evaluation/report_to_volume/recall@10",
+    "evaluation/probe/linear/1_percent/auroc_macro",
+    "evaluation/probe/linear/10_percent/auroc_macro",
+    "evaluation/probe/linear/auroc_macro",
+    "evaluation/classification/auroc_macro",
     "valid/volume_reconstruction",
     "valid/report_reconstruction/token_loss",
 )
@@ -62,20 +67,52 @@ Finals = Mapping[str, Mapping[int, Mapping[str, float]]]  # variant -> seed -> m
 
 
 def finals(workdir: Path, sweep: Sweep) -> tuple[dict[str, dict[int, dict[str, float]]], list[str]]:
-    """The final metrics of every finished run, and the ids of the runs that are not done."""
-    found: dict[str, dict[int, dict[str, float]]] = {run.model: {} for run in sweep.runs}
-    missing = []
-    if len({run.patients for run in sweep.runs}) > 1:
-        raise UserError(f"sweep {sweep.name} has several numbers of patients: `compare` takes variants at one of them")
-    for run in sweep.runs:
+    """The final metrics of every finished run, and the ids of the runs that are not done.
+
+    Metrics are named as in `summary.json`, and where a sweep has several numbers of patients as `of_patients` says.
+    """
+    stages = {Path(run.after).name for run in sweep.runs}
+    runs = [run for run in sweep.runs if run.id not in stages]
+    found: dict[str, dict[int, dict[str, float]]] = {run.model: {} for run in runs}
+    missing, several = [], len(_patients(sweep)) > 1
+    for run in runs:
         if states.status(workdir, run).state != states.DONE:
             missing.append(run.id)
             continue
         final = collect.write_record(workdir, run)["final"]
-        found[run.model][run.seed] = {k: math.nan if v is None else float(v) for k, v in final.items()}
+        values = {k: math.nan if v is None else float(v) for k, v in final.items()}
+        if several:
+            values = {of_patients(name, run.patients): value for name, value in values.items()}
+        found[run.model].setdefault(run.seed, {}).update(values)
     if not any(found.values()):
         raise UserError(f"{workdir}: no run is done yet; train them with `mg3d sweep run`")
     return found, missing
+
+
+def of_patients(metric: str, patients: int) -> str:
+    """How a metric is called in a sweep of several numbers of training patients."""
+    return f"{metric}, {patients} patients"
+
+
+def _patients(sweep: Sweep) -> list[int]:
+    return sorted({run.patients for run in sweep.runs})
+
+
+def columns(found: Finals, sweep: Sweep, wanted: Sequence[str] = ()) -> tuple[str, ...]:
+    """The metrics of the table: those `wanted`, or those of `METRICS` that any run has; each for every number of patients.
+
+    `UserError` where a run has none of `METRICS`.
+    """
+    counts, known = _patients(sweep), {name for seeds in found.values() for final in seeds.values() for name in final}
+    names = wanted or METRICS
+    if len(counts) > 1:
+        names = [of_patients(name, count) for name in names for count in counts]
+    chosen = tuple(name for name in names if wanted or name in known)
+    if not chosen:
+        raise UserError(
+            f"no run has a metric that is compared by default; choose with --metric: {', '.join(sorted(known))}"
+        )
+    return chosen
 
 
 def compare(found: Finals, metrics: Sequence[str] = METRICS) -> list[dict]:

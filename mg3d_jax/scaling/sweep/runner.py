@@ -85,6 +85,9 @@ def _one(sweep: Sweep, run: Run, workdir: Path, trainer: Trainer, stop: Stop, la
         collect.write_record(workdir, run)
         logger.info(f"{label}: done before, skipped")
         return before
+    if (waits := states.waits_for(run)) is not None:
+        logger.info(f"{label}: left for later, {waits.detail}")
+        return waits
     lease = None if before.state == states.RUNNING or stop.asked else HeldLease.acquire(folder)
     if lease is None:
         logger.info(f"{label}: left alone, {before.detail or 'somebody else has just started it'}")

@@ -23,7 +23,7 @@ from typing import TextIO
 
 from mg3d_jax.errors import UserError
 from mg3d_jax.files import read_json, write_json
-from mg3d_jax.scaling.sweep.declaration import Run
+from mg3d_jax.scaling.sweep.declaration import RUNS_FOLDER, Run
 
 STATE_FILE, LEASE_FILE, SUMMARY_FILE, METRICS_FILE = (
     "sweep_state.json",
@@ -51,7 +51,18 @@ class Status:
 
 
 def run_folder(workdir: Path, run: Run) -> Path:
-    return workdir / "runs" / run.id
+    return workdir / RUNS_FOLDER / run.id
+
+
+def waits_for(run: Run) -> Status | None:
+    """Why a run cannot start: the one that it starts from is not done. None where nothing is in its way."""
+    if not run.after:
+        return None
+    folder = Path(run.after)
+    if (folder / SUMMARY_FILE).is_file() and read_json(folder / SUMMARY_FILE).get("state") == "done":
+        return None
+    state = NOT_STARTED if holder(folder) is None else RUNNING
+    return Status(state, 0, f"it starts from {folder.name}, which is not done")
 
 
 def status(workdir: Path, run: Run) -> Status:
