@@ -8,7 +8,7 @@ import numpy as np
 import optax
 import pytest
 from reference import same_words as reference
-from reference.tools import numerical_gradient
+from reference.tools import fake_mesh, numerical_gradient, shard_rows
 from support import SPECIAL, random_batch, tiny_builder, tiny_config, with_smallest_towers
 
 from mg3d_jax import config as config_lib
@@ -17,7 +17,7 @@ from mg3d_jax.config import checks
 from mg3d_jax.errors import UserError
 from mg3d_jax.objectives import same_words
 from mg3d_jax.objectives.discrimination import answered_discrimination
-from mg3d_jax.objectives.gradient_cache import cached_value_and_grad, split
+from mg3d_jax.objectives.gradient_cache import split
 from mg3d_jax.objectives.matching import agreement, agreement_matching
 from mg3d_jax.training import state as state_lib
 from mg3d_jax.training import step as step_lib
@@ -116,16 +116,15 @@ def patients(config):
     return batch
 
 
-QUICK = {  # to compile, and so that fake devices do not meet collectives in different orders
+QUICK = {  # to compile
     "xla_backend_optimization_level": 0,
     "xla_llvm_disable_expensive_passes": True,
-    "xla_cpu_enable_concurrency_optimized_scheduler": False,
 }
 
 
-def losses_of(config, devices=1):
-    """`(params, batch, key) -> (loss, metrics)` of the step on a mesh, fresh parameters, and the mesh."""
-    mesh = sharding.make_mesh(sharding.MeshConfig(data=devices, fsdp=1, tensor=1), jax.devices()[:devices])
+def losses_of(config):
+    """`(params, batch, key) -> (loss, metrics)` of the step on one device, fresh parameters, and the mesh of that device."""
+    mesh = sharding.make_mesh(sharding.MeshConfig(data=1, fsdp=1, tensor=1), jax.devices()[:1])
     setup = state_lib.build(config, VOCAB, mesh, steps=10)
     params = jax.device_get(state_lib.initialize(setup)["params"])
     return step_lib.Losses(setup, SPECIAL, train=True), params, mesh
@@ -135,14 +134,6 @@ def on_mesh(function, mesh, batch):
     with sharding.in_mesh(mesh):
         rows = sharding.to_global(batch, mesh, len(batch["valid"]))
         return jax.device_get(jax.block_until_ready(function(rows)))
-
-
-@functools.cache
-def compiled(config, devices=1):
-    """`(params, batch) -> (loss, metrics)`."""
-    losses, params, mesh = losses_of(config, devices)
-    step = jax.jit(losses, compiler_options=QUICK)
-    return lambda params, batch: on_mesh(lambda rows: step(params, rows, jax.random.key(0)), mesh, batch), params
 
 
 @functools.cache
@@ -189,47 +180,51 @@ def test_volumes_that_differ_lower_these_forms():
         assert found[name][-1] < 0.8 * found[name][0], (name, found[name])
 
 
-def test_the_mesh_does_not_matter():
-    config = config_of(same_words.SAME_WORDS)
-    (run, params), (mesh_run, _) = compiled(config), compiled(config, 4)
-    batch = patients(config)
-    wanted, found = run(params, batch)[1], mesh_run(params, batch)[1]
-    for name in wanted:
-        np.testing.assert_allclose(found[name], wanted[name], rtol=2e-5, atol=1e-6, err_msg=name)
+def test_the_mesh_does_not_matter_to_who_meets_whom():
+    rng = np.random.default_rng(3)
+    s, mask = rng.normal(size=(8, 3, 4)).astype(np.float32), rng.random((8, 3)) < 0.8
+    valid, groups = rng.random(8) < 0.8, rng.integers(0, 4, 8).astype(np.int32)
+
+    def both(s, mask, valid, groups):
+        return agreement(s, mask, OTHERS), same_words.other_patients(valid, groups, OTHERS)
+
+    wanted, mesh = jax.jit(both)(s, mask, valid, groups), fake_mesh((2, 2, 2))
+    with jax.set_mesh(mesh):
+        found = jax.device_get(jax.jit(both)(*shard_rows(mesh, s, mask, valid, groups)))
+    np.testing.assert_allclose(found[0], wanted[0], atol=1e-6)
+    np.testing.assert_array_equal(found[1], wanted[1])
 
 
 def test_rows_that_only_pad_and_scans_of_one_report_are_no_other_volumes():
     config = config_of(same_words.SAME_WORDS)
-    run, params = compiled(config)
     batch = patients(config)
     batch["valid"][4:] = False
     batch["report_id"][:4], batch["patient_id"][:4] = [0, 0, 1, 2], [0, 0, 1, 2]
-    loss, metrics = run(params, batch)
+    before = trained(config)(batch)
     # Rows 0 and 1 see two others of rows 1 to 3 or 2 to 4; row 2 sees row 3 only; row 3 sees none.
     chance = np.mean([math.log(3), math.log(3), math.log(2)])
-    assert float(metrics["discrimination/chance"]) == pytest.approx(chance, abs=1e-6)
+    np.testing.assert_allclose(before["discrimination/chance"], chance, atol=1e-6)
     batch["volume"][4:] = batch["volume"][:4]
-    np.testing.assert_allclose(run(params, batch)[0], loss, rtol=1e-6)
+    np.testing.assert_allclose(trained(config)(batch)["loss"][:3], before["loss"][:3], rtol=1e-4)
 
 
 def test_micro_batches_offer_their_own_other_volumes():
-    """With the cached gradient the mean over all rows is that of the micro-batches, where all have as many rows."""
-    losses, params, mesh = losses_of(config_of(same_words.SAME_WORDS))
-    key = jax.random.key(0)
+    """Features of micro-batches put together, as the cached gradient does: the mean over all rows is that of the micro-batches,
+    where all have as many rows."""
+    config = config_of(same_words.SAME_WORDS)
+    losses, params, mesh = losses_of(config)
 
     @functools.partial(jax.jit, compiler_options=QUICK)
     def both(rows):
-        def objectives(p, features):
-            return losses.objectives(p, features, rows)
+        features = jax.lax.map(lambda piece: losses.features(params, piece, jax.random.key(0)), split(rows, 4))
+        joined = jax.tree.map(lambda a: a.swapaxes(0, 1).reshape(-1, *a.shape[2:]), features)
+        pieces = jax.lax.map(lambda of: losses.objectives(params, *of)[1], (features, split(rows, 4)))
+        return losses.objectives(params, joined, rows)[1], pieces
 
-        (_, metrics), _ = cached_value_and_grad(losses.features, objectives, params, rows, key, microbatch_size=4)
-        pieces = split(rows, 4)
-        alone = jax.lax.map(lambda piece: losses(params, piece, key)[1]["alignment/fused_loss"], pieces)
-        return metrics["alignment/fused_loss"], alone
-
-    found, alone = on_mesh(both, mesh, patients(config_of(same_words.SAME_WORDS)))
+    found, pieces = on_mesh(both, mesh, patients(config))
+    alone = pieces["alignment/fused_loss"]
     assert alone.shape == (2,) and alone[0] != alone[1]
-    np.testing.assert_allclose(found, np.mean(alone), rtol=1e-5)
+    np.testing.assert_allclose(found["alignment/fused_loss"], np.mean(alone), rtol=1e-5)
 
 
 @pytest.mark.parametrize("form", FORMS)
