@@ -30,7 +30,7 @@ from mg3d_jax.data.pipeline import (
 from mg3d_jax.data.shard_reader import open_shard
 from mg3d_jax.data.tokens import ReportTokenizer, train_wordpiece
 from mg3d_jax.errors import UserError
-from mg3d_jax.objectives.alignment import sentence_views
+from mg3d_jax.objectives.views import sentence_views
 from mg3d_jax.training import inputs as step_inputs
 
 

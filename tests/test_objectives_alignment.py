@@ -9,10 +9,11 @@ from support import SPECIAL, random_batch, tiny_config
 
 from mg3d_jax import sharding
 from mg3d_jax.models.mg3d import text_embedding
-from mg3d_jax.objectives.alignment import AlignmentOptions, embedding_statistics, random_groups
+from mg3d_jax.objectives.alignment import AlignmentOptions, embedding_statistics
 from mg3d_jax.objectives.alignment import loss as alignment
 from mg3d_jax.objectives.base import CENTERS, DIRECTION_BIAS
 from mg3d_jax.objectives.contrastive import info_nce
+from mg3d_jax.objectives.views import random_groups
 from mg3d_jax.training import state as state_lib
 from mg3d_jax.training import step as step_lib
 
