@@ -1,5 +1,7 @@
 """Global alignment with single-sentence views and centred embeddings, against loops over the NumPy reference."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -9,11 +11,12 @@ from support import SPECIAL, random_batch, tiny_config
 
 from mg3d_jax import sharding
 from mg3d_jax.models.mg3d import text_embedding
-from mg3d_jax.objectives.alignment import AlignmentOptions, embedding_statistics
+from mg3d_jax.objectives.alignment import AlignmentOptions, embedding_statistics, make
 from mg3d_jax.objectives.alignment import loss as alignment
-from mg3d_jax.objectives.base import CENTERS, DIRECTION_BIAS
+from mg3d_jax.objectives.base import CENTERS, DIRECTION_BIAS, Context
 from mg3d_jax.objectives.contrastive import info_nce
-from mg3d_jax.objectives.views import random_groups
+from mg3d_jax.objectives.views import random_groups, text_views
+from mg3d_jax.options import Group
 from mg3d_jax.training import state as state_lib
 from mg3d_jax.training import step as step_lib
 
@@ -196,3 +199,40 @@ def test_random_groups_have_their_sizes_and_only_what_is_there():
     assert groups.sum(axis=-1).tolist() == [[1, 3, 5], [1, 2, 2], [0, 0, 0]]
     draws = np.stack([np.asarray(random_groups(jax.random.key(n), jnp.asarray(there), (1,))) for n in range(40)])
     assert draws[:, 0, 0].any(axis=0).all()  # every sentence gets its turn
+
+
+def test_a_statement_is_read_in_its_other_wording_as_often_as_asked():
+    sentences = (
+        "Hiatal hernia is present.",
+        "Clinical correlation is recommended.",
+        "No pleural effusion was detected.",
+    )
+    config = tiny_config(data__max_sentences=4)
+    context = Context(config.data, config.model, 400, Group(SPECIAL))
+    options = AlignmentOptions(report_view="sentences", report_sentences=4, sentence_tokens=8, reworded=0.3)
+    texts: list[str] = []
+
+    def encode(said):
+        texts.extend(said)
+        return [[2, 10 + texts.index(text), 3] for text in said]
+
+    made = make(sentences, encode, options, context)
+    assert made["sentence_lengths"].tolist() == [[3, 3], [3, 0], [3, 3], [0, 0]]  # advice has no other wording
+    assert texts[:3] == list(sentences) and texts[3] != sentences[0] and texts[4] != sentences[2]
+    batch = {name: jnp.asarray(array)[None] for name, array in made.items()}
+    draw = jax.jit(jax.vmap(lambda key: text_views(key, batch, 4, context, reworded=0.3)))
+    views = draw(jax.random.split(jax.random.key(0), 600))
+    ids, there = np.asarray(views["token_ids"])[:, 0, :, 1], np.asarray(views["there"])[:, 0]
+    assert (there.sum(axis=1) == 3).all()
+    shares = {name: np.mean((ids == 10 + name).any(axis=1)) for name in range(5)}
+    assert shares[0] + shares[3] == 1 and shares[2] + shares[4] == 1 and shares[1] == 1
+    assert shares[3] == pytest.approx(0.3, abs=0.07) and shares[4] == pytest.approx(0.3, abs=0.07)
+    by_hash = np.asarray(views["view_id"])[:, 0]
+    assert len(set(by_hash[ids == 10])) == 1 and set(by_hash[ids == 10]) == set(by_hash[ids == 13])  # one sentence
+    plain = make(sentences, encode, dataclasses.replace(options, reworded=0.0), precomputing(context))
+    assert plain["sentences"].shape == (4, 1, 8)
+
+
+def precomputing(context):
+    encoder = dataclasses.replace(context.model.report_encoder, precompute=True)
+    return dataclasses.replace(context, model=dataclasses.replace(context.model, report_encoder=encoder))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from types import SimpleNamespace
 from typing import Any
 
@@ -43,13 +44,16 @@ def test_a_report_gives_its_statements_with_their_opposites(tokenizer: ReportTok
     assert made["statement_kind"].tolist() == [STATE, ABSENT, PRESENT, PRESENT, 0, 0, 0, 0]
     lengths = made["statement_lengths"]
     assert (lengths[:4] > 2).all() and (lengths[4:] == 0).all()
-    for row in range(4):
-        for side in range(2):
-            ids = made["statements"][row, side]
-            end = lengths[row, side]
-            assert ids[0] == tokenizer.special["[CLS]"] and ids[end - 1] == tokenizer.special["[SEP]"]
-            assert (ids[end:] == 0).all() and (ids[:end] != 0).all()
-        assert not np.array_equal(*made["statements"][row])
+    for row, wording, side in np.ndindex(4, 2, 2):
+        ids = made["statements"][row, wording, side]
+        end = lengths[row, wording, side]
+        assert ids[0] == tokenizer.special["[CLS]"] and ids[end - 1] == tokenizer.special["[SEP]"]
+        assert (ids[end:] == 0).all() and (ids[:end] != 0).all()
+        assert not np.array_equal(*made["statements"][row, wording])
+    one = negation.make(SENTENCES, tokenizer.encode, dataclasses.replace(OPTIONS, wordings=1), context())
+    assert np.array_equal(one["statements"][:, 0], made["statements"][:, 0])  # more of them change none
+    many = negation.make(SENTENCES, tokenizer.encode, dataclasses.replace(OPTIONS, wordings=20), context())
+    assert len({many["statements"][3, wording, 1].tobytes() for wording in range(20)}) > 4
     again = negation.make(SENTENCES, tokenizer.encode, OPTIONS, context())
     assert all(np.array_equal(made[name], again[name]) for name in made)
 
@@ -62,6 +66,15 @@ def test_other_reports_say_the_same_in_other_words(tokenizer: ReportTokenizer) -
         for n in range(30)
     }
     assert len(texts) > 8
+
+
+def test_a_wording_that_does_not_fit_is_no_loss_of_its_statement(tokenizer: ReportTokenizer) -> None:
+    wordings = dataclasses.replace(OPTIONS, wordings=20)
+    lengths = negation.make(SENTENCES[3:4], tokenizer.encode, wordings, context())["statement_lengths"][0]
+    most = int(lengths.max(axis=-1).min())  # of some pairs, not of all
+    assert most < lengths.max()
+    made = negation.make(SENTENCES[3:4], tokenizer.encode, dataclasses.replace(wordings, tokens=most), context())
+    assert made["statement_kind"][0] == PRESENT and (made["statement_lengths"][0] > 2).all()
 
 
 def test_a_statement_that_does_not_fit_is_left_out(tokenizer: ReportTokenizer) -> None:
@@ -77,17 +90,21 @@ def test_a_statement_that_does_not_fit_is_left_out(tokenizer: ReportTokenizer) -
 def drawn(kind: list[int], options: NegationOptions = OPTIONS, draws: int = 400) -> np.ndarray:
     """The kinds that are drawn [draws, V] for a report with statements of these kinds."""
     count = len(kind)
-    ids = np.zeros((1, count, 2, options.tokens), np.int32)
-    ids[0, :, :, 1] = np.arange(10, 10 + count)[:, None]
+    ids = np.zeros((1, count, 2, 2, options.tokens), np.int32)
+    ids[0, :, :, :, 1] = np.arange(10, 10 + count)[:, None, None]
+    ids[0, :, :, :, 2] = np.array([1, 2])[:, None]
     batch = {
         "statements": jnp.asarray(ids),
-        "statement_lengths": jnp.full((1, count, 2), 3) * (jnp.array(kind) > 0)[None, :, None],
+        "statement_lengths": jnp.full((1, count, 2, 2), 4) * (jnp.array(kind) > 0)[None, :, None, None],
         "statement_kind": jnp.array([kind], jnp.int8),
     }
     draw = jax.jit(jax.vmap(lambda k: NEGATION.draw(k, batch, options, context())["drawn_statements"]))
     found = draw(jax.random.split(jax.random.key(0), draws))
     tokens = np.asarray(found["token_ids"])[:, 0, :, 0, 1]  # names the statement
     there = np.asarray(found["there"])[:, 0, :, 0]
+    wording = np.asarray(found["token_ids"])[:, 0, :, :, 2]
+    assert np.array_equal(wording[..., 0], wording[..., 1])  # a pair stays together
+    assert draws < 100 or np.mean(wording[there, 0] == 1) == pytest.approx(0.5, abs=0.1)
     for row, which in zip(tokens, there, strict=True):
         assert len(set(row[which])) == which.sum()  # without replacement
     assert np.array_equal(np.asarray(found["kind"])[:, 0] > 0, there)
@@ -161,6 +178,7 @@ def test_nothing_to_compare_is_zero_and_nan_shows() -> None:
         ({"statements": 0}, "statements = 0: from 1"),
         ({"statements": 99}, "statements = 99: from 1 to data.max_sentences"),
         ({"present_share": 1.0}, "between 0 and 1"),
+        ({"wordings": 0}, "wordings = 0: must be at least 1"),
         ({"tokens": 9999}, "model.report_encoder.max_positions"),
         ({"temperature": 0.0}, "must be positive"),
     ],

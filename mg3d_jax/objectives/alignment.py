@@ -122,14 +122,14 @@ def made_on_host(options: AlignmentOptions, context: Context) -> bool:
 
 
 def fields(options: AlignmentOptions, context: Context) -> dict[str, Field]:
-    """The sentences of a report as texts, where they are `made_on_host`."""
+    """The sentences of a report as texts, where they are `made_on_host`; with `reworded` each in another wording, too."""
     if not made_on_host(options, context):
         return {}
-    count = context.data.max_sentences
+    shape = (context.data.max_sentences, 2 if options.reworded else 1)
     return {
-        "sentences": Field((count, options.sentence_tokens), np.int32, "the sentences of the report", texts=True),
-        "sentence_lengths": Field((count,), np.int32, "tokens of each; 0: there is none"),
-        "sentence_hash": Field((count,), np.int32, "equal for equal sentences"),
+        "sentences": Field((*shape, options.sentence_tokens), np.int32, "the sentences of the report", texts=True),
+        "sentence_lengths": Field(shape, np.int32, "tokens of each; 0: there is none"),
+        "sentence_hash": Field(shape[:1], np.int32, "equal for equal sentences"),
     }
 
 
@@ -141,23 +141,23 @@ def make(
     if not arrays:
         return arrays
     most, kept = options.sentence_tokens, sentences[: context.data.max_sentences]
-    for row, ids in enumerate(encode(reworded(kept, options))):
-        cut = ids if len(ids) <= most else [*ids[: most - 1], ids[-1]]
-        arrays["sentences"][row, : len(cut)] = cut
-        arrays["sentence_lengths"][row] = len(cut)
-        arrays["sentence_hash"][row] = zlib.crc32(kept[row].encode()) >> 1
+    for wording, texts in enumerate((kept, other_words(kept, options))):
+        rows = [row for row, text in enumerate(texts) if text is not None]
+        for row, ids in zip(rows, encode([texts[row] for row in rows]), strict=True):
+            cut = ids if len(ids) <= most else [*ids[: most - 1], ids[-1]]
+            arrays["sentences"][row, wording, : len(cut)] = cut
+            arrays["sentence_lengths"][row, wording] = len(cut)
+    arrays["sentence_hash"][: len(kept)] = [zlib.crc32(sentence.encode()) >> 1 for sentence in kept]
     return arrays
 
 
-def reworded(sentences: Sequence[str], options: AlignmentOptions) -> list[str]:
-    """The sentences, a share of those that are statements in other words; the same for the same report."""
+def other_words(sentences: Sequence[str], options: AlignmentOptions) -> list[str | None]:
+    """A further wording of each sentence that is a statement, the same for the same report; None for the others."""
     if not options.reworded:
-        return list(sentences)
-    rules, rng, found = statements(options.language), random.Random("\n".join(sentences)), []
-    for sentence in sentences:
-        statement = rules.parse(sentence) if rng.random() < options.reworded else None
-        found.append(rng.choice(statement.said) if statement else sentence)
-    return found
+        return []
+    rules, rng = statements(options.language), random.Random("\n".join(sentences))
+    found = [rules.parse(sentence) for sentence in sentences]
+    return [rng.choice(statement.said) if statement else None for statement in found]
 
 
 def _asks_which_volume(options: AlignmentOptions) -> bool:
@@ -178,7 +178,7 @@ def draw(rng: jax.Array, batch: Batch, options: AlignmentOptions, context: Conte
 
 def _draw_views(rng: jax.Array, batch: Batch, options: AlignmentOptions, context: Context) -> dict[str, Any]:
     if made_on_host(options, context):
-        views = text_views(rng, batch, options.report_sentences, context)
+        views = text_views(rng, batch, options.report_sentences, context, reworded=options.reworded)
     else:
         views = sentence_views(
             rng,

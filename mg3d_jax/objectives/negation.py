@@ -23,6 +23,7 @@ from mg3d_jax.batch import Field, zeros
 from mg3d_jax.language.statements import Statement, statements
 from mg3d_jax.objectives.base import Batch, Context, Encode, Features, Metrics, Objective, TextFields, single_texts
 from mg3d_jax.objectives.pairwise import l2_normalize, masked_mean
+from mg3d_jax.objectives.views import one_wording
 from mg3d_jax.options import key
 
 # What a statement says, in the batch field `statement_kind`. 0: there is none.
@@ -41,6 +42,10 @@ class NegationOptions:
         0.5, "share of presence among the statements that are drawn, where a report has both", neutral=0.5
     )
     tokens: int = key(32, "length of a statement, [CLS] and [SEP] included; what does not fit is left out", neutral=32)
+    wordings: int = key(
+        2, "pairs of wordings of each statement and its opposite, of which a step draws one; more of them are less "
+        "easily learned by heart, and more texts to encode", neutral=1,
+    )  # fmt: skip
     temperature: float = key(0.1, "divides the difference of the two cosines", neutral=0.1)
     language: str = key(
         "en", "rules for presence and absence: a language of the package, or a .toml file", neutral="en"
@@ -56,6 +61,8 @@ def problems(options: NegationOptions, config: Any) -> list[str]:
         found.append(
             f"{name}.statements = {options.statements}: from 1 to data.max_sentences = {config.data.max_sentences}"
         )
+    if options.wordings < 1:
+        found.append(f"{name}.wordings = {options.wordings}: must be at least 1")
     if not 0 < options.present_share < 1:
         found.append(f"{name}.present_share = {options.present_share}: must be between 0 and 1")
     most = config.model.report_encoder.max_positions
@@ -68,11 +75,12 @@ def problems(options: NegationOptions, config: Any) -> list[str]:
 
 
 def fields(options: NegationOptions, context: Context) -> dict[str, Field]:
-    """P statements of a report, at most one per sentence: each as said, and its opposite."""
-    count, length = context.data.max_sentences, options.tokens
+    """P statements of a report, at most one per sentence: W pairs of wordings of what is said and of its opposite."""
+    shape = (context.data.max_sentences, options.wordings, 2)
+    count = shape[0]
     return {
-        "statements": Field((count, 2, length), np.int32, "a statement and its opposite", texts=True),
-        "statement_lengths": Field((count, 2), np.int32, "tokens of each; 0: there is no such statement"),
+        "statements": Field((*shape, options.tokens), np.int32, "a statement and its opposite", texts=True),
+        "statement_lengths": Field(shape, np.int32, "tokens of each; 0: there is no such statement"),
         "statement_kind": Field((count,), np.int8, "1 presence, 2 absence, 3 how something is, 0 none"),
     }
 
@@ -91,17 +99,23 @@ def make(sentences: Sequence[str], encode: Encode, options: NegationOptions, con
     kinds: list[int] = []
     for number, sentence in enumerate(sentences[: context.data.max_sentences]):
         if found := rules.parse(sentence):
-            texts += worded(sentence, found, random.Random(f"{number}\n{report}"))
+            for which in range(options.wordings):
+                seed = f"{number}\n{report}" if which == 0 else f"{which} of {number}\n{report}"
+                texts += worded(sentence, found, random.Random(seed))
             kinds.append(KINDS[found.present])
-    pairs, row = encode(texts), 0
-    for said, opposite, kind in zip(pairs[::2], pairs[1::2], kinds, strict=True):
+    encoded, row = encode(texts), 0
+    pairs = list(zip(encoded[::2], encoded[1::2], strict=True))
+    for number, kind in enumerate(kinds):
+        of_one = pairs[number * options.wordings : (number + 1) * options.wordings]
         # A statement that is cut may have lost the word that makes the difference.
-        if max(len(said), len(opposite)) <= options.tokens:
-            for side, ids in enumerate((said, opposite)):
-                arrays["statements"][row, side, : len(ids)] = ids
-                arrays["statement_lengths"][row, side] = len(ids)
-            arrays["statement_kind"][row] = kind
-            row += 1
+        if not (fitting := [pair for pair in of_one if max(map(len, pair)) <= options.tokens]):
+            continue
+        for which in range(options.wordings):
+            for side, ids in enumerate(fitting[which % len(fitting)]):
+                arrays["statements"][row, which, side, : len(ids)] = ids
+                arrays["statement_lengths"][row, which, side] = len(ids)
+        arrays["statement_kind"][row] = kind
+        row += 1
     return arrays
 
 
@@ -115,8 +129,9 @@ def draw(rng: jax.Array, batch: Batch, options: NegationOptions, context: Contex
     # The largest of log weight + Gumbel noise are a weighted draw without replacement.
     scores = jnp.log(shares / count) + jax.random.gumbel(rng, kind.shape)
     chosen = jax.lax.top_k(jnp.where(kind > 0, scores, -jnp.inf), options.statements)[1]
-    texts = jnp.take_along_axis(batch["statements"], chosen[..., None, None], axis=1)
-    lengths = jnp.take_along_axis(batch["statement_lengths"], chosen[..., None], axis=1)
+    wording = jax.random.randint(jax.random.fold_in(rng, 1), chosen.shape, 0, options.wordings)
+    texts = one_wording(jnp.take_along_axis(batch["statements"], chosen[..., None, None, None], axis=1), wording)
+    lengths = one_wording(jnp.take_along_axis(batch["statement_lengths"], chosen[..., None, None], axis=1), wording)
     drawn = single_texts(texts, lengths, context)
     return {"drawn_statements": drawn | {"kind": jnp.take_along_axis(kind, chosen, axis=1)}}
 

@@ -62,14 +62,29 @@ def sentence_views(
     }
 
 
-def text_views(rng: jax.Array, batch: Batch, sentences: int, context: Context) -> dict[str, jax.Array]:
-    """As `sentence_views`, of the batch's `fields`: what `single_texts` gives of V sentences a report, and `view_id`."""
+def text_views(
+    rng: jax.Array, batch: Batch, sentences: int, context: Context, *, reworded: float = 0.0
+) -> dict[str, jax.Array]:
+    """As `sentence_views`, of the batch's fields: what `single_texts` gives of V sentences a report, and `view_id`.
+
+    `reworded`: the share of sentences that are taken in their other wording, where they have one. Both have one `view_id`.
+    """
     lengths = batch["sentence_lengths"]
-    scores = jnp.where(lengths > 0, jax.random.uniform(rng, lengths.shape), -1.0)
+    scores = jnp.where(lengths[..., 0] > 0, jax.random.uniform(rng, lengths.shape[:2]), -1.0)
     chosen = jax.lax.top_k(scores, min(sentences, lengths.shape[1]))[1]
-    texts = jnp.take_along_axis(batch["sentences"], chosen[..., None], axis=1)
-    views = single_texts(texts, jnp.take_along_axis(lengths, chosen, axis=1), context)
+    texts = jnp.take_along_axis(batch["sentences"], chosen[..., None, None], axis=1)
+    lengths = jnp.take_along_axis(lengths, chosen[..., None], axis=1)
+    wording = jnp.zeros(chosen.shape, jnp.int32)
+    if reworded:
+        other = jax.random.bernoulli(jax.random.fold_in(rng, 2), reworded, chosen.shape)
+        wording = (other & (lengths[..., 1] > 0)).astype(jnp.int32)
+    views = single_texts(one_wording(texts, wording), one_wording(lengths, wording), context)
     return views | {"view_id": jnp.take_along_axis(batch["sentence_hash"], chosen, axis=1)}
+
+
+def one_wording(texts: jax.Array, which: jax.Array) -> jax.Array:
+    """[B, V, W, ...] and the number of a wording [B, V] -> [B, V, ...]."""
+    return jnp.take_along_axis(texts, which.reshape(*which.shape, *[1] * (texts.ndim - 2)), axis=2)[:, :, 0]
 
 
 def random_groups(rng: jax.Array, there: jax.Array, sizes: tuple[int, ...]) -> jax.Array:
