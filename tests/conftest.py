@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import shutil
 import tempfile
 from pathlib import Path
 
-from support import FLAGS, OLD
-
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ.setdefault("TRANSFORMERS_OFFLINE", "1")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
-os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {FLAGS}"
 # Programs that take long to compile are compiled once per session: xdist's workers and the tests' own processes share them.
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", f"{tempfile.gettempdir()}/mg3d-tests-compiled-{os.getpid()}")
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.1")
@@ -20,9 +18,13 @@ os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES", "0")
 
 import jax
 import pytest
+from support import FLAGS, OLD
 
 from mg3d_jax import log
 
+os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {FLAGS}"
+gc.freeze()  # what is imported stays; tracing makes so many objects that looking for cycles takes a tenth of the time
+gc.set_threshold(50_000, 20, 50)
 jax.config.update("jax_num_cpu_devices", 8)
 log.to_stderr()  # as the command line does, so that tests which call the library read its messages from capsys
 

@@ -7,21 +7,28 @@ import os
 import socket
 import subprocess
 import sys
+import time
 from contextlib import suppress
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+import flax.linen as nn
+import jax
 import numpy as np
 from ml_collections import ConfigDict
 
 from mg3d_jax import config as config_lib
+from mg3d_jax import registry
 from mg3d_jax.benchmarks.patients import random_batch  # noqa: F401  (tests take it from here)
 from mg3d_jax.config import Config
 from mg3d_jax.evaluation.base import Embedded
 from mg3d_jax.models.towers import bert, vit
+from mg3d_jax.training import hooks
+from mg3d_jax.training.state import Setup, State
 
 ROOT = Path(__file__).resolve().parents[1]
+TESTS = {"PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}"}  # of a process that reads this file
 OLD = ROOT / "tests" / "fixtures" / "v0.1.0"  # what version 0.1.0 wrote
 # XLA flags of every test and its processes. With the first one's scheduler fake CPU devices may enter independent
 # collectives in different orders and wait for ever. The others: a test's programs run for seconds, and to compile them
@@ -29,6 +36,7 @@ OLD = ROOT / "tests" / "fixtures" / "v0.1.0"  # what version 0.1.0 wrote
 # does not know, and later versions have no choice of emitters.
 FLAGS = " ".join((
     "--xla_cpu_enable_concurrency_optimized_scheduler=false",
+    "--xla_cpu_collective_call_terminate_timeout_seconds=300",  # eight fake devices on one busy core
     "--xla_backend_optimization_level=0",
     "--xla_llvm_disable_expensive_passes=true",
     *(("--xla_cpu_use_fusion_emitters=false",) if version("jaxlib").startswith("0.10.") else ()),
@@ -67,6 +75,7 @@ def tiny_builder(train: str = "", valid: str = "", **overrides: object) -> Confi
     config.training.steps = 6
     config.training.log_every = 1
     config.training.checkpoint_every = 2
+    config.training.writers = ("jsonl",)  # the other one imports torch, for seconds
     for key, value in overrides.items():
         group, _, name = key.rpartition("__")
         node = config
@@ -83,6 +92,21 @@ def with_smallest_towers(config: ConfigDict) -> ConfigDict:
     """
     vit.PRESETS["smallest"], bert.PRESETS["smallest"] = vit.Sizes(32, 2, 2, 64), bert.BertSizes(32, 2, 2, 64)
     config.model.volume_encoder.preset = config.model.report_encoder.preset = "smallest"
+    config.model.projection_dim = 16
+    return config
+
+
+def with_plain_towers(config: ConfigDict, size: str = "plain") -> ConfigDict:
+    """Takes the towers of `plain_towers`, of one matrix each; `size` is one of its sizes. Processes need `TESTS`.
+
+    For runs that are about saves, signals, processes and files, not about models: the start of a trainer takes a third of
+    the time that it takes with transformers.
+    """
+    registry.load_plugins(("plain_towers",))
+    config.plugins = (*config.plugins, "plain_towers")
+    patch_size = config_lib.default().model.volume_encoder.patch_size  # an option of other kinds
+    config.model.volume_encoder.update({"kind": "cubes", "preset": size, "pooling": "mean", "patch_size": patch_size})
+    config.model.report_encoder.update({"kind": "words", "preset": size})
     config.model.projection_dim = 16
     return config
 
@@ -129,3 +153,41 @@ def embedded(volumes: np.ndarray, **known: Any) -> Embedded:
         "prompts": {}, "texts": nothing, "logit_scale": 10.0,
     }  # fmt: skip
     return Embedded(volumes=volumes, **plain | known)
+
+
+def slow_steps(seconds: float) -> None:
+    """Lets this process wait after each logged step, without work, so that signals find a run before its end."""
+    log = hooks.Log.__call__
+
+    def slowly(self: hooks.Log, after: hooks.AfterStep) -> Any:
+        time.sleep(seconds)
+        return log(self, after)
+
+    hooks.Log.__call__ = slowly  # type: ignore[method-assign]
+
+
+def drawn(shapes: Any, seed: int = 0) -> Any:
+    """Parameters of these shapes, drawn by NumPy: modules compile for seconds to draw theirs."""
+    rng = np.random.default_rng(seed)
+
+    def value(path: Any, x: Any) -> np.ndarray:
+        name, noise = path[-1].key, rng.normal(size=x.shape).astype(x.dtype)
+        constants = {"bias": 0.0, "scale": 1.0, "logit_scale": np.log(10), "logit_bias": -10.0}
+        if name in constants:
+            return np.full(x.shape, constants[name], x.dtype)
+        return noise * np.float32(x.shape[-2] ** -0.5 if x.ndim > 1 else 0.1)
+
+    return jax.tree_util.tree_map_with_path(value, shapes)
+
+
+def quick_variables(module: nn.Module, *inputs: Any, seed: int = 0) -> Any:
+    """What `module.init` gives, `drawn`."""
+    return drawn(nn.unbox(jax.eval_shape(module.init, jax.random.key(0), *inputs)), seed)
+
+
+def quick_state(setup: Setup, seed: int = 0) -> State:
+    """A state of step 0 with parameters that are `drawn`, for optimizers that start from zeros."""
+    params = drawn(setup.abstract["params"], seed)
+    state = jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), dict(setup.abstract)) | {"params": params}
+    state |= {"ema": params} if "ema" in setup.abstract else {}
+    return jax.device_put(state, setup.shardings)

@@ -9,7 +9,7 @@ import time
 from pathlib import Path
 
 import pytest
-from support import ROOT, environment, mg3d, tiny_config
+from support import TESTS, environment, mg3d, tiny_config
 
 from mg3d_jax import config as config_lib
 from mg3d_jax.api import Trainer
@@ -21,14 +21,20 @@ from mg3d_jax.training.checkpoints import Checkpoints
 from mg3d_jax.training.held_out import HeldOut
 from mg3d_jax.training.writers import read_metrics
 
-STEPS, SAVED_BEFORE = 18, 16  # so many that a signal after the first one surely comes before the end
+STEPS, SAVED_BEFORE = 18, 16
 
 TINY = f"""
-from support import tiny_builder
+from mg3d_jax import config as config_lib
+from support import slow_steps, tiny_builder, with_plain_towers
 
 
 def get_config(arg=""):
-    return tiny_builder(training__steps={STEPS}, training__checkpoint_every={SAVED_BEFORE // 2})
+    if arg == "slow":
+        slow_steps(0.2)
+    config = tiny_builder(training__steps={STEPS}, training__checkpoint_every={SAVED_BEFORE // 2})
+    if arg == "default writers":
+        config.training.writers = config_lib.default().training.writers
+    return with_plain_towers(config)
 """
 
 
@@ -39,19 +45,17 @@ def config_file(tmp_path_factory) -> Path:
     return file
 
 
-PATH = {"PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}"}
-
-
-def arguments(config_file, workdir, data, *extra):
+def arguments(config_file, workdir, data, *extra, form=""):
+    """`form`: "slow" has steps of 0.2 s or more, "default writers" writes for TensorBoard too."""
     where = [f"--config.data.train={data['train']}", f"--config.data.valid={data['valid']}"]
-    return ["train", "--config", str(config_file), "--workdir", str(workdir), *where, *extra]
+    return ["train", "--config", f"{config_file}:{form}", "--workdir", str(workdir), *where, *extra]
 
 
 @pytest.fixture(scope="module")
 def finished(config_file, tiny_data, tmp_path_factory) -> Path:
     """An uninterrupted run."""
     workdir = tmp_path_factory.mktemp("runs") / "whole"
-    done = mg3d(*arguments(config_file, workdir, tiny_data), **PATH)
+    done = mg3d(*arguments(config_file, workdir, tiny_data, form="default writers"), **TESTS)
     assert done.returncode == 0, done.stderr
     return workdir
 
@@ -70,15 +74,15 @@ def test_a_run_writes_what_it_promises(finished):
 
 
 def test_the_same_seed_gives_the_same_losses_bit_for_bit(finished, config_file, tiny_data, tmp_path):
-    done = mg3d(*arguments(config_file, tmp_path / "again", tiny_data), **PATH)
+    done = mg3d(*arguments(config_file, tmp_path / "again", tiny_data), **TESTS)
     assert done.returncode == 0, done.stderr
     assert losses(tmp_path / "again") == losses(finished)
 
 
 def test_sigterm_saves_exits_75_and_resumes_bit_for_bit(finished, config_file, tiny_data, tmp_path):
     workdir = tmp_path / "interrupted"
-    command = [sys.executable, "-m", "mg3d_jax", *arguments(config_file, workdir, tiny_data)]
-    process = subprocess.Popen(command, env=environment(**PATH), stderr=subprocess.PIPE, text=True)
+    command = [sys.executable, "-m", "mg3d_jax", *arguments(config_file, workdir, tiny_data, form="slow")]
+    process = subprocess.Popen(command, env=environment(**TESTS), stderr=subprocess.PIPE, text=True)
     deadline = time.monotonic() + 120
     while not (workdir / "metrics.jsonl").exists() or not (workdir / "metrics.jsonl").read_text():
         assert time.monotonic() < deadline and process.poll() is None, "the run did not start"
@@ -89,7 +93,7 @@ def test_sigterm_saves_exits_75_and_resumes_bit_for_bit(finished, config_file, t
         pytest.fail("the run ended before the signal reached it")
     assert process.returncode == 75, errors
     assert "asked to stop" in errors
-    done = mg3d(*arguments(config_file, workdir, tiny_data), **PATH)
+    done = mg3d(*arguments(config_file, workdir, tiny_data), **TESTS)
     assert done.returncode == 0 and "resuming after step" in done.stderr, done.stderr
     assert losses(workdir) == losses(finished)
     final = [json.loads((w / "summary.json").read_text())["final"] for w in (workdir, finished)]
@@ -97,9 +101,9 @@ def test_sigterm_saves_exits_75_and_resumes_bit_for_bit(finished, config_file, t
 
 
 def test_a_finished_run_says_so_and_another_config_is_refused(finished, config_file, tiny_data):
-    again = mg3d(*arguments(config_file, finished, tiny_data), **PATH)
+    again = mg3d(*arguments(config_file, finished, tiny_data), **TESTS)
     assert again.returncode == 0 and "already done" in again.stderr
-    other = mg3d(*arguments(config_file, finished, tiny_data, "--config.optimizer.learning_rate=0.5"), **PATH)
+    other = mg3d(*arguments(config_file, finished, tiny_data, "--config.optimizer.learning_rate=0.5"), **TESTS)
     assert other.returncode == 2 and "optimizer.learning_rate: 0.0001 -> 0.5" in other.stderr
     assert "Traceback" not in other.stderr
 
@@ -195,7 +199,7 @@ def test_skipped_updates_after_the_checkpoint_are_counted_again(tmp_path):
 
 
 def test_evaluate_writes_numbers_and_picture(finished, tiny_data):
-    done = mg3d("evaluate", "--workdir", str(finished), "--data", tiny_data["valid"], devices=2, **PATH)
+    done = mg3d("evaluate", "--workdir", str(finished), "--data", tiny_data["valid"], devices=2, **TESTS)
     assert done.returncode == 0, done.stderr
     result = json.loads((finished / "evaluation" / "evaluation.json").read_text())
     assert 0 <= result["zero_shot"]["auroc_macro"] <= 1

@@ -16,6 +16,7 @@ from support import tiny_config
 from tensorboardX.proto.event_pb2 import Event
 
 from mg3d_jax import config as config_lib
+from mg3d_jax.config import Config
 from mg3d_jax.errors import UserError
 from mg3d_jax.training import clock as clock_lib
 from mg3d_jax.training.profiler import FIRST_STEPS, Profiler
@@ -36,7 +37,7 @@ def events(folder):
 
 
 def test_every_sink_gets_scalars_and_images(tmp_path):
-    writers = open_writers(tmp_path, tiny_config().training.writers, resume_step=0)
+    writers = open_writers(tmp_path, Config().training.writers, resume_step=0)
     writers.scalars(1, "train", {"loss": np.float32(2.5), "temperature": 0.1})
     writers.scalars(2, "valid", {"loss": 2.0})
     writers.image(2, "valid", "slice", GREY)
@@ -54,7 +55,7 @@ def test_every_sink_gets_scalars_and_images(tmp_path):
 
 
 def test_a_resumed_run_writes_again_what_came_after_its_checkpoint(tmp_path):
-    names = tiny_config().training.writers
+    names = Config().training.writers
     writers = open_writers(tmp_path, names, resume_step=0)
     for step in (1, 2, 3):
         writers.scalars(step, "train", {"loss": float(step)})
