@@ -10,7 +10,7 @@ import time
 from pathlib import Path
 
 import pytest
-from support import environment, mg3d, tiny_config
+from support import TESTS, environment, mg3d, tiny_builder, with_plain_towers
 
 from mg3d_jax import config as config_lib
 from mg3d_jax.commands.main import main
@@ -28,7 +28,7 @@ def get_config(arg=""):
     sweep = ConfigDict()
     sweep.name = "miniature"
     sweep.base = "base.py"
-    sweep.models = tuple((name, (("model.volume_encoder.preset", name),)) for name in ("pico", "nano"))
+    sweep.models = tuple((name, (("model.volume_encoder.preset", name),)) for name in ("plain", "wider"))
     sweep.patients = (8, 16)
     sweep.seeds = (0,)
     sweep.overrides = (("training.checkpoint_every", 3),)
@@ -53,12 +53,14 @@ def get_config(arg=""):
 def project(tiny_data, tmp_path_factory) -> dict:
     """The declaration, its arguments, and the sweep run without interruption."""
     folder = tmp_path_factory.mktemp("sweep")
-    (folder / "base.json").write_text(config_lib.to_json(tiny_config(tiny_data["train"], tiny_data["valid"])))
+    base = config_lib.typed(with_plain_towers(tiny_builder(tiny_data["train"], tiny_data["valid"])))
+    (folder / "base.json").write_text(config_lib.to_json(base))
     (folder / "base.py").write_text(BASE_FILE)
     (folder / "sweep.py").write_text(SWEEP_FILE)
     compiled = {  # runs of one size share their programs
         "JAX_COMPILATION_CACHE_DIR": str(folder / "compiled"),
         "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+        **TESTS,
     }
     command = ["sweep", "run", "--config", str(folder / "sweep.py"), "--workdir", str(folder / "whole")]
     done = mg3d(*command, timeout=PATIENCE, **compiled)

@@ -111,7 +111,7 @@ def config_file(tiny_data, tmp_path_factory):
 
 
 def command(config_file, workdir, form="", **settings):
-    """`form`: "slow" has steps of 0.1 s or more, "heavy" a state of 2.5 MiB; "" neither."""
+    """`form`: "slow" has steps of 0.1 s or more, "heavy" a state of 2.2 MiB; "" neither."""
     words = [f"--config.{key.replace('__', '.')}={value}" for key, value in settings.items()]
     return ["train", "--config", f"{config_file}:{form}", "--workdir", str(workdir), *words]
 
@@ -215,7 +215,7 @@ def test_two_thousand_steps_do_not_grow(zygote, config_file, tmp_path):
     assert len(growths) >= 5
     growth = np.median(growths)
     assert growth < 0.5, f"{1024 * growth / 100:.1f} KiB per step: {between}"
-    # Over all, the pools below the checkpoint library may come to hold some more copies of the state (2.5 MiB), but not
+    # Over all, the pools below the checkpoint library may come to hold some more copies of the state (2.2 MiB), but not
     # one for every save.
     later = [step for step in steps if step >= 500]
     assert samples[later[-1]][0] - samples[later[0]][0] < 12, samples
