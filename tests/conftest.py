@@ -38,9 +38,10 @@ def pytest_unconfigure() -> None:
 
 
 LONGEST = (  # files that take minutes: begun first, so that no process is left with one at the end
-    "test_training_faults.py", "test_objectives_multitask.py", "test_launch.py", "test_training_run.py", "test_fixtures.py",
-    "test_training_step.py", "test_scaling_sweep_real.py", "test_training_cost.py", "test_examples.py", "test_models_mg3d.py",
-    "test_interop_warm_start.py", "test_scaling_sweep.py", "test_interop_export.py", "test_benchmarks_step.py",
+    "test_objectives_multitask.py", "test_training_faults.py", "test_launch.py", "test_fixtures.py", "test_recipe.py",
+    "test_models_mg3d.py", "test_interop_warm_start.py", "test_training_step.py", "test_examples.py", "test_training_run.py",
+    "test_scaling_sweep_real.py", "test_interop_export.py", "test_training_cost.py", "test_benchmarks_step.py",
+    "test_scaling_sweep.py", "test_models_fusion.py",
 )  # fmt: skip
 
 

@@ -172,10 +172,10 @@ def drawn(shapes: Any, seed: int = 0) -> Any:
 
     def value(path: Any, x: Any) -> np.ndarray:
         name, noise = path[-1].key, rng.normal(size=x.shape).astype(x.dtype)
-        constants = {"bias": 0.0, "scale": 1.0, "logit_scale": np.log(10), "logit_bias": -10.0}
-        if name in constants:
-            return np.full(x.shape, constants[name], x.dtype)
-        return noise * np.float32(x.shape[-2] ** -0.5 if x.ndim > 1 else 0.1)
+        constants = {"scale": 1.0, "logit_scale": np.log(10), "logit_bias": -10.0}
+        if name in constants or name.endswith("bias"):
+            return np.full(x.shape, constants.get(name, 0.0), x.dtype)
+        return noise * np.float32(x.shape[-2] ** -0.5 if name == "kernel" else 0.02)
 
     return jax.tree_util.tree_map_with_path(value, shapes)
 

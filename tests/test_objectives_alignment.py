@@ -7,8 +7,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from reference import contrastive as reference
-from support import SPECIAL, random_batch, tiny_config
+from support import SPECIAL, quick_state, random_batch, tiny_builder, tiny_config, with_plain_towers
 
+from mg3d_jax import config as config_lib
 from mg3d_jax import sharding
 from mg3d_jax.models.mg3d import text_embedding
 from mg3d_jax.objectives.alignment import AlignmentOptions, embedding_statistics, make
@@ -88,10 +89,10 @@ def test_centred_loss_does_not_see_a_common_part_and_gives_its_bias_no_gradient(
 
 
 def test_the_biases_follow_the_means_so_that_embeddings_become_centred():
-    config = tiny_config(optimizer__learning_rate=0.0)
+    config = config_lib.typed(with_plain_towers(tiny_builder(optimizer__learning_rate=0.0)))
     setup = state_lib.build(config, 400, sharding.make_mesh(config.mesh, jax.devices()[:1]), steps=10)
     batch = sharding.to_global(random_batch(config, 400), setup.mesh, config.data.batch_size)
-    state, step = state_lib.initialize(setup), step_lib.train_step(setup, SPECIAL)
+    state, step = quick_state(setup), step_lib.train_step(setup, SPECIAL)
 
     inputs = step_lib.step_inputs.window(batch["volume"], config.data.windows)
     embed = jax.jit(lambda p: setup.model.apply({"params": p}, inputs, method="embed_volume")["volume_embedding"])

@@ -16,7 +16,7 @@ import time
 from pathlib import Path
 
 import pytest
-from support import environment
+from support import TESTS, environment
 
 from mg3d_jax import config as config_lib
 from mg3d_jax.commands.main import main
@@ -37,7 +37,7 @@ def get_config(arg=""):
     sweep = ConfigDict()
     sweep.name = "test"
     sweep.base = "base.py"
-    sweep.models = tuple((name, (("model.volume_encoder.preset", name),)) for name in ("nano", "ti"))
+    sweep.models = tuple((name, (("model.volume_encoder.preset", name),)) for name in ("plain", "wider"))
     sweep.patients = (20, 40)
     sweep.seeds = (0,)
     sweep.overrides = (("data.batch_size", 8),)
@@ -46,17 +46,16 @@ def get_config(arg=""):
     sweep.model_size = "n_active"
     sweep.data_size = "unique_patients"
     if arg == "grid":
-        sweep.models = tuple((name, (("model.volume_encoder.preset", name),)) for name in ("nano", "ti", "s", "b"))
+        sweep.models = tuple((name, (("model.volume_encoder.preset", name),)) for name in ("plain", "wider", "wide", "heavy"))
         sweep.patients = (10, 20, 40, 80)
     return sweep
 """
 BASE_FILE = """
+from support import with_plain_towers
 from mg3d_jax import config as config_lib
 
 def get_config(arg=""):
-    config = config_lib.default().unlock()
-    config.model.report_encoder.preset = "nano"
-    return config.lock()
+    return with_plain_towers(config_lib.default().unlock()).lock()
 """
 
 
@@ -138,7 +137,12 @@ def run_all(one: sweep.Sweep, workdir: Path, **options) -> int:
 def test_ids_are_stable_and_follow_the_configuration(project):
     first, again = declared(project), declared(project)
     assert first == again
-    assert [run.id.rsplit("-", 1)[0] for run in first.runs] == ["nano-p20-s0", "ti-p20-s0", "nano-p40-s0", "ti-p40-s0"]
+    assert [run.id.rsplit("-", 1)[0] for run in first.runs] == [
+        "plain-p20-s0",
+        "wider-p20-s0",
+        "plain-p40-s0",
+        "wider-p40-s0",
+    ]
     for run in first.runs:
         config = run.config()
         assert run.id.endswith(config_lib.config_hash(config)[:8])
@@ -290,7 +294,7 @@ def start_process(project: Path, workdir: Path, seconds: float | dict[str, float
         f"project, workdir = Path({str(project)!r}), Path({str(workdir)!r})\n"
         f"raise SystemExit(run_all(declared(project), workdir, seconds={seconds!r}))"
     )
-    return subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.DEVNULL, env=environment())
+    return subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.DEVNULL, env=environment(**TESTS))
 
 
 def wait_for(condition, seconds: float = 90.0) -> None:
@@ -552,4 +556,4 @@ def test_the_train_command_loads_the_declared_configuration(project):
     assert command[1:4] == ["-m", "mg3d_jax", "train"]
     config = config_lib.load(command[command.index("--config") + 1], command[command.index("--workdir") + 2 :])
     assert config_lib.config_hash(config) == run.config_hash
-    assert config.model.volume_encoder.preset == "ti" and config.training.steps == 0
+    assert config.model.volume_encoder.preset == "wider" and config.training.steps == 0

@@ -5,7 +5,7 @@ import json
 import jax
 import numpy as np
 import pytest
-from support import ROOT, tiny_builder, tiny_config, with_smallest_towers
+from support import ROOT, tiny_builder, tiny_config, with_plain_towers
 
 from mg3d_jax import config as config_lib
 from mg3d_jax.api import Trainer
@@ -39,7 +39,7 @@ def test_a_hook_measures_after_its_steps_and_chooses_the_best_checkpoint(tmp_pat
     settings = {"training__steps": 5, "training__keep_checkpoints": 1, "training__checkpoint_every": 10}
     settings |= {"training__validate_every": 4}
     builder = tiny_builder(TRAIN, VALID, training__best_metric="valid/weight_norm", **settings)
-    config = config_lib.typed(with_smallest_towers(builder))
+    config = config_lib.typed(with_plain_towers(builder))
     hook = WeightNorm()
     assert Trainer(config, tmp_path, hooks=[hook]).run() == 0
     assert hook.calls == [("start", 0, 5), 2, 4, 5, "close"]
