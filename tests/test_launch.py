@@ -11,8 +11,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from support import ROOT, environment, tiny_config
+from support import ROOT, environment, tiny_builder, with_plain_towers
 
+from mg3d_jax import config as config_lib
 from mg3d_jax.api import Trainer
 from mg3d_jax.errors import UserError
 from mg3d_jax.training import distributed
@@ -142,10 +143,13 @@ def wait_for(condition, process, timeout=500):
 CONFIG_FILE = """
 import sys
 sys.path.insert(0, {tests!r})
-from support import tiny_builder
+from support import slow_steps, tiny_builder, with_plain_towers
+
+slow_steps(0.1)  # a signal takes JAX up to a second, and must find the run before its end
 
 def get_config(arg=""):
-    return tiny_builder({train!r}, {valid!r}, training__steps={steps}, training__checkpoint_every={every})
+    config = tiny_builder({train!r}, {valid!r}, training__steps={steps}, training__checkpoint_every={every})
+    return with_plain_towers(config)
 """
 
 
@@ -167,10 +171,9 @@ def config_file(tiny_data, tmp_path_factory):
 def expected_losses(tiny_data, tmp_path_factory):
     """Of an uninterrupted run, in this process, on eight devices."""
     workdir = tmp_path_factory.mktemp("uninterrupted")
-    config = tiny_config(
-        tiny_data["train"], tiny_data["valid"], training__steps=STEPS, training__checkpoint_every=EVERY
-    )
-    assert Trainer(config, workdir).run() == 0
+    settings = {"training__steps": STEPS, "training__checkpoint_every": EVERY}
+    builder = tiny_builder(tiny_data["train"], tiny_data["valid"], **settings)
+    assert Trainer(config_lib.typed(with_plain_towers(builder)), workdir).run() == 0
     return losses(workdir)
 
 
