@@ -8,7 +8,7 @@ import flax.linen as nn
 import jax
 import numpy as np
 import pytest
-from support import SPECIAL, random_batch, records_of, tiny_builder, tiny_config
+from support import SPECIAL, quick_state, random_batch, records_of, tiny_builder, tiny_config, with_smallest_towers
 
 from mg3d_jax import config as config_lib
 from mg3d_jax import sharding
@@ -55,7 +55,7 @@ def make_config(objectives, **overrides):
 
     Pooling a single sentence trains no query, and centred embeddings no bias: so whole reports, not centred.
     """
-    config = tiny_builder(**overrides)
+    config = with_smallest_towers(tiny_builder(**overrides))
     config.objectives.alignment.report_view, config.objectives.alignment.center = "report", False
     preset = objectives in OBJECTIVE_PRESETS
     config_lib.use_objectives(config, objectives if preset else "clip")
@@ -71,7 +71,7 @@ def compiled(config_json, sizes):
     config = config_lib.from_json(config_json)
     mesh = sharding.make_mesh(sharding.MeshConfig(*("", *sizes)), jax.devices()[: math.prod(sizes)])
     setup = state_lib.build(config, VOCAB, mesh, steps=10)
-    losses, params = step_lib.Losses(setup, SPECIAL, train=True), state_lib.initialize(setup)["params"]
+    losses, params = step_lib.Losses(setup, SPECIAL, train=True), quick_state(setup)["params"]
 
     def loss(params, batch, key):
         return losses(optimizer.freeze(params, setup.factors), batch, key)
@@ -196,12 +196,13 @@ def test_the_gradient_cache_steps_like_the_whole_batch():
     options |= {"objectives__matching__weight": 1.0}
     options |= {"schedule__kind": "constant", "schedule__warmup_percent": 0.0}
     mesh = sharding.make_mesh(sharding.MeshConfig(data=2, fsdp=1, tensor=1), jax.devices()[:2])
-    batch = random_batch(tiny_config(), VOCAB)
-    setups = [
-        state_lib.build(tiny_config(**options, **more), VOCAB, mesh, steps=10)
+    small = [
+        config_lib.typed(with_smallest_towers(tiny_builder(**options, **more)))
         for more in ({}, {"optimizer__accumulation": 4, "optimizer__gradient_cache": True})
     ]
-    state, rows = state_lib.initialize(setups[0]), sharding.to_global(batch, mesh, 8)
+    batch = random_batch(small[0], VOCAB)
+    setups = [state_lib.build(config, VOCAB, mesh, steps=10) for config in small]
+    state, rows = quick_state(setups[0]), sharding.to_global(batch, mesh, 8)
     params, taken = jax.device_get(state["params"]), []
     for setup in setups:
         copy = jax.tree.map(jax.numpy.copy, state)  # a step takes its memory
@@ -227,11 +228,8 @@ def phantom_batch(tiny_data):
     return next(iter(evaluation_batches(data, tokenizer, mesh, 8, threads=0))), tokenizer, mesh
 
 
-COMPILED_WELL = {"xla_backend_optimization_level": 2, "xla_llvm_disable_expensive_passes": False}
-
-
 def test_every_loss_goes_near_its_floor_on_one_batch(phantom_batch):
-    """Which share of the first loss may be left after 280 steps. Matching ends above 0: pulls and pushes conflict."""
+    """Which share of the first loss may be left after 320 steps. Matching ends above 0: pulls and pushes conflict."""
     left = {
         "alignment": 0.05,
         "volume_reconstruction": 0.05,
@@ -240,17 +238,14 @@ def test_every_loss_goes_near_its_floor_on_one_batch(phantom_batch):
         "discrimination": 0.05,
     }
     batch, tokenizer, mesh = phantom_batch
-    options = {"optimizer__learning_rate": 2e-3, "optimizer__weight_decay": 0.0, "schedule__final_fraction": 0.1}
+    options = {"optimizer__learning_rate": 1e-2, "optimizer__weight_decay": 0.0, "schedule__final_fraction": 0.1}
     weights = {f"objectives.{name}.weight": 1.0 for name in ("alignment", "matching", "discrimination")}
     changes = {"objectives.matching.sentence_source": "words"} | weights
     config = config_lib.replace(make_config("mg3d", **options), changes)
-    setup = state_lib.build(config, tokenizer.vocab_size, mesh, steps=280)
-    state, step = state_lib.initialize(setup), step_lib.train_step(setup, tokenizer.special)
-    # 280 steps: compiling them well pays, unlike elsewhere (see `support.FLAGS`).
-    with sharding.in_mesh(mesh):
-        step = step.jitted.lower(state, batch).compile(compiler_options=COMPILED_WELL)
+    setup = state_lib.build(config, tokenizer.vocab_size, mesh, steps=320)
+    state, step = quick_state(setup), step_lib.train_step(setup, tokenizer.special)
     history = []
-    for _ in range(280):
+    for _ in range(320):
         state, metrics = step(state, batch)
         history.append({name: float(value) for name, value in jax.block_until_ready(metrics).items()})
     shares = {name: np.mean([row[name] for row in history[-10:]]) / history[0][name] for name in left}
