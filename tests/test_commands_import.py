@@ -10,9 +10,9 @@ import numpy as np
 import pytest
 import torch
 import transformers
-from flax.linen import unbox
 from flax.traverse_util import flatten_dict, unflatten_dict
 from monai.networks.nets import SwinUNETR, ViT
+from support import quick_variables
 
 from mg3d_jax.commands.import_ import main
 from mg3d_jax.config.parts import InitConfig
@@ -35,7 +35,7 @@ def vit(tmp_path):
 
 def fresh(module, size):
     volume = jnp.zeros((1, *size, 1))
-    return unbox(jax.jit(module.init)(jax.random.key(0), volume)["params"])
+    return quick_variables(module, volume)["params"]
 
 
 def merged(fresh, tower):
@@ -96,7 +96,7 @@ def test_swin_and_bert_are_written(tmp_path):
     assert main(["bert", str(tmp_path / "hf"), "--out", str(tmp_path / "bert")]) == 0
     tower = load_tower(tmp_path / "bert")
     ids = jnp.ones((1, 4), int)
-    params = unbox(jax.jit(tower.module().init)(jax.random.key(0), ids, ids > 0)["params"])
+    params = quick_variables(tower.module(), ids, ids > 0)["params"]
     jax.tree.map(np.testing.assert_array_equal, merged(params, tower), tower.params)
 
 

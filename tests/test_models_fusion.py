@@ -3,12 +3,12 @@
 import functools
 import operator
 
-import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
+from support import quick_variables
 
 from mg3d_jax.errors import UserError
 from mg3d_jax.models.decoders import TokenHead, VoxelDecoder
@@ -28,7 +28,7 @@ def make_inputs(batch=3, patches=5, tokens=7, seed=0):
 
 def build(module, *inputs, seed=0):
     """Parameters drawn wide enough that every path shows in the output."""
-    params, rng = nn.unbox(jax.jit(module.init)(jax.random.key(seed), *inputs)), np.random.default_rng(seed + 1)
+    params, rng = quick_variables(module, *inputs, seed=seed), np.random.default_rng(seed + 1)
     return jax.tree.map(lambda p: np.float32(p + 0.3 * rng.normal(size=p.shape)), params)
 
 

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from support import quick_variables
 
 from mg3d_jax.errors import UserError
 from mg3d_jax.models.towers.swin.encoder import SHIFT_MASK, SwinEncoder, fit_window, relative_position_index, shift_mask
@@ -42,7 +42,7 @@ def test_small_axes_shrink_the_window():
 def test_shapes_masks_and_gradients():
     volume = jax.random.normal(jax.random.key(0), (2, 14, 12, 10, 1))
     encoder = SwinEncoder(**SMALL)
-    params = nn.unbox(jax.jit(encoder.init)(jax.random.key(1), volume)["params"])
+    params = quick_variables(encoder, volume)["params"]
     output = jax.jit(encoder.apply)({"params": params}, volume)
     assert [stage.shape[1:] for stage in output["stages"]] == [(7, 6, 5, 12), (4, 3, 3, 24), (2, 2, 2, 48)]
     assert output["tokens"].shape == (2, 8, 48)

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
+from support import quick_variables
 
 from mg3d_jax import sharding
 from mg3d_jax.errors import UserError
@@ -17,7 +18,7 @@ from mg3d_jax.models.transformer import REMAT_POLICIES, Attention, Block, Stack,
 
 
 def initialised(module, *args, seed=0):
-    return nn.unbox(jax.jit(module.init)(jax.random.key(seed), *args)["params"])
+    return quick_variables(module, *args, seed=seed)["params"]
 
 
 def run(module, params, *args, **options):

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
+from support import quick_variables
 
 from mg3d_jax import sharding
 from mg3d_jax.config.parts import ReportEncoderConfig, VolumeEncoderConfig
@@ -30,7 +31,7 @@ def volumes(size=SIZE, channels=1, batch=2, seed=0):
 
 
 def initialised(module, *args):
-    return nn.unbox(jax.jit(module.init)(jax.random.key(0), *args)["params"])
+    return quick_variables(module, *args)["params"]
 
 
 def run(module, params, *args):
