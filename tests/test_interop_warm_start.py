@@ -58,7 +58,7 @@ def setup_of(config, tokenizer):
 def start_from_zeros(config, tokenizer):
     """`start`, without compiling the initialisation."""
     setup = setup_of(config, tokenizer)
-    zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), setup.abstract["params"])
+    zeros = jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), setup.abstract["params"])
     return setup, load_initial(setup, {"params": zeros}, tokenizer)["params"]
 
 
@@ -230,7 +230,7 @@ def test_an_average_starts_from_the_same(source):
     config = config_lib.replace(source.config, {"init_from.path": str(RUN), "optimizer.ema": 0.9})
     tokenizer = ReportTokenizer(source.tokenizer, 64, 8)
     setup = setup_of(config, tokenizer)
-    zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), setup.abstract["params"])
+    zeros = jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), setup.abstract["params"])
     state = load_initial(setup, {"params": zeros, "ema": zeros}, tokenizer)
     jax.tree.map(np.testing.assert_array_equal, jax.device_get(state["ema"]), jax.device_get(source.params))
 
