@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from support import environment, tiny_config
+from support import environment, quick_state, tiny_config
 
 from mg3d_jax import config as config_lib
 from mg3d_jax import sharding
@@ -155,7 +155,7 @@ assert not any(name.split(".")[0] in ("jax", "mg3d_jax") and m is not None for n
 
 
 def test_a_colleague_without_jax_loads_it_in_one_line(make_run, tmp_path):
-    run = make_run(**VARIANTS["conv, two windows"])
+    run = make_run(**VARIANTS["conv, two windows, groups of sentences"])
     out = tmp_path / "out"
     export_lib.export(run, out)
     reconstruction = scans(1)[0][0].reconstructions[0]
@@ -219,7 +219,7 @@ def test_the_command_exports_a_checkpoint(tokenizer_folder, tiny_data, tmp_path,
     vocab = load_tokenizer(str(tokenizer_folder)).get_vocab_size()
     setup = state_lib.build(config, vocab, sharding.make_mesh(config.mesh), steps=1)
     checkpoints = Checkpoints(workdir)
-    checkpoints.save(state_lib.initialize(setup), {"step": 3}, 3)
+    checkpoints.save(quick_state(setup), {"step": 3}, 3)
     checkpoints.close()
     for form in ("hf", "monai"):
         command = ["export", "--workdir", str(workdir), "--out", str(out / form), "--format", form]

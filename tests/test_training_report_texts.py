@@ -10,7 +10,7 @@ from typing import Any
 import jax
 import numpy as np
 import pytest
-from support import tiny_builder, tiny_config
+from support import quick_state, tiny_builder, tiny_config
 
 from mg3d_jax import sharding
 from mg3d_jax.config import checks
@@ -51,7 +51,7 @@ def losses(data: PreparedData, tokenizer: ReportTokenizer, **options: Any) -> di
     config = tiny_config(**FROZEN, **options)
     mesh = sharding.make_mesh(config.mesh)
     setup = state_lib.build(config, tokenizer.vocab_size, mesh, steps=1)
-    params = state_lib.initialize(setup)["params"]
+    params = quick_state(setup)["params"]
     more_text = report_texts(setup, params, tokenizer, [data])
     batch = next(train_batches(data, tokenizer, config.data, mesh, seed=0, start=0, stop=1, more_text=more_text))
     metrics = step_lib.evaluation_step(setup, tokenizer.special)(params, batch, jax.random.key(0))
@@ -122,7 +122,7 @@ def test_worker_processes_make_the_same_texts(data: PreparedData, tokenizer: Rep
         config = tiny_config(**FROZEN, model__report_encoder__precompute=True, **options)
         mesh = sharding.make_mesh(config.mesh)
         setup = state_lib.build(config, tokenizer.vocab_size, mesh, steps=1)
-        more_text = report_texts(setup, state_lib.initialize(setup)["params"], tokenizer, [data])
+        more_text = report_texts(setup, quick_state(setup)["params"], tokenizer, [data])
         batches = train_batches(data, tokenizer, config.data, mesh, seed=0, start=0, stop=2, more_text=more_text)
         batch = jax.device_get(next(batches))
         batches.close()

@@ -6,7 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from support import SPECIAL, random_batch, tiny_builder, tiny_config, with_smallest_towers
+from support import SPECIAL, quick_state, random_batch, tiny_builder, tiny_config, with_smallest_towers
 
 from mg3d_jax import config as config_lib
 from mg3d_jax import sharding
@@ -24,6 +24,10 @@ from mg3d_jax.training.restore import restore_run
 VOCAB = 400
 
 
+def small_config(**overrides):
+    return config_lib.typed(with_smallest_towers(tiny_builder(**overrides)))
+
+
 def build(config, data=1, fsdp=1, tensor=1):
     devices = jax.devices()[: data * fsdp * tensor]
     mesh = sharding.make_mesh(sharding.MeshConfig(data=data, fsdp=fsdp, tensor=tensor), devices)
@@ -34,7 +38,7 @@ def build(config, data=1, fsdp=1, tensor=1):
 def loss_and_gradients(config, *sizes):
     setup, batch = build(config, *sizes)
     loss_fn = step_lib.Losses(setup, SPECIAL, train=True)
-    params = state_lib.initialize(setup)["params"]
+    params = quick_state(setup)["params"]
     with jax.set_mesh(setup.mesh), nn.logical_axis_rules(sharding.RULES):
         (loss, _), grads = jax.jit(jax.value_and_grad(loss_fn, has_aux=True))(params, batch, jax.random.key(5))
         return jax.block_until_ready((jax.device_get(loss), jax.device_get(grads)))
@@ -87,16 +91,14 @@ def test_a_learned_temperature_stops_at_its_limit_and_comes_back():
 
 def test_accumulation_averages_the_gradients_of_its_micro_batches():
     """Two micro-batches with the same rows have the same loss; with report view "report" nothing random differs."""
-    config = tiny_config(objectives__alignment__report_view="report", optimizer__accumulation=2)
+    config = small_config(objectives__alignment__report_view="report", optimizer__accumulation=2)
     setup, batch = build(config)
     host = {k: np.repeat(np.asarray(v)[:4], 2, axis=0) for k, v in batch.items()}  # interleaved halves are equal
-    state, metrics = step_lib.train_step(setup, SPECIAL)(
-        state_lib.initialize(setup), sharding.to_global(host, setup.mesh, 8)
-    )
-    whole = tiny_config(objectives__alignment__report_view="report", data__batch_size=4)
+    state, metrics = step_lib.train_step(setup, SPECIAL)(quick_state(setup), sharding.to_global(host, setup.mesh, 8))
+    whole = small_config(objectives__alignment__report_view="report", data__batch_size=4)
     other, half = build(whole)
     half = sharding.to_global({k: np.asarray(v)[:4] for k, v in batch.items()}, other.mesh, 4)
-    _, expected_metrics = step_lib.train_step(other, SPECIAL)(state_lib.initialize(other), half)
+    _, expected_metrics = step_lib.train_step(other, SPECIAL)(quick_state(other), half)
     np.testing.assert_allclose(metrics["loss"], expected_metrics["loss"], rtol=1e-6)
     np.testing.assert_allclose(metrics["gradient_norm"], expected_metrics["gradient_norm"], rtol=1e-4)
     assert metrics["gradient_norm"] > config.optimizer.clip_norm  # the first moment is 0.1 of what came out of the clip
@@ -122,7 +124,7 @@ def poisoned_loss(features, logits, batch, on):
 def poisonable():
     """One compiled step of a run with everything on: setup, host batch, and `(host state, batch) -> (state, metrics)`."""
     heads = (r"(?!volume_encoder|report_encoder).*", 5.0)
-    config = tiny_config(
+    config = small_config(
         optimizer__freeze=("report_encoder/.*",),
         optimizer__learning_rate_multipliers=(heads, (".*", 1.0)),
         optimizer__ema=0.3,
@@ -147,7 +149,7 @@ def poisonable():
 def trajectory(poisonable):
     """States and metrics of four good steps; the second half of the batch of the last is padding."""
     setup, batch, step = poisonable
-    states, metrics = [jax.device_get(state_lib.initialize(setup))], []
+    states, metrics = [jax.device_get(quick_state(setup))], []
     for number in range(4):
         rows = batch | {"valid": np.arange(8) < 4} if number == 3 else batch
         state, found = step(states[-1], rows)
