@@ -23,7 +23,7 @@ from mg3d_jax.interop import export as export_lib
 from mg3d_jax.interop.export_format import Probe
 from mg3d_jax.interop.export_run import Run
 from mg3d_jax.interop.torch_template import modeling_mg3d
-from mg3d_jax.models.mg3d import text_embedding
+from mg3d_jax.models.mg3d import text_embedding, volume_embedding
 from mg3d_jax.models.towers.vit.monai import to_monai
 from mg3d_jax.phantom import patients as phantoms
 from mg3d_jax.phantom.dataset import nifti_bytes
@@ -102,11 +102,9 @@ def linen(run, volumes, text):
         "sentence_index": text["sentence_index"].numpy(),
     }
     report = embed_report({"params": run.params}, report)
-    volume_embedding, direction = (
-        np.asarray(x / np.linalg.norm(x, axis=-1, keepdims=True))
-        for x in (volume["volume_embedding"], report["report_embedding"])
-    )
-    return volume_embedding, np.asarray(text_embedding(run.params, direction)), np.asarray(volume["volume_tokens"])
+    direction = report["report_embedding"] / np.linalg.norm(report["report_embedding"], axis=-1, keepdims=True)
+    found = volume_embedding(run.params, volume["volume_embedding"]), text_embedding(run.params, direction)
+    return *map(np.asarray, found), np.asarray(volume["volume_tokens"])
 
 
 @pytest.mark.parametrize("overrides", VARIANTS.values(), ids=VARIANTS)

@@ -11,10 +11,10 @@ from support import SPECIAL, quick_state, random_batch, tiny_builder, tiny_confi
 
 from mg3d_jax import config as config_lib
 from mg3d_jax import sharding
-from mg3d_jax.models.mg3d import text_embedding
+from mg3d_jax.models.mg3d import text_embedding, volume_embedding
 from mg3d_jax.objectives.alignment import AlignmentOptions, embedding_statistics, make
 from mg3d_jax.objectives.alignment import loss as alignment
-from mg3d_jax.objectives.base import CENTERS, DIRECTION_BIAS, Context
+from mg3d_jax.objectives.base import CENTERS, REPORT_BIAS, VOLUME_BIAS, Context
 from mg3d_jax.objectives.contrastive import info_nce
 from mg3d_jax.objectives.views import random_groups, text_views
 from mg3d_jax.options import Group
@@ -107,18 +107,19 @@ def test_the_biases_follow_the_means_so_that_embeddings_become_centred():
 
 def test_the_bias_of_directions_follows_minus_their_mean_and_texts_are_embedded_with_it():
     mean, bias = np.array([0.6, 0.2], np.float32), np.zeros(2, np.float32)
-    params = {DIRECTION_BIAS: bias}
+    params = {REPORT_BIAS: bias}
     for _ in range(60):
-        params, left = step_lib.follow_centers(
-            params, {CENTERS + DIRECTION_BIAS: mean, "loss": 1.0}, {DIRECTION_BIAS: 1.0}
-        )
-    np.testing.assert_allclose(params[DIRECTION_BIAS], -mean, atol=2e-3)
+        params, left = step_lib.follow_centers(params, {CENTERS + REPORT_BIAS: mean, "loss": 1.0}, {REPORT_BIAS: 1.0})
+    np.testing.assert_allclose(params[REPORT_BIAS], -mean, atol=2e-3)
     assert left == {"loss": 1.0}
     direction = np.array([[0.6, 0.8]], np.float32)
     np.testing.assert_allclose(text_embedding(params, direction), [[0, 1]], atol=5e-3)
     np.testing.assert_allclose(text_embedding({}, 2 * direction), direction, rtol=1e-6)
-    frozen, _ = step_lib.follow_centers({DIRECTION_BIAS: bias}, {CENTERS + DIRECTION_BIAS: mean}, {DIRECTION_BIAS: 0.0})
-    assert not np.any(frozen[DIRECTION_BIAS])
+    known = {VOLUME_BIAS: -mean}
+    np.testing.assert_allclose(volume_embedding(known, 7 * direction), text_embedding({REPORT_BIAS: -mean}, direction))
+    np.testing.assert_allclose(volume_embedding({}, 7 * direction), direction, rtol=1e-6)
+    frozen, _ = step_lib.follow_centers({REPORT_BIAS: bias}, {CENTERS + REPORT_BIAS: mean}, {REPORT_BIAS: 0.0})
+    assert not np.any(frozen[REPORT_BIAS])
 
 
 def test_groups_of_two_kinds_are_joined():
@@ -170,8 +171,9 @@ def test_groups_of_sentences_equal_the_slow_mean_over_sizes(center):
     losses, batch = [], batch_of(6)
     batch["valid"][5] = False
     volume, texts = found["volume_embedding"], found["view_embeddings"]
+    volume_mean = (volume / np.linalg.norm(volume, axis=-1, keepdims=True))[:5].mean(0)
     if center:
-        volume, texts = volume - volume[:5].mean(0), texts - texts[:5][found["view_mask"][:5]].mean(0)
+        volume = volume / np.linalg.norm(volume, axis=-1, keepdims=True) - volume_mean
     for size in range(2):
         inside = (groups[:, size] & found["view_mask"])[..., None]
         units = texts / np.linalg.norm(texts, axis=-1, keepdims=True)
@@ -186,9 +188,10 @@ def test_groups_of_sentences_equal_the_slow_mean_over_sizes(center):
     value, metrics = alignment(found, batch, options)
     assert value == pytest.approx(float(np.mean(losses)), rel=1e-5)
     if center:
-        np.testing.assert_allclose(
-            metrics[CENTERS + DIRECTION_BIAS], (mean_of[0] + mean_of[1]) / 2, rtol=1e-4, atol=1e-6
-        )
+        np.testing.assert_allclose(metrics[CENTERS + REPORT_BIAS], (mean_of[0] + mean_of[1]) / 2, rtol=1e-4, atol=1e-6)
+        np.testing.assert_allclose(metrics[CENTERS + VOLUME_BIAS], volume_mean, rtol=1e-4, atol=1e-6)
+        longer = found | {"volume_embedding": found["volume_embedding"] * np.array([1, 1, 50, 1, 1, 1])[:, None]}
+        assert alignment(longer, batch, options)[0] == pytest.approx(float(value), rel=1e-4)  # lengths do not matter
     else:
         assert not any(name.startswith(CENTERS) for name in metrics)
 

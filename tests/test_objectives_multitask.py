@@ -103,7 +103,7 @@ def moved_names(gradients):
 
     Biases of attention keys never have one (softmax ignores a shift), nor have those of the centred projections.
     """
-    still = r".*key/bias|(volume|report)_projection/out/bias|report_direction_bias"
+    still = r".*key/bias|(volume|report)_projection/out/bias|(volume|report)_direction_bias"
     largest = jax.tree.map(lambda g: float(np.max(np.abs(g))), gradients)
     names = jax.tree.leaves(optimizer.parameter_names(gradients))
     pairs = zip(names, jax.tree.leaves(largest), strict=True)

@@ -138,6 +138,7 @@ def numbers(batch: int = 6, count: int = 3, width: int = 5) -> tuple[dict[str, A
 def test_the_loss_is_that_of_a_loop() -> None:
     features, batch = numbers()
     volume = features["volume_embedding"].astype(np.float64)
+    volume /= np.linalg.norm(volume, axis=1, keepdims=True)
     volume -= volume[batch["valid"]].mean(axis=0)
     losses, right, by_kind = [], [], {PRESENT: [], ABSENT: [], STATE: []}
     for i in range(6):
@@ -159,9 +160,17 @@ def test_the_loss_is_that_of_a_loop() -> None:
 def test_a_text_that_is_always_preferred_does_not_lower_it() -> None:
     """What a volume shares with all others does not count: the texts alone cannot solve the task."""
     features, batch = numbers()
+    same = features | {"volume_embedding": np.tile(features["volume_embedding"][:1], (6, 1))}
+    assert NEGATION.loss(same, batch, OPTIONS)[0] == pytest.approx(np.log(2), rel=1e-5)
+
+
+def test_the_length_of_an_embedding_does_not_matter() -> None:
+    """One long embedding is no mean of the batch: it would turn all others into its opposite."""
+    features, batch = numbers()
     before, _ = NEGATION.loss(features, batch, OPTIONS)
-    common = features | {"volume_embedding": features["volume_embedding"] + 100.0}
-    assert NEGATION.loss(common, batch, OPTIONS)[0] == pytest.approx(float(before), rel=1e-3)
+    lengths = np.array([1, 1, 1, 50, 1, 1], np.float32)[:, None]
+    longer = features | {"volume_embedding": features["volume_embedding"] * lengths}
+    assert NEGATION.loss(longer, batch, OPTIONS)[0] == pytest.approx(float(before), rel=1e-4)
 
 
 def test_nothing_to_compare_is_zero_and_nan_shows() -> None:

@@ -19,7 +19,7 @@ from scipy import ndimage
 
 from mg3d_jax.errors import UserError
 from mg3d_jax.evaluation.scans import Scan
-from mg3d_jax.models.mg3d import text_embedding
+from mg3d_jax.models.mg3d import text_embedding, volume_embedding
 from mg3d_jax.models.patches import patchify, unpatchify
 from mg3d_jax.objectives.pairwise import l2_normalize
 from mg3d_jax.training import inputs as step_inputs
@@ -138,7 +138,7 @@ class SentenceMaps:
         windowed = step_inputs.window(volumes, self.windows)
         image = self.model.apply({"params": params}, windowed, method="embed_volume")["volume_embedding"]
         text = self.model.apply({"params": params}, fields, method="embed_report")["report_embedding"]
-        return jnp.sum(l2_normalize(image) * text_embedding(params, l2_normalize(text)), axis=-1)
+        return jnp.sum(volume_embedding(params, image) * text_embedding(params, l2_normalize(text)), axis=-1)
 
 
 def patch_affine(affine: np.ndarray, patch_size: tuple[int, int, int]) -> np.ndarray:

@@ -21,8 +21,8 @@ from mg3d_jax.data.record import RecordText
 from mg3d_jax.data.tokens import ReportTokenizer
 from mg3d_jax.errors import UserError
 from mg3d_jax.evaluation.base import Embedded, Evaluation, Model, Phrasings, Prompts, Text
-from mg3d_jax.models.mg3d import MAX_LOGIT_SCALE, text_embedding
-from mg3d_jax.objectives.base import DIRECTION_BIAS
+from mg3d_jax.models.mg3d import MAX_LOGIT_SCALE, text_embedding, volume_embedding
+from mg3d_jax.objectives.base import REPORT_BIAS
 from mg3d_jax.objectives.pairwise import l2_normalize
 from mg3d_jax.progress import Progress
 from mg3d_jax.training import inputs as step_inputs
@@ -90,7 +90,7 @@ class Embedder:
         windowed = step_inputs.window(batch["volume"], self.config.data.windows)
         features = self.setup.model.apply({"params": params}, windowed, method="embed_volume")
         passed_through = {name: array for name, array in batch.items() if name != "volume"}
-        return {"embedding": l2_normalize(features["volume_embedding"])} | passed_through
+        return {"embedding": volume_embedding(params, features["volume_embedding"])} | passed_through
 
     def _text_features(self, params: Any, text: dict[str, jax.Array]) -> jax.Array:
         features = self.setup.model.apply({"params": params}, text, method="embed_report")
@@ -187,7 +187,7 @@ class Embedder:
         sums = np.zeros((texts.count, directions.shape[1]), np.float32)
         np.add.at(sums, texts.entries, directions[texts.rows])
         means = sums / np.bincount(texts.entries, minlength=texts.count)[:, None].astype(np.float32)
-        bias = {name: jax.device_get(params[name]) for name in (DIRECTION_BIAS,) if name in params}
+        bias = {name: jax.device_get(params[name]) for name in (REPORT_BIAS,) if name in params}
         return np.asarray(text_embedding(bias, means))
 
 

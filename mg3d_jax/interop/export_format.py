@@ -19,7 +19,7 @@ from mg3d_jax.config import Config
 from mg3d_jax.config.parts import ModelConfig
 from mg3d_jax.errors import UserError
 from mg3d_jax.models.towers.weights import torch_state as heads_state
-from mg3d_jax.objectives.base import DIRECTION_BIAS
+from mg3d_jax.objectives.base import DIRECTION_BIASES, VOLUME_BIAS
 
 MARKER = "mg3d_jax"  # key of config.json by which an earlier export is recognised
 # Of `tower_arguments`, what leaves the function of a tower as it is, or shows in shapes.
@@ -68,8 +68,8 @@ def split_params(params: dict[str, Any]) -> tuple[dict[str, Any], list[str]]:
     """The part of a run's parameters that PyTorch users get, and the names of the rest (heads of the pre-training)."""
     if missing := [name for name in EXPORTED if name not in params]:
         raise UserError(f"the checkpoint lacks {missing}: it is not a checkpoint of the MG3D model")
-    # The sigmoid loss has a bias, so have the directions of grouped sentences; a fine-tuned run has a head.
-    kept = [*EXPORTED, *(name for name in ("logit_bias", DIRECTION_BIAS, HEAD) if name in params)]
+    # The sigmoid loss has a bias, so have directions that were centred; a fine-tuned run has a head.
+    kept = [*EXPORTED, *(name for name in ("logit_bias", *DIRECTION_BIASES, HEAD) if name in params)]
     return {name: params[name] for name in kept}, sorted(params.keys() - set(kept))
 
 
@@ -152,7 +152,7 @@ def torch_config(config: Config, params: dict[str, Any], spacing: tuple[float, f
         "report_tokens": config.text_tokens(),
         "projection_dim": config.model.projection_dim,
         "logit_bias": "logit_bias" in params,
-        "direction_bias": DIRECTION_BIAS in params,
+        "direction_bias": VOLUME_BIAS in params,
     }
 
 

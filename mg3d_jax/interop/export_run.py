@@ -15,7 +15,8 @@ import numpy as np
 from mg3d_jax.config import Config
 from mg3d_jax.data.tokens import ReportTokenizer, load_tokenizer
 from mg3d_jax.errors import UserError
-from mg3d_jax.models.mg3d import text_embedding
+from mg3d_jax.models.mg3d import text_embedding, volume_embedding
+from mg3d_jax.objectives.pairwise import l2_normalize
 from mg3d_jax.phantom import patients as phantoms
 from mg3d_jax.phantom.dataset import nifti_bytes
 from mg3d_jax.prepare.reports import report_sentences
@@ -103,8 +104,6 @@ def reference_features(run: Run, volumes: np.ndarray, reports: Sequence[Sequence
 
     with jax.default_matmul_precision("highest"):
         found = jax.device_get(jax.jit(features)(run.params))
-    for name in ("volume_embedding", "report_embedding"):
-        norm = np.linalg.norm(found[name], axis=-1, keepdims=True)
-        found[name] = found[name] / np.maximum(norm, 1e-6)
-    found["report_embedding"] = np.asarray(text_embedding(run.params, found["report_embedding"]))
+    found["volume_embedding"] = np.asarray(volume_embedding(run.params, found["volume_embedding"]))
+    found["report_embedding"] = np.asarray(text_embedding(run.params, l2_normalize(found["report_embedding"])))
     return found

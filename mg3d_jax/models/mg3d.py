@@ -17,7 +17,7 @@ from mg3d_jax.models.decoders import TokenHead, VoxelDecoder
 from mg3d_jax.models.fusion import Fusion, SentenceConditionedVolume
 from mg3d_jax.models.heads import AttentionPool, Projection, mean_pool, sentence_means
 from mg3d_jax.models.patches import patchify
-from mg3d_jax.objectives.base import DIRECTION_BIAS, Context, Enabled
+from mg3d_jax.objectives.base import DIRECTION_BIASES, REPORT_BIAS, VOLUME_BIAS, Context, Enabled
 from mg3d_jax.objectives.pairwise import l2_normalize
 from mg3d_jax.objectives.same_words import others
 
@@ -72,9 +72,15 @@ ALWAYS = ("volume_embedding", "report_embedding")
 
 
 def text_embedding(params: Any, directions: Any) -> Any:
-    """What a text is compared by, `[..., k]`, l2-normalised: its direction, or the mean direction of its parts, less the
-    mean of all texts where the model was trained so (`objectives.alignment`)."""
-    return l2_normalize(directions + params[DIRECTION_BIAS] if DIRECTION_BIAS in params else directions)
+    """What a text is compared by, `[..., k]`, l2-normalised: its direction (a unit vector), or the mean direction of its
+    parts, less the mean of all texts where the model was trained so (`objectives.alignment`)."""
+    return l2_normalize(directions + params[REPORT_BIAS] if REPORT_BIAS in params else directions)
+
+
+def volume_embedding(params: Any, embeddings: Any) -> Any:
+    """What a volume is compared by, `[..., k]`, l2-normalised, of `embed_volume`'s embeddings of any length."""
+    directions = l2_normalize(embeddings)
+    return l2_normalize(directions + params[VOLUME_BIAS]) if VOLUME_BIAS in params else directions
 
 
 def steps_for(needed: Iterable[str]) -> tuple[Step, ...]:
@@ -96,7 +102,7 @@ class MG3D(nn.Module):
         temperature: of the softmax at the start; `logit_scale` starts at its inverse, at most `MAX_LOGIT_SCALE`.
         learn_temperature: if False, `logit_scale` gets no gradient.
         sigmoid: adds the learned `logit_bias` of SigLIP's loss.
-        direction_bias: adds `report_direction_bias` [k], see `objectives.alignment`.
+        direction_bias: adds `DIRECTION_BIASES` [k], see `objectives.alignment`.
     """
 
     context: Context
@@ -132,7 +138,8 @@ class MG3D(nn.Module):
         if self.sigmoid:
             self.logit_bias = self.param("logit_bias", lambda _: jnp.float32(INITIAL_LOGIT_BIAS))
         if self.direction_bias:
-            self.report_direction_bias = self.param(DIRECTION_BIAS, nn.initializers.zeros, (model.projection_dim,))
+            for name in DIRECTION_BIASES:
+                setattr(self, name, self.param(name, nn.initializers.zeros, (model.projection_dim,)))
         self._setup_heads(model.volume_encoder.sizes.num_heads, report.num_heads, backend)
         own = {one.name: one.objective.modules(one.options, self.context) for one in self.on}
         for modules in own.values():

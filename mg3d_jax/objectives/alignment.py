@@ -27,7 +27,8 @@ from mg3d_jax.batch import Field, zeros
 from mg3d_jax.language.statements import statements
 from mg3d_jax.objectives.base import (
     CENTERS,
-    DIRECTION_BIAS,
+    REPORT_BIAS,
+    VOLUME_BIAS,
     Batch,
     Context,
     Encode,
@@ -230,7 +231,10 @@ def loss(features: Features, batch: Batch, options: AlignmentOptions) -> tuple[j
     has_text = jnp.any(features["view_mask" if "view_mask" in features else "sentence_mask"], axis=1)
     valid, block_size = batch["valid"] & has_text, options.block_size or None
     spread = _spread(features, batch["valid"], valid)  # before centring, which would hide a collapse
-    features, centers = _center(features, batch["valid"], valid) if options.center else (features, {})
+    centers: Metrics = {}
+    if options.center:
+        center = _center_directions if options.report_view == "subsets" else _center
+        features, centers = center(features, batch["valid"], valid)
     volume = features["volume_embedding"]
     if "view_embeddings" in features:
         report = _direction_of_views(features["view_embeddings"], features["view_mask"])
@@ -326,6 +330,17 @@ def _center(features: Features, has_volume: jax.Array, has_text: jax.Array) -> t
     return centered, centers
 
 
+def _center_directions(features: Features, has_volume: jax.Array, has_text: jax.Array) -> tuple[Features, Metrics]:
+    """As `_center`, of the unit vectors of volumes; texts are centred group by group (`_mean_over_groups`).
+
+    A mean of embeddings of any length is that of the few longest ones. Where some volumes' are 20 times as long as the
+    others', all the others came out as its opposite, and single sentences were not learned (`docs/objectives.md`).
+    """
+    units, weights = l2_normalize(features["volume_embedding"]), has_volume[:, None].astype(jnp.float32)
+    mean = jnp.sum(units * weights, axis=0) / jnp.maximum(jnp.sum(weights), 1.0)
+    return features | {"volume_embedding": units - mean}, {CENTERS + VOLUME_BIAS: jax.lax.stop_gradient(mean)}
+
+
 def _direction_of_views(embeddings: jax.Array, mask: jax.Array) -> jax.Array:
     """[B, V, k], [B, V] -> [B, k]: the sum of the unit vectors of a report's sentences, which stands for the report."""
     return jnp.sum(l2_normalize(embeddings) * mask[..., None], axis=1)
@@ -355,8 +370,8 @@ def _mean_over_groups(
 
     Groups of the same sentences are not each other's negatives: their sums of ids are equal.
 
-    Unit vectors of centred embeddings have a mean of their own, and in the mean over a report's sentences, which is short,
-    it outweighs what is the report's own. `center` subtracts the batch's once more, and the bias of that name follows it.
+    What all sentences have in common outweighs what is a report's own in the mean over its sentences, which is short.
+    `center` subtracts the mean over the batch, and the bias of that name follows it.
     """
     groups = features["view_groups"] & features["view_mask"][:, None]
     sums = jnp.einsum("bgv,bvk->gbk", groups.astype(jnp.float32), l2_normalize(features["view_embeddings"]))
@@ -370,7 +385,7 @@ def _mean_over_groups(
         count = jnp.maximum(jnp.sum(weights, axis=1, keepdims=True), 1.0)
         means = jnp.sum(texts * weights, axis=1, keepdims=True) / count  # [G, 1, k]
         texts = texts - means
-        centers[CENTERS + DIRECTION_BIAS] = jax.lax.stop_gradient(jnp.mean(means, axis=(0, 1)))
+        centers[CENTERS + REPORT_BIAS] = jax.lax.stop_gradient(jnp.mean(means, axis=(0, 1)))
     total, metrics = jax.tree.map(jnp.mean, jax.vmap(pair)(texts, same, there))
     return total, metrics | centers
 

@@ -27,7 +27,7 @@ Metrics = dict[str, jax.Array]
 # Metrics under this prefix are no scalars but means of embeddings [k], named after the projection of the model whose bias
 # follows them, or the bias (`training.step.follow_centers`).
 CENTERS = "center/"
-DIRECTION_BIAS = "report_direction_bias"
+VOLUME_BIAS, REPORT_BIAS = DIRECTION_BIASES = ("volume_direction_bias", "report_direction_bias")
 
 
 @dataclass(frozen=True)

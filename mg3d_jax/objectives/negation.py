@@ -142,8 +142,9 @@ def _count(mask: jax.Array) -> jax.Array:
 
 def loss(features: Features, batch: Batch, options: NegationOptions) -> tuple[jax.Array, Metrics]:
     """Mean over all statements of the global batch; `accuracy` is the share told from their opposites, in all and by kind."""
-    volume = features["volume_embedding"].astype(jnp.float32)
+    volume = l2_normalize(features["volume_embedding"].astype(jnp.float32))
     # Less the mean of the batch: or which of two texts is true could be learned from the texts alone, without a volume.
+    # Of unit vectors: that of embeddings of any length is the mean of the longest ones.
     row = batch["valid"][:, None]
     volume = l2_normalize(volume - jnp.sum(jnp.where(row, volume, 0.0), axis=0) / jnp.maximum(jnp.sum(row), 1))
     texts, kind = l2_normalize(features["statement_embeddings"].astype(jnp.float32)), features["statement_kind"]

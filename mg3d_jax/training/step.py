@@ -19,7 +19,7 @@ import optax
 
 from mg3d_jax import sharding
 from mg3d_jax.models.mg3d import MAX_LOGIT_SCALE
-from mg3d_jax.objectives.base import CENTERS, DIRECTION_BIAS
+from mg3d_jax.objectives.base import CENTERS, DIRECTION_BIASES
 from mg3d_jax.objectives.gradient_cache import cached_value_and_grad, split
 from mg3d_jax.objectives.multitask import multitask_loss
 from mg3d_jax.training import inputs as step_inputs
@@ -179,7 +179,7 @@ def follow_centers(params: Any, metrics: dict, factors: Any) -> tuple[Any, dict]
     """
     params, (scalars, centers) = dict(params), _split_centers(metrics)
     for name, mean in centers.items():
-        if name == DIRECTION_BIAS:  # which the loss does not add: the mean is that of the directions alone
+        if name in DIRECTION_BIASES:  # which the loss does not add: the mean is that of the directions alone
             if np.any(factors[name]):
                 params[name] = params[name] - CENTER_RATE * (mean + params[name])
         elif np.any(factors[name]["out"]["bias"]):

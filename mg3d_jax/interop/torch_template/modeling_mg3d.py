@@ -379,7 +379,8 @@ class MG3DModel(PreTrainedModel):
         self.report_projection = nn.Linear(config.report_width, config.projection_dim)
         self.logit_scale = nn.Parameter(torch.zeros(()))
         self.logit_bias = nn.Parameter(torch.zeros(())) if config.logit_bias else 0.0  # of the sigmoid (SigLIP) loss
-        if config.direction_bias:  # minus the mean direction of all reports
+        if config.direction_bias:  # minus the mean directions of all volumes and all reports
+            self.volume_direction_bias = nn.Parameter(torch.zeros(config.projection_dim))
             self.report_direction_bias = nn.Parameter(torch.zeros(config.projection_dim))
         if config.probe_classes:
             self.probe = nn.Linear(config.projection_dim, len(config.probe_classes))
@@ -427,6 +428,8 @@ class MG3DModel(PreTrainedModel):
         """
         tokens, pooled = self._encode(hu)
         embedding = F.normalize(self.volume_projection(pooled).float(), dim=-1, eps=1e-6)
+        if self.config.direction_bias:
+            embedding = F.normalize(embedding + self.volume_direction_bias.float(), dim=-1, eps=1e-6)
         return (embedding, tokens) if return_tokens else embedding
 
     def probe_logits(self, hu: Tensor) -> Tensor:
