@@ -14,8 +14,8 @@ from mg3d_jax.models.transformer import part
 from mg3d_jax.registry import REPORT_TOWERS, VOLUME_TOWERS
 
 CUBE = 8  # voxels along a token of `Cubes`
-# "heavy" has a state of 2.2 MiB: for tests of what it takes in memory and on disk.
-WIDTHS = {"plain": 16, "wider": 32, "wide": 64, "heavy": 128}
+# "heavy" has a state of several MiB: for tests of what it takes in memory and on disk.
+WIDTHS = {"plain": 16, "wider": 32, "wide": 64, "heavy": 256}
 PLAIN_SIZES = {name: Sizes(width, 1, 2, width) for name, width in WIDTHS.items()}
 
 
