@@ -36,7 +36,7 @@ def get_config(arg: str = "") -> ConfigDict:
     if twin:
         config_lib.use_small_model(config)
         config_lib.use_frozen_report_encoder(config, source or package_folder(), preset="mini")
-        config.training.steps = 500
+        config.training.steps = 700
     else:
         config_lib.use_frozen_report_encoder(config, source or RADBERT, preset="roberta-base")
         config.model.volume_encoder.preset = preset
@@ -55,7 +55,6 @@ def get_config(arg: str = "") -> ConfigDict:
         config.schedule.warmup_steps = 10_000
         config.training.steps = 300_000
         return config.lock()
-    config.objectives.alignment.report_sentences = 24
     config.objectives.alignment.learn_temperature = True
     config.schedule.warmup_percent = 5.0
     if not twin:

@@ -28,8 +28,7 @@ def get_config(arg: str = "") -> ConfigDict:
     config_lib.use_small_model(config)
     config.data.vocab_size = 3000
     config_lib.use_objectives(config, "recipe")
-    config.objectives.alignment.report_sentences = 24 if folder else 8
     if folder:
         config_lib.use_frozen_report_encoder(config, folder, preset="mini")
-    config.training.steps = 1000 if "long" in chosen else 500
+    config.training.steps = 1400 if "long" in chosen else 700
     return config.lock()

@@ -26,7 +26,7 @@ SENTENCES = (
     "Hiatal hernia",
     "There are emphysematous changes in both lungs.",
 )
-OPTIONS = NegationOptions(weight=1.0, statements=3, tokens=24)
+OPTIONS = NegationOptions(weight=1.0, statements=3, tokens=24, wordings=2)
 
 
 def context(max_sentences: int = 8) -> Context:
@@ -112,10 +112,10 @@ def drawn(kind: list[int], options: NegationOptions = OPTIONS, draws: int = 400)
 
 
 def test_presence_is_drawn_as_often_as_asked() -> None:
-    one = NegationOptions(weight=1.0, statements=1, tokens=8, present_share=0.5)
+    one = NegationOptions(weight=1.0, statements=1, tokens=8, wordings=2, present_share=0.5)
     share = np.mean(drawn([PRESENT, *[ABSENT] * 9], one) == PRESENT)
     assert share == pytest.approx(0.5, abs=0.08)
-    rare = NegationOptions(weight=1.0, statements=1, tokens=8, present_share=0.1)
+    rare = NegationOptions(weight=1.0, statements=1, tokens=8, wordings=2, present_share=0.1)
     assert np.mean(drawn([PRESENT] * 5 + [STATE] * 5, rare) == PRESENT) == pytest.approx(0.1, abs=0.05)
 
 

@@ -13,13 +13,15 @@ OBJECTIVE_PRESETS: dict[str, dict[str, Any]] = {
     "recipe": {
         "alignment.weight": 1.0,
         "alignment.report_view": "subsets",
-        "alignment.subset_sizes": (1, 0),
+        "alignment.subset_sizes": (1, 2, 4),
+        "alignment.report_sentences": 8,
         "alignment.sentence_tokens": 40,
         "alignment.reworded": 0.5,
         # A young model's pairs are not aligned yet; with a low temperature it first learns to make all of them alike.
         "alignment.temperature": 0.5,
         "alignment.learn_temperature": True,
         "negation.weight": 1.0,
+        "negation.wordings": 2,
         "negation.tokens": 40,
     },
     "clip": {"alignment.weight": 1.0},

@@ -15,5 +15,5 @@ def use_small_model(config: ConfigDict) -> None:
     config.model.update({"projection_dim": 128, "dtype": "float32", "remat": "none"})
     config.data.batch_size = 32
     config.data.windows = ((-1000.0, -400.0), (-160.0, 240.0), (200.0, 1200.0))  # lung, mediastinum, calcification
-    config.optimizer.learning_rate = 1e-3
+    config.optimizer.update({"learning_rate": 1e-3, "b2": 0.999})
     config.schedule.warmup_percent = 5.0

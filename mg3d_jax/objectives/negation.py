@@ -43,7 +43,7 @@ class NegationOptions:
     )
     tokens: int = key(32, "length of a statement, [CLS] and [SEP] included; what does not fit is left out", neutral=32)
     wordings: int = key(
-        2, "pairs of wordings of each statement and its opposite, of which a step draws one; more of them are less "
+        1, "pairs of wordings of each statement and its opposite, of which a step draws one; more of them are less "
         "easily learned by heart, and more texts to encode", neutral=1,
     )  # fmt: skip
     temperature: float = key(0.1, "divides the difference of the two cosines", neutral=0.1)
