@@ -39,7 +39,11 @@ def test_the_largest_batch_that_fits():
 
 @pytest.mark.parametrize(
     ("words", "message"),
-    [(("--devices", "99"), "there are 8"), (("--batch", "0"), "at least 1"), (("--topology", "no-such-chip:1x1"), "such as v5e:2x2")],
+    [
+        (("--devices", "99"), "there are 8"),
+        (("--batch", "0"), "at least 1"),
+        (("--topology", "no-such-chip:1x1"), "such as v5e:2x2"),
+    ],
 )
 def test_what_cannot_be_is_said(tmp_path, words, message):
     config = tmp_path / "tiny.py"
