@@ -143,8 +143,8 @@ def make(
         return arrays
     most, kept = options.sentence_tokens, sentences[: context.data.max_sentences]
     for wording, texts in enumerate((kept, other_words(kept, options))):
-        rows = [row for row, text in enumerate(texts) if text is not None]
-        for row, ids in zip(rows, encode([texts[row] for row in rows]), strict=True):
+        found = [(row, text) for row, text in enumerate(texts) if text is not None]
+        for (row, _), ids in zip(found, encode([text for _, text in found]), strict=True):
             cut = ids if len(ids) <= most else [*ids[: most - 1], ids[-1]]
             arrays["sentences"][row, wording, : len(cut)] = cut
             arrays["sentence_lengths"][row, wording] = len(cut)
