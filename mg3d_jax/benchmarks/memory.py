@@ -10,26 +10,23 @@ from __future__ import annotations
 import argparse
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import jax
 from jax.experimental import topologies
 from jax.sharding import Mesh
-from rich.console import Console
 from rich.table import Table
 
 from mg3d_jax import config as config_lib
 from mg3d_jax import sharding
 from mg3d_jax.benchmarks.patients import random_batch
-from mg3d_jax.benchmarks.step import memory
-from mg3d_jax.config import Config, checks
-from mg3d_jax.data.tokens import SPECIAL_TOKENS
+from mg3d_jax.benchmarks.step import SPECIAL_IDS, memory, of_random_patients, table_console
+from mg3d_jax.config import Config
 from mg3d_jax.errors import UserError
 from mg3d_jax.files import write_json
 from mg3d_jax.progress import Progress
 from mg3d_jax.training import state as state_lib
 from mg3d_jax.training import step as step_lib
-from mg3d_jax.training.tables import LOG_WIDTH, mesh_text
+from mg3d_jax.training.tables import mesh_text
 
 GIB = 2**30
 SPARE = 0.08  # of a device's memory: what the driver, the libraries and fragmentation take
@@ -54,19 +51,18 @@ def bytes_by_batch(config: Config, mesh: Mesh, batches: Sequence[int]) -> dict[i
     Returns:
         by batch size: `state` (parameters, moments and the batch) and `temporaries`, which together is what a step needs.
     """
-    special = {name: i for i, name in enumerate(SPECIAL_TOKENS)}
+    patient = random_batch(config_lib.replace(config, {"data.batch_size": 1}), config.data.vocab_size)
+    place = sharding.batch_sharding(mesh)
     found: dict[int, dict[str, int]] = {}
     with Progress("compiling", total=len(batches)) as progress:
         for size in batches:
             one = config_lib.replace(config, {"data.batch_size": size})
             setup = state_lib.build(one, config.data.vocab_size, mesh, steps=1000, records=1000 * size)
-            place = sharding.batch_sharding(mesh)
-            rows = random_batch(config_lib.replace(config, {"data.batch_size": 1}), config.data.vocab_size)
             batch = {
                 name: jax.ShapeDtypeStruct((size, *array.shape[1:]), array.dtype, sharding=place)
-                for name, array in rows.items()
+                for name, array in patient.items()
             }
-            sizes = memory(step_lib.train_step(setup, special).compile(setup.abstract, batch))
+            sizes = memory(step_lib.train_step(setup, SPECIAL_IDS).compile(setup.abstract, batch))
             if sizes is None:
                 raise UserError("the compiler of this platform does not say what memory a program takes")
             found[size] = {"state": sizes["arguments"], "temporaries": sizes["temporaries"]}
@@ -94,10 +90,7 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--json", type=Path, metavar="FILE", help="also write the numbers there")
     overrides, own = config_lib.split_overrides(argv)
     args = parser.parse_args(own)
-    config = config_lib.load(args.config, overrides)
-    changes: dict[str, Any] = {"training.steps": 1000, "training.epochs": 0.0, "training.samples": 0}
-    config = config_lib.replace(config, changes | {"data.train": config.data.train or ("random patients",)})
-    checks.validate(config)
+    config = of_random_patients(config_lib.load(args.config, overrides), {})
     devices, count = devices_of(args.topology), args.devices or 1
     if count > len(devices):
         raise UserError(f"--devices {count}: there are {len(devices)}")
@@ -113,8 +106,7 @@ def main(argv: list[str]) -> int:
 
 
 def _print(config: Config, mesh: Mesh, sizes: dict[int, dict[str, int]], gib: Sequence[float]) -> None:
-    console = Console()
-    console = console if console.is_terminal else Console(width=LOG_WIDTH)
+    console = table_console()
     console.print(
         f"[bold]{config.name}[/bold] for {mesh.devices.size} x {mesh.devices.flat[0].device_kind}, mesh "
         f"{mesh_text(config.mesh, mesh)}, {config.model.dtype}, remat {config.model.remat}, compiled and not run"

@@ -31,6 +31,8 @@ from mg3d_jax.training import step as step_lib
 from mg3d_jax.training.cost import StepCost
 from mg3d_jax.training.tables import LOG_WIDTH, human, mesh_text, tower_parameters
 
+SPECIAL_IDS = {name: number for number, name in enumerate(SPECIAL_TOKENS)}  # of the tokens of random patients
+
 
 def measure(config: Config, *, steps: int = 3) -> dict[str, Any]:
     """Compiles the step of `config`, runs it `1 + steps` times and once more under the profiler.
@@ -40,7 +42,7 @@ def measure(config: Config, *, steps: int = 3) -> dict[str, Any]:
         `data_seconds` (host to device), `parts` and `phases` (seconds by name; parts also TFLOPs), `memory` (bytes per
         device), `collectives`, `flops` (see `count_flops`), and what it was measured on.
     """
-    vocab_size, special = config.data.vocab_size, {name: i for i, name in enumerate(SPECIAL_TOKENS)}
+    vocab_size, special = config.data.vocab_size, SPECIAL_IDS
     mesh = sharding.make_mesh(config.mesh)
     setup = state_lib.build(config, vocab_size, mesh, steps=1000, records=1000 * config.data.batch_size)
     host = random_batch(config, vocab_size)
@@ -133,10 +135,15 @@ def _cost_analysis(compiled: jax.stages.Compiled) -> float | None:
     return (compiled.cost_analysis() or {}).get("flops")
 
 
+def table_console() -> Console:
+    """As wide as the terminal, and as a log where there is none."""
+    console = Console()
+    return console if console.is_terminal else Console(width=LOG_WIDTH)
+
+
 def print_tables(result: Mapping[str, Any]) -> None:
     """The tables on stdout."""
-    console, seconds, patients = Console(), result["seconds"], result["patients"]
-    console = console if console.is_terminal else Console(width=LOG_WIDTH)
+    console, seconds, patients = table_console(), result["seconds"], result["patients"]
     console.print(
         f"[bold]{result['config']}[/bold]: {patients} patients on {result['device']}, mesh {result['mesh']}; "
         f"{human(result['parameters'])} parameters, {result['dtype']}, remat {result['remat']}, attention "
@@ -210,14 +217,19 @@ def parse(argv: list[str]) -> tuple[argparse.Namespace, Config]:
     if args.steps < 1:
         raise UserError(f"--steps {args.steps} must be at least 1")
     config = config_lib.load(args.config or f"{step_cases.__file__}:{args.case or 'mg3d-b'}", overrides)
-    changes: dict[str, Any] = {"training.steps": 1000, "training.epochs": 0.0, "training.samples": 0}
-    changes["data.batch_size"] = args.batch or config.data.batch_size
+    changes: dict[str, Any] = {"data.batch_size": args.batch or config.data.batch_size}
     if args.report_frozen:
         changes["optimizer.freeze"] = tuple(dict.fromkeys((*config.optimizer.freeze, step_cases.FROZEN_REPORT)))
-    changes["data.train"] = config.data.train or ("random patients",)
-    config = config_lib.replace(config, changes)
+    return args, of_random_patients(config, changes)
+
+
+def of_random_patients(config: Config, changes: Mapping[str, Any]) -> Config:
+    """The configuration with these changes, of a run over patients that no file holds; validated."""
+    length = {"training.steps": 1000, "training.epochs": 0.0, "training.samples": 0}
+    data = {"data.train": config.data.train or ("random patients",)}
+    config = config_lib.replace(config, {**changes, **length, **data})
     checks.validate(config)
-    return args, config
+    return config
 
 
 def main(argv: list[str]) -> int:

@@ -38,7 +38,7 @@ from mg3d_jax.objectives.base import (
     TextFields,
 )
 from mg3d_jax.objectives.contrastive import info_nce, sigmoid_contrastive
-from mg3d_jax.objectives.pairwise import l2_normalize, masked_mean
+from mg3d_jax.objectives.pairwise import l2_normalize, masked_mean, mean_vector
 from mg3d_jax.objectives.same_words import (
     FORM_MEANING,
     FORMS,
@@ -336,8 +336,8 @@ def _center_directions(features: Features, has_volume: jax.Array, has_text: jax.
     A mean of embeddings of any length is that of the few longest ones. Where some volumes' are 20 times as long as the
     others', all the others came out as its opposite, and single sentences were not learned (`docs/objectives.md`).
     """
-    units, weights = l2_normalize(features["volume_embedding"]), has_volume[:, None].astype(jnp.float32)
-    mean = jnp.sum(units * weights, axis=0) / jnp.maximum(jnp.sum(weights), 1.0)
+    units = l2_normalize(features["volume_embedding"])
+    mean = mean_vector(units, has_volume)
     return features | {"volume_embedding": units - mean}, {CENTERS + VOLUME_BIAS: jax.lax.stop_gradient(mean)}
 
 
@@ -381,11 +381,9 @@ def _mean_over_groups(
     there = valid & jnp.any(groups, axis=-1).T
     centers: Metrics = {}
     if center:
-        weights = there[..., None].astype(jnp.float32)
-        count = jnp.maximum(jnp.sum(weights, axis=1, keepdims=True), 1.0)
-        means = jnp.sum(texts * weights, axis=1, keepdims=True) / count  # [G, 1, k]
-        texts = texts - means
-        centers[CENTERS + REPORT_BIAS] = jax.lax.stop_gradient(jnp.mean(means, axis=(0, 1)))
+        means = mean_vector(texts, there)  # [G, k]
+        texts = texts - means[:, None]
+        centers[CENTERS + REPORT_BIAS] = jax.lax.stop_gradient(jnp.mean(means, axis=0))
     total, metrics = jax.tree.map(jnp.mean, jax.vmap(pair)(texts, same, there))
     return total, metrics | centers
 

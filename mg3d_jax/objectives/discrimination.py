@@ -19,7 +19,7 @@ import numpy as np
 
 from mg3d_jax.objectives.base import Batch, Context, Features, Metrics, Objective
 from mg3d_jax.objectives.contrastive import info_nce
-from mg3d_jax.objectives.pairwise import check_shapes, l2_normalize, zero_unless
+from mg3d_jax.objectives.pairwise import check_shapes, l2_normalize, mean_vector, zero_unless
 from mg3d_jax.objectives.same_words import (
     FORM_MEANING,
     FORMS,
@@ -134,14 +134,8 @@ def features(modules: Any, needed: Features, options: DiscriminationOptions) -> 
     asking = needed["asking"]
     z = jnp.concatenate([needed["z"][:, None], needed["z_others"]], axis=1)  # [B, 1 + K, S, m]
     answering = needed["sentence_mask"] & ~asking
-    answers = modules[ANSWERS](_mean(needed["sentences"].astype(jnp.float32), answering))
-    return {"found": _mean(z, asking[:, None]), "answers": answers, "there": needed["discrimination_pairs"]}
-
-
-def _mean(values: jax.Array, mask: jax.Array) -> jax.Array:
-    """[..., S, k], [..., S] -> [..., k]; zero without any."""
-    total = jnp.sum(jnp.where(mask[..., None], values, 0), axis=-2)
-    return total / jnp.maximum(jnp.sum(mask, axis=-1), 1)[..., None]
+    answers = modules[ANSWERS](mean_vector(needed["sentences"].astype(jnp.float32), answering))
+    return {"found": mean_vector(z, asking[:, None]), "answers": answers, "there": needed["discrimination_pairs"]}
 
 
 def loss(features: Features, batch: Batch, options: DiscriminationOptions) -> tuple[jax.Array, Metrics]:

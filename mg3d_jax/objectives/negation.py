@@ -22,7 +22,7 @@ import numpy as np
 from mg3d_jax.batch import Field, zeros
 from mg3d_jax.language.statements import Statement, statements
 from mg3d_jax.objectives.base import Batch, Context, Encode, Features, Metrics, Objective, TextFields, single_texts
-from mg3d_jax.objectives.pairwise import l2_normalize, masked_mean
+from mg3d_jax.objectives.pairwise import l2_normalize, masked_mean, mean_vector
 from mg3d_jax.objectives.views import one_wording
 from mg3d_jax.options import key
 
@@ -145,8 +145,7 @@ def loss(features: Features, batch: Batch, options: NegationOptions) -> tuple[ja
     volume = l2_normalize(features["volume_embedding"].astype(jnp.float32))
     # Less the mean of the batch: or which of two texts is true could be learned from the texts alone, without a volume.
     # Of unit vectors: that of embeddings of any length is the mean of the longest ones.
-    row = batch["valid"][:, None]
-    volume = l2_normalize(volume - jnp.sum(jnp.where(row, volume, 0.0), axis=0) / jnp.maximum(jnp.sum(row), 1))
+    volume = l2_normalize(volume - mean_vector(volume, batch["valid"]))
     texts, kind = l2_normalize(features["statement_embeddings"].astype(jnp.float32)), features["statement_kind"]
     margin = jnp.einsum("bk,bvk->bv", volume, texts[:, :, 0] - texts[:, :, 1])
     there = (kind > 0) & batch["valid"][:, None]

@@ -58,6 +58,12 @@ def masked_mean(values: jax.Array, mask: jax.Array) -> jax.Array:
     return jnp.sum(jnp.where(mask, values, 0.0)) / jnp.maximum(jnp.sum(mask), 1).astype(values.dtype)
 
 
+def mean_vector(values: jax.Array, mask: jax.Array) -> jax.Array:
+    """[..., n, k] -> [..., k]: the mean of the vectors where `mask` bool [..., n]; 0 without any."""
+    count = jnp.maximum(jnp.sum(mask, axis=-1), 1).astype(values.dtype)
+    return jnp.sum(zero_unless(mask, values), axis=-2) / count[..., None]
+
+
 def default_ids(ids: jax.Array | None, batch_size: int) -> jax.Array:
     """`ids`, or one distinct id per row. `UserError` for ids that JAX would cut to 32 bits."""
     if ids is None:
