@@ -53,6 +53,15 @@ FIELDS: dict[str, Field] = {
     ),
 }
 
+# Fields that a batch has where an objective or task reads them (`objectives.base.Objective.reads`) and the records hold them.
+OF_RECORDS: dict[str, Field] = {
+    "mask": Field(
+        ("X", "Y", "Z"),
+        np.int8,
+        "class of each voxel: 0 background, k the k-th of the manifest's `mask_names`, -1 unknown",
+    ),
+}
+
 
 def abstract(
     batch_size: int,
@@ -64,7 +73,7 @@ def abstract(
     """Shape, batch axis first, and dtype of every field: enough to trace what takes a batch.
 
     Args:
-        more: fields that objectives add (`objectives.base.TextFields`); their shapes are numbers.
+        more: fields that objectives add (`objectives.base.TextFields`), of numbers or of these symbols.
     """
     import jax  # here: the commands that read files import this module and never need jax
 

@@ -91,4 +91,5 @@ VOLUME_TOWERS: Registry[Any] = Registry("volume tower", home="mg3d_jax.models.to
 REPORT_TOWERS: Registry[Any] = Registry("report tower", home="mg3d_jax.models.towers")
 EVALUATIONS: Registry[Any] = Registry("evaluation", home="mg3d_jax.evaluation")
 SOURCES: Registry[Any] = Registry("source", home="mg3d_jax.prepare.sources")
+LAYOUTS: Registry[Any] = Registry("phantom layout", home="mg3d_jax.phantom.layouts")
 COMMANDS: Registry[Any] = Registry("command", home="mg3d_jax.commands")

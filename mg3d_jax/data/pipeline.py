@@ -53,11 +53,13 @@ class PreparedData:
         folders: outputs of `mg3d prepare` with the same grid and label names.
         max_patients: keep the records of the first K patients of each folder only (nested subsets); 0 = all.
         volume_size: what the model expects; a folder with another grid is an error. None accepts any.
+        masks: batches get the field "mask": a folder without masks is an error. False leaves masks out.
     """
 
     def __init__(
-        self, folders: tuple[str, ...], *, max_patients: int = 0, volume_size: tuple[int, int, int] | None = None
-    ):
+        self, folders: tuple[str, ...], *, max_patients: int = 0, volume_size: tuple[int, int, int] | None = None,
+        masks: bool = False,
+    ):  # fmt: skip
         if isinstance(folders, str):
             folders = (folders,)
         if not folders:
@@ -65,6 +67,7 @@ class PreparedData:
         self.readers = [RecordReader(Path(folder)) for folder in folders]
         manifests = [reader.manifest for reader in self.readers]
         self.label_names, self.grid = manifests[0]["label_names"], tuple(manifests[0]["grid"])
+        self.masks, self.mask_names = masks, manifests[0].get("mask_names", [])  # names of classes, background first
         # mm, or None where it differs between the volumes: a "fraction" of each scan, or folders of several spacings.
         spacing = manifests[0]["spacing"]
         self.spacing = spacing if all(manifest["spacing"] == spacing for manifest in manifests) else None
@@ -77,6 +80,10 @@ class PreparedData:
                 )
             if grid != self.grid or manifest["label_names"] != self.label_names:
                 raise UserError(f"{folder} and {folders[0]} differ in grid or label names: they cannot be mixed")
+            if masks and not manifest.get("mask_names"):
+                raise UserError(f"{folder} has no masks, which a task needs: prepare a data set that has some")
+            if masks and manifest["mask_names"] != self.mask_names:
+                raise UserError(f"{folder} and {folders[0]} differ in the classes of their masks: they cannot be mixed")
         patients = [manifest["patients"][: max_patients or None] for manifest in manifests]
         if max_patients > max(map(len, patients)):
             raise UserError(
@@ -210,8 +217,14 @@ class BatchReader:
                 rows.append(text | self._facts(record, index))
         return {name: np.stack([row[name] for row in rows]) for name in rows[0]} | {"volume": volumes}
 
+    def _mask(self, mask: np.ndarray | None) -> Row:
+        """The mask where batches have one; of a record without, every voxel is unknown."""
+        if not self.data.masks:
+            return {}
+        return {"mask": np.full(self.data.grid, UNKNOWN_LABEL, np.int8) if mask is None else mask}
+
     def _facts(self, record: Record, index: int) -> Row:
-        return {
+        return self._mask(record.mask) | {
             "labels": record.labels,
             "patient_id": short_id(record.patient),
             "valid": np.bool_(True),
@@ -219,13 +232,17 @@ class BatchReader:
         }
 
     def _empty_row(self, index: int) -> Row:
-        return self._fields(()) | {
-            "report_id": np.int32(-1),  # no text's and no patient's id is negative
-            "labels": np.full(len(self.data.label_names), UNKNOWN_LABEL, np.int8),
-            "patient_id": np.int32(-1),
-            "valid": np.bool_(False),
-            "record_index": np.int32(index),
-        }
+        return (
+            self._fields(())
+            | self._mask(None)
+            | {
+                "report_id": np.int32(-1),  # no text's and no patient's id is negative
+                "labels": np.full(len(self.data.label_names), UNKNOWN_LABEL, np.int8),
+                "patient_id": np.int32(-1),
+                "valid": np.bool_(False),
+                "record_index": np.int32(index),
+            }
+        )
 
     def _text(self, record: Record) -> Row:
         if record.report_id not in self._tokens:

@@ -21,12 +21,15 @@ from mg3d_jax.data.shard_reader import DamagedRecordError, RecordBytes, StoredRe
 from mg3d_jax.errors import UserError
 
 _RECORD_VERSION = "2"
+_MASK_VERSION = "3"  # of a record with a mask: code that knows none refuses it by its version
 _HEADER_LENGTH = struct.Struct("<Q")
 _HEAD = 1 << 14  # bytes that hold most headers
 _DTYPES = {"I16": np.int16, "U8": np.uint8, "I8": np.int8, "F64": np.float64, "U64": np.uint64}
 _NAMES = {np.dtype(dtype): name for name, dtype in _DTYPES.items()}
 _TEXT_FIELDS = ("name", "patient", "scan", "report_id", "findings", "impression", "source")
 _ARRAYS = ("affine", "checksum", "volume", "labels")
+_VERSIONS = {_RECORD_VERSION: _ARRAYS, _MASK_VERSION: (*_ARRAYS, "mask")}
+_MASK_LEVEL = 3  # of zstd: masks are always packed, to about a hundredth
 _PIECE = 1 << 17  # voxels that are packed together
 Encoded = bytes | StoredRecord
 
@@ -46,12 +49,16 @@ class Record:
     findings: str
     impression: str
     source: str
+    mask: np.ndarray | None = (
+        None  # int8 [X, Y, Z]: class of each voxel, 0 background, -1 unknown; None: without a mask
+    )
 
 
 def encode(record: Record, window: tuple[float, float] | None = None, *, zstd_level: int = 0) -> bytes:
     """`record` as safetensors bytes. With `window` (low, high in HU) the volume is stored as uint8 steps of
     `(high - low) / 255` HU, half the bytes; `decode` gives int16 HU back, clipped to the window. With a `zstd_level` the
-    volume is packed (see `frames_of`): text, labels and affine stay readable without unpacking."""
+    volume is packed (see `frames_of`): text, labels and affine stay readable without unpacking. A mask is always packed; the
+    bytes of a record without one do not depend on there being such a field."""
     volume = np.ascontiguousarray(record.volume, dtype=np.int16)
     about: dict[str, Any] = {"shape": volume.shape}
     if window is not None:
@@ -61,7 +68,8 @@ def encode(record: Record, window: tuple[float, float] | None = None, *, zstd_le
     if zstd_level:
         frames = frames_of(volume, zstd_level)
         volume, about["zstd"] = np.frombuffer(b"".join(frames), np.uint8), [len(frame) for frame in frames]
-    metadata = {"format": "mg3d-record", "version": _RECORD_VERSION, "volume": json.dumps(about)}
+    version = _RECORD_VERSION if record.mask is None else _MASK_VERSION
+    metadata = {"format": "mg3d-record", "version": version, "volume": json.dumps(about)}
     metadata |= {name: getattr(record, name) for name in _TEXT_FIELDS}
     metadata["sentences"] = json.dumps(list(record.sentences), ensure_ascii=False)
     tensors: dict[str, np.ndarray] = {
@@ -70,9 +78,11 @@ def encode(record: Record, window: tuple[float, float] | None = None, *, zstd_le
         "volume": volume,
         "labels": np.ascontiguousarray(record.labels, dtype=np.int8),
     }
+    if record.mask is not None:
+        tensors["mask"], metadata["mask"] = _packed_mask(record.mask)
     header = _header(tensors, metadata)
     checksum = isal_zlib.crc32(header)
-    for name in _ARRAYS:
+    for name in tensors:
         if name != "checksum":
             checksum = isal_zlib.crc32(flat_bytes(tensors[name]), checksum)
     tensors["checksum"][:] = checksum
@@ -92,6 +102,22 @@ def frames_of(volume: np.ndarray, level: int = 3) -> list[bytes]:
             piece = np.stack([shifted >> 8, (shifted & 0xFF) - 128]).astype(np.int8)
         frames.append(compress(piece.tobytes()))
     return frames
+
+
+def _packed_mask(mask: np.ndarray) -> tuple[np.ndarray, str]:
+    """(packed bytes as uint8, JSON that says how to unpack them) of an int8 mask."""
+    steps = np.ascontiguousarray(mask, dtype=np.int8).view(np.uint8)
+    frames = frames_of(steps, _MASK_LEVEL)
+    about = {"shape": mask.shape, "zstd": [len(frame) for frame in frames]}
+    return np.frombuffer(b"".join(frames), np.uint8), json.dumps(about)
+
+
+def _unpacked_mask(stored: np.ndarray, about: dict[str, Any], shape: tuple[int, ...]) -> np.ndarray:
+    """The int8 mask of `_packed_mask`, of the volume's shape."""
+    flat = np.concatenate([*_pieces(stored, about["zstd"]), np.zeros(0, np.uint8)])
+    if tuple(about["shape"]) != shape or len(flat) != math.prod(shape):
+        raise DamagedRecordError(f"a mask of {len(flat)} voxels, {about['shape']}, for a volume of {shape}")
+    return flat.view(np.int8).reshape(shape)
 
 
 def _header(tensors: dict[str, np.ndarray], metadata: dict[str, str]) -> bytes:
@@ -127,10 +153,10 @@ def _parse(
             raise DamagedRecordError("a safetensors blob, but not one that mg3d wrote")
         if metadata["version"] == "1":
             raise UserError("a record of an earlier version of this code, without a checksum: prepare the folder again")
-        if metadata["version"] != _RECORD_VERSION:
-            raise DamagedRecordError(f"record format {metadata['version']!r} instead of {_RECORD_VERSION}")
-        if tuple(header) != _ARRAYS:
-            raise DamagedRecordError(f"arrays {list(header)} instead of {list(_ARRAYS)}")
+        if metadata["version"] not in _VERSIONS:
+            raise DamagedRecordError(f"record format {metadata['version']!r} instead of {' or '.join(_VERSIONS)}")
+        if tuple(header) != (arrays := _VERSIONS[metadata["version"]]):
+            raise DamagedRecordError(f"arrays {list(header)} instead of {list(arrays)}")
         for name, entry in header.items():
             dtype, shape = np.dtype(_DTYPES[entry["dtype"]]), tuple(entry["shape"])
             size = math.prod(shape) * dtype.itemsize
@@ -204,11 +230,14 @@ def decode(data: Encoded, out: np.ndarray | None = None) -> Record:
             raise DamagedRecordError("its checksum is wrong")
         if not direct:
             _hounsfield(tensors["volume"], about, out)
+        mask = _unpacked_mask(tensors["mask"], json.loads(metadata["mask"]), shape) if "mask" in tensors else None
         text = {name: metadata[name] for name in _TEXT_FIELDS}
         sentences = tuple(json.loads(metadata["sentences"]))
     except (ValueError, TypeError, KeyError, IndexError, AttributeError, zstandard.ZstdError) as error:
         raise DamagedRecordError(f"its fields do not parse ({type(error).__name__}: {error})") from error
-    return Record(volume=out, labels=tensors["labels"], affine=tensors["affine"], sentences=sentences, **text)
+    return Record(
+        volume=out, labels=tensors["labels"], affine=tensors["affine"], sentences=sentences, mask=mask, **text
+    )
 
 
 @dataclass(frozen=True)

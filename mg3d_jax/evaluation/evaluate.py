@@ -11,6 +11,7 @@ from mg3d_jax.errors import UserError
 from mg3d_jax.evaluation import document
 from mg3d_jax.evaluation.document import Evaluated
 from mg3d_jax.evaluation.embed import DataEmbedder, Embedder
+from mg3d_jax.objectives.base import reads_masks
 from mg3d_jax.progress import Progress
 from mg3d_jax.training.restore import RestoredRun
 
@@ -33,7 +34,8 @@ def evaluate(
     """
     config = run.config
     evaluations = document.configured(only, config.evaluations, overrides)
-    data = PreparedData(tuple(data_folders), volume_size=config.model.volume_size)
+    masks = reads_masks(config.objectives, config.tasks)
+    data = PreparedData(tuple(data_folders), volume_size=config.model.volume_size, masks=masks)
     train, total = None, len(data)
     if train_folders and any("train" in one.needs for one in evaluations.values()):
         train = PreparedData(tuple(train_folders), volume_size=config.model.volume_size)

@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from mg3d_jax.batch import FIELDS, Field
+from mg3d_jax.batch import FIELDS, OF_RECORDS, Field
 from mg3d_jax.config.parts import DataConfig, ModelConfig
 from mg3d_jax.errors import UserError
 from mg3d_jax.options import Group
@@ -48,6 +48,11 @@ def no_problems(options: Any, config: Any) -> list[str]:
 def no_modules(options: Any, context: Context) -> dict[str, Any]:
     """No parameters beyond the model's."""
     return {}
+
+
+def reads_nothing(options: Any) -> tuple[str, ...]:
+    """Nothing of a record beyond `batch.FIELDS`."""
+    return ()
 
 
 def as_needed(modules: Any, needed: Features, options: Any) -> Features:
@@ -92,6 +97,8 @@ class Objective:
             depends on whether dropout is on is left to the model: modules are called without `train`.
         problems: `(own options, whole config) -> [problem, ...]`, said before anything is built.
         texts: what it adds to a batch that only the words of a report give, e.g. its sentences in other words.
+        reads: `options -> names` of `batch.OF_RECORDS` that the records must hold: a batch has them only where asked for. They
+            are inputs of the model, too, augmented as the volume is.
     """
 
     options: type
@@ -102,6 +109,7 @@ class Objective:
     modules: Callable[[Any, Context], dict[str, Any]] = no_modules
     problems: Callable[[Any, Any], list[str]] = no_problems
     texts: TextFields | None = None
+    reads: Callable[[Any], tuple[str, ...]] = reads_nothing
 
 
 @dataclass(frozen=True)
@@ -138,6 +146,21 @@ def label_count(tasks: Group) -> int:
     return max((getattr(options, "num_labels", 1) for options in tasks.values()), default=1)
 
 
+def record_fields(on: Sequence[Enabled]) -> dict[str, Field]:
+    """The fields of `batch.OF_RECORDS` that objectives and tasks read."""
+    return {name: OF_RECORDS[name] for one in on for name in one.objective.reads(one.options)}
+
+
+def reads_masks(objectives: Group, tasks: Group) -> bool:
+    """Whether something that is on reads the masks of the records."""
+    return "mask" in record_fields(enabled(objectives, tasks))
+
+
+def added_fields(on: Sequence[Enabled], context: Context) -> dict[str, Field]:
+    """All fields that a batch has beyond `batch.FIELDS`: `record_fields` and `text_fields`."""
+    return record_fields(on) | text_fields(on, context)
+
+
 def text_fields(on: Sequence[Enabled], context: Context) -> dict[str, Field]:
     """The fields that objectives and tasks add to a batch. `UserError` where two have the same name."""
     found = declared_text_fields(on, context)
@@ -156,7 +179,7 @@ def declared_text_fields(on: Sequence[Enabled], context: Context) -> dict[str, F
     found: dict[str, Field] = {}
     for one in on:
         own = one.objective.texts.fields(one.options, context) if one.objective.texts else {}
-        if taken := sorted(own.keys() & (found.keys() | FIELDS.keys())):
+        if taken := sorted(own.keys() & (found.keys() | FIELDS.keys() | OF_RECORDS.keys())):
             raise UserError(f"the objective {one.name!r} adds {taken} to a batch, which has them already: rename them")
         found |= own
     return found

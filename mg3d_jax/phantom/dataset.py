@@ -38,9 +38,10 @@ def volume_path(out: Path, name: str) -> Path:
     return folder / f"{name}.nii.gz"
 
 
-def nifti_bytes(hu: np.ndarray, affine: np.ndarray) -> bytes:
-    """A gzip-compressed NIfTI-1 file of int16 HU, slope 1, intercept 0; the same bytes every time."""
-    image = nibabel.Nifti1Image(np.asfortranarray(hu), affine)
+def nifti_bytes(voxels: np.ndarray, affine: np.ndarray) -> bytes:
+    """A gzip-compressed NIfTI-1 file of the voxels as they are (int16 HU, or uint8 classes), slope 1, intercept 0; the same
+    bytes every time."""
+    image = nibabel.Nifti1Image(np.asfortranarray(voxels), affine)
     image.header.set_xyzt_units("mm")
     image.set_sform(affine, code=1)
     image.set_qform(affine, code=1)

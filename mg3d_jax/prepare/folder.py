@@ -163,12 +163,15 @@ def check_bad(settings: Settings, bad: list[dict[str, str]], total: int) -> None
     )
 
 
-def _process(settings: Settings, chunks: dict[str, list[Example]], bad: int) -> dict[str, dict[str, Any]]:
+def _process(
+    settings: Settings, chunks: dict[str, list[Example]], bad: int, mask_classes: int
+) -> dict[str, dict[str, Any]]:
     """Prepares those shards of this process's share (`settings.shard`) that are missing or worth doing again.
 
     Args:
         chunks: the examples of each shard, by its name.
         bad: how many volumes were found bad while listing, for the note beside the progress.
+        mask_classes: of the masks, background included; 0 where there are no masks.
 
     Returns:
         The sidecars of all finished shards by name, those of other processes too.
@@ -181,7 +184,7 @@ def _process(settings: Settings, chunks: dict[str, list[Example]], bad: int) -> 
     ]
     todo = {name: chunks[name] for name in mine if name not in sidecars or name in redo}
     examples = [example for chunk in todo.values() for example in chunk]
-    recipe = Recipe(settings.grid, settings.window, settings.zstd_level, settings.fetch)
+    recipe = Recipe(settings.grid, settings.window, settings.zstd_level, settings.fetch, mask_classes)
     if expected := estimate(examples, recipe, settings.workers):
         logger.info("prepare: %s", expected)
         check_disk(expected, settings.out)
@@ -231,6 +234,7 @@ def _finish(
         "bad": listing.bad,
         "skipped": listing.skipped,
         "notes": listing.notes,
+        "mask_names": list(listing.mask_names),
     }
     manifest = build_manifest(settings.plan(), code, sidecars, context)
     check_bad(settings, manifest["bad"], total)
@@ -280,7 +284,7 @@ def prepare(settings: Settings) -> dict[str, Any] | None:
     plan = open_folder(settings.out, settings.plan() | {"input": input_digest(examples, root)})
     if plan is None:  # finished with another version of the recipe: it stays as it is
         return migrated(read_manifest(settings.out))
-    sidecars = _process(settings, chunks, len(listing.bad))
+    sidecars = _process(settings, chunks, len(listing.bad), len(listing.mask_names))
     if len(sidecars) < len(chunks):
         return None
     if (settings.out / MANIFEST_NAME).is_file():

@@ -6,7 +6,7 @@ Millimetres and axes are RAS+ throughout (x to the patient's right, y anterior, 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TypeGuard
 
 import nibabel as nib
@@ -53,6 +53,16 @@ class Metadata:
     kernel: str | None = None  # convolution kernel and series description, in words
     axes: str | None = None  # files without a header: where each index axis points, such as "LPS"
     window: tuple[float, float] | None = None  # 8-bit slices: HU of 0 and of 255
+    # Newer than preparations that were begun: joined to `said` where a source sets them, so that those go on.
+    centre: tuple[float, float, float] | None = field(default=None, repr=False)  # of the grid, mm (RAS+): a patch
+    frame: int | None = field(default=None, repr=False)  # of a 4D file, from 0
+    modality: str = field(default="CT", repr=False)  # "MR": intensities are mapped to numbers of the size of HU
+
+    def said(self) -> str:
+        """All that a source said of a volume, in one text."""
+        more = {"centre": self.centre, "frame": self.frame, "modality": self.modality}
+        plain = {"centre": None, "frame": None, "modality": "CT"}
+        return repr(self) + "".join(f" {name}={value!r}" for name, value in more.items() if value != plain[name])
 
 
 def voxel_spacing(affine: np.ndarray) -> np.ndarray:
@@ -167,12 +177,25 @@ def anatomy_box(data: np.ndarray, affine: np.ndarray, to_hu: Callable, policy: s
 
 
 def _layout(
-    data: np.ndarray, affine: np.ndarray, grid: Grid, to_hu: Callable, warnings: list[str]
+    data: np.ndarray,
+    affine: np.ndarray,
+    grid: Grid,
+    to_hu: Callable,
+    warnings: list[str],
+    at: tuple[float, float, float] | None,
 ) -> tuple[np.ndarray, np.ndarray]:
     """(centre in source voxels, spacing in mm RAS+): where the grid lies on the volume."""
     order, _ = ras_order(affine)
     shape, spacing = np.array(data.shape), voxel_spacing(affine)
     centre, step = (shape - 1) / 2, np.array(grid.spacing, np.float64)
+    if at is not None:
+        centre = (np.linalg.inv(affine) @ [*at, 1.0])[:3]
+        if (centre < -0.5).any() or (centre > shape - 0.5).any():
+            raise VolumeError(
+                f"the place {[round(x, 1) for x in at]} mm (RAS+) is outside of the volume: its voxel would be "
+                f"{centre.round(1).tolist()} of {shape.tolist()}"
+            )
+        return centre, step
     if grid.policy == "fraction":
         kept = (shape * spacing)[list(order)] * grid.fraction
         return centre, kept / np.array(grid.size)
@@ -190,14 +213,20 @@ def _layout(
 
 
 def place(
-    data: np.ndarray, affine: np.ndarray, grid: Grid, to_hu: Callable, warnings: list[str]
+    data: np.ndarray,
+    affine: np.ndarray,
+    grid: Grid,
+    to_hu: Callable,
+    warnings: list[str],
+    at: tuple[float, float, float] | None = None,
 ) -> tuple[np.ndarray, np.ndarray]:
-    """The volume on its grid: (int16 HU [X, Y, Z], affine of its voxels). Outside the volume is air.
+    """The volume on its grid: (int16 HU [X, Y, Z], affine of its voxels). Outside the volume is air. With `at` (mm, RAS+)
+    the grid is centred there, whatever its policy.
 
     A volume that is askew by up to `STRAIGHTEN_DEGREES` keeps its own axes (the affine says so); one that is more
     askew is turned onto the scanner's axes."""
     order, signs = ras_order(affine)
-    centre, spacing = _layout(data, affine, grid, to_hu, warnings)
+    centre, spacing = _layout(data, affine, grid, to_hu, warnings, at)
     angle = obliqueness(affine)
     if angle > STRAIGHTEN_DEGREES:
         warnings.append(f"oblique by {angle:.0f} degrees: turned onto the scanner's axes")

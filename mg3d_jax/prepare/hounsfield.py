@@ -134,3 +134,17 @@ def decide(sample: np.ndarray, header: tuple[float, float] | None, table: tuple[
         f"(1st to 99th percentile {np.percentile(tissue, 1):g} to {np.percentile(tissue, 99):g}); "
         f"{claims or 'no slope and intercept are given'}"
     )
+
+
+_MR_PERCENTILES = (0.5, 99.5)
+_MR_RANGE = (-1000.0, 1000.0)
+
+
+def intensity_mapping(sample: np.ndarray) -> Mapping:
+    """Of MR, whose numbers have no unit: the 0.5th and 99.5th percentile of the volume become -1000 and 1000, the HU window
+    that models of this package read by default. Raises `VolumeError` for a constant volume."""
+    low, high = np.percentile(sample, _MR_PERCENTILES) if sample.size else (0.0, 0.0)
+    if not high > low:
+        raise VolumeError(f"a constant volume: every voxel is {low:g}")
+    slope = (_MR_RANGE[1] - _MR_RANGE[0]) / float(high - low)
+    return Mapping(slope, _MR_RANGE[0] - slope * float(low), "MR: percentiles 0.5 and 99.5 become -1000 and 1000")

@@ -38,6 +38,8 @@ class Example:
     labels: tuple[int, ...]
     metadata: Metadata
     source: str
+    mask: Path | None = None  # file of the class of each voxel, on the volume's own grid
+    has_report: bool = True  # False: the data set has no reports, and the record's is empty
 
 
 @dataclass
@@ -50,6 +52,9 @@ class Listing:
     skipped: dict[str, int] = field(default_factory=dict)  # rule -> how many it left out; not for a fault
     notes: list[str] = field(default_factory=list)  # said once, in the summary and the manifest
     other_splits: dict[str, set[str]] = field(default_factory=dict)  # patients of the data set's other splits
+    mask_names: tuple[
+        str, ...
+    ] = ()  # classes of the masks, by their value: "background" first; () where there are no masks
 
     def add_bad(self, path: Path | str, reason: str) -> None:
         self.bad.append({"path": str(path), "reason": reason})

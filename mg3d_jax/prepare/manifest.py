@@ -29,7 +29,7 @@ def build_manifest(
         plan: the settings that decide the records: source, split, grid, ...
         code: what version of the code began the preparation, for people; as `mg3d_jax.version.code` gave it.
         shards: the sidecar of every shard, in order.
-        listing: {"label_names", "bad", "skipped", "notes"} of the source.
+        listing: {"label_names", "bad", "skipped", "notes", "mask_names"} of the source.
     """
     entries = [entry for shard in shards for entry in shard["entries"]]
     shard_keys = ("file", "records", "bytes", "sha256")
@@ -40,6 +40,7 @@ def build_manifest(
         "grid": plan["size"],
         "spacing": plan["spacing"],
         "label_names": listing["label_names"],
+        **({"mask_names": listing["mask_names"]} if listing["mask_names"] else {}),
         "records": len(entries),
         "patients": group_patients([entry["patient"] for entry in entries]),
         "unique_reports": len({entry["report_id"] for entry in entries}),

@@ -68,8 +68,9 @@ def _check_size(path: Path, shape: tuple[int, ...], dtype: np.dtype) -> None:
         raise VolumeError(f"truncated or damaged: {announced:.3g} bytes announced, the file has {path.stat().st_size}")
 
 
-def read_nifti(path: Path) -> StoredVolume:
-    """Reads `.nii` or `.nii.gz`. Raises `VolumeError` for what is unreadable, truncated, or not one 3D volume."""
+def read_nifti(path: Path, frame: int | None = None) -> StoredVolume:
+    """Reads `.nii` or `.nii.gz`, of a 4D file its `frame`. Raises `VolumeError` for what is unreadable, truncated, or not one
+    3D volume."""
     path = Path(path)
     try:
         with open(path, "rb") as file:
@@ -89,13 +90,20 @@ def read_nifti(path: Path) -> StoredVolume:
     shape = stored
     while len(shape) > 3 and shape[-1] == 1:
         shape = shape[:-1]
+    whole = shape
+    if frame is not None and len(shape) == 4:
+        if not 0 <= frame < shape[3]:
+            raise VolumeError(f"it has {shape[3]} frames, frame {frame + 1} is asked for")
+        shape = shape[:3]
     if len(shape) != 3 or min(shape) < 1:
         raise VolumeError(f"not one 3D volume: its shape is {stored}")
     if dtype.kind not in "iuf":
         raise VolumeError(f"voxels of type {dtype} are not CT numbers")
-    _check_size(path, shape, dtype)
+    _check_size(path, whole, dtype)
     try:
-        data = _read_voxels(path, offset, shape, dtype)
+        data = _read_voxels(path, offset, whole, dtype)
+        if whole != shape:
+            data = np.asfortranarray(data[..., frame])
     except _STREAM_ERRORS as error:
         raise VolumeError(f"unreadable or truncated: {error}") from error
     return StoredVolume(

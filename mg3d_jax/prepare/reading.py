@@ -1,12 +1,15 @@
-"""Volumes in any format that users have -> `StoredVolume`: NIfTI, NumPy arrays, folders of 8-bit slices, DICOM series.
+"""Volumes in any format that users have -> `StoredVolume`: NIfTI, MetaImage and NRRD, NumPy arrays, folders of 8-bit slices,
+DICOM series.
 
 What a file does not say (spacing and axes of an array, the window of grey slices) must come with its `Metadata`.
 """
 
 from __future__ import annotations
 
+import functools
 import re
 import zipfile
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +20,7 @@ from mg3d_jax.prepare.geometry import Metadata
 from mg3d_jax.prepare.nifti import StoredVolume, VolumeError, read_nifti
 
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png")
+ITK_SUFFIXES = (".mhd", ".mha", ".nrrd")
 ARRAY_SUFFIXES = (".npy", ".npz")
 NIFTI_SUFFIXES = (".nii", ".nii.gz")
 _GAP_TOLERANCE = 0.05  # of the slice spacing
@@ -38,7 +42,41 @@ def read_volume(path: Path, metadata: Metadata) -> StoredVolume:
     name = path.name.lower()
     if name.endswith(ARRAY_SUFFIXES):
         return read_array(path, metadata)
-    return read_nifti(path)
+    if name.endswith(ITK_SUFFIXES):
+        return read_itk(path)
+    return read_nifti(path, metadata.frame)
+
+
+def read_again(path: Path, metadata: Metadata) -> StoredVolume:
+    """As `read_volume`; the last one that a process read is kept, for the next patch of it. Its voxels are not to be
+    changed."""
+    return _read_last(path, replace(metadata, centre=None))
+
+
+@functools.lru_cache(maxsize=1)
+def _read_last(path: Path, metadata: Metadata) -> StoredVolume:
+    return read_volume(path, metadata)
+
+
+def read_itk(path: Path) -> StoredVolume:
+    """MetaImage (`.mhd` with its `.raw` or `.zraw`, `.mha`) or NRRD. Needs SimpleITK (`pip install SimpleITK`)."""
+    try:
+        import SimpleITK
+    except ImportError as error:
+        raise VolumeError(f"{path.suffix} needs SimpleITK: pip install SimpleITK") from error
+    if not path.is_file():
+        raise VolumeError("no such file")
+    try:
+        image = SimpleITK.ReadImage(str(path))
+        data = SimpleITK.GetArrayFromImage(image).T  # x, y, z
+    except RuntimeError as error:
+        raise VolumeError(f"unreadable: {' '.join(str(error).split())[-200:]}") from error
+    if data.ndim != 3 or data.dtype.kind not in "iuf":
+        raise VolumeError(f"not one 3D volume of numbers: {data.dtype}{data.shape}")
+    affine = np.eye(4)  # LPS
+    affine[:3, :3] = np.array(image.GetDirection()).reshape(3, 3) * np.array(image.GetSpacing())
+    affine[:3, 3] = image.GetOrigin()
+    return StoredVolume(data, np.diag([-1.0, -1.0, 1.0, 1.0]) @ affine, None, has_orientation=True)
 
 
 def axes_affine(spacing: tuple[float, float, float], axes: str) -> np.ndarray:

@@ -49,6 +49,7 @@ class Recipe:
     window: tuple[float, float] | None = None  # HU of 0 and 255 where volumes are stored as uint8
     zstd_level: int = 3  # 0: volumes are not packed
     fetch: str | None = None  # command that brings a volume (see fetch.py)
+    mask_classes: int = 0  # values of masks are below it
 
 
 @dataclass(frozen=True)
@@ -75,11 +76,13 @@ def prepare_example(example: Example, recipe: Recipe) -> Outcome:
         "report_id": report_id(example.findings, example.impression),
     }
     sentences = report_sentences(example.findings, example.impression)
-    if not sentences:
+    if not sentences and example.has_report:
         return Outcome(None, entry, None, "empty report")
     try:
         with fetched(example, recipe.fetch) as path:
-            prepared = prepare_volume(path, recipe.grid, example.metadata)
+            prepared = prepare_volume(
+                path, recipe.grid, example.metadata, mask=example.mask, mask_classes=recipe.mask_classes
+            )
     except Exception as error:  # one unusual file must not end a run of days: it is listed, with its path
         reason = str(error) if isinstance(error, VolumeError) else f"failed with {type(error).__name__}: {error}"
         return Outcome(None, entry, None, f"{SYSTEM_FAILED}: {reason}" if _may_pass(error) else reason)
@@ -95,6 +98,7 @@ def prepare_example(example: Example, recipe: Recipe) -> Outcome:
         findings=example.findings,
         impression=example.impression,
         source=example.source,
+        mask=prepared.mask,
     )
     entry["affine"] = prepared.affine.round(6).tolist()  # voxel of the record -> mm of the scan
     entry["content"] = hashlib.blake2b(prepared.volume.data, digest_size=16).hexdigest()
@@ -160,8 +164,11 @@ def input_digest(examples: list[Example], root: Path) -> str:
     `field(repr=False)`, and joined to the text where a source sets it."""
     digest = hashlib.sha256()
     for e in examples:
-        path = os.path.relpath(e.path, root)
-        digest.update(repr((path, e.name, e.patient, e.scan, e.findings, e.impression, e.labels, e.metadata)).encode())
+        path, said = os.path.relpath(e.path, root), e.metadata.said()
+        texts = (path, e.name, e.patient, e.scan, e.findings, e.impression, e.labels)
+        digest.update(f"({', '.join(map(repr, texts))}, {said})".encode())
+        if e.mask is not None:
+            digest.update(os.path.relpath(e.mask, root).encode())
     return digest.hexdigest()
 
 

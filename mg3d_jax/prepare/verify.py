@@ -37,6 +37,8 @@ def verify(folder: Path) -> list[str]:
         reports.add(record.report_id)
         if list(record.volume.shape) != manifest["grid"]:
             faults.append(f"record {index} ({record.name}) is {record.volume.shape}, the grid is {manifest['grid']}")
+        if record.mask is not None and record.mask.max(initial=-1) >= len(manifest.get("mask_names", ())):
+            faults.append(f"record {index} ({record.name}) has a mask of classes that the manifest does not name")
         if len(record.labels) != len(manifest["label_names"]):
             faults.append(f"record {index} ({record.name}) has {len(record.labels)} labels")
     if not faults:

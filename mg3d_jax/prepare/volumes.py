@@ -17,10 +17,11 @@ import numpy as np
 
 from mg3d_jax.batch import AIR_HU, HIGHEST_HU
 from mg3d_jax.prepare.geometry import Grid, Metadata, place, resolve_geometry
-from mg3d_jax.prepare.hounsfield import Mapping, decide
+from mg3d_jax.prepare.hounsfield import Mapping, decide, intensity_mapping
+from mg3d_jax.prepare.masks import place_mask, read_mask
 from mg3d_jax.prepare.nifti import StoredVolume, VolumeError
 from mg3d_jax.prepare.quality import measure
-from mg3d_jax.prepare.reading import read_volume
+from mg3d_jax.prepare.reading import read_again, read_volume
 
 _SAMPLE_VOXELS = 400_000
 _MOST_NAN = 0.01  # share of voxels that are not finite and may be taken for air
@@ -33,6 +34,7 @@ class PreparedVolume:
     volume: np.ndarray  # int16 HU [X, Y, Z], RAS+
     affine: np.ndarray  # float64 [4, 4]
     quality: dict[str, Any] = field(default_factory=dict)
+    mask: np.ndarray | None = None  # int8 [X, Y, Z], class of each voxel
 
 
 def sample_voxels(data: np.ndarray) -> np.ndarray:
@@ -69,25 +71,49 @@ def to_hounsfield(mapping: Mapping) -> Callable[[np.ndarray], np.ndarray]:
     return convert
 
 
-def prepare_stored(stored: StoredVolume, grid: Grid, metadata: Metadata | None = None) -> PreparedVolume:
-    """Checks and resamples one volume that was read. Raises `VolumeError`, without the file's name."""
+def _mapping(stored: StoredVolume, metadata: Metadata, sample: np.ndarray) -> Mapping:
+    """From stored numbers to HU; of MR, to numbers of the size of HU."""
+    if metadata.modality != "CT":
+        return intensity_mapping(sample[np.isfinite(sample)])
+    if stored.windowed and stored.scaling:
+        return Mapping(*stored.scaling, "8-bit grey values of a given window")
+    return decide(sample[np.isfinite(sample)], stored.scaling, metadata.scaling)
+
+
+def prepare_stored(
+    stored: StoredVolume,
+    grid: Grid,
+    metadata: Metadata | None = None,
+    *,
+    mask: Path | None = None,
+    mask_classes: int = 0,
+) -> PreparedVolume:
+    """Checks and resamples one volume that was read, and its mask. Raises `VolumeError`, without the volume's name.
+
+    Args:
+        mask: file of the class of each voxel, on the same voxels.
+        mask_classes: its values are from 0 to below this.
+    """
     metadata = metadata or Metadata()
     warnings = list(stored.warnings)
     affine = resolve_geometry(stored, metadata, warnings)
     _check_finite(stored.data, warnings)
     sample = sample_voxels(stored.data)
-    if stored.windowed and stored.scaling:
-        mapping = Mapping(*stored.scaling, "8-bit grey values of a given window")
-    else:
-        mapping = decide(sample[np.isfinite(sample)], stored.scaling, metadata.scaling)
+    mapping = _mapping(stored, metadata, sample)
     warnings += mapping.warnings
     to_hu = to_hounsfield(mapping)
-    volume, kept = place(stored.data, affine, grid, to_hu, warnings)
+    volume, kept = place(stored.data, affine, grid, to_hu, warnings, metadata.centre)
     quality = measure(stored.data.shape, affine, to_hu(sample), metadata, volume, kept, warnings)
-    return PreparedVolume(volume, kept, {"dtype": str(stored.data.dtype), "decision": mapping.decision, **quality})
+    classes = place_mask(read_mask(mask, stored, mask_classes, metadata), affine, kept, grid.size) if mask else None
+    quality = {"dtype": str(stored.data.dtype), "decision": mapping.decision, **quality}
+    return PreparedVolume(volume, kept, quality, classes)
 
 
-def prepare_volume(path: Path, grid: Grid, metadata: Metadata | None = None) -> PreparedVolume:
-    """Reads, checks and resamples one volume file (or folder of slices). Raises `VolumeError` where it is unusable; the
-    caller names the file."""
-    return prepare_stored(read_volume(path, metadata or Metadata()), grid, metadata)
+def prepare_volume(
+    path: Path, grid: Grid, metadata: Metadata | None = None, *, mask: Path | None = None, mask_classes: int = 0
+) -> PreparedVolume:
+    """Reads, checks and resamples one volume file (or folder of slices) and its mask. Raises `VolumeError` where it is
+    unusable; the caller names the file."""
+    metadata = metadata or Metadata()
+    read = read_again if metadata.centre is not None else read_volume  # of one volume, many patches
+    return prepare_stored(read(path, metadata), grid, metadata, mask=mask, mask_classes=mask_classes)

@@ -14,12 +14,12 @@ import jax
 import jax.numpy as jnp
 
 from mg3d_jax import batch as batch_contract
-from mg3d_jax.batch import AIR_HU
+from mg3d_jax.batch import AIR_HU, UNKNOWN_LABEL
 from mg3d_jax.config.parts import AugmentConfig
 from mg3d_jax.data.tokens import SPECIAL_TOKENS
 from mg3d_jax.errors import UserError
 from mg3d_jax.models.mg3d import MG3D
-from mg3d_jax.objectives.base import text_fields
+from mg3d_jax.objectives.base import added_fields, record_fields
 from mg3d_jax.options import Group
 
 TEXT_FIELDS = ("token_ids", "token_mask", "sentence_index", "word_index")
@@ -35,19 +35,29 @@ def window(volume: jax.Array, windows: tuple[tuple[float, float], ...], dtype: j
     return jnp.stack(channels, axis=-1).astype(dtype)
 
 
+def shifted(key: jax.Array, voxels: jax.Array, most: int, fill: float) -> jax.Array:
+    """`[B, X, Y, Z]`, each row moved by up to `most` voxels along each axis; what was outside is `fill`. The same key moves a
+    mask as its volume."""
+    padded = jnp.pad(voxels, ((0, 0), *((most, most),) * 3), constant_values=fill)
+    starts = jax.random.randint(key, (len(voxels), 3), 0, 2 * most + 1)
+    return jax.vmap(lambda v, s: jax.lax.dynamic_slice(v, s, voxels.shape[1:]))(padded, starts)
+
+
+def shift_key(key: jax.Array) -> jax.Array:
+    """Of the key of `augment`, the part that draws the shift."""
+    return jax.random.split(key, 4)[0]
+
+
 def augment(key: jax.Array, volume: jax.Array, options: AugmentConfig) -> jax.Array:
     """Random shift (voxels, filled with air), intensity scale and offset (HU), noise (HU). HU in, float32 HU out.
 
     Never a flip: reports name sides.
     """
     batch = volume.shape[0]
-    shift_key, scale_key, offset_key, noise_key = jax.random.split(key, 4)
+    _, scale_key, offset_key, noise_key = jax.random.split(key, 4)
     hounsfield = volume.astype(jnp.float32)
     if options.shift:
-        pad = options.shift
-        padded = jnp.pad(hounsfield, ((0, 0), *((pad, pad),) * 3), constant_values=AIR_HU)
-        starts = jax.random.randint(shift_key, (batch, 3), 0, 2 * pad + 1)
-        hounsfield = jax.vmap(lambda v, s: jax.lax.dynamic_slice(v, s, volume.shape[1:]))(padded, starts)
+        hounsfield = shifted(shift_key(key), hounsfield, options.shift, AIR_HU)
     per_patient = (batch, 1, 1, 1)
     if options.scale:
         factor = 1 + options.scale * jax.random.uniform(scale_key, per_patient, minval=-1, maxval=1)
@@ -76,8 +86,8 @@ def model_inputs(
         special: ids of the special tokens by role ("[PAD]", "[MASK]", ...), whatever the tokenizer calls them.
 
     Returns:
-        `volume` [B, X, Y, Z, C]; `report`, the text fields [B, T]; and what the `draw` of each objective and task that is
-        on gives.
+        `volume` [B, X, Y, Z, C]; `report`, the text fields [B, T]; the fields of `batch.OF_RECORDS` that are read, moved as
+        the volume is; and what the `draw` of each objective and task that is on gives.
     """
     context = dataclasses.replace(model.context, special=Group(special))
     keys = streams(key, ("augment", *(one.name for one in model.on)))
@@ -86,6 +96,10 @@ def model_inputs(
         volume = augment(keys["augment"], volume, context.data.augment)
     inputs: dict[str, Any] = {"volume": window(volume, context.data.windows)}
     inputs["report"] = {name: batch[name] for name in TEXT_FIELDS}
+    for name in record_fields(model.on):  # of voxels, all of them
+        inputs[name] = batch[name]
+        if train and (most := context.data.augment.shift):
+            inputs[name] = shifted(shift_key(keys["augment"]), batch[name], most, UNKNOWN_LABEL)
     for one in model.on:
         drawn = one.objective.draw(keys[one.name], batch, one.options, context) if one.objective.draw else {}
         if taken := sorted(drawn.keys() & inputs.keys()):
@@ -99,7 +113,7 @@ def model_inputs(
 def dummy_inputs(model: MG3D, batch_size: int = 1) -> dict[str, Any]:
     """Zeros of the shapes that the model takes; enough to trace it."""
     sizes = model.context
-    more = text_fields(model.on, sizes)
+    more = added_fields(model.on, sizes)
     batch = batch_contract.abstract(batch_size, sizes.model.volume_size, sizes.data.max_tokens, 1, more)
     special = dict.fromkeys(SPECIAL_TOKENS, 0)  # shapes do not depend on them
     inputs = jax.eval_shape(lambda b: model_inputs(b, jax.random.key(0), model, special=special, train=False), batch)

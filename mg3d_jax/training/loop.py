@@ -20,6 +20,7 @@ from mg3d_jax.config import Config, checks
 from mg3d_jax.data.pipeline import PreparedData, train_batches
 from mg3d_jax.data.tokens import ReportTokenizer
 from mg3d_jax.flops import Flops
+from mg3d_jax.objectives.base import reads_masks
 from mg3d_jax.training import distributed, run_folder, tables, wiring
 from mg3d_jax.training import state as state_lib
 from mg3d_jax.training import step as step_lib
@@ -65,8 +66,13 @@ class Trainer:
         self.workdir = workdir
         volume_size = config.model.volume_size
         mesh = sharding.make_mesh(config.mesh)
-        self.data = PreparedData(config.data.train, max_patients=config.data.max_patients, volume_size=volume_size)
-        self.valid = PreparedData(config.data.valid, volume_size=volume_size) if config.data.valid else None
+        masks = reads_masks(config.objectives, config.tasks)
+        self.data = PreparedData(
+            config.data.train, max_patients=config.data.max_patients, volume_size=volume_size, masks=masks
+        )
+        self.valid = (
+            PreparedData(config.data.valid, volume_size=volume_size, masks=masks) if config.data.valid else None
+        )
         self.tokenizer = run_folder.run_tokenizer(config.data, workdir)
         self.steps = total_steps(config.training, config.data.batch_size, len(self.data))
         self.setup = state_lib.build(config, self.tokenizer.vocab_size, mesh, self.steps, records=len(self.data))

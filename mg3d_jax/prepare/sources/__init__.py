@@ -8,9 +8,11 @@ in `mg3d prepare --plugins MODULE --source NAME`.
 
 from mg3d_jax.prepare.sources.ctrate import list_ctrate
 from mg3d_jax.prepare.sources.ctrg import list_ctrg
+from mg3d_jax.prepare.sources.decathlon import list_decathlon
 from mg3d_jax.prepare.sources.table import list_table
 from mg3d_jax.registry import SOURCES
 
 SOURCES.register("ctrate", list_ctrate)
 SOURCES.register("ctrg", list_ctrg)
 SOURCES.register("csv", list_table)
+SOURCES.register("decathlon", list_decathlon)
