@@ -13,9 +13,9 @@ from support import quick_variables
 from mg3d_jax import sharding
 from mg3d_jax.config.parts import ReportEncoderConfig, VolumeEncoderConfig
 from mg3d_jax.errors import UserError
-from mg3d_jax.models.patches import patchify, unpatchify
+from mg3d_jax.models.patches import halvings, patchify, unpatchify
 from mg3d_jax.models.towers import vit
-from mg3d_jax.models.towers.vit.encoder import VolumeEncoder, stem_strides
+from mg3d_jax.models.towers.vit.encoder import VolumeEncoder
 
 SIZE, PATCH = (16, 8, 12), (4, 2, 6)
 TOKENS = 4 * 4 * 2
@@ -71,7 +71,7 @@ def test_linear_stem_equals_a_pytorch_convolution():
     ],
 )
 def test_stem_strides_multiply_to_the_patch(patch, strides):
-    assert stem_strides(patch) == strides
+    assert halvings(patch) == strides
     assert tuple(np.prod(strides, axis=0)) == patch
 
 

@@ -170,6 +170,18 @@ class VoxelDecoderConfig:
 
 
 @dataclass(frozen=True)
+class SegmentationDecoderConfig:
+    """The decoder of `tasks.segmentation`: UNETR's on a ViT, SwinUNETR's on a Swin."""
+
+    width: int = key(
+        0,
+        "channels at full resolution; each level above doubles them; 0: as published, 16 on a ViT and the width of the "
+        "first stage on a Swin",
+        neutral=0,
+    )
+
+
+@dataclass(frozen=True)
 class ModelConfig:
     """Towers, heads, and how they are computed."""
 
@@ -181,6 +193,7 @@ class ModelConfig:
     projection_dim: int = key(512, "length of the embeddings in which volume and report are compared")
     fusion: FusionConfig = key(None, "", factory=FusionConfig)
     voxel_decoder: VoxelDecoderConfig = key(None, "", factory=VoxelDecoderConfig)
+    segmentation_decoder: SegmentationDecoderConfig = key(None, "", factory=SegmentationDecoderConfig, neutral=None)
     matching_dim: int = key(
         128, "width of the sentence-conditioned and fused volume features, and of projected sentences"
     )

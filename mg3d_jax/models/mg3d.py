@@ -40,7 +40,8 @@ class Step:
 #   volume_tokens [B, N, d]; report_tokens, reconstructed_tokens [B, T, e]; sentences [B, S, e]; view_embeddings [B, V, k];
 #   volume_embedding, report_embedding [B, k]; fused_volume_embedding [B, m]; fused_embedding [B, 2k]; z, the sentence-
 #   conditioned volume, and *_sentences [B, S, m]; z_others [B, K, S, m], fused_*_others [B, K, d or e]: the words of a patient
-#   with the volumes of K others (`objectives.same_words`); patches, voxel_prediction* [B, N, P]; token_logits [B, M, vocab].
+#   with the volumes of K others (`objectives.same_words`); patches, voxel_prediction* [B, N, P]; token_logits [B, M, vocab];
+#   crop_features [B, K, x, y, z, f] of K crops of each volume, of the size that the tower takes.
 # Computed in this order: a module that is called twice draws its dropout by the number of the call. Inputs are those of
 # `training.inputs.model_inputs`: `volume`, `report`, and what the objectives draw.
 STEPS: tuple[Step, ...] = (
@@ -66,6 +67,7 @@ STEPS: tuple[Step, ...] = (
     Step("_token_logits", ("token_logits", "token_labels"), ("reconstructed_tokens", "predicted", "report")),
     Step("_reconstructed_sentences", ("reconstructed_sentences",), ("reconstructed_tokens", "report")),
     Step("_original_sentences", ("original_sentences",), ("sentences",)),
+    Step("_segment", ("crop_features",), ("crops",)),
 )
 # Computed when parameters are made, whether an objective needs them or not, so that every run can be evaluated.
 ALWAYS = ("volume_embedding", "report_embedding")
@@ -177,6 +179,8 @@ class MG3D(nn.Module):
             num_heads=model.voxel_decoder.num_heads,
             **common,
         )
+        if (segmenter := model.volume_encoder.tower.segmenter) is not None:
+            self.segmentation_decoder = segmenter(model)
         self.token_head = TokenHead(self.vocab_size, dtype)
         self.sentence_projection = Projection(model.matching_dim, dtype=dtype)
 
@@ -366,6 +370,12 @@ class MG3D(nn.Module):
         self, tokens: jax.Array, report: dict[str, jax.Array], train: bool
     ) -> tuple[jax.Array, ...]:
         return (self.sentence_projection(self._sentences(tokens, report, train)[0]),)
+
+    def _segment(self, crops: jax.Array, train: bool) -> tuple[jax.Array, ...]:
+        """Crops [B, K, x, y, z, C], windowed -> features of every voxel [B, K, x, y, z, f]."""
+        flat = crops.reshape(-1, *crops.shape[2:])
+        features = self.segmentation_decoder(flat, self.volume_encoder(flat, train=train, hidden=True))
+        return (features.reshape(*crops.shape[:-1], -1),)
 
     def _original_sentences(self, sentences: jax.Array, train: bool) -> tuple[jax.Array, ...]:
         return (self.sentence_projection(sentences),)

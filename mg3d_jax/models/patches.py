@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from math import prod
+
 import jax
 
 from mg3d_jax.errors import UserError
@@ -33,3 +35,21 @@ def unpatchify(patches: jax.Array, patch_size: Grid, volume_size: Grid) -> jax.A
     px, py, pz = patch_size
     split = patches.reshape(patches.shape[0], gx, gy, gz, px, py, pz, -1)
     return split.transpose(0, 1, 4, 2, 5, 3, 6, 7).reshape(patches.shape[0], *volume_size, -1)
+
+
+def halvings(patch_size: Grid) -> list[Grid]:
+    """Strides from full resolution to one voxel per patch: 2 along each axis that can still be halved; their product is the
+    patch.
+
+    What no 2 divides (a patch side of 6 leaves 3) goes into the last level.
+    """
+    rest, levels = list(patch_size), []
+    while any(side % 2 == 0 for side in rest):
+        x, y, z = (2 if side % 2 == 0 else 1 for side in rest)
+        rest = [side // step for side, step in zip(rest, (x, y, z), strict=True)]
+        levels.append((x, y, z))
+    if prod(rest) > 1:
+        last = levels.pop() if levels else (1, 1, 1)
+        x, y, z = (step * side for step, side in zip(last, rest, strict=True))
+        levels.append((x, y, z))
+    return levels or [(1, 1, 1)]

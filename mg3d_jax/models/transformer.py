@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
+from typing import Any
 
 import flax.linen as nn
 import jax
@@ -211,10 +212,11 @@ class _ScanBody(nn.Module):
 class Stack(nn.Module):
     """`depth` equal blocks, scanned, so that tracing and compiling cost the same for 12 layers as for 48.
 
-    `__call__(x [B, T, d], mask bool [B, T] or None, train) -> [B, T, d]`. Parameters lie under `blocks/block` with a
-    leading "layers" axis. The first `frozen_layers` of them (-1: all) are run without dropout and behind
-    `stop_gradient`: no backward pass is spent on them, nothing is kept for one, and the gradient of their part of each
-    array is zero. Parameters are the same whatever is frozen. Intermediates can be read where nothing is.
+    `__call__(x [B, T, d], mask bool [B, T] or None, train) -> [B, T, d]`; with `hidden` beside it what every layer gave,
+    [depth, B, T, d]. Parameters lie under `blocks/block` with a leading "layers" axis. The first `frozen_layers` of them
+    (-1: all) are run without dropout and behind `stop_gradient`: no backward pass is spent on them, nothing is kept for one,
+    and the gradient of their part of each array is zero. Parameters are the same whatever is frozen. Intermediates can be
+    read where nothing is.
     """
 
     depth: int
@@ -232,11 +234,14 @@ class Stack(nn.Module):
     frozen_layers: int = 0
 
     @nn.compact
-    def __call__(self, inputs: jax.Array, mask: jax.Array | None = None, train: bool = False) -> jax.Array:
+    def __call__(
+        self, inputs: jax.Array, mask: jax.Array | None = None, train: bool = False, hidden: bool = False
+    ) -> Any:
         frozen = frozen_count(self.frozen_layers, self.depth)
         body = _ScanBody({field: getattr(self, field) for field in _BLOCK_FIELDS}, name="blocks")
         if self.is_initializing() or not frozen:
-            return self._scan(body, None, inputs, mask, train)
+            outputs, states = self._scan(body, None, inputs, mask, train, hidden=hidden)
+            return (outputs, states) if hidden else outputs
 
         def part_of(params: dict, layers: slice) -> dict:
             return jax.tree.map(lambda stacked: stacked[layers], params)
@@ -244,11 +249,13 @@ class Stack(nn.Module):
         def cut(params: dict) -> dict:
             return jax.lax.stop_gradient(part_of(params, slice(0, frozen)))
 
-        inputs = jax.lax.stop_gradient(self._scan(body, cut, jax.lax.stop_gradient(inputs), mask, False, frozen))
+        inputs = jax.lax.stop_gradient(inputs)
+        outputs, states = jax.lax.stop_gradient(self._scan(body, cut, inputs, mask, False, frozen, hidden))
         if frozen < self.depth:
             rest = partial(part_of, layers=slice(frozen, self.depth))
-            inputs = self._scan(body, rest, inputs, mask, train, self.depth - frozen)
-        return inputs
+            outputs, more = self._scan(body, rest, outputs, mask, train, self.depth - frozen, hidden)
+            states = jnp.concatenate([states, more]) if hidden else None
+        return (outputs, states) if hidden else outputs
 
     def _scan(
         self,
@@ -258,11 +265,14 @@ class Stack(nn.Module):
         mask: jax.Array | None,
         train: bool,
         length: int | None = None,
-    ) -> jax.Array:
-        """All layers of `body`, whose parameters are stacked, or the `length` that `choose` takes of them."""
+        hidden: bool = False,
+    ) -> tuple[jax.Array, jax.Array | None]:
+        """All layers of `body`, whose parameters are stacked, or the `length` that `choose` takes of them. With `hidden`
+        also what each of them gave, [length, B, T, d]."""
 
-        def one(body: _ScanBody, inputs: jax.Array, mask: jax.Array | None, train: bool) -> tuple[jax.Array, None]:
-            return body(inputs, mask, train), None
+        def one(body: _ScanBody, inputs: jax.Array, mask: jax.Array | None, train: bool) -> tuple[jax.Array, Any]:
+            outputs = body(inputs, mask, train)
+            return outputs, outputs if hidden else None
 
         scanned = nn.scan(
             make_remat(self.remat)(one),
@@ -274,7 +284,7 @@ class Stack(nn.Module):
         )
         if choose:
             scanned = nn.map_variables(scanned, "params", choose)
-        return scanned(body, inputs, mask, train)[0]
+        return scanned(body, inputs, mask, train)
 
 
 def frozen_count(frozen_layers: int, depth: int) -> int:

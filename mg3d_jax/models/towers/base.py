@@ -91,6 +91,8 @@ class Tower:
         to_torch: `(parameters, model config) -> state dict` of its counterpart in `interop/torch_template`. None: it has none.
         torch_arguments: `(parameters, model config) -> arguments` of that counterpart.
         torch_hint: where `to_torch` is None, what its users can do instead.
+        segmenter: of a volume tower: `model config -> module`, `(volume [B, X, Y, Z, C], encoded) -> [B, X, Y, Z, width]`:
+            features of every voxel from what `module(volume, train=..., hidden=True)` gives. None: it cannot segment.
     """
 
     options: type
@@ -107,6 +109,7 @@ class Tower:
     to_torch: Callable[[Params, Any], Weights] | None = None
     torch_arguments: Callable[[Params, Any], dict[str, Any]] | None = None
     torch_hint: str = ""
+    segmenter: Callable[[Any], nn.Module] | None = None
 
 
 def frozen_stack(depth: int, frozen: int, after: tuple[str, ...] = ("stack", "norm", "pool", "flatten")) -> FrozenRows:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+from mg3d_jax.models.segmentation import SwinUnetrDecoder
 from mg3d_jax.models.towers.base import Form, FrozenRows, Grid, Tower
 from mg3d_jax.models.towers.swin.encoder import MERGE_ORDERS, SwinEncoder
 from mg3d_jax.models.towers.swin.monai import from_monai
@@ -83,6 +84,12 @@ def _build(model: Any, channels: int, attention_backend: str = "xla", **fields: 
     return SwinEncoder(**given | fields)
 
 
+def _segmenter(model: Any) -> SwinUnetrDecoder:
+    preset = PRESETS[model.volume_encoder.preset]
+    width = model.segmentation_decoder.width or preset.embed
+    return SwinUnetrDecoder(preset.patch_size, width, dtype=model.dtype, remat=model.remat)
+
+
 def _frozen(preset: SwinSizes, layers: int) -> FrozenRows:
     """What `SwinEncoder` freezes with its first blocks."""
     names, layer = ["patch_embedding", "mask_token"], 0
@@ -123,4 +130,5 @@ SWIN = Tower(
     },
     fresh=("pool/", "mask_token"),
     torch_hint="its PyTorch form is MONAI's SwinUNETR",
+    segmenter=_segmenter,
 )

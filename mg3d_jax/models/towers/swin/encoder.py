@@ -16,6 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from mg3d_jax.errors import UserError
+from mg3d_jax.models.convolutions import ResidualConvolution
 from mg3d_jax.models.heads import AttentionPool, mean_pool
 from mg3d_jax.models.patches import patchify, unpatchify
 from mg3d_jax.models.positions import Grid
@@ -141,38 +142,13 @@ class PatchMerging(nn.Module):
         return dense(2 * features.shape[-1], (None, "embed"), self.dtype, "reduction", use_bias=False)(merged)
 
 
-class ResidualConvolution(nn.Module):
-    """Two 3x3x3 convolutions with instance norm and leaky ReLU (SwinUNETR-V2): [B, X, Y, Z, d] -> the same."""
-
-    dtype: str = "float32"
-
-    @nn.compact
-    def __call__(self, features: jax.Array) -> jax.Array:
-        width = features.shape[-1]
-
-        def convolve(name: str, inputs: jax.Array) -> jax.Array:
-            init = part(nn.initializers.he_normal(), (None, None, None, None, "embed"))
-            kernel = self.param(name, init, (3, 3, 3, width, width)).astype(self.dtype)
-            axes = ("NXYZC", "XYZIO", "NXYZC")
-            return _instance_norm(
-                jax.lax.conv_general_dilated(inputs, kernel, (1, 1, 1), "SAME", dimension_numbers=axes)
-            )
-
-        hidden = nn.leaky_relu(convolve("conv_1", features), 0.01)
-        return nn.leaky_relu(convolve("conv_2", hidden) + features, 0.01)
-
-
-def _instance_norm(features: jax.Array) -> jax.Array:
-    return jax.nn.standardize(features.astype(jnp.float32), axis=(1, 2, 3), epsilon=NORM_EPSILON).astype(features.dtype)
-
-
 class SwinEncoder(nn.Module):
     """`(volume float [B, X, Y, Z, C], visible int32 [B, Nv] or None) -> {"tokens", "pooled", "stages"}`.
 
     "tokens" [B, N, 16 w] are the last stage, flattened row-major: one per 32^3 voxels with patches of 2; "pooled" is
     [B, 16 w]. "stages" are the patch embedding and the four stages' outputs, each [B, x, y, z, channels], normalised
-    without affine as MONAI does; they feed segmentation decoders. `width` is MONAI's `feature_size` (48 is the paper's
-    "B", 96 its "L").
+    without affine as MONAI does; they feed segmentation decoders, and are there without `hidden`, too. `width` is MONAI's
+    `feature_size` (48 is the paper's "B", 96 its "L").
 
     A Swin cannot skip tokens as a ViT does. With `visible`, the places of the last stage that may be seen, the embedded
     patches of all others are replaced by a learned mask token (SimMIM, Xie et al. 2022), and "tokens" are still those
@@ -199,7 +175,7 @@ class SwinEncoder(nn.Module):
 
     @nn.compact
     def __call__(
-        self, volume: jax.Array, visible: jax.Array | None = None, train: bool = False
+        self, volume: jax.Array, visible: jax.Array | None = None, train: bool = False, hidden: bool = False
     ) -> dict[str, jax.Array | tuple[jax.Array, ...]]:
         if volume.shape[-1] != self.channels:
             raise UserError(f"the Swin encoder was built for {self.channels} channels, not {volume.shape[-1]}.")
@@ -212,7 +188,7 @@ class SwinEncoder(nn.Module):
         stages, behind = [self._normalised(features)], 0
         for index, depth in enumerate(self.depths):
             if self.residual_convolutions:
-                features = ResidualConvolution(self.dtype, name=f"convolution_{index}")(features)
+                features = ResidualConvolution(dtype=self.dtype, name=f"convolution_{index}")(features)
             for block in range(depth):
                 is_frozen, behind = behind < frozen, behind + 1
                 features = self._block(index, block)(features, train and not is_frozen)

@@ -9,6 +9,7 @@ import numpy as np
 
 from mg3d_jax.models.patches import patch_grid
 from mg3d_jax.models.positions import interpolate
+from mg3d_jax.models.segmentation import UNETR_WIDTH, UnetrDecoder
 from mg3d_jax.models.towers.base import Form, Grid, Params, Sizes, Tower, frozen_stack
 from mg3d_jax.models.towers.vit.encoder import VolumeEncoder
 from mg3d_jax.models.towers.vit.monai import from_monai
@@ -69,6 +70,11 @@ def _build(model: Any, channels: int, attention_backend: str = "xla", **fields: 
         "attention_backend": attention_backend,
     }
     return VolumeEncoder(**given | fields)
+
+
+def _segmenter(model: Any) -> UnetrDecoder:
+    patch, width = _token_cell(model.volume_encoder), model.segmentation_decoder.width or UNETR_WIDTH
+    return UnetrDecoder(patch, width, dtype=model.dtype, remat=model.remat)
 
 
 def _token_cell(encoder: Any) -> Grid:
@@ -133,4 +139,5 @@ VIT = Tower(
     at_volume_size=_at_volume_size,
     to_torch=to_torch,
     torch_arguments=torch_arguments,
+    segmenter=_segmenter,
 )

@@ -15,25 +15,9 @@ import jax.numpy as jnp
 
 from mg3d_jax.errors import UserError
 from mg3d_jax.models.heads import AttentionPool, mean_pool
-from mg3d_jax.models.patches import patch_grid, patchify
+from mg3d_jax.models.patches import halvings, patch_grid, patchify
 from mg3d_jax.models.positions import Grid, sincos
 from mg3d_jax.models.transformer import ACTIVATION_AXES, TABLE_INIT, Stack, constrain, dense, layer_norm, part
-
-
-def stem_strides(patch_size: Grid) -> list[Grid]:
-    """Strides of the convolutional stem: 2 along each axis that can still be halved; their product is the patch.
-
-    What no 2 divides (a patch side of 6 leaves 3) goes into the last level.
-    """
-    rest, levels = list(patch_size), []
-    while any(side % 2 == 0 for side in rest):
-        stride = tuple(2 if side % 2 == 0 else 1 for side in rest)
-        rest = [side // step for side, step in zip(rest, stride, strict=True)]
-        levels.append(stride)
-    if prod(rest) > 1:
-        last = levels.pop() if levels else (1, 1, 1)
-        levels.append(tuple(step * side for step, side in zip(last, rest, strict=True)))
-    return levels or [(1, 1, 1)]
 
 
 class ConvStem(nn.Module):
@@ -49,7 +33,7 @@ class ConvStem(nn.Module):
 
     @nn.compact
     def __call__(self, volume: jax.Array) -> jax.Array:
-        strides = stem_strides(self.patch_size)
+        strides = halvings(self.patch_size)
         features, grid = volume, volume.shape[1:4]
         for level, stride in enumerate(strides):
             channels = max(16, self.width >> (len(strides) - level))
@@ -67,7 +51,8 @@ class VolumeEncoder(nn.Module):
     """3D ViT. `(volume float [B, X, Y, Z, C], visible int32 [B, Nv] or None) -> {"tokens", "pooled"}`.
 
     "tokens" is [B, N, d], or [B, Nv, d] in the order of `visible`, which then comes back as "places"; "pooled" is
-    [B, d]. Register tokens (Darcet et al. 2024) take part in attention and are dropped from the output.
+    [B, d]. With `hidden` there is "hidden", too: [depth, B, N, d], what every layer gave, before the last norm. Register
+    tokens (Darcet et al. 2024) take part in attention and are dropped from the output.
     `mlp_ratio * width` is the hidden width of the MLP. `frozen_layers` = k > 0 freezes what comes before the layers and
     the first k of them, -1 everything.
 
@@ -99,7 +84,7 @@ class VolumeEncoder(nn.Module):
 
     @nn.compact
     def __call__(
-        self, volume: jax.Array, visible: jax.Array | None = None, train: bool = False
+        self, volume: jax.Array, visible: jax.Array | None = None, train: bool = False, hidden: bool = False
     ) -> dict[str, jax.Array]:
         expected = (*self.volume_size, self.channels)
         if volume.shape[1:] != expected:
@@ -113,7 +98,7 @@ class VolumeEncoder(nn.Module):
             shape = (self.num_registers, self.width)
             registers = self.param("registers", part(TABLE_INIT, ("register", "embed")), shape).astype(tokens.dtype)
             tokens = jnp.concatenate([jnp.broadcast_to(registers, (tokens.shape[0], *shape)), tokens], axis=1)
-        tokens = Stack(
+        found = Stack(
             self.depth,
             self.num_heads,
             round(self.width * self.mlp_ratio),
@@ -127,9 +112,10 @@ class VolumeEncoder(nn.Module):
             remat=self.remat,
             frozen_layers=self.frozen_layers,
             name="stack",
-        )(tokens, None, train)
+        )(tokens, None, train, hidden)
+        tokens, states = found if hidden else (found, None)
         tokens = layer_norm(self.dtype, "norm", self.norm_epsilon)(tokens[:, self.num_registers :])
-        encoded = {"tokens": tokens}
+        encoded = {"tokens": tokens} | ({} if states is None else {"hidden": states[:, :, self.num_registers :]})
         if visible is None or self.pooling != "flatten":  # whose layer is made for all patches, each at its place
             encoded["pooled"] = self._pool(tokens)
         if self.frozen_layers == -1:

@@ -7,9 +7,9 @@ from typing import Any
 import numpy as np
 
 from mg3d_jax.config.parts import ModelConfig
+from mg3d_jax.models.patches import halvings
 from mg3d_jax.models.positions import Grid, sincos
 from mg3d_jax.models.towers.base import Params, Weights
-from mg3d_jax.models.towers.vit.encoder import stem_strides
 from mg3d_jax.models.towers.weights import torch_state
 
 
@@ -21,7 +21,7 @@ def to_torch(params: Params, model: ModelConfig) -> Weights:
     if options.stem == "conv":
         convolutions = {
             f"patch_embedding.convs.{level}.weight": convolution(stem[f"conv_{level}"]["kernel"], stride)
-            for level, stride in enumerate(stem_strides(patch))
+            for level, stride in enumerate(halvings(patch))
         }
     else:
         convolutions = {"patch_embedding.weight": convolution(stem["kernel"], patch)}
@@ -39,7 +39,7 @@ def convolution(kernel: np.ndarray, patch: Grid) -> np.ndarray:
 def torch_arguments(params: Params, model: ModelConfig) -> dict[str, Any]:
     """Its part of `MG3DConfig`."""
     encoder, sizes = model.volume_encoder, model.volume_encoder.sizes
-    strides = stem_strides(tuple(encoder.options.patch_size)) if encoder.options.stem == "conv" else []
+    strides = halvings(tuple(encoder.options.patch_size)) if encoder.options.stem == "conv" else []
     stem = params["patch_embedding"]
     return {
         "patch_size": list(encoder.options.patch_size),
