@@ -15,12 +15,12 @@ labels that exclude one another, with `training.best_metric=evaluation/classific
 of labels of a record. Learning rate and decay are those that the literature fine-tunes a ViT-B with (He et al. 2022).
 """
 
-from pathlib import Path
-
 from ml_collections import ConfigDict
 
 from mg3d_jax import config as config_lib
 from mg3d_jax.errors import UserError
+from mg3d_jax.interop.finetune import like_run
+from mg3d_jax.interop.sources import folder_and_step
 
 
 def get_config(arg: str = "") -> ConfigDict:
@@ -52,18 +52,8 @@ def get_config(arg: str = "") -> ConfigDict:
 
 def _like(config: ConfigDict, run: str) -> None:
     """Model, windows and texts as in a run, and its parameters to start from."""
-    folder = Path(run if Path(run).exists() else run.rpartition("@")[0] or run)
+    folder, _ = folder_and_step(run)
     if not (folder / "config.json").is_file():
         raise UserError(f"configs/finetune.py:{run}: {folder} is no run of `mg3d train`, it has no config.json")
-    theirs = config_lib.to_dict(config_lib.read(folder / "config.json"))
-    theirs["model"]["volume_encoder"]["pretrained"] = theirs["model"]["report_encoder"]["pretrained"] = ""
-    theirs["model"]["volume_encoder"]["frozen_layers"] = 0
-    config.plugins = theirs["plugins"]
-    config.model.update(theirs["model"])
-    for name in ("windows", "max_tokens", "max_sentences", "vocab_size"):
-        config.data[name] = theirs["data"][name]
-    alignment = theirs["objectives"]["alignment"]
-    for name in ("form", "temperature", "report_view", "sentence_tokens"):
-        config.objectives.alignment[name] = alignment[name]
-    config.data.tokenizer = str(folder / "tokenizer")
+    like_run(config, folder)
     config.init_from.path = run

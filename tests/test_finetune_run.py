@@ -41,11 +41,28 @@ def finetuned(old_run, tmp_path_factory):
     run = tmp_path_factory.mktemp("finetuned") / "run"
     options = {
         "data.train": TRAIN, "data.valid": VALID, "data.batch_size": 8, "training.steps": 2, "training.evaluate_every": 1,
+        "evaluations.classification.draws": 50,
         "training.checkpoint_every": 1, "training.log_every": 1, "training.keep_checkpoints": 4, "schedule.warmup_percent": 0,
     }  # fmt: skip
     words = [f"--config.{key}={value}" for key, value in options.items()]
-    assert main(["train", "--config", f"{CONFIG}:{old_run}", "--workdir", str(run), *words]) == 0
+    assert main(["finetune", "--config", CONFIG, "--init-from", str(old_run), "--workdir", str(run), *words]) == 0
     return run
+
+
+def test_the_command_ends_with_numbers_and_intervals_of_the_best_step(finetuned):
+    """Its argument is that of the config, and what it resumes is done."""
+    assert json.loads((finetuned / "config.json").read_text())["init_from"]["path"].endswith("run")
+    found = json.loads((finetuned / "test" / "evaluation.json").read_text())
+    logged = {row["step"]: row["classification/auroc_macro"] for row in read_metrics(finetuned, "evaluation")}
+    assert found["step"] == max(logged, key=lambda step: (logged[step], step))
+    assert found["classification"]["auroc_macro"] == pytest.approx(logged[found["step"]], abs=1e-6)
+    assert len(found["classification"]["auroc_macro_95"]) == 2 and "zero_shot" not in found
+    assert (finetuned / "test" / "scores.npz").is_file()
+
+
+def test_a_config_without_a_task_is_for_mg3d_train(capsys):
+    assert main(["finetune", "--config", "configs/quickstart.py:scratch", "--workdir", "unused"]) == 2
+    assert "trains no task" in capsys.readouterr().err
 
 
 def parameters(run, step=None):

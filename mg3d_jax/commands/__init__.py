@@ -23,6 +23,7 @@ for _name, _module, _summary in (
     ("phantom", "mg3d_jax.commands.phantom", "make procedural chest CT with reports, in CT-RATE's layout"),
     ("prepare", "mg3d_jax.commands.prepare", "volumes and reports on disk -> checked, sharded training records"),
     ("train", "mg3d_jax.commands.train", "train from a config; the same command resumes"),
+    ("finetune", "mg3d_jax.commands.finetune", "train a downstream task from a run, a tower or nothing"),
     ("report", "mg3d_jax.commands.report", "one HTML page of a run: curves, slices, evaluations, configuration"),
     (
         "evaluate",

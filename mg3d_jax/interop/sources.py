@@ -58,7 +58,7 @@ class Source:
 
 def open_source(path: str, setup: Setup, tokenizer: ReportTokenizer) -> Source:
     """What `init_from.path` names, for the new run of `setup`. `UserError` where it is none of the three."""
-    folder, step = _folder_and_step(path)
+    folder, step = folder_and_step(path)
     if (folder / "tower.json").is_file():
         reads_text = load_tower(folder).kind in setup.config.model.report_encoder.towers()
         encoder = "report_encoder" if reads_text else "volume_encoder"
@@ -73,7 +73,8 @@ def open_source(path: str, setup: Setup, tokenizer: ReportTokenizer) -> Source:
     )
 
 
-def _folder_and_step(path: str) -> tuple[Path, int | None]:
+def folder_and_step(path: str) -> tuple[Path, int | None]:
+    """`RUN@STEP -> (RUN, STEP)`; the step is None where the path names none."""
     before, at, step = path.rpartition("@")
     if at and step.isdecimal() and not Path(path).exists():
         return Path(before), int(step)

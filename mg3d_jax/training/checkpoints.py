@@ -64,6 +64,12 @@ class Checkpoints:
         """The newest complete checkpoint, be it readable or not."""
         return max(self.steps(), default=None)
 
+    def best(self) -> int | None:
+        """The step with the best value of `best_metric` among those that are kept; None without such a value."""
+        for step in self.steps() if self._policy.metric else ():
+            self._policy.add(step, self.meta(step).get(METRICS))
+        return self._policy.best(self.steps())
+
     def save(
         self, state: State, meta: Mapping[str, Any], step: int, *, metrics: Mapping[str, float] | None = None
     ) -> None:
@@ -273,11 +279,14 @@ class _NewestAndBest:
 
     def kept(self, steps: Sequence[int]) -> set[int]:
         """Those of `steps` that stay."""
-        kept = set(sorted(steps)[-self.keep :])
-        if rated := [step for step in steps if step in self._values]:
-            sign = {"min": 1.0, "max": -1.0}[self.mode]
-            kept.add(min(rated, key=lambda step: (sign * self._values[step], -step)))  # the later of equals
-        return kept
+        best = self.best(steps)
+        return set(sorted(steps)[-self.keep :]) | (set() if best is None else {best})
+
+    def best(self, steps: Sequence[int]) -> int | None:
+        """The best of `steps`, the later of equals; None where none has a value."""
+        sign = {"min": 1.0, "max": -1.0}[self.mode]
+        rated = [step for step in steps if step in self._values]
+        return min(rated, key=lambda step: (sign * self._values[step], -step)) if rated else None
 
 
 def check_same_run(meta: Mapping[str, Any], config: Config) -> None:

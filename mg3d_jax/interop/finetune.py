@@ -1,0 +1,179 @@
+"""What the recipes of `configs/downstream` have in common: a model like the one that they start from, with a task on top.
+
+config = finetune.begin(arg, "luna16", volume_size=(64, 64, 64), windows=((-1000.0, 600.0),), heads=("classification_head",))
+config.tasks.classification.weight = 1.0
+...
+return config.lock()
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from ml_collections import ConfigDict
+
+from mg3d_jax import config as config_lib
+from mg3d_jax import options as options_lib
+from mg3d_jax.config.parts import VolumeEncoderConfig, options_of
+from mg3d_jax.errors import UserError
+from mg3d_jax.files import read_json
+from mg3d_jax.interop import export_format
+from mg3d_jax.interop.sources import folder_and_step
+from mg3d_jax.interop.tower import load_tower
+from mg3d_jax.registry import VOLUME_TOWERS
+
+SMALL = "small"  # of a recipe's argument: the size of its miniature
+SMALL_SIZE = (48, 48, 32)  # voxels; as in configs/quickstart.py
+Windows = tuple[tuple[float, float], ...]
+
+
+def begin(
+    arg: str,
+    name: str,
+    *,
+    volume_size: tuple[int, int, int],
+    windows: Windows,
+    heads: tuple[str, ...],
+    reports: bool = False,
+) -> ConfigDict:
+    """The unlocked configuration of a recipe, without a task: no objective is on, no evaluation is measured.
+
+    Args:
+        arg: what stands behind the `:` of `--config`: what to start from (a run, RUN@STEP, a folder of `mg3d import` or of
+            `mg3d export`; `mg3d finetune --init-from` puts it there), and `small` for a miniature; joined by a comma.
+        name: of the run.
+        volume_size: of the prepared data, voxels; with `small` it is `SMALL_SIZE`.
+        windows: HU windows of a model that starts from nothing, or from a tower with as many channels. One that starts from a
+            run keeps that run's.
+        heads: modules of the task, which are trained with the volume encoder; all else stays.
+        reports: the task reads reports: the report encoder and all else that both have is taken, not the volume encoder alone.
+
+    Raises:
+        UserError: the source is none of these, or no preset of this version has its sizes.
+    """
+    words = [word for word in arg.split(",") if word]
+    small = SMALL in words
+    sources = [word for word in words if word != SMALL]
+    if len(sources) > 1:
+        raise UserError(f"configs/downstream/{name}.py:{arg}: {sources} are several things to start from: give one")
+    config = config_lib.default().unlock()
+    config.name = name
+    if small:
+        config_lib.use_small_model(config)
+        config.model.volume_encoder.pooling = "attention"
+        config.data.windows = ((-1000.0, 1000.0),)
+        config.data.batch_size = 16
+    else:
+        config.data.windows = windows
+        config.data.batch_size = 32
+    if not reports:
+        config.model.report_encoder.preset = "pico"  # not read
+    if sources:
+        start_from(config, sources[0], reports=reports)
+    config.model.volume_size = SMALL_SIZE if small else volume_size
+    for objective in config.objectives.values():
+        objective.weight = 0.0
+    for evaluation in config.evaluations.values():
+        evaluation.every = -1
+    config.optimizer.freeze = (f"(?!volume_encoder/|{'|'.join(f'{head}/' for head in heads)}).*",)
+    _schedule(config, small=small)
+    return config
+
+
+def _schedule(config: ConfigDict, *, small: bool) -> None:
+    """Rates and decay that the literature fine-tunes a ViT-B with (He et al. 2022)."""
+    config.optimizer.update({
+        "learning_rate": 1e-3 if small else 5e-4, "b2": 0.999, "layer_decay": 0.75, "weight_decay": 0.05,
+    })  # fmt: skip
+    config.schedule.kind = "cosine"
+    config.schedule.warmup_percent = 5.0
+    config.training.update({"steps": 200 if small else 10_000, "checkpoint_every": 100 if small else 500})
+
+
+def start_from(config: ConfigDict, source: str, *, reports: bool = False) -> None:
+    """Gives an unlocked configuration the model of `source`, and names it in `init_from`."""
+    folder, _ = folder_and_step(source)
+    config.init_from.path = source
+    config.init_from.take = (".*",) if reports else ("volume_encoder/.*",)
+    if (folder / "tower.json").is_file():
+        _like_tower(config, folder)
+    elif (folder / "model.safetensors").is_file() and export_format.MARKER in read_json(folder / "config.json"):
+        _like_export(config, folder)
+    elif (folder / "config.json").is_file() and (folder / "tokenizer").is_dir():
+        like_run(config, folder, reports=reports)
+    else:
+        raise UserError(
+            f"{source!r} is nothing to start from: no run of `mg3d train` (RUN or RUN@STEP), no folder written by `mg3d "
+            "import`, and none written by `mg3d export`"
+        )
+
+
+def like_run(config: ConfigDict, folder: Path, *, reports: bool = True) -> None:
+    """Model, windows and plug-ins as in a run, with `reports` also its tokenizer and how it reads texts. Nothing is frozen."""
+    theirs = config_lib.to_dict(config_lib.read(folder / "config.json"))
+    theirs["model"]["volume_encoder"] |= {"pretrained": "", "frozen_layers": 0}
+    theirs["model"]["report_encoder"]["pretrained"] = ""
+    config.plugins = theirs["plugins"]
+    config.data.windows = theirs["data"]["windows"]
+    if not reports:
+        config.model.volume_encoder.update(theirs["model"]["volume_encoder"])
+        config.model.dtype = theirs["model"]["dtype"]
+        if theirs["model"]["volume_encoder"]["pooling"] == "flatten":  # a layer of so many tokens; volumes may differ
+            config.model.volume_encoder.pooling = "mean"
+            config.init_from.leave = ("volume_encoder/flatten/.*",)
+        return
+    config.model.update(theirs["model"])
+    for name in ("max_tokens", "max_sentences", "vocab_size"):
+        config.data[name] = theirs["data"][name]
+    alignment = theirs["objectives"]["alignment"]
+    for name in ("form", "temperature", "report_view", "sentence_tokens"):
+        config.objectives.alignment[name] = alignment[name]
+    config.data.tokenizer = str(folder / "tokenizer")
+
+
+def _like_tower(config: ConfigDict, folder: Path) -> None:
+    tower = load_tower(folder)
+    if tower.kind not in VOLUME_TOWERS:
+        raise UserError(f"{folder} holds a {tower.kind}, which reads reports: fine-tuning starts from a volume tower")
+    channels = tower.encoder.get("channels", len(config.data.windows))
+    if channels != len(config.data.windows):
+        raise UserError(
+            f"{folder} reads {channels} channels, the recipe has {len(config.data.windows)} windows: set data.windows to as "
+            "many"
+        )
+    _use_tower(config, tower.kind, tower.encoder, str(folder))
+
+
+def _like_export(config: ConfigDict, folder: Path) -> None:
+    about = read_json(folder / "config.json")
+    theirs = {"width": "volume_width", "depth": "volume_depth", "num_heads": "volume_heads"}
+    names = {"patch_size", "stem", "positions", "num_registers", "qk_norm", "exact_gelu"}
+    fields = {name: about[key] for name, key in theirs.items()} | {name: about[name] for name in names}
+    fields |= {"norm_epsilon": about["volume_norm_eps"], "layer_scale": 0.1 if about["layer_scale"] else 0.0}
+    config.data.windows = options_lib.tuples(about["windows"])
+    _use_tower(config, "vit", fields, str(folder))
+    if about["pooling"] != "flatten":
+        config.model.volume_encoder.pooling = about["pooling"]
+
+
+def _use_tower(config: ConfigDict, kind: str, fields: Mapping[str, Any], label: str) -> None:
+    """Kind, options and the preset of a tower whose module has these fields. `UserError` where no preset has its sizes."""
+    tower, encoder = VOLUME_TOWERS[kind], config.model.volume_encoder
+    defaults = options_lib.to_dict(VolumeEncoderConfig())  # options of other kinds stay at theirs
+    encoder.update({"kind": kind} | {name: defaults[name] for name in defaults if name not in ("kind", "pooling")})
+    own = options_lib.types_of(options_of(tower))
+    given = {name: options_lib.tuples(value) for name, value in fields.items() if name in own}
+    encoder.update({name: value or type(defaults[name])(0) for name, value in given.items()})
+    for preset in tower.presets:
+        encoder.preset = preset
+        model = config_lib.typed(config).model
+        module = tower.build(model, len(config.data.windows))
+        shared = [name for name in fields if name != "volume_size" and hasattr(module, name)]
+        if all(options_lib.tuples(fields[name]) == getattr(module, name) for name in shared if name != "layer_scale"):
+            return
+    raise UserError(
+        f"{label} is a {kind} of {dict(fields)}, which no preset of this version is ({', '.join(tower.presets)}); one of your "
+        "own is registered by a plug-in (docs/towers.md)"
+    )
