@@ -199,4 +199,4 @@ def prepare_data(**settings: Any) -> dict[str, Any] | None:
     """Prepares a data set like `mg3d prepare`: `source`, `root`, `split`, `out`, and the other fields of
     `prepare.folder.Settings`. Returns its manifest."""
     settings |= {name: Path(settings[name]) for name in ("root", "out") if name in settings}
-    return prepare(Settings(**settings))
+    return prepare(Settings.of(**settings))

@@ -11,6 +11,7 @@ from typing import Any
 
 from mg3d_jax.errors import UserError
 from mg3d_jax.prepare import Settings, prepare, summary
+from mg3d_jax.prepare.folder import source_defaults
 from mg3d_jax.prepare.geometry import POLICIES
 from mg3d_jax.prepare.leaks import LEAKS
 from mg3d_jax.prepare.selection import RECONSTRUCTIONS
@@ -28,11 +29,15 @@ def _shard_share(text: str) -> tuple[int, int]:
     return index, count
 
 
-def _load_plugins(argv: list[str]) -> None:
-    """Imports the modules behind `--plugins`, whose sources `--source` may name: before the options are read."""
+def _first(argv: list[str]) -> dict[str, Any]:
+    """The settings that the source of a command line has of its own: before the other options are read. Imports the modules
+    behind `--plugins`, whose sources `--source` may name."""
     first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     first.add_argument("--plugins", nargs="+", default=())
-    load_plugins(first.parse_known_args(argv)[0].plugins)
+    first.add_argument("--source")
+    args = first.parse_known_args(argv)[0]
+    load_plugins(args.plugins)
+    return source_defaults(args.source) if args.source in SOURCES else {}
 
 
 _XYZ: dict[str, Any] = {"nargs": 3, "metavar": ("X", "Y", "Z")}
@@ -50,7 +55,10 @@ def _parser() -> argparse.ArgumentParser:
     add = parser.add_argument
     add("--source", choices=sorted(SOURCES), help="layout of the data set")
     add("--root", type=Path, help="folder of the data set; for csv, the table; for ctrg, the folder or its json")
-    add("--split", help="split of the data set: train, valid (ctrate), train, val, test (ctrg), any (csv)")
+    add(
+        "--split",
+        help="split of the data set: train, valid (ctrate), train, val, test (ctrg), any (csv); a wrong one names all",
+    )
     add("--out", required=True, type=Path, help="folder for the records")
     add("--verify", action="store_true", help="only check the checksums and every record of --out")
     add("--plugins", nargs="+", default=(), metavar="MODULE", help="Python modules that register sources of your own")
@@ -76,6 +84,10 @@ def _add_grid(add: Callable[..., object]) -> None:
 def _add_selection(add: Callable[..., object]) -> None:
     add("--reconstructions", choices=RECONSTRUCTIONS, default="all", help="of one scan (ctrate)")
     add("--exclude", type=Path, help="text file of volumes, scans or patients to leave out, one a line")
+    add("--fold", type=_shard_share, default=None, metavar="I/N", help="this part of the patients only, I from 0")
+    add("--fold-seed", type=int, default=_DEFAULT["fold_seed"], help="of the folds")
+    add("--fold-file", type=Path, help="keeps the fold of every patient: written by the first, read by the others")
+    add("--negatives", type=int, default=_DEFAULT["negatives"], help="luna16: kept of each scan; 0 keeps all")
     add("--max-bad-share", type=float, default=_DEFAULT["max_bad_share"], help="fail above this share")
     add("--against", type=Path, nargs="+", default=(), metavar="FOLDER", help="prepared folders to check for leaks")
     add("--allow-leak", nargs="+", default=(), choices=sorted(LEAKS), help="leaks that are meant, by name")
@@ -103,8 +115,10 @@ def _verify(folder: Path) -> None:
 
 def main(argv: list[str]) -> int:
     """The command. Prints the summary; `UserError` when nothing is left, too much is bad, or data leak."""
-    _load_plugins(argv)
-    arguments = vars(_parser().parse_args(argv))
+    own = _first(argv)
+    parser = _parser()
+    parser.set_defaults(**own)
+    arguments = vars(parser.parse_args(argv))
     del arguments["plugins"]
     if arguments.pop("verify"):
         _verify(arguments["out"])

@@ -23,6 +23,7 @@ from mg3d_jax.files import write_json, write_lines
 from mg3d_jax.prepare import leaks
 from mg3d_jax.prepare.estimate import check_disk, estimate
 from mg3d_jax.prepare.fetch import check_command
+from mg3d_jax.prepare.folds import keep_fold
 from mg3d_jax.prepare.geometry import PAPER_FRACTION, POLICIES, Grid
 from mg3d_jax.prepare.listing import Example, Listing, SourceOptions
 from mg3d_jax.prepare.manifest import build_manifest
@@ -42,6 +43,7 @@ from mg3d_jax.prepare.shards import (
     write_shard,
 )
 from mg3d_jax.progress import Progress
+from mg3d_jax.registry import SOURCES
 
 logger = logging.getLogger(__name__)
 
@@ -76,11 +78,20 @@ class Settings:
     against: tuple[Path, ...] = ()  # prepared folders to check for leaks
     allow_leak: tuple[str, ...] = ()  # leaks to accept: names in `leaks.LEAKS`
     qa_samples: int = 8  # volumes drawn in qa.html
+    fold: tuple[int, int] | None = None  # (i, n): only this part of the patients, i from 0 (`prepare/folds.py`)
+    fold_seed: int = 0  # of the folds
+    fold_file: Path | None = None  # the fold of every patient: read where it is there, else written
+    negatives: int = 20  # of a list of candidates (luna16): how many negatives of a scan are kept; 0: all
 
     def __post_init__(self) -> None:
-        for name in ("root", "out", "exclude"):  # strings are paths, too
+        for name in ("root", "out", "exclude", "fold_file"):  # strings are paths, too
             if getattr(self, name) is not None:
                 object.__setattr__(self, name, Path(getattr(self, name)))
+
+    @classmethod
+    def of(cls, **given: Any) -> Settings:
+        """These settings, and for what is not given the defaults of the source, then those of all sources."""
+        return cls(**{**source_defaults(given["source"]), **given})
 
     @property
     def grid(self) -> Grid:
@@ -105,6 +116,7 @@ class Settings:
             "reconstructions": self.reconstructions,
             "shard_records": self.shard_records,
             "zstd_level": self.zstd_level,
+            **({"fold": [*self.fold, self.fold_seed]} if self.fold else {}),
         }
 
     def check(self) -> None:
@@ -124,10 +136,19 @@ class Settings:
                 raise UserError(f"{name} {window[0]:g} {window[1]:g}: the first must be below the second, in HU")
         if not 0 <= self.shard[0] < self.shard[1]:
             raise UserError(f"--shard {self.shard[0]}/{self.shard[1]}: expected i/n with 0 <= i < n")
+        if self.fold is not None and not (0 <= self.fold[0] < self.fold[1] and self.fold[1] >= 2):
+            raise UserError(f"--fold {self.fold[0]}/{self.fold[1]}: expected i/n with 0 <= i < n and n at least 2")
+        if self.negatives < 0 or (self.fold is None and self.fold_file is not None):
+            raise UserError("--negatives must not be negative, and --fold-file needs --fold")
         if unknown := set(self.allow_leak) - leaks.LEAKS.keys():
             raise UserError(f"--allow-leak {sorted(unknown)}: there are {sorted(leaks.LEAKS)}")
         if self.fetch is not None:
             check_command(self.fetch)
+
+
+def source_defaults(source: str) -> dict[str, Any]:
+    """The settings that a source has of its own."""
+    return dict(getattr(SOURCES[source], "defaults", {}))
 
 
 def list_examples(settings: Settings) -> Listing:
@@ -141,8 +162,12 @@ def list_examples(settings: Settings) -> Listing:
         array_spacing=settings.array_spacing,
         array_axes=settings.array_axes,
         slice_window=settings.slice_window,
+        negatives=settings.negatives,
     )
-    return list_source(settings.source, options)
+    listing = list_source(settings.source, options)
+    if settings.fold is not None:
+        keep_fold(listing, settings.fold, seed=settings.fold_seed, file=settings.fold_file)
+    return listing
 
 
 def check_bad(settings: Settings, bad: list[dict[str, str]], total: int) -> None:

@@ -219,16 +219,18 @@ def place(
     to_hu: Callable,
     warnings: list[str],
     at: tuple[float, float, float] | None = None,
+    straighten: bool = True,
 ) -> tuple[np.ndarray, np.ndarray]:
     """The volume on its grid: (int16 HU [X, Y, Z], affine of its voxels). Outside the volume is air. With `at` (mm, RAS+)
-    the grid is centred there, whatever its policy.
+    the grid is centred there, whatever its policy. Without `straighten` a volume keeps its own axes however askew it is: the
+    planes of cardiac MR are chosen by the heart.
 
     A volume that is askew by up to `STRAIGHTEN_DEGREES` keeps its own axes (the affine says so); one that is more
     askew is turned onto the scanner's axes."""
     order, signs = ras_order(affine)
     centre, spacing = _layout(data, affine, grid, to_hu, warnings, at)
     angle = obliqueness(affine)
-    if angle > STRAIGHTEN_DEGREES:
+    if angle > STRAIGHTEN_DEGREES and straighten:
         warnings.append(f"oblique by {angle:.0f} degrees: turned onto the scanner's axes")
         return _straighten(data, affine, grid.size, spacing, centre, to_hu)
     if angle > 1:

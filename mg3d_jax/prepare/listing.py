@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import os
 import re
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 from mg3d_jax.prepare.geometry import Metadata
 from mg3d_jax.prepare.reading import ARRAY_SUFFIXES, IMAGE_SUFFIXES, NIFTI_SUFFIXES
@@ -23,6 +25,7 @@ class SourceOptions:
     array_spacing: tuple[float, float, float] | None = None  # mm of the index axes
     array_axes: str | None = None  # where the index axes point, such as "LPS"
     slice_window: tuple[float, float] | None = None  # HU of grey 0 and 255
+    negatives: int = 20  # of candidate lists: how many negatives of a scan are kept; 0: all
 
 
 @dataclass(frozen=True)
@@ -58,6 +61,23 @@ class Listing:
 
     def add_bad(self, path: Path | str, reason: str) -> None:
         self.bad.append({"path": str(path), "reason": reason})
+
+
+@dataclass(frozen=True)
+class Source:
+    """A layout with settings of its own.
+
+    Args:
+        list_all: from what is asked for to what is there; opens no volume.
+        defaults: fields of `folder.Settings` (`size`, `spacing`, `policy`, ...) where the user gives none: how the data set is
+            usually read.
+    """
+
+    list_all: Callable[[SourceOptions], Listing]
+    defaults: Mapping[str, Any] = field(default_factory=dict)
+
+    def __call__(self, options: SourceOptions) -> Listing:
+        return self.list_all(options)
 
 
 def without_suffix(name: str) -> str:

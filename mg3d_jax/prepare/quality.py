@@ -52,9 +52,10 @@ def measure(
     extent = spacing * shape
     axis_z = int(np.argmax(np.abs(affine[2, :3] / spacing)))
     lung = enclosed_air(sample, axis_z)
-    if extent[axis_z] < _SHORT_MM:
+    chest = metadata.modality == "CT"
+    if chest and extent[axis_z] < _SHORT_MM:
         warnings.append(f"truncated: only {extent[axis_z]:.0f} mm from head to foot")
-    if lung < _LEAST_LUNG:
+    if chest and lung < _LEAST_LUNG:
         warnings.append(f"no chest: only {lung:.1%} of the voxels are air inside the body")
     if blank := blank_slices(sample, axis_z):
         warnings.append(f"missing slices: about {blank / sample.shape[axis_z]:.0%} of the slices inside are blank")

@@ -102,7 +102,9 @@ def prepare_stored(
     mapping = _mapping(stored, metadata, sample)
     warnings += mapping.warnings
     to_hu = to_hounsfield(mapping)
-    volume, kept = place(stored.data, affine, grid, to_hu, warnings, metadata.centre)
+    volume, kept = place(
+        stored.data, affine, grid, to_hu, warnings, metadata.centre, straighten=metadata.modality == "CT"
+    )
     quality = measure(stored.data.shape, affine, to_hu(sample), metadata, volume, kept, warnings)
     classes = place_mask(read_mask(mask, stored, mask_classes, metadata), affine, kept, grid.size) if mask else None
     quality = {"dtype": str(stored.data.dtype), "decision": mapping.decision, **quality}

@@ -9,7 +9,7 @@ from typing import Any
 from mg3d_jax.errors import UserError
 from mg3d_jax.files import read_json
 from mg3d_jax.prepare.geometry import Metadata
-from mg3d_jax.prepare.listing import Example, Listing, SourceOptions, without_suffix
+from mg3d_jax.prepare.listing import Example, Listing, Source, SourceOptions, without_suffix
 
 _SPLITS = {"train": "training", "valid": "validation", "test": "test"}
 
@@ -83,3 +83,8 @@ def class_names(path: Path, content: dict[str, Any]) -> tuple[str, ...]:
     if not names or len(names) != len(pairs) or sorted(names) != list(range(len(names))):
         raise UserError(f'{path}: "labels" is {found!r}: expected {{"0": "background", "1": NAME, ...}}')
     return tuple(names[value] for value in range(len(names)))
+
+
+_BODY = {"spacing": (1.5, 1.5, 1.5), "policy": "body"}
+MSD_LUNG = Source(list_decathlon, _BODY | {"size": (256, 256, 224)})
+MSD_COLON = Source(list_decathlon, _BODY | {"size": (256, 256, 320)})
