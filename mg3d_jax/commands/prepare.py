@@ -37,7 +37,7 @@ def _first(argv: list[str]) -> dict[str, Any]:
     first.add_argument("--source")
     args = first.parse_known_args(argv)[0]
     load_plugins(args.plugins)
-    return source_defaults(args.source) if args.source in SOURCES else {}
+    return source_defaults(args.source) if args.source is not None and args.source in SOURCES else {}
 
 
 _XYZ: dict[str, Any] = {"nargs": 3, "metavar": ("X", "Y", "Z")}
