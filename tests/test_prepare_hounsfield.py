@@ -7,12 +7,15 @@ from pathlib import Path
 import nibabel as nib
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from reference.synthetic_ct import affine, body, write_raw_nifti
 
+from mg3d_jax.benchmarks import hounsfield as benchmark
 from mg3d_jax.prepare.geometry import Grid, Metadata
 from mg3d_jax.prepare.hounsfield import decide
-from mg3d_jax.prepare.nifti import VolumeError
-from mg3d_jax.prepare.volumes import prepare_volume
+from mg3d_jax.prepare.nifti import StoredVolume, VolumeError
+from mg3d_jax.prepare.volumes import prepare_stored, prepare_volume
 
 SHARED = Path(__file__).parents[1].parent / "shared" / "data"
 GRID = Grid((48, 40, 36), (8.0, 8.0, 9.0))
@@ -55,7 +58,8 @@ def test_hu_come_out_right_whatever_the_file_says(tmp_path, name, anatomy):
     to_stored, header, table, must_warn = FILES[name]
     hu = body()
     if anatomy == "abdomen":  # no air at all: soft tissue and fat only
-        hu = np.where(hu < -400, -90, hu).astype(np.int16)
+        fat = np.random.default_rng(2).normal(-100, 12, hu.shape)
+        hu = np.where(hu < -400, np.rint(fat), hu).astype(np.int16)
     path = write(tmp_path / "v.nii.gz", to_stored(hu), *(header or (None, None)))
     got = prepare_volume(path, GRID, Metadata(scaling=table))
     np.testing.assert_array_equal(got.volume, hu)
@@ -127,3 +131,64 @@ def test_a_few_nan_are_air_with_a_warning_and_many_are_refused(tmp_path, share, 
     got = prepare_volume(path, GRID)
     np.testing.assert_array_equal(got.volume, np.where(holes, -1024, hu))
     assert "NaN" in got.quality["warnings"][0]
+
+
+@pytest.fixture(scope="module")
+def bases():
+    return benchmark.bases([])
+
+
+@pytest.mark.parametrize("base", ["chest, noise 10", "abdomen, noise 100", "head, noise 40", "no air, noise 60"])
+def test_hu_stored_in_every_way_are_never_wrong_in_silence(bases, base):
+    answers = {way: benchmark.answer(bases[base], way) for way in benchmark.WAYS}
+    assert [way for way, (what, _) in answers.items() if what == "wrong"] == []
+    claimed = [way for way, (_, header, table) in benchmark.WAYS.items() if header or table]
+    right = {way for way, (what, _) in answers.items() if what == "right"}
+    assert {w for w in claimed if "+ " not in w and "- 1024" not in w} | {"HU", "0 outside", "40 outside"} <= right
+    assert not {"HU + 200", "HU - 300", "negated", "half"} & right
+
+
+@settings(max_examples=25, deadline=None)
+@given(
+    shift=st.integers(60, 700).flatmap(lambda n: st.sampled_from([n, -n])),
+    noise=st.sampled_from([10, 60, 100]),
+    claim=st.sampled_from([None, (1.0, -1024.0)]),
+    base=st.sampled_from(["chest", "head"]),
+)
+def test_any_shift_is_refused_or_said(shift, noise, claim, base):
+    hu = benchmark.noisy(benchmark.head((40, 48, 24)) if base == "head" else benchmark.trunk((48, 40, 24)), noise)
+    try:
+        said = decide(hu + shift - (claim[1] if claim else 0), claim, None).warnings
+    except VolumeError:
+        return
+    assert said
+
+
+@settings(max_examples=15, deadline=None)
+@given(value=st.integers(-900, 3000), noise=st.sampled_from([5, 50, 100]), turned=st.booleans(), nan=st.booleans())
+def test_any_constant_up_to_the_border_becomes_air_with_a_note(value, noise, turned, nan):
+    hu = benchmark.noisy(benchmark.trunk((48, 40, 24)), noise)
+    hu = hu.transpose(2, 0, 1) if turned else hu
+    x, y = np.meshgrid(*(np.linspace(-1, 1, n) for n in hu.shape[:2]), indexing="ij")
+    outside = np.broadcast_to((x**2 + y**2 > 1.0)[..., None], hu.shape)
+    stored = np.where(outside, np.nan if nan else value, hu).astype(np.float32 if nan else np.int16)
+    grid = Grid(hu.shape, (8.0, 8.0, 9.0))
+    got = prepare_stored(StoredVolume(np.asfortranarray(stored), affine(), None, True), grid)
+    known = outside | (hu != value)  # tissue of the same number beside the padding cannot be told from it
+    np.testing.assert_array_equal(got.volume[known], np.where(outside, -1024, hu)[known])
+    assert any("padding" in warning for warning in got.quality["warnings"])
+
+
+def test_measured_constants_are_no_padding(tmp_path):
+    """Air that is cut off at -1024, and a saturated implant inside, stay what they are."""
+    hu = benchmark.noisy(benchmark.trunk((48, 40, 24)), 60).astype(np.int16)
+    hu[20:23, 18:21, 10:12] = 3071
+    got = prepare_volume(write(tmp_path / "v.nii.gz", hu), Grid(hu.shape, (8.0, 8.0, 9.0)))
+    np.testing.assert_array_equal(got.volume, hu)
+    assert got.quality["warnings"] == []
+
+
+def test_a_windowed_scan_is_said_to_be_cut_off(tmp_path):
+    hu = np.clip(benchmark.noisy(benchmark.trunk((48, 40, 24)), 10), -160, 240).astype(np.int16)
+    got = prepare_volume(write(tmp_path / "v.nii.gz", hu), GRID)
+    assert "cut off below -160" in " ".join(got.quality["warnings"])

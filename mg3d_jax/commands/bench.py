@@ -13,6 +13,7 @@ BENCHMARKS = {
     "model": ("mg3d_jax.benchmarks.towers", "a volume encoder's training step, beside MONAI's ViT in PyTorch"),
     "step": ("mg3d_jax.benchmarks.step", "a training step: its time by part, memory, FLOPs, collectives"),
     "memory": ("mg3d_jax.benchmarks.memory", "how many patients fit on a device: the step, compiled and not run"),
+    "hounsfield": ("mg3d_jax.benchmarks.hounsfield", "what the reader makes of CT that is stored in every way"),
     "objectives": ("mg3d_jax.benchmarks.objectives", "compiled memory of sentence matching, blocked and dense"),
     "reports": ("mg3d_jax.benchmarks.reports", "language and labels of phantoms beside those of real reports"),
 }

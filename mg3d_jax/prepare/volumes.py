@@ -20,6 +20,7 @@ from mg3d_jax.prepare.geometry import Grid, Metadata, place, resolve_geometry
 from mg3d_jax.prepare.hounsfield import Mapping, decide, intensity_mapping
 from mg3d_jax.prepare.masks import place_mask, read_mask
 from mg3d_jax.prepare.nifti import StoredVolume, VolumeError
+from mg3d_jax.prepare.padding import border_constants, cut_off, fill_padding, not_finite, without_constants
 from mg3d_jax.prepare.quality import measure
 from mg3d_jax.prepare.reading import read_again, read_volume
 
@@ -47,9 +48,14 @@ def _check_finite(data: np.ndarray, warnings: list[str]) -> None:
     """Refuses a volume with more than a few voxels that are not finite."""
     if data.dtype.kind != "f":
         return
-    bad = sum(int(np.count_nonzero(~np.isfinite(data[..., k]))) for k in range(data.shape[2]))
+    outside, bad = not_finite(data)
+    if outside + bad <= _MOST_NAN * data.size:
+        outside, bad = 0, outside + bad
     if bad > _MOST_NAN * data.size:
         raise VolumeError(f"NaN or infinite in {bad} of {data.size} voxels ({bad / data.size:.0%})")
+    if outside:
+        share = outside / data.size
+        warnings.append(f"padding: {share:.1%} of the voxels are NaN or infinite up to the border: taken for air")
     if bad:
         warnings.append(f"{bad} voxels are NaN or infinite: taken for air")
 
@@ -71,15 +77,6 @@ def to_hounsfield(mapping: Mapping) -> Callable[[np.ndarray], np.ndarray]:
     return convert
 
 
-def _mapping(stored: StoredVolume, metadata: Metadata, sample: np.ndarray) -> Mapping:
-    """From stored numbers to HU; of MR, to numbers of the size of HU."""
-    if metadata.modality != "CT":
-        return intensity_mapping(sample[np.isfinite(sample)])
-    if stored.windowed and stored.scaling:
-        return Mapping(*stored.scaling, "8-bit grey values of a given window")
-    return decide(sample[np.isfinite(sample)], stored.scaling, metadata.scaling)
-
-
 def prepare_stored(
     stored: StoredVolume,
     grid: Grid,
@@ -98,17 +95,34 @@ def prepare_stored(
     warnings = list(stored.warnings)
     affine = resolve_geometry(stored, metadata, warnings)
     _check_finite(stored.data, warnings)
-    sample = sample_voxels(stored.data)
-    mapping = _mapping(stored, metadata, sample)
-    warnings += mapping.warnings
+    data, mapping = in_hounsfield(stored, metadata, warnings)
     to_hu = to_hounsfield(mapping)
-    volume, kept = place(
-        stored.data, affine, grid, to_hu, warnings, metadata.centre, straighten=metadata.modality == "CT"
-    )
-    quality = measure(stored.data.shape, affine, to_hu(sample), metadata, volume, kept, warnings)
+    straighten = metadata.modality == "CT"
+    volume, kept = place(data, affine, grid, to_hu, warnings, metadata.centre, straighten=straighten)
+    quality = measure(data.shape, affine, to_hu(sample_voxels(data)), metadata, volume, kept, warnings)
     classes = place_mask(read_mask(mask, stored, mask_classes, metadata), affine, kept, grid.size) if mask else None
     quality = {"dtype": str(stored.data.dtype), "decision": mapping.decision, **quality}
     return PreparedVolume(volume, kept, quality, classes)
+
+
+def in_hounsfield(stored: StoredVolume, metadata: Metadata, warnings: list[str]) -> tuple[np.ndarray, Mapping]:
+    """(stored numbers in which padding is air, their mapping to HU; of MR, to numbers of the size of HU)."""
+    sample = sample_voxels(stored.data)
+    finite = sample[np.isfinite(sample)] if sample.dtype.kind == "f" else sample.ravel()
+    if metadata.modality != "CT":
+        mapping = intensity_mapping(finite)
+        warnings += mapping.warnings
+        return stored.data, mapping
+    if stored.windowed and stored.scaling:
+        return stored.data, Mapping(*stored.scaling, "8-bit grey values of a given window")
+    constants = border_constants(sample)
+    mapping = decide(without_constants(finite, constants), stored.scaling, metadata.scaling)
+    warnings += mapping.warnings
+    warnings += cut_off(finite, mapping.slope, mapping.intercept)
+    data = stored.data
+    if metadata.centre is not None and constants:  # kept for the next patch of the same volume
+        data = data.copy(order="K")
+    return fill_padding(data, constants, mapping.slope, mapping.intercept, warnings), mapping
 
 
 def prepare_volume(
