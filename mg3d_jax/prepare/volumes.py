@@ -26,6 +26,7 @@ from mg3d_jax.prepare.reading import read_again, read_volume
 
 _SAMPLE_VOXELS = 400_000
 _MOST_NAN = 0.01  # share of voxels that are not finite and may be taken for air
+_MOST_PADDING = 0.95  # share of voxels outside of the scan
 
 
 @dataclass(frozen=True)
@@ -49,7 +50,7 @@ def _check_finite(data: np.ndarray, warnings: list[str]) -> None:
     if data.dtype.kind != "f":
         return
     outside, bad = not_finite(data)
-    if outside + bad <= _MOST_NAN * data.size:
+    if outside + bad <= _MOST_NAN * data.size or outside + bad > _MOST_PADDING * data.size:
         outside, bad = 0, outside + bad
     if bad > _MOST_NAN * data.size:
         raise VolumeError(f"NaN or infinite in {bad} of {data.size} voxels ({bad / data.size:.0%})")
