@@ -6,14 +6,14 @@ Millimetres and axes are RAS+ throughout (x to the patient's right, y anterior, 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TypeGuard
 
 import nibabel as nib
 import numpy as np
 
 from mg3d_jax.batch import AIR_HU
-from mg3d_jax.prepare.nifti import StoredVolume, VolumeError
+from mg3d_jax.prepare.nifti import StoredVolume, VolumeError, same_frame
 from mg3d_jax.prepare.resample import AxisMap, resample
 
 SPACING_LIMITS = (0.05, 25.0)  # mm: what a body CT can have
@@ -93,10 +93,35 @@ def _usable(affine: np.ndarray | None) -> TypeGuard[np.ndarray]:
     return bool(abs(np.linalg.det(affine[:3, :3] / spacing)) > 0.3)
 
 
+def _of_several(forms: list[np.ndarray], metadata: Metadata, warnings: list[str]) -> np.ndarray:
+    """The one of a header's contradicting affines that the evidence is for: that which a body CT can have, or which the
+    metadata table confirms. Raises `VolumeError` with all of them where nothing decides."""
+    shown = " and ".join(
+        f"{voxel_spacing(form).round(3).tolist()} mm {''.join(map(str, nib.aff2axcodes(form)))}" for form in forms
+    )
+    left = [form for form in forms if _usable(form)]
+    if len(left) != 1 and metadata.spacing is not None:
+        wanted, table = sorted(metadata.spacing), table_affine(metadata)
+        left = [form for form in forms if np.allclose(sorted(voxel_spacing(form)), wanted, rtol=0.02)]
+        if len(left) > 1 and metadata.orientation is not None and table is not None:
+            left = [form for form in left if same_frame(form, table)]
+    if len(left) != 1:
+        raise VolumeError(
+            f"its header contradicts itself: the coded forms and voxel sizes say {shown}; set them to the same with a NIfTI "
+            "tool, or give the true spacing in the metadata table"
+        )
+    by = "the metadata table" if metadata.spacing is not None else "what a body CT can have"
+    said = f"{voxel_spacing(left[0]).round(3).tolist()} mm {''.join(map(str, nib.aff2axcodes(left[0])))}"
+    warnings.append(f"the header contradicts itself ({shown}): {said} taken, by {by}")
+    return left[0]
+
+
 def resolve_geometry(stored: StoredVolume, metadata: Metadata, warnings: list[str]) -> np.ndarray:
     """The affine to believe: the header's, unless it is blank or impossible; then the table's. A blank header with a
     true spacing is read as LPS (DICOM's order), with a warning. Raises `VolumeError` where nothing is usable."""
     table = table_affine(metadata)
+    if stored.rivals:
+        stored = replace(stored, affine=_of_several([stored.affine, *stored.rivals], metadata, warnings), rivals=[])
     spacing = voxel_spacing(stored.affine)
     possible = _usable(stored.affine)
     if not (stored.has_orientation and possible):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
@@ -11,6 +10,7 @@ from typing import Any
 
 from mg3d_jax.prepare.geometry import Metadata
 from mg3d_jax.prepare.reading import ARRAY_SUFFIXES, IMAGE_SUFFIXES, NIFTI_SUFFIXES
+from mg3d_jax.prepare.walk import walk
 
 
 @dataclass(frozen=True)
@@ -107,10 +107,10 @@ def index_by_name(root: Path) -> dict[str, list[Path]]:
     """Stem -> paths of every volume under `root`: NIfTI and array files, and folders that hold slices. More than one
     path is a fault of the data set."""
     found: dict[str, list[Path]] = {}
-    for parent, _, files in sorted(os.walk(root)):
-        for file in sorted(files):
+    for parent, files in walk(root):
+        for file in files:
             if file.endswith((*NIFTI_SUFFIXES, *ARRAY_SUFFIXES)) and not file.startswith("."):
-                found.setdefault(re.sub(r"\.(nii\.gz|nii|npy|npz)$", "", file), []).append(Path(parent) / file)
-        if Path(parent) != root and any(file.lower().endswith((*IMAGE_SUFFIXES, ".dcm")) for file in files):
-            found.setdefault(Path(parent).name, []).append(Path(parent))
+                found.setdefault(re.sub(r"\.(nii\.gz|nii|npy|npz)$", "", file), []).append(parent / file)
+        if parent != root and any(file.lower().endswith((*IMAGE_SUFFIXES, ".dcm")) for file in files):
+            found.setdefault(parent.name, []).append(parent)
     return found

@@ -1,10 +1,12 @@
 """Reading a NIfTI file once, whole, in its stored numbers: header by nibabel, voxels by isal, and nothing guessed.
 
-The stored numbers are left alone (no slope, no intercept): `hounsfield.py` decides what they mean.
+Packed or not is told by the content, not by the suffix. Header and voxels may lie in two files (`.hdr` and `.img`). The stored
+numbers are left alone (no slope, no intercept): `hounsfield.py` decides what they mean.
 """
 
 from __future__ import annotations
 
+import bz2
 import zlib
 from dataclasses import dataclass, field
 from io import BufferedIOBase
@@ -19,6 +21,11 @@ from nibabel.spatialimages import HeaderDataError
 
 _CHUNK_BYTES = 1 << 20
 _STREAM_ERRORS: tuple[Any, ...] = (OSError, EOFError, zlib.error, isal_zlib.error)
+_MOST_PACKED = 100  # CT packs to a half or a third, drawn scans to a twentieth
+_ALWAYS_READ = 1 << 28  # bytes that any file may unpack to
+_MOST_BEHIND = 1 << 24  # bytes after the voxels
+_SAME_SPACING, _SAME_DIRECTION = 0.02, 0.999  # relative, and the cosine of 2.6 degrees
+_UNITS = {1: 1000.0, 3: 1e-3}  # code of the header's unit of length (metre, micrometre): mm
 
 
 class VolumeError(ValueError):
@@ -35,12 +42,18 @@ class StoredVolume:
     has_orientation: bool  # False where the header tells neither orientation nor position
     windowed: bool = False  # grey values of a known window: `scaling` is certain, HU beyond the window are lost
     warnings: list[str] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)  # what was left out without harm, or chosen by rule
+    rivals: list[np.ndarray] = field(
+        default_factory=list
+    )  # other affines that the header has, which contradict `affine`
 
 
 def _open(path: Path) -> BufferedIOBase:
     with open(path, "rb") as file:
-        compressed = file.read(2) == b"\x1f\x8b"
-    return cast(BufferedIOBase, igzip.open(path, "rb")) if compressed else open(path, "rb")
+        start = file.read(3)
+    if start[:2] == b"\x1f\x8b":
+        return cast(BufferedIOBase, igzip.open(path, "rb"))
+    return cast(BufferedIOBase, bz2.open(path, "rb") if start == b"BZh" else open(path, "rb"))
 
 
 def _read_voxels(path: Path, offset: int, shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
@@ -56,36 +69,36 @@ def _read_voxels(path: Path, offset: int, shape: tuple[int, ...], dtype: np.dtyp
             if not count:
                 raise VolumeError(f"truncated: {done} of {len(target)} voxel bytes are there")
             done += count
-        while stream.read(_CHUNK_BYTES):
-            pass
+        behind = 0
+        while more := len(stream.read(_CHUNK_BYTES)):
+            behind += more
+            if behind > max(_MOST_BEHIND, len(target)):
+                raise VolumeError(f"damaged: more than {behind:.3g} bytes follow its {len(target):.3g} bytes of voxels")
     return flat.reshape(shape, order="F")
 
 
-def _check_size(path: Path, shape: tuple[int, ...], dtype: np.dtype) -> None:
-    """A damaged header may announce terabytes: refuse what the file cannot hold (gzip shrinks at most 1032-fold)."""
-    announced = int(np.prod([float(n) for n in shape])) * dtype.itemsize
-    if announced > 1100 * path.stat().st_size + 4096:
-        raise VolumeError(f"truncated or damaged: {announced:.3g} bytes announced, the file has {path.stat().st_size}")
+def check_unpacked(announced: float, size: int) -> None:
+    """Raises `VolumeError` where a file of `size` bytes announces more than it can hold: it is damaged, or made to fill the
+    memory."""
+    if announced > max(_MOST_PACKED * size, _ALWAYS_READ) or announced > 1100 * size + 4096:
+        raise VolumeError(f"truncated or damaged: {announced:.3g} bytes announced, the file has {size}")
 
 
 def read_nifti(path: Path, frame: int | None = None) -> StoredVolume:
-    """Reads `.nii` or `.nii.gz`, of a 4D file its `frame`. Raises `VolumeError` for what is unreadable, truncated, or not one
-    3D volume."""
+    """Reads NIfTI-1 or -2, or Analyze, of a 4D file its `frame`. Raises `VolumeError` for what is unreadable, truncated, or
+    not one 3D volume."""
     path = Path(path)
+    header_path, voxel_path = _pair(path)
     try:
-        with open(path, "rb") as file:
-            file.read(1)  # nibabel would call a file that the system fails to read one of unknown type
-        image: Any = nib.load(path)
-        header = image.header
-        affine = np.asarray(image.affine, np.float64)
-        stored = tuple(int(n) for n in image.shape)
-        dtype, offset = header.get_data_dtype(), int(image.dataobj.offset)
-        # nibabel blanks these fields of a loaded header; its array proxy keeps them (1 and 0 where there are none).
-        scaling = (float(image.dataobj.slope), float(image.dataobj.inter))
-        codes = [int(header[name]) for name in ("qform_code", "sform_code")] if "sform_code" in header else [0, 0]
+        header = _read_header(header_path)
+        stored = tuple(int(n) for n in header.get_data_shape())
+        dtype, offset = header.get_data_dtype(), int(header.get_data_offset())
+        slope, intercept = header.get_slope_inter() if hasattr(header, "get_slope_inter") else (None, None)
     except FileNotFoundError:
         raise VolumeError("no such file") from None
     except (*_STREAM_ERRORS, ImageFileError, HeaderDataError, ValueError, TypeError, KeyError, AttributeError) as error:
+        if isinstance(error, VolumeError):
+            raise
         raise VolumeError(f"unreadable: {error}") from error
     shape = stored
     while len(shape) > 3 and shape[-1] == 1:
@@ -99,16 +112,104 @@ def read_nifti(path: Path, frame: int | None = None) -> StoredVolume:
         raise VolumeError(f"not one 3D volume: its shape is {stored}")
     if dtype.kind not in "iuf":
         raise VolumeError(f"voxels of type {dtype} are not CT numbers")
-    _check_size(path, whole, dtype)
     try:
-        data = _read_voxels(path, offset, whole, dtype)
+        check_unpacked(float(np.prod([float(n) for n in whole])) * dtype.itemsize, voxel_path.stat().st_size)
+        data = _read_voxels(voxel_path, offset, whole, dtype)
         if whole != shape:
             data = np.asfortranarray(data[..., frame])
+    except FileNotFoundError:
+        raise VolumeError(f"its voxels are missing: there is no {voxel_path.name} beside it") from None
     except _STREAM_ERRORS as error:
         raise VolumeError(f"unreadable or truncated: {error}") from error
-    return StoredVolume(
-        data=data,
-        affine=affine,
-        scaling=None if scaling == (1.0, 0.0) else scaling,
-        has_orientation=any(codes),
-    )
+    scaling = (1.0 if slope is None else float(slope), 0.0 if intercept is None else float(intercept))
+    volume = StoredVolume(data, np.eye(4), None if scaling == (1.0, 0.0) else scaling, has_orientation=False)
+    _set_geometry(volume, header)
+    return volume
+
+
+def _pair(path: Path) -> tuple[Path, Path]:
+    """Files of header and voxels: the same one but for pairs, `.hdr` and `.img`, each packed or not."""
+    for ours, other in ((".hdr", ".img"), (".img", ".hdr")):
+        for packed in ("", ".gz"):
+            if path.name.lower().endswith(ours + packed):
+                stem = path.name[: -len(ours + packed)]
+                names = [stem + other + more for more in (packed, "", ".gz")]
+                partner = next(
+                    (path.with_name(n) for n in names if path.with_name(n).exists()), path.with_name(names[0])
+                )
+                return (path, partner) if ours == ".hdr" else (partner, path)
+    return path, path
+
+
+def _read_header(path: Path) -> Any:
+    """The header, by what its first bytes say. Raises `VolumeError` for what is no NIfTI."""
+    with _open(path) as stream:
+        start = stream.read(540)
+    kinds: Any = None
+    if start[344:348] == b"n+1\0":
+        kinds = nib.Nifti1Header
+    elif start[344:348] == b"ni1\0":
+        kinds = nib.nifti1.Nifti1PairHeader
+    elif start[4:8] in (b"n+2\0", b"ni2\0"):
+        kinds = nib.Nifti2Header if start[4:8] == b"n+2\0" else nib.nifti2.Nifti2PairHeader
+    elif len(start) >= 348 and 348 in (int.from_bytes(start[:4], "little"), int.from_bytes(start[:4], "big")):
+        kinds = nib.AnalyzeHeader
+    if kinds is None:
+        few = "empty" if not start else f"it begins with {start[:8]!r}"
+        raise VolumeError(f"unreadable: no NIfTI file ({few})")
+    if len(start) < kinds.sizeof_hdr:
+        raise VolumeError("truncated: the file ends inside its header")
+    return kinds(start[: kinds.sizeof_hdr], check=True)
+
+
+def _set_geometry(volume: StoredVolume, header: Any) -> None:
+    """Affine in mm, and what contradicts it: the two coded forms against each other and against the voxel sizes."""
+    volume.affine = np.asarray(header.get_best_affine(), np.float64)
+    if "sform_code" not in header:
+        return
+    scale = _UNITS.get(int(header["xyzt_units"]) & 7, 1.0)
+    volume.has_orientation = any(int(header[name]) for name in ("qform_code", "sform_code"))
+    rivals = []
+    if int(header["sform_code"]) > 0:
+        sizes = np.abs(np.asarray(header["pixdim"][1:4], np.float64))
+        if int(header["qform_code"]) > 0:
+            rivals = [np.asarray(header.get_qform(), np.float64)]
+            straight = header.copy()
+            straight.set_qform(
+                volume.affine, 1
+            )  # what a writer makes of a form that it cannot express: a tilted gantry
+            if same_frame(np.asarray(straight.get_qform(), np.float64), rivals[0]):
+                rivals = []
+        elif np.isfinite(sizes).all() and sizes.min() > 0 and not np.allclose(sizes, 1):
+            rivals = [_with_sizes(volume.affine, sizes)]
+    # Millimetres under another unit's code are met too: the unit counts where it makes the voxels those of a body CT.
+    if scale != 1 and _body_size(volume.affine * scale) and not _body_size(volume.affine):
+        for matrix in (volume.affine, *rivals):
+            matrix[:3] *= scale
+        volume.notes.append(f"the header's lengths are in units of {scale:g} mm")
+    elif scale != 1:
+        volume.warnings.append(
+            f"the header says its lengths are in units of {scale:g} mm, which no body CT has: taken for mm"
+        )
+    volume.rivals = [rival for rival in rivals if not same_frame(volume.affine, rival)]
+
+
+def _with_sizes(affine: np.ndarray, sizes: np.ndarray) -> np.ndarray:
+    out = affine.copy()
+    lengths = np.sqrt((affine[:3, :3] ** 2).sum(0))
+    out[:3, :3] = affine[:3, :3] / np.where(lengths > 0, lengths, 1) * sizes
+    return out
+
+
+def _body_size(affine: np.ndarray) -> bool:
+    spacing = np.sqrt((affine[:3, :3] ** 2).sum(0))
+    return bool(spacing.min() >= 0.05 and spacing.max() <= 25)
+
+
+def same_frame(a: np.ndarray, b: np.ndarray) -> bool:
+    """Whether two affines have the same voxel sizes and directions; positions may differ."""
+    sizes = [np.sqrt((matrix[:3, :3] ** 2).sum(0)) for matrix in (a, b)]
+    if not np.allclose(*sizes, rtol=_SAME_SPACING):
+        return False
+    directions = [matrix[:3, :3] / size for matrix, size in zip((a, b), sizes, strict=True)]
+    return bool(((directions[0] * directions[1]).sum(0) > _SAME_DIRECTION).all())

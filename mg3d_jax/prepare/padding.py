@@ -84,12 +84,12 @@ def not_finite(data: np.ndarray) -> tuple[int, int]:
     for k in range(data.shape[2]):
         bad = ~np.isfinite(data[:, :, k])
         if bad.any():
-            padding = int(np.count_nonzero(_up_to_the_border(bad)))
+            padding = int(np.count_nonzero(up_to_the_border(bad)))
             outside, inside = outside + padding, inside + int(np.count_nonzero(bad)) - padding
     return outside, inside
 
 
-def _up_to_the_border(plane: np.ndarray) -> np.ndarray:
+def up_to_the_border(plane: np.ndarray) -> np.ndarray:
     """The parts of a mask [i, j] that hang together with the plane's border."""
     from scipy import ndimage
 
@@ -111,7 +111,7 @@ def _fill(data: np.ndarray, constant: float, air: float) -> tuple[np.ndarray, in
     for k in range(data.shape[2]):
         same = data[:, :, k] == constant
         if same.any():
-            padding = _up_to_the_border(same)
+            padding = up_to_the_border(same)
             data[:, :, k][padding] = air
             filled += int(np.count_nonzero(padding))
     return data, filled

@@ -11,40 +11,58 @@ import re
 import zipfile
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import nibabel as nib
 import numpy as np
 
+from mg3d_jax.prepare.dicom import read_dicom
+from mg3d_jax.prepare.dicom_files import is_dicom
 from mg3d_jax.prepare.geometry import Metadata
-from mg3d_jax.prepare.nifti import StoredVolume, VolumeError, read_nifti
+from mg3d_jax.prepare.nifti import StoredVolume, VolumeError, check_unpacked, read_nifti
+from mg3d_jax.prepare.walk import check_regular, natural_key, walk
 
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png")
 ITK_SUFFIXES = (".mhd", ".mha", ".nrrd")
 ARRAY_SUFFIXES = (".npy", ".npz")
 NIFTI_SUFFIXES = (".nii", ".nii.gz")
-_GAP_TOLERANCE = 0.05  # of the slice spacing
-_MOST_FILLED = 0.1  # share of slices that may be missing and filled in
-
-
-def natural_key(name: str) -> list:
-    """Sort key that puts "slice10" after "slice9"."""
-    return [int(part) if part.isdigit() else part.lower() for part in re.split(r"(\d+)", name)]
+DICOM_SUFFIXES = (".dcm", ".ima")
 
 
 def read_volume(path: Path, metadata: Metadata) -> StoredVolume:
     """Reads one volume, by what `path` is. Raises `VolumeError`, without the file's name."""
     path = Path(path)
     if path.is_dir():
-        files = [p for p in path.iterdir() if p.is_file() and not p.name.startswith(".")]
-        images = [p for p in files if p.suffix.lower() in IMAGE_SUFFIXES]
-        return read_slices(images, metadata) if images else read_dicom(files)
+        return _read_folder(path, metadata)
+    check_regular(path)
     name = path.name.lower()
     if name.endswith(ARRAY_SUFFIXES):
         return read_array(path, metadata)
     if name.endswith(ITK_SUFFIXES):
         return read_itk(path)
+    if name.endswith(".dcm") or is_dicom(path):
+        return read_dicom([path])
     return read_nifti(path, metadata.frame)
+
+
+def _read_folder(path: Path, metadata: Metadata) -> StoredVolume:
+    """Slices of a folder: of itself, or of the folders in it where it holds none. Pictures beside DICOM are previews."""
+
+    def sorted_out(files: list[Path]) -> tuple[list[Path], list[Path]]:
+        images = [file for file in files if file.suffix.lower() in IMAGE_SUFFIXES]
+        return images, [file for file in files if file not in set(images)]
+
+    files = [p for p in path.iterdir() if p.is_file() and not p.name.startswith(".")]
+    images, others = sorted_out(files)
+    if not images and not any(file.suffix.lower() in DICOM_SUFFIXES or is_dicom(file) for file in others):
+        below = [folder / name for folder, names in walk(path) for name in names if not name.startswith(".")]
+        if len(below) > len(files):
+            images, others = sorted_out([file for file in below if file.is_file()])
+    if not any(file.suffix.lower() in DICOM_SUFFIXES or is_dicom(file) for file in others) and images:
+        return read_slices(images, metadata)
+    volume = read_dicom(others)
+    if images:
+        volume.notes.append(f"left out beside the DICOM slices: {len(images)} pictures such as {images[0].name}")
+    return volume
 
 
 def read_again(path: Path, metadata: Metadata) -> StoredVolume:
@@ -110,6 +128,7 @@ def read_array(path: Path, metadata: Metadata) -> StoredVolume:
         if isinstance(loaded, np.lib.npyio.NpzFile):
             with loaded as archive:
                 keys = [k for k in ("ct", "volume") if k in archive.files] or archive.files
+                check_unpacked(sum(one.file_size for one in archive.zip.infolist()), path.stat().st_size)
                 if len(keys) != 1:
                     raise VolumeError(f"several arrays {archive.files} and none of them is `ct` or `volume`")
                 loaded = archive[keys[0]]
@@ -145,89 +164,18 @@ def read_slices(files: list[Path], metadata: Metadata) -> StoredVolume:
     if len(shapes := {plane.shape for plane in planes}) != 1:
         raise VolumeError(f"slices of different sizes: {sorted(shapes)}")
     low, high = metadata.window
+    warnings = _holes([file.name for file in files])
     warning = f"8-bit slices: HU known in steps of {(high - low) / 255:.1f} and only in {low:g}..{high:g}"
     data = np.asfortranarray(np.stack(planes, -1))
-    return StoredVolume(data, affine, ((high - low) / 255, low), True, windowed=True, warnings=[warning])
+    return StoredVolume(data, affine, ((high - low) / 255, low), True, windowed=True, warnings=[warning, *warnings])
 
 
-def read_dicom(files: list[Path]) -> StoredVolume:
-    """A folder of DICOM files: its one series of slices, ordered and spaced by their positions. Slices that are missing
-    inside are filled in by interpolation, with a warning; files that are no DICOM, or no image, are passed over. Raises
-    `VolumeError` for a slice that cannot be read: a chest without its top is worse than none. Needs pydicom
-    (`pip install pydicom`)."""
-    try:
-        import pydicom
-        from pydicom.errors import InvalidDicomError
-        from pydicom.uid import CTImageStorage
-    except ImportError as error:
-        raise VolumeError("DICOM needs pydicom: pip install pydicom") from error
-    series: dict[str, list] = {}
-    for file in files:
-        try:
-            dataset = pydicom.dcmread(file)
-        except InvalidDicomError:
-            if file.suffix.lower() == ".dcm":
-                raise VolumeError(f"slice {file.name} is no DICOM, or only the start of one") from None
-            continue
-        except Exception as error:  # pydicom raises exceptions of many kinds
-            raise VolumeError(f"slice {file.name} is unreadable: {type(error).__name__}: {error}") from error
-        # pydicom gives no error for a file that ends early. One that does not even say what it is ended early.
-        kind = dataset.file_meta.get("MediaStorageSOPClassUID") or dataset.get("SOPClassUID", CTImageStorage)
-        if "PixelData" not in dataset and kind == CTImageStorage:
-            raise VolumeError(f"slice {file.name} is truncated: it ends before its pixels")
-        if "PixelData" in dataset and "ImagePositionPatient" in dataset and "ImageOrientationPatient" in dataset:
-            series.setdefault(str(dataset.get("SeriesInstanceUID", "")), []).append(dataset)
-    if not series:
-        raise VolumeError("neither images nor a DICOM series with positions in this folder")
-    warnings = [] if len(series) == 1 else [f"{len(series)} DICOM series in one folder: the longest was taken"]
-    slices = max(series.values(), key=len)
-    return _stack_dicom(slices, warnings)
-
-
-def _stack_dicom(slices: list, warnings: list[str]) -> StoredVolume:
-    """One series -> a volume with index axes column, row, slice (along the normal)."""
-    cosines = np.array(slices[0].ImageOrientationPatient, np.float64).reshape(2, 3)
-    normal = np.cross(cosines[0], cosines[1])
-    for dataset in slices:
-        if not np.allclose(np.array(dataset.ImageOrientationPatient, np.float64).reshape(2, 3), cosines, atol=1e-3):
-            raise VolumeError("the slices of the DICOM series have different orientations")
-        if (dataset.Rows, dataset.Columns) != (slices[0].Rows, slices[0].Columns):
-            raise VolumeError("the slices of the DICOM series have different sizes")
-    slices = sorted(slices, key=lambda d: float(np.dot(normal, np.array(d.ImagePositionPatient, np.float64))))
-    heights = np.array([np.dot(normal, np.array(d.ImagePositionPatient, np.float64)) for d in slices])
-    if len(slices) < 2:
-        raise VolumeError("a DICOM series of one slice is not a volume")
-    gaps = np.diff(heights)
-    step = float(np.median(gaps))
-    if gaps.min() <= 1e-3:
-        raise VolumeError("two slices of the DICOM series have the same position")
-    counts = np.rint(gaps / step).astype(int)
-    missing = int((counts - 1).sum())
-    if np.abs(gaps - counts * step).max() > _GAP_TOLERANCE * step or missing > _MOST_FILLED * len(slices):
-        raise VolumeError(f"missing slices: gaps of {gaps.min():.2f} to {gaps.max():.2f} mm in the DICOM series")
-    try:
-        planes = [_dicom_hu(dataset) for dataset in slices]
-    except Exception as error:  # pydicom's decoders raise exceptions of many kinds
-        raise VolumeError(f"the pixels of the DICOM series cannot be decoded: {error}") from error
-    filled = [planes[0]]
-    for index, count in enumerate(counts):
-        before, after = planes[index], planes[index + 1]
-        filled += [np.rint(before + (after - before) * (k / count)).astype(np.float32) for k in range(1, count)]
-        filled.append(after)
-    if missing:
-        warnings.append(f"missing slices: {missing} of {len(filled)} filled in by interpolation")
-    row_step, column_step = (float(v) for v in slices[0].PixelSpacing)
-    affine = np.eye(4)
-    affine[:3, 0], affine[:3, 1] = cosines[0] * column_step, cosines[1] * row_step
-    # Along the positions, not the normal: a tilted gantry shears the stack.
-    positions = [np.array(d.ImagePositionPatient, np.float64) for d in (slices[0], slices[-1])]
-    affine[:3, 2] = (positions[1] - positions[0]) / (len(filled) - 1)
-    affine[:3, 3] = positions[0]
-    data = np.asfortranarray(np.stack([plane.T for plane in filled], -1))
-    return StoredVolume(data, np.diag([-1.0, -1.0, 1.0, 1.0]) @ affine, None, has_orientation=True, warnings=warnings)
-
-
-def _dicom_hu(dataset: Any) -> np.ndarray:
-    """float32 [rows, columns] of one slice, its own slope and intercept applied (they may differ between slices)."""
-    slope, intercept = float(dataset.get("RescaleSlope", 1) or 1), float(dataset.get("RescaleIntercept", 0) or 0)
-    return dataset.pixel_array.astype(np.float32) * np.float32(slope) + np.float32(intercept)
+def _holes(names: list[str]) -> list[str]:
+    """A warning where the numbers in the names of slices are not evenly spaced: pictures have no positions to tell by."""
+    numbers = sorted({int(found[-1]) for name in names if (found := re.findall(r"\d+", Path(name).stem))})
+    gaps = np.diff(numbers)
+    if len(numbers) < len(names) or len(gaps) < 2 or gaps.max() == gaps.min():
+        return []
+    step = int(np.median(gaps))
+    missing = int((gaps // step - 1).clip(0).sum())
+    return [f"missing slices? the numbers in the names of the slices have {missing or 'uneven'} holes"]

@@ -103,6 +103,8 @@ def prepare_stored(
     quality = measure(data.shape, affine, to_hu(sample_voxels(data)), metadata, volume, kept, warnings)
     classes = place_mask(read_mask(mask, stored, mask_classes, metadata), affine, kept, grid.size) if mask else None
     quality = {"dtype": str(stored.data.dtype), "decision": mapping.decision, **quality}
+    if stored.notes:
+        quality["notes"] = stored.notes
     return PreparedVolume(volume, kept, quality, classes)
 
 

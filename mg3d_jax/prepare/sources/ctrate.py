@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 
 from mg3d_jax.batch import UNKNOWN_LABEL
@@ -12,6 +11,7 @@ from mg3d_jax.prepare.listing import Example, Listing, SourceOptions, second_fil
 from mg3d_jax.prepare.reading import NIFTI_SUFFIXES
 from mg3d_jax.prepare.reports import clean
 from mg3d_jax.prepare.tables import Row, by_volume, dicom_metadata, find_table, label_table, read_table, require_columns
+from mg3d_jax.prepare.walk import walk
 
 SPLITS = {"train": ("train", "train"), "valid": ("valid", "validation")}  # split: folder, report table
 
@@ -42,9 +42,9 @@ def _ctrate_volumes(listing: Listing, dataset: Path, split: str) -> dict[str, Pa
 
 def _nifti_files(listing: Listing, folder: Path) -> dict[str, Path]:
     found: dict[str, Path] = {}
-    for parent, _, files in sorted(os.walk(folder)):
+    for parent, files in walk(folder):
         for name in files:
-            path = Path(parent) / name
+            path = parent / name
             if name.endswith(NIFTI_SUFFIXES) and not name.startswith(".") and found.setdefault(name, path) != path:
                 listing.add_bad(path, second_file(name, found[name]))
     return found
