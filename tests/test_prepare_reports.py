@@ -9,7 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from mg3d_jax.prepare.reports import clean, report_id, report_sentences, split_sections, split_sentences
+from mg3d_jax.prepare.reports import clean, report_id, report_sentences, split_sentences
+from mg3d_jax.prepare.sections import split_sections
 
 SHARED = Path(__file__).parents[1].parent / "shared" / "data" / "reports"
 

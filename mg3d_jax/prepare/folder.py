@@ -259,6 +259,7 @@ def _finish(
         "bad": listing.bad,
         "skipped": listing.skipped,
         "notes": listing.notes,
+        "cleaned": listing.cleaned,
         "mask_names": list(listing.mask_names),
     }
     manifest = build_manifest(settings.plan(), code, sidecars, context)
@@ -325,6 +326,7 @@ def summary(manifest: dict[str, Any]) -> str:
         f"{manifest['records']} records of {len(manifest['patients'])} patients, {manifest['unique_reports']} distinct "
         f"reports, grid {manifest['grid']} at {spacing}, {size:.1f} MB in {shards} shards",
         *manifest["notes"],
+        *(f"{count} texts cleaned of {kind}" for kind, count in manifest.get("cleaned", {}).items()),
         *(f"{count} left out: {rule}" for rule, count in manifest["skipped"].items()),
         *(
             f"leak allowed: {leak['name']} ({leak['where']}): {len(leak['items'])}"

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from mg3d_jax.prepare.cleaning import artefacts, clean
 from mg3d_jax.prepare.geometry import Metadata
 from mg3d_jax.prepare.reading import ARRAY_SUFFIXES, IMAGE_SUFFIXES, NIFTI_SUFFIXES
 from mg3d_jax.prepare.walk import walk
@@ -58,6 +59,14 @@ class Listing:
     mask_names: tuple[
         str, ...
     ] = ()  # classes of the masks, by their value: "background" first; () where there are no masks
+
+    cleaned: dict[str, int] = field(default_factory=dict)  # what was taken out of texts -> how many texts had it
+
+    def clean(self, text: object) -> str:
+        """`cleaning.clean`, counted."""
+        for kind in artefacts(text):
+            self.cleaned[kind] = self.cleaned.get(kind, 0) + 1
+        return clean(text)
 
     def add_bad(self, path: Path | str, reason: str) -> None:
         self.bad.append({"path": str(path), "reason": reason})

@@ -29,7 +29,7 @@ def build_manifest(
         plan: the settings that decide the records: source, split, grid, ...
         code: what version of the code began the preparation, for people; as `mg3d_jax.version.code` gave it.
         shards: the sidecar of every shard, in order.
-        listing: {"label_names", "bad", "skipped", "notes", "mask_names"} of the source.
+        listing: {"label_names", "bad", "skipped", "notes", "cleaned", "mask_names"} of the source.
     """
     entries = [entry for shard in shards for entry in shard["entries"]]
     shard_keys = ("file", "records", "bytes", "sha256")
@@ -48,6 +48,7 @@ def build_manifest(
         "bad": listing["bad"] + [item for shard in shards for item in shard["bad"]],
         "skipped": listing["skipped"],
         "notes": listing["notes"],
+        "cleaned": listing["cleaned"],
         "warnings": sum(bool(line["warnings"]) for shard in shards for line in shard["quality"]),
         "recipe_version": RECIPE_VERSION,
         "code": code,

@@ -9,22 +9,11 @@ from __future__ import annotations
 
 import hashlib
 import re
-import unicodedata
 
-# A section that only says that there is none.
-_EMPTY = re.compile(
-    r"[\W_]*(not\s+(given|available|provided|specified|entered|applicable)|none|nan|null|nil|n\.?\s*/?\s*a|unknown"
-    r"|no\s+(report|text|impression|conclusion))?[\W_]*",
-    re.IGNORECASE,
-)
-_CHARACTERS = str.maketrans(
-    {
-        "“": '"', "”": '"', "„": '"', "«": '"', "»": '"', "＂": '"',
-        "‘": "'", "’": "'", "‚": "'", "`": "'", "´": "'",
-        "\u00a0": " ", "\u200b": "", "\ufeff": "", "\u00ad": "",
-        "×": "x", "✕": "x", "＊": "*", "，": ", ", "。": ". ", "；": "; ", "：": ": ", "（": "(", "）": ")",
-    }
-)  # fmt: skip
+from mg3d_jax.prepare.cleaning import clean
+from mg3d_jax.prepare.sections import split_sections
+
+__all__ = ["clean", "report_id", "report_sentences", "split_sections", "split_sentences"]
 
 # Words after which a full stop does not end a sentence, in lower case, without the stop: never; before a number only;
 # before anything but a capital ("ca. 4 mm", but "operated for breast Ca. Significant effusion").
@@ -40,48 +29,13 @@ _ABBREVIATIONS = frozenset(
 _BULLET = re.compile(r"(?:^|(?<=[\s.;:!?)\"]))[•●▪■◦·*‣➢✓](?=\s*[^\s\d])")
 _QUOTE_BULLET = re.compile(r"(?:^|(?<=\s)|(?<=[.?!:;,]))['\"]+(?=\s+\.?\s*[A-Z0-9])|(?<=[a-z)])\"(?=\s+[A-Z])")
 _DASH_BULLET = re.compile(r"(?:^|(?<=[.!?:]\s)|(?<=\n))\s*[-–—]+\s*(?=[A-Z])")
-_LIST_NUMBER = re.compile(r"(?:^|(?<=[.!?:;]\s)|(?<=\n))\s*\(?\d{1,2}\s?(?:[.)]|[.]?-)\s*(?=[A-Z])")
+_CAPITAL = "A-Z\u00c0-\u00d6\u00d8-\u00de\u011e\u0130\u015e\u0391-\u03a9\u0410-\u042f"
+_LIST_NUMBER = re.compile(
+    rf"(?:^|(?<=[.!?:;]\s)|(?<=\n))\s*(?:#\d{{1,2}}\s?[:.)]?|\(?\d{{1,2}}\s?(?:[.]?[)]|[.]?-|[.]))\s*(?=[{_CAPITAL}])"
+)
 _NEWLINE = re.compile(r"\s*\n\s*")
 _STOP = re.compile(r"[.!?]+")
 _BREAK = "\x00"  # a boundary that layout has already decided: a bullet, a list number, a blank line
-
-_HEADING = re.compile(
-    r"(?:^|(?<=[\n.;]))[ \t]*"
-    r"(?P<name>findings?|results?|reports?|comments?|impressions?|conclusions?|opinions?|diagnos[ie]s|summary)"
-    r"[ \t]*[:：][ \t]*",
-    re.IGNORECASE,
-)
-_IMPRESSION_HEADINGS = ("impression", "conclusion", "opinion", "diagnos", "summary")
-
-
-def clean(text: object) -> str:
-    """Text of one report section: unified quotes and spaces, "" for `None`, NaN, "Not given." and the like.
-    Line breaks are kept (they separate list items); `split_sentences` removes them."""
-    if not isinstance(text, str):
-        return ""
-    text = unicodedata.normalize("NFC", text).translate(_CHARACTERS).replace("\r\n", "\n").replace("\r", "\n")
-    text = re.sub(r"[ \t\f\v]+", " ", text)
-    text = re.sub(r" ?\n ?", "\n", text).strip()
-    if _EMPTY.fullmatch(text):
-        return ""
-    return text
-
-
-def split_sections(text: str) -> tuple[str, str]:
-    """(findings, impression) of a report held in one text, by its headings ("FINDINGS:", "IMPRESSION:", "Conclusion:");
-    all of it is findings where there is no heading."""
-    text = clean(text)
-    parts: dict[str, list[str]] = {"findings": [], "impression": []}
-    target, start = "findings", 0
-    for match in _HEADING.finditer(text):
-        parts[target].append(text[start : match.start()])
-        target = "impression" if match["name"].lower().startswith(_IMPRESSION_HEADINGS) else "findings"
-        start = match.end()
-    parts[target].append(text[start:])
-    findings, impression = (
-        " ".join(p.strip() for p in parts[name] if p.strip()) for name in ("findings", "impression")
-    )
-    return clean(findings), clean(impression)
 
 
 def _mark_layout(text: str) -> str:
@@ -130,6 +84,8 @@ def _ends_sentence(before: str, stop: str, after: str) -> bool:
     word = word_match[0].lower() if word_match else ""
     if word in _NEVER_LAST or word.rsplit(".", 1)[-1] in _NEVER_LAST:
         return False
+    if word in ("a.m", "p.m"):  # a time of day
+        return following[0].isupper()
     if word in _BEFORE_NUMBER:
         return spaced and not following[0].isdigit()
     if word in _ABBREVIATIONS:

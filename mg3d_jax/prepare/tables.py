@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import ast
+import csv
+import io
 import math
+import re
+import zipfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeVar
@@ -13,7 +17,12 @@ from mg3d_jax.data.abnormalities import ABNORMALITIES
 from mg3d_jax.errors import UserError
 from mg3d_jax.prepare.geometry import Metadata
 
-LABEL_VALUES = {"1": 1, "1.0": 1, "0": 0, "0.0": 0, "-1": -1, "-1.0": -1, "": UNKNOWN_LABEL}
+_LABELS = {
+    **dict.fromkeys(("1", "1.0", "true", "yes"), 1),
+    **dict.fromkeys(("0", "0.0", "false", "no"), 0),
+    **dict.fromkeys(("-1", "-1.0", "", "nan", "na", "n/a", "none", "null", "unknown"), UNKNOWN_LABEL),
+}
+_DELIMITERS = {",": "commas", ";": "semicolons", "	": "tabs", "|": "bars"}
 Row = dict[str, str]
 Value = TypeVar("Value")
 
@@ -25,25 +34,94 @@ def find_table(folder: Path, stem: str) -> Path | None:
     )
 
 
-def read_table(path: Path) -> list[Row]:
-    """Rows of a csv or xlsx as dicts of strings. Raises `UserError` where it is missing, empty or unreadable."""
-    import pandas as pd
-
+def read_table(path: Path, notes: list[str] | None = None) -> list[Row]:
+    """Rows of a csv or xlsx as dicts of strings. What is unusual about its form is added to `notes`. Raises `UserError` where
+    it is missing, empty or unreadable."""
     if not path.is_file():
         raise UserError(f"{path} does not exist: the table is needed; check --root and --split")
     try:
-        if path.suffix.lower() == ".xlsx":
-            frame = pd.read_excel(path, dtype=str, keep_default_na=False)
-        else:
-            frame = pd.read_csv(path, dtype=str, keep_default_na=False)
+        header, lines = _read_xlsx(path) if path.suffix.lower() == ".xlsx" else _read_csv(path, notes)
     except ImportError as error:
         raise UserError(f"{path}: reading xlsx needs openpyxl: pip install openpyxl") from error
-    except (ValueError, OSError, KeyError) as error:
+    except (ValueError, OSError, KeyError, csv.Error, zipfile.BadZipFile) as error:
+        if isinstance(error, UserError):
+            raise
         raise UserError(f"{path} is not a readable table: {error}") from error
-    if frame.empty:
+    names = _distinct([name.strip() for name in header])
+    rows = []
+    for number, cells in lines:
+        if any(cell.strip() for cell in cells[len(names) :]):
+            raise UserError(
+                f"{path}: line {number} has {len(cells)} cells, the header {len(names)}: put texts that hold the delimiter in "
+                "double quotes"
+            )
+        rows.append(dict(zip(names, [*cells, *[""] * (len(names) - len(cells))], strict=False)))
+    if not rows:
         raise UserError(f"{path} has no rows")
-    frame.columns = [str(column).strip() for column in frame.columns]
-    return frame.to_dict("records")
+    blank = [name for name in names if re.fullmatch(r"(\.\d+)?", name) and not any(row[name].strip() for row in rows)]
+    return [{name: value for name, value in row.items() if name not in blank} for row in rows] if blank else rows
+
+
+def _read_xlsx(path: Path) -> tuple[list[str], list[tuple[int, list[str]]]]:
+    import pandas as pd
+
+    frame = pd.read_excel(path, dtype=str, keep_default_na=False, header=None)
+    lines = [[str(cell) for cell in row] for row in frame.itertuples(index=False)]
+    if not lines:
+        raise UserError(f"{path} has no rows")
+    return lines[0], list(enumerate(lines[1:], 2))
+
+
+def _read_csv(path: Path, notes: list[str] | None) -> tuple[list[str], list[tuple[int, list[str]]]]:
+    """(header, [(line number, cells)]). The delimiter is that of the header's line."""
+    text = _decoded(path)
+    first = re.sub(r'"[^"]*"', "", text.split("\n", 1)[0])
+    delimiter = max(_DELIMITERS, key=first.count) if any(map(first.count, _DELIMITERS)) else ","
+    if delimiter != "," and notes is not None:
+        notes.append(f"{path.name}: its cells are divided by {_DELIMITERS[delimiter]}")
+    csv.field_size_limit(1 << 30)
+    try:
+        lines = _cells(text, delimiter, strict=True)
+    except csv.Error as error:
+        if "unexpected end of data" in str(error):
+            raise UserError(
+                f"{path}: a double quote opens a cell that never ends: everything behind it would be one cell"
+            ) from error
+        lines = _cells(text, delimiter, strict=False)  # a quote within a cell
+    if not lines:
+        raise UserError(f"{path} is empty")
+    return lines[0][1], lines[1:]
+
+
+def _cells(text: str, delimiter: str, *, strict: bool) -> list[tuple[int, list[str]]]:
+    reader = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, strict=strict)
+    return [(reader.line_num, cells) for cells in reader if cells]
+
+
+def _decoded(path: Path) -> str:
+    """The text of a file in UTF-8, or UTF-16 with its mark. Another encoding is named, not guessed: a wrong one garbles."""
+    content = path.read_bytes()
+    if content[:2] in (b"\xff\xfe", b"\xfe\xff"):
+        return content.decode("utf-16")
+    try:
+        return content.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        line = content[: error.start].count(b"\n") + 1
+        raise UserError(
+            f"{path} is not UTF-8: byte 0x{content[error.start]:02X} in line {line}; it may be Windows-1252 or -1254, or "
+            "Latin-1: save it as UTF-8 (in a spreadsheet: csv UTF-8)"
+        ) from error
+
+
+def _distinct(names: list[str]) -> list[str]:
+    """Names of columns of which a repeated one gets a number: "x", "x.1"."""
+    seen: dict[str, int] = {}
+    found = []
+    for name in names:
+        count = seen.get(name, 0)
+        seen[name] = count + 1
+        found.append(f"{name}.{count}" if count else name)
+    return found
 
 
 def require_columns(path: Path, rows: list[Row], columns: tuple[str, ...]) -> None:
@@ -118,9 +196,27 @@ def label_table(
 def row_labels(path: Path, row: Row, names: tuple[str, ...]) -> tuple[int, ...]:
     """Labels of one row. Raises `UserError` for anything but 1, 0, -1 and nothing."""
     for name in names:
-        if (text := row[name].strip()) not in LABEL_VALUES:
+        if label_value(row[name]) is None:
             raise UserError(
-                f"{path}: the label in column {name!r} is {text!r}, in row {list(row.values())[:1]}: expected 1, 0, -1 "
-                "or nothing"
+                f"{path}: the label in column {name!r} is {row[name].strip()!r}, in row {list(row.values())[:1]}: expected 1, "
+                "0, -1, true, false or nothing"
             )
-    return tuple(LABEL_VALUES[row[name].strip()] for name in names)
+    return tuple(value for name in names if (value := label_value(row[name])) is not None)
+
+
+def label_value(text: str) -> int | None:
+    """1, 0 or -1 (unknown, also for nothing) of a cell; `None` for what is no label."""
+    return _LABELS.get(text.strip().lower())
+
+
+def label_columns(rows: list[Row], columns: list[str]) -> tuple[tuple[str, ...], list[str]]:
+    """(columns that hold only labels, notes on those that nearly do: the first value that is none)."""
+    names, notes = [], []
+    for column in columns:
+        filled = [(number, row[column]) for number, row in enumerate(rows, 2) if row[column].strip()]
+        wrong = [(number, text) for number, text in filled if label_value(text) is None]
+        if filled and not wrong:
+            names.append(column)
+        elif filled and len(wrong) < 0.2 * len(filled):
+            notes.append(f"column {column!r} is not taken for a label: row {wrong[0][0]} has {wrong[0][1]!r}")
+    return tuple(names), notes

@@ -9,7 +9,6 @@ from mg3d_jax.errors import UserError
 from mg3d_jax.prepare.geometry import Metadata
 from mg3d_jax.prepare.listing import Example, Listing, SourceOptions, second_file, without_suffix
 from mg3d_jax.prepare.reading import NIFTI_SUFFIXES
-from mg3d_jax.prepare.reports import clean
 from mg3d_jax.prepare.tables import Row, by_volume, dicom_metadata, find_table, label_table, read_table, require_columns
 from mg3d_jax.prepare.walk import walk
 
@@ -60,9 +59,9 @@ def list_ctrate(options: SourceOptions) -> Listing:
     dataset = _dataset_folder(options.root)
     reports = dataset / "radiology_text_reports"
     report_path = find_table(reports, f"{table}_reports") or reports / f"{table}_reports.csv"
-    rows = read_table(report_path)
-    require_columns(report_path, rows, ("VolumeName", "Findings_EN", "Impressions_EN"))
     notes: list[str] = []
+    rows = read_table(report_path, notes)
+    require_columns(report_path, rows, ("VolumeName", "Findings_EN", "Impressions_EN"))
     labels_folder, label_stem = dataset / "multi_abnormality_labels", f"{folder}_predicted_labels"
     names, labels = label_table(find_table(labels_folder, label_stem), labels_folder / f"{label_stem}.csv", notes)
     metadata_path = find_table(dataset / "metadata", f"{table}_metadata")
@@ -120,7 +119,7 @@ def _ctrate_rows(
         seen.add(name)
         expected = dataset / SPLITS[options.split][0] / patient / scan / name
         path = volumes.get(name, expected if options.streaming else None)
-        findings, impression = clean(row["Findings_EN"]), clean(row["Impressions_EN"])
+        findings, impression = listing.clean(row["Findings_EN"]), listing.clean(row["Impressions_EN"])
         if path is None:
             listing.add_bad(expected, "a report without a volume")
         elif not findings and not impression:

@@ -16,7 +16,6 @@ from mg3d_jax.prepare.listing import (
     second_file,
     without_suffix,
 )
-from mg3d_jax.prepare.reports import clean
 
 
 def list_ctrg(options: SourceOptions) -> Listing:
@@ -50,7 +49,7 @@ def list_ctrg(options: SourceOptions) -> Listing:
             continue
         name = str(row["id"])
         stem = without_suffix(name)
-        findings, impression = clean(row.get("report")), clean(row.get("result"))
+        findings, impression = listing.clean(row.get("report")), listing.clean(row.get("result"))
         volume = volumes.get(stem, root / name if options.streaming else None)
         if stem in seen:
             listing.add_bad(path, f"second report row of {name}")

@@ -8,8 +8,8 @@ from pathlib import Path
 
 from mg3d_jax.errors import UserError
 from mg3d_jax.prepare.listing import Example, Listing, SourceOptions, outside_metadata, without_suffix
-from mg3d_jax.prepare.reports import clean, split_sections
-from mg3d_jax.prepare.tables import LABEL_VALUES, Row, dicom_metadata, numbers, read_table, row_labels
+from mg3d_jax.prepare.sections import split_sections
+from mg3d_jax.prepare.tables import Row, dicom_metadata, label_columns, numbers, read_table, row_labels
 
 # Column names of `--source csv`, in order of preference, compared in lower case without "_" and "-".
 _COLUMNS = {
@@ -38,30 +38,30 @@ def _find_columns(rows: list[Row]) -> dict[str, str]:
 def list_table(options: SourceOptions) -> Listing:
     """Any table (csv, xlsx): ROOT is the file. Columns, by name: volume (path, relative to the table), report or
     findings and impression; optional patient, scan, split, spacing ("0.7 0.7 1.5", mm), axes ("LPS"). Every other
-    column that holds only 1, 0, -1 and nothing is a label. A split column is what `--split` selects by."""
+    column that holds only 1, 0, -1, true, false and nothing is a label. A split column is what `--split` selects by."""
     path = options.root
-    rows = read_table(path)
+    notes: list[str] = []
+    rows = read_table(path, notes)
     columns = _find_columns(rows)
     if "volume" not in columns or not {"report", "findings", "impression"} & columns.keys():
         raise UserError(
             f"{path} needs a column `volume` and `report` (or `findings`, `impression`); it has {list(rows[0])}"
         )
     others = [column for column in rows[0] if column not in columns.values()]
-    names = tuple(
-        c for c in others if all(row[c].strip() in LABEL_VALUES for row in rows) and any(row[c] for row in rows)
-    )
-    listing = Listing([], names, notes=[f"labels: {', '.join(names) or 'none'}"])
+    names, doubtful = label_columns(rows, others)
+    listing = Listing([], names, notes=[*notes, f"labels: {', '.join(names) or 'none'}", *doubtful])
     if ignored := [column for column in others if column not in names]:
         listing.notes.append(f"columns not used: {', '.join(ignored)}")
     if "split" in columns and options.split not in (splits := {row[columns["split"]].strip() for row in rows}):
         raise UserError(f"--split {options.split!r}: the column {columns['split']!r} of {path} has {sorted(splits)}")
+    seen: set[Path] = set()
     for number, row in enumerate(rows, 1):
         split = row[columns["split"]].strip() if "split" in columns else options.split
         spacing = row[columns["spacing"]].strip() if "spacing" in columns else ""
         if not row[columns["volume"]].strip():
             listing.add_bad(path, "a row without a volume")
             continue
-        example = _example(path, row, columns, names, options)
+        example = _example(path, row, columns, names, options, listing)
         if split != options.split:
             listing.other_splits.setdefault(split, set()).add(example.patient)
         elif not example.findings and not example.impression:
@@ -71,7 +71,10 @@ def list_table(options: SourceOptions) -> Listing:
         elif spacing and _spacing(spacing) is None:
             expected = "three numbers above 0 (mm), such as '0.7 0.7 1.5'"
             listing.add_bad(example.path, f"row {number} of {path.name}: spacing {spacing!r} is not {expected}")
+        elif example.path in seen:
+            listing.add_bad(example.path, f"second report row of {example.name}")
         else:
+            seen.add(example.path)
             listing.examples.append(example)
     return listing
 
@@ -81,14 +84,16 @@ def _spacing(text: str) -> tuple[float, float, float] | None:
     return found if found is not None and len(found) == 3 and min(found) > 0 else None
 
 
-def _example(path: Path, row: Row, columns: dict[str, str], names: tuple[str, ...], options: SourceOptions) -> Example:
+def _example(
+    path: Path, row: Row, columns: dict[str, str], names: tuple[str, ...], options: SourceOptions, listing: Listing
+) -> Example:
     def value(role: str) -> str:
         return row[columns[role]].strip() if role in columns else ""
 
     volume = Path(value("volume"))
-    findings, impression = clean(value("findings")), clean(value("impression"))
+    findings, impression = listing.clean(value("findings")), listing.clean(value("impression"))
     if not findings and not impression:
-        findings, impression = split_sections(value("report"))
+        findings, impression = split_sections(listing.clean(value("report")))
     about = dicom_metadata(row)
     if spacing := _spacing(value("spacing")):
         about = replace(about, spacing=spacing)
