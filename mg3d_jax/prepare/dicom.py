@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -129,11 +130,15 @@ def _frames(file: Path, dataset: Any) -> list[Slice]:
                 _pair(measures.get("PixelSpacing"), file),
                 (int(dataset.Rows), int(dataset.Columns)),
                 tuple(str(part).upper() for part in dataset.get("ImageType", ())),
-                lambda index=index, scale=scale: _hounsfield(dataset, dataset.pixel_array[index], scale or dataset),
+                partial(_frame_hounsfield, dataset, index, scale),
                 None,
             )
         )
     return found
+
+
+def _frame_hounsfield(dataset: Any, index: int, scale: Any) -> np.ndarray:
+    return _hounsfield(dataset, dataset.pixel_array[index], scale or dataset)
 
 
 def _hounsfield(dataset: Any, stored: np.ndarray, scale: Any) -> np.ndarray:
@@ -166,7 +171,7 @@ def _belonging(slices: list[Slice], warnings: list[str]) -> list[Slice]:
         warnings.append(
             f"left out: {odd} images of another size or direction (a scout, a dose page, a secondary capture)"
         )
-    unique = {}
+    unique: dict[str, Slice] = {}
     for one in found:
         unique.setdefault(one.uid, one)
     found = list(unique.values())

@@ -209,7 +209,7 @@ def _body_size(affine: np.ndarray) -> bool:
 def same_frame(a: np.ndarray, b: np.ndarray) -> bool:
     """Whether two affines have the same voxel sizes and directions; positions may differ."""
     sizes = [np.sqrt((matrix[:3, :3] ** 2).sum(0)) for matrix in (a, b)]
-    if not np.allclose(*sizes, rtol=_SAME_SPACING):
+    if not np.allclose(sizes[0], sizes[1], rtol=_SAME_SPACING):
         return False
     directions = [matrix[:3, :3] / size for matrix, size in zip((a, b), sizes, strict=True)]
     return bool(((directions[0] * directions[1]).sum(0) > _SAME_DIRECTION).all())

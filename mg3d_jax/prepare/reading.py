@@ -128,7 +128,8 @@ def read_array(path: Path, metadata: Metadata) -> StoredVolume:
         if isinstance(loaded, np.lib.npyio.NpzFile):
             with loaded as archive:
                 keys = [k for k in ("ct", "volume") if k in archive.files] or archive.files
-                check_unpacked(sum(one.file_size for one in archive.zip.infolist()), path.stat().st_size)
+                members = archive.zip.infolist() if archive.zip else []
+                check_unpacked(float(sum(one.file_size for one in members)), path.stat().st_size)
                 if len(keys) != 1:
                     raise VolumeError(f"several arrays {archive.files} and none of them is `ct` or `volume`")
                 loaded = archive[keys[0]]
