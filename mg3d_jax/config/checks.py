@@ -14,6 +14,7 @@ REMAT_POLICIES = ("none", "minimal", "full", "offload")
 SCHEDULES = ("linear", "cosine", "constant")
 OPTIMIZERS = ("adamw", "muon")
 LENGTH_UNITS = ("steps", "epochs", "samples")
+REPORT_INPUTS = ("tokens", "sentences")
 WRITERS = ("jsonl", "tensorboard", "wandb")
 
 
@@ -65,6 +66,7 @@ def _model_problems(config: Config) -> list[str]:
         *choice("model.dtype", model.dtype, DTYPES),
         *choice("model.remat", model.remat, REMAT_POLICIES),
         *choice("model.fusion.kind", model.fusion.kind, ("attention", "gate")),
+        *choice("model.report_input", model.report_input, REPORT_INPUTS),
         *_positive(
             config, "model.projection_dim", "model.fusion.depth", "model.matching_dim", "model.voxel_decoder.depth"
         ),
@@ -84,6 +86,10 @@ def _model_problems(config: Config) -> list[str]:
         problems.append(
             f"model.report_encoder.precompute: the features of a tower that is trained change (frozen_layers = "
             f"{report.frozen_layers}): set model.report_encoder.frozen_layers=-1, or precompute=False"
+        )
+    if model.report_input == "sentences" and not report.precompute:
+        problems.append(
+            'model.report_input = "sentences" reads features that were computed once: set model.report_encoder.precompute=True'
         )
     return problems + _cell_problems(model)
 

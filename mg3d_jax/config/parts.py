@@ -197,6 +197,12 @@ class ModelConfig:
     matching_dim: int = key(
         128, "width of the sentence-conditioned and fused volume features, and of projected sentences"
     )
+    report_input: str = key(
+        "tokens",
+        'what the objectives that read a whole report are given: the "tokens" of it, encoded together in every step; '
+        '"sentences": the features of its single sentences, one a sentence, which report_encoder.precompute has encoded once',
+        neutral="tokens",
+    )
     dtype: str = key("bfloat16", "of activations: bfloat16 or float32; parameters and losses are float32")
     remat: str = key(
         "minimal",

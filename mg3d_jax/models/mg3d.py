@@ -23,6 +23,7 @@ from mg3d_jax.objectives.same_words import others
 
 MAX_LOGIT_SCALE = 100.0  # temperature 0.01: the bound that CLIP uses
 FIXED_WORD_DIM = 256  # length of the random word vectors of `sentence_words`
+SENTENCE_FEATURES = "sentence_features"  # of a report, where these are given in place of its tokens
 INITIAL_LOGIT_BIAS = -10.0  # SigLIP's: at the start nearly every pair is called negative
 
 
@@ -268,6 +269,11 @@ class MG3D(nn.Module):
         return means.reshape(*axes, -1), jnp.any(mask, axis=1).reshape(axes)
 
     def _encode_report(self, report: dict[str, jax.Array], train: bool) -> tuple[jax.Array, ...]:
+        if SENTENCE_FEATURES in report:  # with `model.report_input` = "sentences" these are its tokens
+            if self.is_initializing():  # the encoder belongs to the run: evaluations encode texts
+                self.report_encoder(report["token_ids"], jnp.ones_like(report["token_ids"], bool))
+            features = report[SENTENCE_FEATURES].astype(self.context.model.dtype)
+            return features, features
         encoded = self.report_encoder(report["token_ids"], report["token_mask"], train=train)
         return encoded["tokens"], encoded["embeddings"]
 

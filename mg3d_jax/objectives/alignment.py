@@ -104,6 +104,11 @@ def problems(options: AlignmentOptions, config: Any) -> list[str]:
         found.append(f"objectives.alignment.subset_sizes = {options.subset_sizes}: give sizes, e.g. (1, 4, 0)")
     if options.report_sentences < 1:
         found.append(f"objectives.alignment.report_sentences = {options.report_sentences}: must be at least 1")
+    if config.model.report_input == "sentences" and (options.weight == 0 or options.report_view == "report"):
+        found.append(
+            'model.report_input = "sentences": the sentences are those of objectives.alignment: give it a weight and '
+            'report_view = "sentences" or "subsets"'
+        )
     if not 0 <= options.reworded <= 1:
         found.append(f"objectives.alignment.reworded = {options.reworded}: a share, from 0 to 1")
     elif options.reworded:

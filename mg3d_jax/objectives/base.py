@@ -55,6 +55,15 @@ def reads_nothing(options: Any) -> tuple[str, ...]:
     return ()
 
 
+def needs_tokens(key: str, config: Any) -> list[str]:
+    """The problem of an objective that reads tokens of a report where only its sentences are given (`model.report_input`)."""
+    if config.model.report_input == "tokens":
+        return []
+    return [
+        f'{key} reads the tokens of a report, and model.report_input = "{config.model.report_input}": set it to "tokens"'
+    ]
+
+
 def as_needed(modules: Any, needed: Features, options: Any) -> Features:
     """What it needs, as it is."""
     return dict(needed)

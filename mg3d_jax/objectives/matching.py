@@ -26,7 +26,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from mg3d_jax.errors import UserError
-from mg3d_jax.objectives.base import Batch, Context, Features, Metrics, Objective
+from mg3d_jax.objectives.base import Batch, Context, Features, Metrics, Objective, needs_tokens
 from mg3d_jax.objectives.pairwise import (
     Tree,
     check_shapes,
@@ -83,6 +83,8 @@ def problems(options: MatchingOptions, config: Any) -> list[str]:
         found.append(
             f"objectives.matching.low = {options.low}, high = {options.high}: cosines with low < high are needed"
         )
+    if options.weight > 0 and options.sentence_source != "encoder":
+        found += needs_tokens(f"objectives.matching.sentence_source = {options.sentence_source!r}", config)
     if options.weight > 0 and options.form == SAME_WORDS:
         found += too_few_rows("objectives.matching", config)
     return found

@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from mg3d_jax.objectives.base import Batch, Context, Features, Metrics, Objective
+from mg3d_jax.objectives.base import Batch, Context, Features, Metrics, Objective, needs_tokens
 from mg3d_jax.objectives.masking import most_selected, selected_positions, whole_word_mask
 from mg3d_jax.objectives.pairwise import check_shapes, l2_normalize, zero_unless
 from mg3d_jax.objectives.sums import Sums, masked_sums, mean_of_sums
@@ -97,6 +97,11 @@ def loss(features: Features, batch: Batch, options: ReportReconstructionOptions)
     return tokens["loss"] + options.sentence_weight * sentences["loss"], metrics
 
 
+def problems(options: ReportReconstructionOptions, config: Any) -> list[str]:
+    """Words to hide in a report of which no words are given."""
+    return needs_tokens("objectives.report_reconstruction", config) if options.weight > 0 else []
+
+
 REPORT_RECONSTRUCTION = Objective(
     options=ReportReconstructionOptions,
     needs=lambda options: (
@@ -106,4 +111,5 @@ REPORT_RECONSTRUCTION = Objective(
     loss=loss,
     features=features,
     draw=draw,
+    problems=problems,
 )

@@ -18,7 +18,7 @@ from mg3d_jax.batch import AIR_HU, UNKNOWN_LABEL
 from mg3d_jax.config.parts import AugmentConfig
 from mg3d_jax.data.tokens import SPECIAL_TOKENS
 from mg3d_jax.errors import UserError
-from mg3d_jax.models.mg3d import MG3D
+from mg3d_jax.models.mg3d import MG3D, SENTENCE_FEATURES
 from mg3d_jax.objectives.base import added_fields, record_fields
 from mg3d_jax.options import Group
 
@@ -77,6 +77,17 @@ def streams(key: jax.Array, names: tuple[str, ...]) -> dict[str, jax.Array]:
     }
 
 
+def sentences_as_tokens(batch: dict[str, jax.Array]) -> dict[str, jax.Array]:
+    """What stands for the text fields of a report of which only the features of its sentences are read: one token each.
+
+    `token_mask` and `sentence_index` [B, S], and `sentence_features` [B, S, e]: of the first wording of the sentences that
+    the alignment adds to a batch.
+    """
+    there = batch["sentence_lengths"][..., 0] > 0
+    numbers = jnp.where(there, jnp.arange(1, there.shape[1] + 1), 0)
+    return {"token_mask": there, "sentence_index": numbers, SENTENCE_FEATURES: batch["sentences"][:, :, 0]}
+
+
 def model_inputs(
     batch: dict[str, jax.Array], key: jax.Array, model: MG3D, *, special: dict[str, int], train: bool
 ) -> dict[str, Any]:
@@ -86,8 +97,9 @@ def model_inputs(
         special: ids of the special tokens by role ("[PAD]", "[MASK]", ...), whatever the tokenizer calls them.
 
     Returns:
-        `volume` [B, X, Y, Z, C]; `report`, the text fields [B, T]; the fields of `batch.OF_RECORDS` that are read, moved as
-        the volume is; and what the `draw` of each objective and task that is on gives.
+        `volume` [B, X, Y, Z, C]; `report`, the text fields [B, T], or what `sentences_as_tokens` puts in their place; the
+        fields of `batch.OF_RECORDS` that are read, moved as the volume is; and what the `draw` of each objective and task
+        that is on gives.
     """
     context = dataclasses.replace(model.context, special=Group(special))
     keys = streams(key, ("augment", *(one.name for one in model.on)))
@@ -95,7 +107,9 @@ def model_inputs(
     if train:
         volume = augment(keys["augment"], volume, context.data.augment)
     inputs: dict[str, Any] = {"volume": window(volume, context.data.windows)}
-    inputs["report"] = {name: batch[name] for name in TEXT_FIELDS}
+    if context.model.report_input == "sentences":
+        batch = batch | sentences_as_tokens(batch)
+    inputs["report"] = {name: batch[name] for name in (*TEXT_FIELDS, SENTENCE_FEATURES) if name in batch}
     for name in record_fields(model.on):  # of voxels, all of them
         inputs[name] = batch[name]
         if train and (most := context.data.augment.shift):
