@@ -83,4 +83,4 @@ def test_a_run_trains_and_is_evaluated_so(tiny_data: dict[str, str], tmp_path: P
     config = tiny_config(tiny_data["train"], tiny_data["valid"], training__evaluate_every=2, **options)
     assert Trainer(config, tmp_path / "run").run() == 0
     last = json.loads((tmp_path / "run" / "summary.json").read_text())
-    assert np.isfinite(last["final"]["valid/loss"]) and "evaluation/auroc_macro" in last["final"]
+    assert np.isfinite(last["final"]["valid/loss"]) and any(name.startswith("evaluation/") for name in last["final"])

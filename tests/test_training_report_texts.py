@@ -132,3 +132,15 @@ def test_worker_processes_make_the_same_texts(data: PreparedData, tokenizer: Rep
     assert here.keys() == there.keys() and {"statements", "sentences"} <= here.keys()
     for name in here:
         np.testing.assert_array_equal(here[name], there[name], err_msg=name)
+
+
+def test_the_mark_of_weights_is_of_their_bits() -> None:
+    """Whatever the mesh and its devices; a permutation and the smallest change show."""
+    weights = np.random.default_rng(0).normal(size=(64, 3)).astype(np.float32)
+    marks = {name: texts_lib._fingerprint({"report_encoder": {"a": array}}) for name, array in {
+        "same": weights, "permuted": weights[::-1], "changed": np.nextafter(weights, 9.0, dtype=np.float32),
+    }.items()}  # fmt: skip
+    mesh = jax.make_mesh((8,), ("data",))
+    split = jax.device_put(weights, jax.NamedSharding(mesh, jax.P("data")))
+    assert texts_lib._fingerprint({"report_encoder": {"a": split}}) == marks["same"]
+    assert len(set(marks.values())) == 3

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from mg3d_jax import sharding
@@ -178,6 +179,14 @@ def _padded(rows: Sequence[np.ndarray], length: int) -> dict[str, np.ndarray]:
 
 
 def _fingerprint(params: Any) -> str:
-    """A short text that differs between report encoders with different weights."""
-    sums = jax.jit(lambda tree: [(x.sum(), abs(x).sum()) for x in jax.tree.leaves(tree)])(params["report_encoder"])
-    return hashlib.sha256(repr([f"{float(x):.6e}" for pair in sums for x in pair]).encode()).hexdigest()[:16]
+    """A short text that differs between report encoders with different weights.
+
+    Of their bits, in integers: a sum of floats depends on how many threads and devices share in it.
+    """
+
+    def digest(array: jax.Array) -> jax.Array:
+        bits = jax.lax.bitcast_convert_type(array.astype(jnp.float32), jnp.uint32).ravel()
+        return jnp.sum(bits * (2 * jnp.arange(bits.size, dtype=jnp.uint32) + 1), dtype=jnp.uint32)
+
+    digests = jax.jit(lambda tree: [digest(leaf) for leaf in jax.tree.leaves(tree)])(params["report_encoder"])
+    return hashlib.sha256(repr([int(one) for one in digests]).encode()).hexdigest()[:16]
