@@ -36,7 +36,7 @@ def get_config(arg: str = "") -> ConfigDict:
     if twin:
         config_lib.use_small_model(config)
         config_lib.use_frozen_report_encoder(config, source or package_folder(), preset="mini")
-        config.training.steps = 700
+        config.training.steps = 1000
     else:
         config_lib.use_frozen_report_encoder(config, source or RADBERT, preset="roberta-base")
         config.model.volume_encoder.preset = preset

@@ -30,5 +30,5 @@ def get_config(arg: str = "") -> ConfigDict:
     config_lib.use_objectives(config, "recipe")
     if folder:
         config_lib.use_frozen_report_encoder(config, folder, preset="mini")
-    config.training.steps = 1400 if "long" in chosen else 700
+    config.training.steps = 2000 if "long" in chosen else 1000
     return config.lock()
