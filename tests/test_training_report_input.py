@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -19,7 +17,6 @@ from mg3d_jax.errors import UserError
 from mg3d_jax.models.mg3d import SENTENCE_FEATURES
 from mg3d_jax.training import state as state_lib
 from mg3d_jax.training.inputs import model_inputs
-from mg3d_jax.training.loop import Trainer
 
 SENTENCES: dict[str, Any] = {
     "model__report_encoder__frozen_layers": -1,
@@ -76,11 +73,3 @@ def test_terms_read_one_token_for_each_sentence_and_encode_nothing() -> None:
 def test_what_needs_tokens_is_refused(options: dict[str, Any], message: str) -> None:
     with pytest.raises(UserError, match=message):
         checks.validate(tiny_config(**(SENTENCES | TERMS | options)))
-
-
-def test_a_run_trains_and_is_evaluated_so(tiny_data: dict[str, str], tmp_path: Path) -> None:
-    options = SENTENCES | TERMS | {"objectives__alignment__report_view": "subsets", "training__steps": 2}
-    config = tiny_config(tiny_data["train"], tiny_data["valid"], training__evaluate_every=2, **options)
-    assert Trainer(config, tmp_path / "run").run() == 0
-    last = json.loads((tmp_path / "run" / "summary.json").read_text())
-    assert np.isfinite(last["final"]["valid/loss"]) and any(name.startswith("evaluation/") for name in last["final"])
