@@ -76,7 +76,7 @@ def test_multi_task_and_fine_tuning_are_possible_sweeps(tmp_path, monkeypatch):
     """The same FLOPs for all, but for rounding to steps; every method fine-tuned from its own last stage, seed by seed."""
 
     def cost_of(config, vocab_size=None):
-        """Stands in for the tracing of seven models: more objectives, more FLOPs."""
+        """Stands in for the tracing of nine models: more objectives, more FLOPs."""
         return SimpleNamespace(training=SimpleNamespace(total=4e8 * len(enabled(config.objectives))))
 
     monkeypatch.setattr(step_cost, "of_config", cost_of)
@@ -89,10 +89,10 @@ def test_multi_task_and_fine_tuning_are_possible_sweeps(tmp_path, monkeypatch):
         method = "mae-then-clip" if run.model == "mae-half" else run.model
         work = cost_of(config).training.total * config.data.batch_size * config.training.steps
         spent[method, run.seed] = spent.get((method, run.seed), 0.0) + work
-    assert len(spent) == 12 and list(spent.values()) == pytest.approx([1.65e13] * 12, rel=0.005)
+    assert len(spent) == 16 and list(spent.values()) == pytest.approx([1.65e13] * 16, rel=0.005)
     sweep.write_declaration(tmp_path, declared)
     tuned = sweep.load(f"configs/sweeps/finetune.py:{tmp_path}", folders, tmp_path / "tuned")
-    assert len(tuned.runs) == 7 * 3 * 2 and {run.patients for run in tuned.runs} == {3, 30, 300}
+    assert len(tuned.runs) == 9 * 3 * 2 and {run.patients for run in tuned.runs} == {3, 30, 300}
     before = {run.id: run for run in declared.runs}
     for run in tuned.runs:
         checks.validate(run.config())
@@ -101,6 +101,14 @@ def test_multi_task_and_fine_tuning_are_possible_sweeps(tmp_path, monkeypatch):
             continue
         first = before[run.config().init_from.path.rpartition("/")[2]]
         assert (first.model, first.seed) == (run.model, run.seed) and run.after == run.config().init_from.path
+
+
+def test_the_recipe_is_a_possible_sweep():
+    folders = [f"data.{split}=FOLDER" for split in ("train", "valid")]
+    declared = sweep.load("configs/sweeps/recipe.py:scratch,steps=700,patients=640,seeds=2", folders)
+    steps = {run.model: run.config().training.steps for run in declared.runs}
+    assert len(declared.runs) == 6 and steps == {"recipe": 700, "twice": 1400, "shuffled": 700}
+    assert {run.model for run in declared.runs if run.config().data.shuffle_reports} == {"shuffled"}
 
 
 def test_the_ablation_is_a_possible_sweep():
