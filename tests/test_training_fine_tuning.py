@@ -9,6 +9,7 @@ from support import tiny_config
 
 from mg3d_jax import sharding
 from mg3d_jax.config import checks
+from mg3d_jax.data.pipeline import PreparedData
 from mg3d_jax.errors import UserError
 from mg3d_jax.tasks.classification import CLASSIFICATION, ClassificationOptions
 from mg3d_jax.training import state as state_lib
@@ -122,3 +123,40 @@ def test_options_of_a_multi_class_head():
         rows = {"tasks__classification__weight": 1.0, "tasks__classification__kind": "multi_class"}
         with pytest.raises(UserError, match=says):
             checks.validate(tiny_config(**rows | {f"tasks__classification__{key}": value}))
+
+
+def test_balanced_losses_weigh_every_class_the_same():
+    """Against means by class, written out: each class that the batch has counts once."""
+    rng = np.random.default_rng(0)
+    logits, classes = rng.normal(size=(12, 4)), np.array([0, 0, 0, 0, 0, 0, 0, 1, 1, 2, 2, 2])  # no volume of class 3
+    labels, valid = np.eye(4, dtype=np.int8)[classes], np.arange(12) != 6
+    batch = {"labels": jnp.asarray(labels), "valid": jnp.asarray(valid)}
+    features = {"classification_logits": jnp.asarray(logits, jnp.float32)}
+
+    def balanced(**options):
+        return float(CLASSIFICATION.loss(features, batch, ClassificationOptions(1.0, 4, balance=True, **options))[0])
+
+    losses = np.log(np.exp(logits).sum(1)) - logits[np.arange(12), classes]
+    expected = np.mean([losses[valid & (classes == one)].mean() for one in range(3)])
+    assert balanced(kind="multi_class") == pytest.approx(expected, rel=1e-5)
+    by_label = []
+    for column in range(4):
+        rows = [np.logaddexp(0, -s * logits[valid & (labels[:, column] == v), column]) for v, s in ((1, 1), (0, -1))]
+        by_label.append(np.mean([part.mean() for part in rows if len(part)]))
+    assert balanced() == pytest.approx(np.mean(by_label), rel=1e-5)
+    with pytest.raises(UserError, match="balance or a positive_weight, not both"):
+        options = {"weight": 1.0, "balance": True, "positive_weight": 2.0}
+        checks.validate(tiny_config(**{f"tasks__classification__{key}": value for key, value in options.items()}))
+
+
+def test_shares_of_the_patients_are_nested(tiny_data):
+    folders = (tiny_data["train"],)
+    names = [
+        [data.read(index).patient for index in range(len(data))]
+        for data in (PreparedData(folders, percent=percent) for percent in (1, 25, 50))
+    ]
+    assert [len(set(one)) for one in names] == [1, 6, 12]
+    assert names[1] == names[2][: len(names[1])] and names[0] == names[1][: len(names[0])]
+    for value, other in ((-1.0, 0), (101.0, 0), (10.0, 5)):
+        with pytest.raises(UserError, match=r"data\.patients_percent"):
+            checks.validate(tiny_config(data__patients_percent=value, data__max_patients=other))

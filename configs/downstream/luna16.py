@@ -5,7 +5,7 @@
     mg3d finetune --config configs/downstream/luna16.py --init-from RUN --workdir FINETUNED \\
         --config.data.train=DATA/train --test DATA/test
 
-Nodules are rare among the candidates: `positive_weight` makes a present label count more. `:small` is for the miniature
+Nodules are rare among the candidates: with `balance` they count as much as the others. `:small` is for the miniature
 (mg3d phantom OUT --layout luna16; --size 48 48 32 --spacing 2 2 3).
 """
 
@@ -18,6 +18,6 @@ def get_config(arg: str = "") -> ConfigDict:
     config = finetune.begin(
         arg, "luna16", volume_size=(64, 64, 64), windows=((-1000.0, 600.0),), heads=("classification_head",)
     )
-    config.tasks.classification.update({"weight": 1.0, "num_labels": 1, "positive_weight": 3.0})
+    config.tasks.classification.update({"weight": 1.0, "num_labels": 1, "balance": True})
     config.evaluations.classification.every = 0
     return config.lock()

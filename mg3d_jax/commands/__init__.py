@@ -24,6 +24,11 @@ for _name, _module, _summary in (
     ("prepare", "mg3d_jax.commands.prepare", "volumes and reports on disk -> checked, sharded training records"),
     ("train", "mg3d_jax.commands.train", "train from a config; the same command resumes"),
     ("finetune", "mg3d_jax.commands.finetune", "train a downstream task from a run, a tower or nothing"),
+    (
+        "benchmark",
+        "mg3d_jax.commands.benchmark",
+        "downstream tasks from scratch and pre-trained, with paired intervals",
+    ),
     ("report", "mg3d_jax.commands.report", "one HTML page of a run: curves, slices, evaluations, configuration"),
     (
         "evaluate",

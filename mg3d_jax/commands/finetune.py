@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from mg3d_jax.config import Config
 
 TEST = "test"  # folder of a run for the final evaluation
+EVALUATED_BY = {"vocabulary": "zero_shot"}  # a task whose evaluation has another name
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -75,7 +76,7 @@ def evaluate_tasks(config: Config, tasks: list[str], workdir: Path, folders: lis
     from mg3d_jax.training.checkpoints import Checkpoints
     from mg3d_jax.training.restore import restore_run
 
-    only = [name for name in tasks if name in EVALUATIONS]
+    only = [one for name in tasks if (one := EVALUATED_BY.get(name, name)) in EVALUATIONS]
     if not folders or not only or jax.process_count() > 1:
         lacking = "no held-out data (--test FOLDER)" if not folders else "no evaluation of its own"
         why = "several processes" if folders and only else lacking

@@ -54,6 +54,10 @@ def _data_problems(config: Config) -> list[str]:
             f"data.weights = {tuple(data.weights)}: give one positive share for each of the {len(data.train)} folders of "
             "data.train"
         )
+    if not 0 <= data.patients_percent <= 100 or (data.patients_percent and data.max_patients):
+        problems.append(
+            f"data.patients_percent = {data.patients_percent}: from 0 (all) to 100, and not together with data.max_patients"
+        )
     for key in ("max_patients", "workers", "read_threads", "max_bad_records"):
         if getattr(data, key) < 0:
             problems.append(f"data.{key} = {getattr(data, key)}: must not be negative")

@@ -42,6 +42,10 @@ class DataConfig:
     valid: tuple[str, ...] = key((), "held-out folders for the loss during training; may stay empty", resume_free=True)
     batch_size: int = key(64, "patients per step, all devices of all processes together")
     max_patients: int = key(0, "train on the first K patients only (nested subsets); 0: all")
+    patients_percent: float = key(
+        0.0, "train on the first so many percent of the patients of each folder (nested subsets), at least one; 0: all",
+        neutral=0.0,
+    )  # fmt: skip
     tokenizer: str = key(
         "train", '"train": a WordPiece tokenizer of the training reports; else a Hugging Face name or folder'
     )

@@ -52,13 +52,14 @@ class PreparedData:
     Args:
         folders: outputs of `mg3d prepare` with the same grid and label names.
         max_patients: keep the records of the first K patients of each folder only (nested subsets); 0 = all.
+        percent: keep the first so many percent of the patients of each folder, at least one, in the same nesting; 0 = all.
         volume_size: what the model expects; a folder with another grid is an error. None accepts any.
         masks: batches get the field "mask": a folder without masks is an error. False leaves masks out.
     """
 
     def __init__(
-        self, folders: tuple[str, ...], *, max_patients: int = 0, volume_size: tuple[int, int, int] | None = None,
-        masks: bool = False,
+        self, folders: tuple[str, ...], *, max_patients: int = 0, percent: float = 0.0,
+        volume_size: tuple[int, int, int] | None = None, masks: bool = False,
     ):  # fmt: skip
         if isinstance(folders, str):
             folders = (folders,)
@@ -85,6 +86,8 @@ class PreparedData:
             if masks and manifest["mask_names"] != self.mask_names:
                 raise UserError(f"{folder} and {folders[0]} differ in the classes of their masks: they cannot be mixed")
         patients = [manifest["patients"][: max_patients or None] for manifest in manifests]
+        if percent:
+            patients = [of_folder[: max(1, round(len(of_folder) * percent / 100))] for of_folder in patients]
         if max_patients > max(map(len, patients)):
             raise UserError(
                 f"data.max_patients = {max_patients}, but there are only {max(map(len, patients))} patients in {folders}"

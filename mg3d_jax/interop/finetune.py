@@ -25,6 +25,7 @@ from mg3d_jax.interop.tower import load_tower
 from mg3d_jax.registry import VOLUME_TOWERS
 
 SMALL = "small"  # of a recipe's argument: the size of its miniature
+PROBE = "probe"  # the same: the volume encoder is frozen
 SMALL_SIZE = (48, 48, 32)  # voxels; as in configs/quickstart.py
 Windows = tuple[tuple[float, float], ...]
 
@@ -41,8 +42,9 @@ def begin(
     """The unlocked configuration of a recipe, without a task: no objective is on, no evaluation is measured.
 
     Args:
-        arg: what stands behind the `:` of `--config`: what to start from (a run, RUN@STEP, a folder of `mg3d import` or of
-            `mg3d export`; `mg3d finetune --init-from` puts it there), and `small` for a miniature; joined by a comma.
+        arg: what stands behind the `:` of `--config`, joined by commas: what to start from (a run, RUN@STEP, a folder of `mg3d
+            import` or of `mg3d export`; `mg3d finetune --init-from` puts it there), `small` for a miniature, `probe` for heads
+            on a frozen volume encoder (a linear probe).
         name: of the run.
         volume_size: of the prepared data, voxels; with `small` it is `SMALL_SIZE`.
         windows: HU windows of a model that starts from nothing, or from a tower with as many channels. One that starts from a
@@ -55,7 +57,7 @@ def begin(
     """
     words = [word for word in arg.split(",") if word]
     small = SMALL in words
-    sources = [word for word in words if word != SMALL]
+    sources = [word for word in words if word not in (SMALL, PROBE)]
     if len(sources) > 1:
         raise UserError(f"configs/downstream/{name}.py:{arg}: {sources} are several things to start from: give one")
     config = config_lib.default().unlock()
@@ -79,6 +81,9 @@ def begin(
         evaluation.every = -1
     config.optimizer.freeze = (f"(?!volume_encoder/|{'|'.join(f'{head}/' for head in heads)}).*",)
     _schedule(config, small=small)
+    if PROBE in words:
+        config.model.volume_encoder.frozen_layers = -1
+        config.optimizer.update({"learning_rate": 1e-2, "layer_decay": 1.0, "weight_decay": 0.0})
     return config
 
 
@@ -89,7 +94,7 @@ def _schedule(config: ConfigDict, *, small: bool) -> None:
     })  # fmt: skip
     config.schedule.kind = "cosine"
     config.schedule.warmup_percent = 5.0
-    config.training.update({"steps": 200 if small else 10_000, "checkpoint_every": 100 if small else 500})
+    config.training.update({"steps": 120 if small else 10_000, "checkpoint_every": 60 if small else 500})
 
 
 def start_from(config: ConfigDict, source: str, *, reports: bool = False) -> None:

@@ -151,8 +151,9 @@ def enabled(objectives: Group, tasks: Group | None = None) -> tuple[Enabled, ...
 
 
 def label_count(tasks: Group) -> int:
-    """Labels of a record, as the tasks expect them (an option `num_labels`); 1 where none says it."""
-    return max((getattr(options, "num_labels", 1) for options in tasks.values()), default=1)
+    """Labels of a record, as the tasks that are on expect them (an option `num_labels`); 1 where none says it."""
+    counts = [getattr(options, "num_labels", 1) for options in tasks.values() if options.weight > 0]
+    return max(counts, default=1)
 
 
 def record_fields(on: Sequence[Enabled]) -> dict[str, Field]:

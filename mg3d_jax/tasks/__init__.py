@@ -2,5 +2,7 @@
 
 from mg3d_jax.registry import TASKS
 from mg3d_jax.tasks.classification import CLASSIFICATION
+from mg3d_jax.tasks.vocabulary import VOCABULARY
 
 TASKS.register("classification", CLASSIFICATION)
+TASKS.register("vocabulary", VOCABULARY)

@@ -35,6 +35,11 @@ class ClassificationOptions:
         "multi_label: a sigmoid for each label; multi_class: a softmax over them, of volumes with one present label",
         neutral="multi_label",
     )
+    balance: bool = key(
+        False,
+        "do the outcomes of a label (multi_label), or the classes, of a batch weigh the same however frequent they are?",
+        neutral=False,
+    )
 
 
 def problems(options: ClassificationOptions, config: Any) -> list[str]:
@@ -43,6 +48,8 @@ def problems(options: ClassificationOptions, config: Any) -> list[str]:
     least = 2 if options.kind == "multi_class" else 1
     if options.num_labels < least:
         found.append(f"tasks.classification.num_labels = {options.num_labels}: must be at least {least}")
+    if options.balance and options.positive_weight != 1:
+        found.append("tasks.classification: give balance or a positive_weight, not both")
     if options.kind == "multi_class" and options.positive_weight != 1:
         found.append(
             f"tasks.classification.positive_weight = {options.positive_weight} means nothing with kind = 'multi_class': "
@@ -69,6 +76,7 @@ def loss(features: Features, batch: Batch, options: ClassificationOptions) -> tu
     `sensitivity` and `specificity` at probability 1/2, over all labels together, and how many are `known`.
     "multi_class": of the softmax, over the volumes with exactly one present label. Metrics: `accuracy` of the most likely
     class, and how many volumes are `known`.
+    With `balance` both outcomes of each label, and all classes, that the batch has weigh the same in the sum.
 
     Raises:
         UserError: the batch has another number of labels than the head.
@@ -80,11 +88,14 @@ def loss(features: Features, batch: Batch, options: ClassificationOptions) -> tu
             f"tasks.classification.num_labels={labels.shape[1]}"
         )
     if options.kind == "multi_class":
-        return _multi_class_loss(logits, labels, batch["valid"])
+        return _multi_class_loss(logits, labels, batch["valid"], balance=options.balance)
     known = (labels != UNKNOWN_LABEL) & batch["valid"][:, None]
     logits = zero_unless(known, logits[..., None])[..., 0]
     present, absent = known & (labels == 1), known & (labels == 0)
-    losses = options.positive_weight * present * jax.nn.softplus(-logits) + absent * jax.nn.softplus(logits)
+    weights: tuple[Any, ...] = (options.positive_weight, 1.0)
+    if options.balance:  # of each label, over the batch
+        weights = even_weights(jnp.sum(present, axis=0), jnp.sum(absent, axis=0))
+    losses = weights[0] * present * jax.nn.softplus(-logits) + weights[1] * absent * jax.nn.softplus(logits)
     found, cleared = present & (logits > 0), absent & (logits <= 0)
     metrics = {
         "accuracy": _share(found | cleared, known),
@@ -95,14 +106,28 @@ def loss(features: Features, batch: Batch, options: ClassificationOptions) -> tu
     return jnp.sum(losses) / jnp.maximum(metrics["known"], 1.0), jax.lax.stop_gradient(metrics)
 
 
-def _multi_class_loss(logits: jax.Array, labels: jax.Array, valid: jax.Array) -> tuple[jax.Array, Metrics]:
+def even_weights(*counts: jax.Array) -> tuple[jax.Array, ...]:
+    """A weight for each group of so many, with which all groups that are not empty weigh the same and the sum of the weights is
+    the number of all."""
+    groups = jnp.maximum(sum((count > 0).astype(jnp.float32) for count in counts), 1.0)
+    return tuple(sum(counts) / (groups * jnp.maximum(count, 1)) for count in counts)
+
+
+def _multi_class_loss(
+    logits: jax.Array, labels: jax.Array, valid: jax.Array, *, balance: bool
+) -> tuple[jax.Array, Metrics]:
     present = labels == 1
     known = (jnp.sum(present, axis=1) == 1) & valid
     logits = zero_unless(known, logits)
     losses = jax.nn.logsumexp(logits, axis=1) - jnp.sum(logits * present, axis=1)
     right = known & (jnp.argmax(logits, axis=1) == jnp.argmax(present, axis=1))
     metrics = {"accuracy": _share(right, known), "known": jnp.sum(known, dtype=jnp.float32)}
-    mean = jnp.sum(losses * known) / jnp.maximum(metrics["known"], 1.0)
+    weights = known.astype(jnp.float32)
+    if balance:
+        of_class = present & known[:, None]
+        even = jnp.stack(even_weights(*jnp.sum(of_class, axis=0)))
+        weights *= jnp.sum(of_class * even, axis=1)
+    mean = jnp.sum(losses * weights) / jnp.maximum(metrics["known"], 1.0)
     return mean, jax.lax.stop_gradient(metrics)
 
 

@@ -128,7 +128,8 @@ def dummy_inputs(model: MG3D, batch_size: int = 1) -> dict[str, Any]:
     """Zeros of the shapes that the model takes; enough to trace it."""
     sizes = model.context
     more = added_fields(model.on, sizes)
-    batch = batch_contract.abstract(batch_size, sizes.model.volume_size, sizes.data.max_tokens, 1, more)
+    labels = max((getattr(one.options, "num_labels", 1) for one in model.on), default=1)
+    batch = batch_contract.abstract(batch_size, sizes.model.volume_size, sizes.data.max_tokens, labels, more)
     special = dict.fromkeys(SPECIAL_TOKENS, 0)  # shapes do not depend on them
     inputs = jax.eval_shape(lambda b: model_inputs(b, jax.random.key(0), model, special=special, train=False), batch)
     return jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), inputs)

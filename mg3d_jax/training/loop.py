@@ -68,8 +68,9 @@ class Trainer:
         mesh = sharding.make_mesh(config.mesh)
         masks = reads_masks(config.objectives, config.tasks)
         self.data = PreparedData(
-            config.data.train, max_patients=config.data.max_patients, volume_size=volume_size, masks=masks
-        )
+            config.data.train, max_patients=config.data.max_patients, percent=config.data.patients_percent,
+            volume_size=volume_size, masks=masks,
+        )  # fmt: skip
         self.valid = (
             PreparedData(config.data.valid, volume_size=volume_size, masks=masks) if config.data.valid else None
         )

@@ -4,21 +4,26 @@ from __future__ import annotations
 
 import numpy as np
 
+from mg3d_jax.phantom.anatomy import LOBES
 from mg3d_jax.phantom.layouts.base import Files, Layout, csv_bytes
 from mg3d_jax.phantom.miniature import chest, png, stream
 
 WINDOW = (-1350.0, 150.0)  # HU of grey 0 and 255
 _SPACING = (7.0, 7.0, 12.0)
-_FINDINGS = {"Normal": (), "CP": ("Consolidation",), "NCP": ("Lung opacity",)}
+KINDS = ("Normal", "CP", "NCP")
 
 
 def files(patients: int, seed: int) -> Files:
-    """The classes in turn; common pneumonia is dense and in one place, the other one hazy and in several."""
-    kinds, rows = list(_FINDINGS), []
+    """The classes in turn; common pneumonia is dense and in one lobe, the other one hazy and in all."""
+    rows = []
     for number in range(patients):
         rng = stream("cc-ccii", seed, number)
-        kind = kinds[number % len(kinds)]
-        scan = chest(rng, _FINDINGS[kind], _SPACING)
+        kind = KINDS[number % len(KINDS)]
+        scan = chest(rng, spacing=_SPACING)
+        if kind == "CP":
+            scan.lesion(rng, (34.0, 44.0), 40.0)
+        for lobe in LOBES if kind == "NCP" else ():
+            scan.lesion(rng, (24.0, 34.0), -420.0, lobe=lobe)
         hu = scan.hounsfield(rng)
         grey = np.rint((np.clip(hu, *WINDOW) - WINDOW[0]) / (WINDOW[1] - WINDOW[0]) * 255).astype(np.uint8)
         patient, name = str(100 + number), str(1000 + number)
@@ -31,4 +36,4 @@ def files(patients: int, seed: int) -> Files:
     yield "unzip_filenames.csv", csv_bytes(rows)
 
 
-CC_CCII = Layout("CC-CCII: normal, common and COVID-19 pneumonia, folders of 8-bit slices", files, patients=60)
+CC_CCII = Layout("CC-CCII: normal, common and COVID-19 pneumonia, folders of 8-bit slices", files, patients=90)
