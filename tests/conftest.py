@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import gc
 import os
 import shutil
@@ -37,11 +38,13 @@ def pytest_unconfigure() -> None:
         shutil.rmtree(folder, ignore_errors=True)
 
 
-LONGEST = (  # files that take minutes: begun first, so that no process is left with one at the end
+LONGEST = (  # files that take half a minute and more: begun first, so that no process is left with one at the end
     "test_objectives_multitask.py", "test_training_faults.py", "test_launch.py", "test_fixtures.py", "test_recipe.py",
-    "test_models_mg3d.py", "test_interop_warm_start.py", "test_training_step.py", "test_examples.py", "test_training_run.py",
-    "test_scaling_sweep_real.py", "test_interop_export.py", "test_training_cost.py", "test_benchmarks_step.py",
-    "test_scaling_sweep.py", "test_models_fusion.py",
+    "test_examples.py", "test_models_mg3d.py", "test_interop_warm_start.py", "test_training_step.py", "test_training_run.py",
+    "test_scaling_sweep_real.py", "test_interop_export.py", "test_training_cost.py", "test_scaling_sweep.py",
+    "test_objectives_same_words.py", "test_training_report_texts.py", "test_typing.py", "test_evaluation_embed_files.py",
+    "test_evaluation_plugins.py", "test_scaling_fit_bootstrap.py", "test_models_plugins.py", "test_benchmarks_step.py",
+    "test_finetune_run.py", "test_interop_monai.py", "test_benchmarks_towers.py", "test_models_fusion.py",
 )  # fmt: skip
 
 
@@ -62,22 +65,28 @@ def shared_data() -> Path:
 def tiny_data(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     """24 training and 8 held-out phantom patients prepared on a 16^3 grid: `{"root", "train", "valid"}`, paths as str.
 
-    Plain ones: as few as these hold every label both ways.
+    Plain ones: as few as these hold every label both ways. Made once for all of xdist's processes.
     """
+    base = tmp_path_factory.getbasetemp()
+    folder = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "tiny"
+    folder.mkdir(exist_ok=True)
+    with (folder / "lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)  # until it is closed
+        if not (folder / "made").exists():
+            make_tiny_data(folder)
+            (folder / "made").touch()
+    return {"root": str(folder / "phantoms"), "train": str(folder / "train"), "valid": str(folder / "valid")}
+
+
+def make_tiny_data(folder: Path) -> None:
     from mg3d_jax.commands.main import main
 
-    folder = tmp_path_factory.mktemp("tiny")
-    assert (
-        main(
-            ["phantom", str(folder / "phantoms"), "--patients", "24", "--valid", "8", "--seed", "0", "--style", "plain"]
-        )
-        == 0
-    )
+    command = ["phantom", str(folder / "phantoms"), "--patients", "24", "--valid", "8", "--seed", "0"]
+    assert main([*command, "--style", "plain"]) == 0
     for split in ("train", "valid"):
         command = ["prepare", "--source", "ctrate", "--root", str(folder / "phantoms"), "--split", split]
         command += ["--out", str(folder / split), "--size", "16", "16", "16", "--spacing", "20", "18", "20"]
-        assert main(command) == 0
-    return {"root": str(folder / "phantoms"), "train": str(folder / "train"), "valid": str(folder / "valid")}
+        assert main([*command, "--qa-samples", "0"]) == 0  # pictures take as long as all else
 
 
 @pytest.fixture(scope="module")

@@ -39,6 +39,7 @@ FLAGS = " ".join((
     "--xla_cpu_collective_call_terminate_timeout_seconds=300",  # eight fake devices on one busy core
     "--xla_backend_optimization_level=0",
     "--xla_llvm_disable_expensive_passes=true",
+    "--xla_cpu_parallel_codegen_split_count=1",  # to divide a program among threads takes a tenth of the time to compile it
     *(("--xla_cpu_use_fusion_emitters=false",) if version("jaxlib").startswith("0.10.") else ()),
 ))  # fmt: skip
 SPECIAL = {"[PAD]": 0, "[UNK]": 1, "[CLS]": 2, "[SEP]": 3, "[MASK]": 4}  # as `random_batch` has them

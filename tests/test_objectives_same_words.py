@@ -9,7 +9,15 @@ import optax
 import pytest
 from reference import same_words as reference
 from reference.tools import fake_mesh, numerical_gradient, shard_rows
-from support import SPECIAL, random_batch, tiny_builder, tiny_config, with_smallest_towers
+from support import (
+    SPECIAL,
+    quick_state,
+    random_batch,
+    tiny_builder,
+    tiny_config,
+    with_plain_towers,
+    with_smallest_towers,
+)
 
 from mg3d_jax import config as config_lib
 from mg3d_jax import sharding
@@ -91,9 +99,10 @@ def test_matching_equals_loops_in_value_and_gradient():
 
 def config_of(form, **overrides):
     """The three terms between patients, each as large as the others, and nothing else. Whole reports are compared."""
-    config = with_smallest_towers(tiny_builder(**overrides))
+    ours = form == same_words.SAME_WORDS
+    config = (with_plain_towers if ours else with_smallest_towers)(tiny_builder(**overrides))
     config.model.matching_dim = 16
-    config_lib.use_objectives(config, "mg3d_same_words" if form == same_words.SAME_WORDS else "mg3d")
+    config_lib.use_objectives(config, "mg3d_same_words" if ours else "mg3d")
     for name in ("volume_reconstruction", "report_reconstruction"):
         config.objectives[name].weight = 0.0
     config.objectives.alignment.update({"report_view": "report", "volume_report_weight": 0.0, "weight": 1.0})
@@ -126,7 +135,7 @@ def losses_of(config):
     """`(params, batch, key) -> (loss, metrics)` of the step on one device, fresh parameters, and the mesh of that device."""
     mesh = sharding.make_mesh(sharding.MeshConfig(data=1, fsdp=1, tensor=1), jax.devices()[:1])
     setup = state_lib.build(config, VOCAB, mesh, steps=10)
-    params = jax.device_get(state_lib.initialize(setup)["params"])
+    params = jax.device_get(quick_state(setup)["params"])
     return step_lib.Losses(setup, SPECIAL, train=True), params, mesh
 
 

@@ -121,11 +121,12 @@ def lines(workdir):
     return path.read_bytes().count(b"\n") if path.exists() else 0
 
 
-def wait_until(condition, seconds=300):
+def wait_until(condition, seconds=300, pause=0.02):
+    """Looks again after each `pause`, in seconds: looking takes the time of the process that is waited for."""
     end = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < end, "waited in vain"
-        time.sleep(0.003)
+        time.sleep(pause)
 
 
 def losses(workdir):
@@ -157,7 +158,7 @@ def wait_for_moment(moment, rng, run, starting):
         wait_until(lambda: time.monotonic() > end or lines(run) > logged)  # it may start faster than the first one
         return
     before = seen()[moment]
-    wait_until(lambda: seen()[moment] not in (before, 0, [], set()))
+    wait_until(lambda: seen()[moment] not in (before, 0, [], set()), pause=0.003)  # a save is over soon
     time.sleep(rng.uniform(0, 0.05))
 
 

@@ -6,7 +6,15 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from support import SPECIAL, quick_state, random_batch, tiny_builder, tiny_config, with_smallest_towers
+from support import (
+    SPECIAL,
+    quick_state,
+    random_batch,
+    tiny_builder,
+    tiny_config,
+    with_plain_towers,
+    with_smallest_towers,
+)
 
 from mg3d_jax import config as config_lib
 from mg3d_jax import sharding
@@ -25,7 +33,7 @@ VOCAB = 400
 
 
 def small_config(**overrides):
-    return config_lib.typed(with_smallest_towers(tiny_builder(**overrides)))
+    return config_lib.typed(with_plain_towers(tiny_builder(**overrides)))
 
 
 def build(config, data=1, fsdp=1, tensor=1):
