@@ -15,12 +15,11 @@ from pathlib import Path
 from ml_collections import ConfigDict
 
 from mg3d_jax.errors import UserError
+from mg3d_jax.registry import EVALUATIONS, OBJECTIVES
 from mg3d_jax.scaling.sweep.declaration import read_declaration
 
 STEPS = 200
 PERCENT = (1, 10, 100)
-OBJECTIVES = ("alignment", "volume_reconstruction", "report_reconstruction", "matching", "discrimination", "negation")
-EVALUATIONS = ("zero_shot", "retrieval", "sides", "negation", "volume_retrieval", "probe")
 
 
 def get_config(arg: str = "") -> ConfigDict:
@@ -43,7 +42,7 @@ def get_config(arg: str = "") -> ConfigDict:
         ("optimizer.freeze", ("(?!volume_encoder/|classification_head/).*",)),
         ("optimizer.layer_decay", 0.75),
         ("training.evaluate_every", 1_000_000),  # at the end
-        *((f"evaluations.{name}.every", -1) for name in EVALUATIONS),
+        *((f"evaluations.{name}.every", -1) for name in EVALUATIONS if name != "classification"),
     )
     sweep.length = ("steps", STEPS)
     sweep.starts_from = tuple((method, method) for method in methods)

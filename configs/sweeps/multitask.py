@@ -21,15 +21,12 @@ and passed through the encoder every time, would make a step cost 65 times as mu
 
 from ml_collections import ConfigDict
 
+from mg3d_jax.config.objectives import SAME_WORDS_FORMS
 from mg3d_jax.errors import UserError
 
 FLOPS = {"scratch": 1.65e13, "pretrained": 1.65e13}
 TERMS = ("volume_reconstruction", "report_reconstruction", "matching", "discrimination")
-BETWEEN_PATIENTS = (
-    ("objectives.alignment.fused_form", "same_words"),
-    ("objectives.matching.form", "same_words"),
-    ("objectives.discrimination.form", "same_words"),
-)
+BETWEEN_PATIENTS = tuple((f"objectives.{key}", form) for key, form in SAME_WORDS_FORMS.items())
 # Small towers of the quickstart; fusion and decoder to match.
 SIZES = (
     ("model.fusion.depth", 1),

@@ -37,11 +37,12 @@ OBJECTIVE_PRESETS: dict[str, dict[str, Any]] = {
     },
 }
 # The same with the three terms between patients in the form in which their words cannot answer for the volume.
-OBJECTIVE_PRESETS["mg3d_same_words"] = OBJECTIVE_PRESETS["mg3d"] | {
+SAME_WORDS_FORMS = {
     "alignment.fused_form": "same_words",
     "matching.form": "same_words",
     "discrimination.form": "same_words",
 }
+OBJECTIVE_PRESETS["mg3d_same_words"] = OBJECTIVE_PRESETS["mg3d"] | SAME_WORDS_FORMS
 
 
 def use_objectives(config: ConfigDict, name: str) -> None:

@@ -19,7 +19,7 @@ import socket
 import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TextIO
+from typing import Any, TextIO
 
 from mg3d_jax.errors import UserError
 from mg3d_jax.files import read_json, write_json
@@ -59,7 +59,7 @@ def waits_for(run: Run) -> Status | None:
     if not run.after:
         return None
     folder = Path(run.after)
-    if (folder / SUMMARY_FILE).is_file() and read_json(folder / SUMMARY_FILE).get("state") == "done":
+    if _finished(folder)[1] is None:
         return None
     state = NOT_STARTED if holder(folder) is None else RUNNING
     return Status(state, 0, f"it starts from {folder.name}, which is not done")
@@ -83,18 +83,23 @@ def status(workdir: Path, run: Run) -> Status:
 
 def summary_problem(folder: Path, run: Run) -> str | None:
     """Why `summary.json` does not show a finished run of this configuration; None if it does."""
+    summary, problem = _finished(folder)
+    if problem is None and summary.get("config_hash") != run.config_hash:
+        return f"{SUMMARY_FILE} is of configuration {summary.get('config_hash')}, declared is {run.config_hash}"
+    return problem
+
+
+def _finished(folder: Path) -> tuple[dict[str, Any], str | None]:
+    """The content of `summary.json` and why it does not show a finished run; None if it does."""
     path = folder / SUMMARY_FILE
     if not path.is_file():
-        return f"no {SUMMARY_FILE}"
+        return {}, f"no {SUMMARY_FILE}"
     try:
         summary = read_json(path)
     except UserError as error:
-        return str(error)
-    if summary.get("state") != "done":
-        return f"{SUMMARY_FILE} says state {summary.get('state')!r}"
-    if summary.get("config_hash") != run.config_hash:
-        return f"{SUMMARY_FILE} is of configuration {summary.get('config_hash')}, declared is {run.config_hash}"
-    return None
+        return {}, str(error)
+    state = summary.get("state")
+    return summary, None if state == "done" else f"{SUMMARY_FILE} says state {state!r}"
 
 
 def write_state(
