@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import json
 import logging
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
 import pytest
-from support import quick_state, tiny_builder, tiny_config
+from ml_collections import ConfigDict
+from support import quick_state, tiny_builder, tiny_config, with_plain_towers, with_smallest_towers
 
+from mg3d_jax import config as config_lib
 from mg3d_jax import sharding
-from mg3d_jax.config import checks
+from mg3d_jax.config import Config, checks
 from mg3d_jax.data.pipeline import PreparedData, train_batches
 from mg3d_jax.data.tokens import ReportTokenizer, train_wordpiece
 from mg3d_jax.errors import UserError
@@ -35,6 +38,12 @@ FROZEN = {
 }
 
 
+def frozen_config(
+    *data: str, towers: Callable[[ConfigDict], ConfigDict] = with_smallest_towers, **options: Any
+) -> Config:
+    return config_lib.typed(towers(tiny_builder(*data, **FROZEN, **options)))
+
+
 @pytest.fixture(scope="module")
 def data(tiny_data: dict[str, str]) -> PreparedData:
     return PreparedData((tiny_data["train"],))
@@ -48,8 +57,8 @@ def tokenizer(data: PreparedData) -> ReportTokenizer:
 
 def losses(data: PreparedData, tokenizer: ReportTokenizer, **options: Any) -> dict[str, float]:
     """Loss and metrics of the first batch, with nothing random: all sentences and statements of each report are drawn."""
-    config = tiny_config(**FROZEN, **options)
-    mesh = sharding.make_mesh(config.mesh)
+    config = frozen_config(**options)
+    mesh = sharding.make_mesh(config.mesh, jax.devices()[:1])
     setup = state_lib.build(config, tokenizer.vocab_size, mesh, steps=1)
     params = quick_state(setup)["params"]
     more_text = report_texts(setup, params, tokenizer, [data])
@@ -80,8 +89,9 @@ def test_a_run_keeps_its_features_and_computes_only_what_is_new(
     monkeypatch.setattr(texts_lib, "_encoded", counted)
 
     def trainer(steps: int, **more: Any) -> Trainer:
-        options = FROZEN | {"model__report_encoder__precompute": True, "training__steps": steps} | more
-        return Trainer(tiny_config(tiny_data["train"], tiny_data["valid"], **options), tmp_path / "run")
+        options = {"model__report_encoder__precompute": True, "training__steps": steps} | more
+        config = frozen_config(tiny_data["train"], tiny_data["valid"], towers=with_plain_towers, **options)
+        return Trainer(config, tmp_path / "run")
 
     assert trainer(2).run() == 0
     assert len(counts) == 1 and counts[0] > 20
@@ -119,8 +129,8 @@ def test_a_tower_that_is_trained_is_refused() -> None:
 @pytest.mark.processes
 def test_worker_processes_make_the_same_texts(data: PreparedData, tokenizer: ReportTokenizer) -> None:
     def first(**options: Any) -> dict[str, np.ndarray]:
-        config = tiny_config(**FROZEN, model__report_encoder__precompute=True, **options)
-        mesh = sharding.make_mesh(config.mesh)
+        config = frozen_config(model__report_encoder__precompute=True, **options)
+        mesh = sharding.make_mesh(config.mesh, jax.devices()[:1])
         setup = state_lib.build(config, tokenizer.vocab_size, mesh, steps=1)
         more_text = report_texts(setup, quick_state(setup)["params"], tokenizer, [data])
         batches = train_batches(data, tokenizer, config.data, mesh, seed=0, start=0, stop=2, more_text=more_text)
