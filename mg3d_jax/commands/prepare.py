@@ -11,8 +11,9 @@ from typing import Any
 
 from mg3d_jax.errors import UserError
 from mg3d_jax.prepare import Settings, prepare, summary
-from mg3d_jax.prepare.folder import source_defaults
+from mg3d_jax.prepare.folder import dry_run, source_defaults
 from mg3d_jax.prepare.geometry import POLICIES
+from mg3d_jax.prepare.growth import COMPARE
 from mg3d_jax.prepare.leaks import LEAKS
 from mg3d_jax.prepare.selection import RECONSTRUCTIONS
 from mg3d_jax.prepare.verify import verify
@@ -60,6 +61,7 @@ def _parser() -> argparse.ArgumentParser:
         help="split of the data set: train, valid (ctrate), train, val, test (ctrg), any (csv); a wrong one names all",
     )
     add("--out", required=True, type=Path, help="folder for the records")
+    add("--dry-run", action="store_true", help="only say what would be done, and why")
     add("--verify", action="store_true", help="only check the checksums and every record of --out")
     add("--plugins", nargs="+", default=(), metavar="MODULE", help="Python modules that register sources of your own")
     _add_grid(parser.add_argument_group("grid").add_argument)
@@ -100,6 +102,8 @@ def _add_work(add: Callable[..., object]) -> None:
     add("--zstd-level", type=int, default=_DEFAULT["zstd_level"], help="0 stores uncompressed")
     fetch = "shell command that puts {name} into {dir}; {patient} {scan} {split} too"
     add("--fetch", default=None, metavar="CMD", help=fetch)
+    compare = "by what a volume counts as changed since: size and time, size, or checksum (reads every volume)"
+    add("--compare", choices=COMPARE, default=_DEFAULT["compare"], help=compare)
     add("--qa-samples", type=int, default=_DEFAULT["qa_samples"], help="volumes drawn in qa.html")
 
 
@@ -128,7 +132,11 @@ def main(argv: list[str]) -> int:
     values: dict[str, Any] = {
         name: tuple(value) if isinstance(value, list) else value for name, value in arguments.items()
     }
+    only_said = values.pop("dry_run")
     settings = Settings(**values)
+    if only_said:
+        print(dry_run(settings))
+        return 0
     manifest = prepare(settings)
     if manifest is None:
         index, count = settings.shard

@@ -25,6 +25,7 @@ from mg3d_jax.prepare.estimate import check_disk, estimate
 from mg3d_jax.prepare.fetch import check_command
 from mg3d_jax.prepare.folds import keep_fold
 from mg3d_jax.prepare.geometry import PAPER_FRACTION, POLICIES, Grid
+from mg3d_jax.prepare.growth import COMPARE, Work, drop_shards, plan_work, write_layout
 from mg3d_jax.prepare.listing import Example, Listing, SourceOptions
 from mg3d_jax.prepare.manifest import build_manifest
 from mg3d_jax.prepare.qa_page import QUALITY_NAME, write_page
@@ -33,15 +34,16 @@ from mg3d_jax.prepare.selection import list_source
 from mg3d_jax.prepare.shards import (
     Outcome,
     Recipe,
-    forget_shard,
     input_digest,
+    kept_outcomes,
+    key_of,
     ordered,
     outcomes,
     read_sidecars,
-    shard_names,
-    worth_redoing,
+    with_kept,
     write_shard,
 )
+from mg3d_jax.prepare.snapshots import kept_shard, take_snapshot
 from mg3d_jax.progress import Progress
 from mg3d_jax.registry import SOURCES
 
@@ -78,6 +80,7 @@ class Settings:
     against: tuple[Path, ...] = ()  # prepared folders to check for leaks
     allow_leak: tuple[str, ...] = ()  # leaks to accept: names in `leaks.LEAKS`
     qa_samples: int = 8  # volumes drawn in qa.html
+    compare: str = "time"  # by what a volume counts as changed since: "time" (and size), "size", "checksum"
     fold: tuple[int, int] | None = None  # (i, n): only this part of the patients, i from 0 (`prepare/folds.py`)
     fold_seed: int = 0  # of the folds
     fold_file: Path | None = None  # the fold of every patient: read where it is there, else written
@@ -142,6 +145,8 @@ class Settings:
             raise UserError("--negatives must not be negative, and --fold-file needs --fold")
         if unknown := set(self.allow_leak) - leaks.LEAKS.keys():
             raise UserError(f"--allow-leak {sorted(unknown)}: there are {sorted(leaks.LEAKS)}")
+        if self.compare not in COMPARE:
+            raise UserError(f"--compare {self.compare!r}: there are {COMPARE}")
         if self.fetch is not None:
             check_command(self.fetch)
 
@@ -188,52 +193,86 @@ def check_bad(settings: Settings, bad: list[dict[str, str]], total: int) -> None
     )
 
 
-def _process(
-    settings: Settings, chunks: dict[str, list[Example]], bad: int, mask_classes: int
-) -> dict[str, dict[str, Any]]:
+def _process(settings: Settings, work: Work, root: Path, bad: int, mask_classes: int) -> dict[str, dict[str, Any]]:
     """Prepares those shards of this process's share (`settings.shard`) that are missing or worth doing again.
 
     Args:
-        chunks: the examples of each shard, by its name.
+        work: what is to be done (`growth.plan_work`).
+        root: folder of the data set.
         bad: how many volumes were found bad while listing, for the note beside the progress.
         mask_classes: of the masks, background included; 0 where there are no masks.
 
     Returns:
         The sidecars of all finished shards by name, those of other processes too.
     """
-    sidecars = read_sidecars(settings.out, list(chunks))
+    out, chunks = settings.out, work.chunks
+    sidecars = read_sidecars(out, list(chunks))
     index, count = settings.shard
     mine = list(chunks)[index::count]
-    redo = [
-        name for name in mine if name in sidecars and worth_redoing(settings.out, name, sidecars[name], chunks[name])
-    ]
-    todo = {name: chunks[name] for name in mine if name not in sidecars or name in redo}
-    examples = [example for chunk in todo.values() for example in chunk]
-    recipe = Recipe(settings.grid, settings.window, settings.zstd_level, settings.fetch, mask_classes)
-    if expected := estimate(examples, recipe, settings.workers):
+    todo = [name for name in work.todo(sidecars) if name in mine]
+    keep = {name: work.redo.get(name, set()) & _recorded(sidecars.get(name)) for name in todo}
+    fresh = [example for name in todo for example in chunks[name] if key_of(example) not in keep[name]]
+    recipe = _recipe(settings, mask_classes)
+    if expected := estimate(fresh, recipe, settings.workers):
         logger.info("prepare: %s", expected)
-        check_disk(expected, settings.out)
+        check_disk(expected, out)
+    _make_way(out, work, todo, sidecars)
     total = sum(len(chunks[name]) for name in mine)
-    if todo:  # before any shard changes: should this process be killed, no manifest describes shards that are gone
-        (settings.out / MANIFEST_NAME).unlink(missing_ok=True)
-    for name in redo:
-        forget_shard(settings.out, name)
-        del sidecars[name]
-    bad_so_far = bad + sum(len(sidecar["bad"]) for sidecar in sidecars.values())
+    bad_so_far = bad + sum(len(sidecar["bad"]) for name, sidecar in sidecars.items() if name not in todo)
     begun = time.time()
     # One stream over all shards: the workers stay busy across their boundaries.
-    results = outcomes(examples, recipe, settings.workers)
-    with Progress("prepare", total=total, unit="volumes", initial=total - len(examples)) as progress:
+    results = outcomes(fresh, recipe, settings.workers)
+    with Progress(
+        "prepare", total=total, unit="volumes", initial=total - sum(len(chunks[n]) for n in todo)
+    ) as progress:
 
         def show(outcome: Outcome) -> None:
             nonlocal bad_so_far
             bad_so_far += outcome.data is None
             progress.advance(1, note=f"{bad_so_far} bad" if bad_so_far else "")
 
-        for name, chunk in todo.items():
-            sidecars[name] = write_shard(settings.out, name, results, len(chunk), show, begun)
-    # Read again: other machines (--shard i/n) may have finished shards meanwhile.
-    return read_sidecars(settings.out, list(chunks)) | sidecars
+        for name in todo:
+            old = sidecars.get(name)
+            path = kept_shard(out, old) if old and keep[name] else None
+            kept = kept_outcomes(path, old, keep[name]) if path and old else {}
+            merged = with_kept(chunks[name], kept, results)
+            sidecars[name] = write_shard(out, name, merged, len(chunks[name]), show, begun, root)
+    # Read again: other machines (--shard i/n) may have finished shards meanwhile, or not yet done theirs again.
+    found = read_sidecars(out, list(chunks)) | sidecars
+    return {
+        name: sidecar
+        for name, sidecar in found.items()
+        if name in mine or name not in work.redo or _now_done(sidecar, chunks[name])
+    }
+
+
+def _recipe(settings: Settings, mask_classes: int) -> Recipe:
+    checksum = settings.compare == "checksum"
+    return Recipe(settings.grid, settings.window, settings.zstd_level, settings.fetch, mask_classes, checksum)
+
+
+def _recorded(sidecar: dict[str, Any] | None) -> set[str]:
+    """Keys of the volumes of a shard that became records."""
+    return {f"{entry['patient']}\t{entry['name']}" for entry in (sidecar or {"entries": []})["entries"]}
+
+
+def _now_done(sidecar: dict[str, Any], chunk: list[Example]) -> bool:
+    return list(sidecar.get("examples", ())) == [key_of(example) for example in chunk]
+
+
+def _make_way(out: Path, work: Work, todo: list[str], sidecars: dict[str, dict[str, Any]]) -> None:
+    """Before any shard changes: the state that a finished folder had is kept where its records change, and no manifest
+    describes shards that are gone, should this process be killed."""
+    if not todo and not work.leaving and work.layout is None:
+        return
+    if work.alters and (out / MANIFEST_NAME).is_file():
+        redone = [sidecars[name] for name in work.redo if name in sidecars]
+        changing = [one["file"] for one in redone if kept_shard(out, one) == out / one["file"]]  # not damaged ones
+        folder = take_snapshot(out, [*changing, *(f"{name}.array_record" for name in work.leaving)])
+        logger.info("prepare: runs that were started on %s as it was resume with --config.data.train=%s", out, folder)
+    write_layout(out, work)
+    (out / MANIFEST_NAME).unlink(missing_ok=True)
+    drop_shards(out, work.leaving)
 
 
 def _finish(
@@ -283,6 +322,36 @@ def _nothing_listed(settings: Settings, listing: Listing) -> str:
     return "; ".join([f"{settings.root} lists nothing to prepare for split {settings.split!r}", others, *left_out])
 
 
+def _listed(settings: Settings) -> tuple[Listing, int]:
+    """(what is to be prepared, how many volumes were listed)."""
+    settings.check()
+    listing = list_examples(settings)
+    total = len(listing.examples) + len(listing.bad)
+    if not total:
+        raise UserError(_nothing_listed(settings, listing))
+    return listing, total
+
+
+def dry_run(settings: Settings) -> str:
+    """What `prepare` would do and why, in lines. Writes nothing."""
+    listing, total = _listed(settings)
+    found = leaks.listed_leaks(listing) + leaks.patient_leaks(listing.examples, list(settings.against))
+    root = settings.root if settings.root.is_dir() else settings.root.parent
+    work = plan_work(settings.out, listing.examples, settings.shard_records, root, settings.compare)
+    sidecars = read_sidecars(settings.out, list(work.chunks))
+    todo = work.todo(sidecars)
+    keep = {name: work.redo.get(name, set()) & _recorded(sidecars.get(name)) for name in todo}
+    fresh = sum(len(work.chunks[name]) - len(keep[name]) for name in todo)
+    lines = [
+        f"{total} volumes listed, {len(listing.bad)} of them bad already",
+        *(f"  {item['path']}: {item['reason']}" for item in listing.bad[:_SHOWN_BAD]),
+        *work.said,
+        f"would read {fresh} volumes, write {len(todo)} of {len(work.chunks)} shards, and drop {len(work.leaving)}",
+        *(f"would stop: {leak}" for leak in found if leak.name not in settings.allow_leak),
+    ]
+    return "\n".join(lines)
+
+
 def prepare(settings: Settings) -> dict[str, Any] | None:
     """Prepares a whole data set. Called again after an interruption it goes on where it was.
 
@@ -293,29 +362,24 @@ def prepare(settings: Settings) -> dict[str, Any] | None:
         UserError: the source lacks a table or holds nothing, too large a share is bad, patients or volumes leak between
             splits, or `settings.out` holds a preparation with other settings or of another recipe.
     """
-    settings.check()
-    listing = list_examples(settings)
-    total = len(listing.examples) + len(listing.bad)
-    if not total:
-        raise UserError(_nothing_listed(settings, listing))
+    listing, total = _listed(settings)
     # What is bad already; volumes that cannot be read are known after processing, and `_finish` checks again.
     check_bad(settings, listing.bad, total)
     listed_leaks = leaks.listed_leaks(listing) + leaks.patient_leaks(listing.examples, list(settings.against))
     leaks.check(listed_leaks, settings.allow_leak)  # raises for one that is not allowed
-    examples = ordered(listing.examples)
-    step = settings.shard_records
-    parts = [examples[start : start + step] for start in range(0, len(examples), step)]
-    chunks = dict(zip(shard_names(len(parts)), parts, strict=True))
     root = settings.root if settings.root.is_dir() else settings.root.parent  # `root` may be a table: its folder
-    plan = open_folder(settings.out, settings.plan() | {"input": input_digest(examples, root)})
+    work = plan_work(settings.out, listing.examples, settings.shard_records, root, settings.compare)
+    plan = open_folder(settings.out, settings.plan() | {"input": input_digest(ordered(listing.examples), root)})
     if plan is None:  # finished with another version of the recipe: it stays as it is
         return migrated(read_manifest(settings.out))
-    sidecars = _process(settings, chunks, len(listing.bad), len(listing.mask_names))
-    if len(sidecars) < len(chunks):
+    for line in work.said:
+        logger.info("prepare: %s", line)
+    sidecars = _process(settings, work, root, len(listing.bad), len(listing.mask_names))
+    if len(sidecars) < len(work.chunks):
         return None
     if (settings.out / MANIFEST_NAME).is_file():
         logger.info("prepare: %s was prepared already", settings.out)
-    return _finish(settings, listing, plan["code"], [sidecars[name] for name in chunks], listed_leaks, total)
+    return _finish(settings, listing, plan["code"], [sidecars[name] for name in work.chunks], listed_leaks, total)
 
 
 def summary(manifest: dict[str, Any]) -> str:

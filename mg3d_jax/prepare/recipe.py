@@ -61,7 +61,7 @@ def open_folder(out: Path, plan: dict[str, Any]) -> dict[str, Any] | None:
     version, finished = found.get("recipe_version"), (out / MANIFEST_NAME).is_file()
     if not isinstance(version, int):
         raise UserError(f"{path}: recipe_version is {version!r}, not a number: delete {out} to start anew")
-    keys = (plan.keys() | found.keys()) - set(_NOT_COMPARED)
+    keys = (plan.keys() | found.keys()) - set(_NOT_COMPARED) - ({"input"} if version == RECIPE_VERSION else set())
     if changed := sorted(key for key in keys if plan.get(key) != found.get(key)):
         raise UserError(
             f"{out} holds a preparation that differs in {changed}: choose another --out, or delete {out} to start anew"

@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from array_record.python.array_record_module import ArrayRecordReader
 
 from mg3d_jax.data.record import Record, encode
 from mg3d_jax.data.records import ShardWriter, file_digest
@@ -50,6 +51,7 @@ class Recipe:
     zstd_level: int = 3  # 0: volumes are not packed
     fetch: str | None = None  # command that brings a volume (see fetch.py)
     mask_classes: int = 0  # values of masks are below it
+    checksum: bool = False  # of every source, for `--compare checksum`
 
 
 @dataclass(frozen=True)
@@ -60,6 +62,7 @@ class Outcome:
     entry: dict[str, Any]  # its line of index.jsonl
     quality: dict[str, Any] | None
     reason: str | None
+    state: list[Any] | None = None  # `source_state` before it was read
 
 
 def ordered(examples: Iterable[Example]) -> list[Example]:
@@ -78,6 +81,7 @@ def prepare_example(example: Example, recipe: Recipe) -> Outcome:
     sentences = report_sentences(example.findings, example.impression)
     if not sentences and example.has_report:
         return Outcome(None, entry, None, "empty report")
+    state = source_state(example.path, checksum=recipe.checksum)
     try:
         with fetched(example, recipe.fetch) as path:
             prepared = prepare_volume(
@@ -85,7 +89,7 @@ def prepare_example(example: Example, recipe: Recipe) -> Outcome:
             )
     except Exception as error:  # one unusual file must not end a run of days: it is listed, with its path
         reason = str(error) if isinstance(error, VolumeError) else f"failed with {type(error).__name__}: {error}"
-        return Outcome(None, entry, None, f"{SYSTEM_FAILED}: {reason}" if _may_pass(error) else reason)
+        return Outcome(None, entry, None, f"{SYSTEM_FAILED}: {reason}" if _may_pass(error) else reason, state)
     record = Record(
         volume=prepared.volume,
         sentences=sentences,
@@ -103,7 +107,7 @@ def prepare_example(example: Example, recipe: Recipe) -> Outcome:
     entry["affine"] = prepared.affine.round(6).tolist()  # voxel of the record -> mm of the scan
     entry["content"] = hashlib.blake2b(prepared.volume.data, digest_size=16).hexdigest()
     quality = {"path": str(example.path), "name": example.name, **prepared.quality}
-    return Outcome(encode(record, recipe.window, zstd_level=recipe.zstd_level), entry, quality, None)
+    return Outcome(encode(record, recipe.window, zstd_level=recipe.zstd_level), entry, quality, None, state)
 
 
 def _may_pass(error: Exception) -> bool:
@@ -124,6 +128,32 @@ def _exit_with_parent() -> None:
         os._exit(1)
 
     threading.Thread(target=watch, daemon=True).start()
+
+
+def kept_outcomes(path: Path, sidecar: dict[str, Any], keys: set[str]) -> dict[str, Outcome]:
+    """Key -> outcome of those records of a shard's file that stay as they are."""
+    if not keys or not sidecar["records"]:
+        return {}
+    reader = ArrayRecordReader(str(path))
+    try:
+        records = reader.read_all()
+    finally:
+        reader.close()
+    states, kept = sidecar_examples(sidecar), {}
+    for data, entry, quality in zip(records, sidecar["entries"], sidecar["quality"], strict=True):
+        key = f"{entry['patient']}\t{entry['name']}"
+        if key in keys:
+            kept[key] = Outcome(data, entry, quality, None, states.get(key, [])[1:] or None)
+    return kept
+
+
+def with_kept(
+    chunk: list[Example], kept: dict[str, Outcome], results: Iterator[tuple[Example, Outcome]]
+) -> Iterator[tuple[Example, Outcome]]:
+    """Outcomes of a shard in its order: kept ones, and those of `results` for the others."""
+    for example in chunk:
+        outcome = kept.get(key_of(example))
+        yield (example, outcome) if outcome is not None else next(results)
 
 
 def outcomes(examples: list[Example], recipe: Recipe, workers: int) -> Iterator[tuple[Example, Outcome]]:
@@ -151,6 +181,45 @@ def outcomes(examples: list[Example], recipe: Recipe, workers: int) -> Iterator[
         ) from error
     finally:
         pool.shutdown(wait=True, cancel_futures=True)
+
+
+def key_of(example: Example) -> str:
+    """The name of an example in a folder: its patient and its own."""
+    return f"{example.patient}\t{example.name}"
+
+
+def source_state(path: Path, *, checksum: bool = False) -> list[Any] | None:
+    """[bytes, sha256 or None] of a volume (file, or folder of slices); `None` where there is none. Without the time: the
+    sidecar's own tells what changed later, and a preparation gives the same bytes again."""
+    try:
+        parts = sorted(path.iterdir()) if path.is_dir() else [path]
+        size = sum(os.stat(part).st_size for part in parts)
+        digest = hashlib.sha256("".join(map(file_digest, parts)).encode()).hexdigest() if checksum else None
+    except OSError:
+        return None
+    return [size, digest]
+
+
+def written_after(path: Path, begun: float) -> bool:
+    """Whether the content of a volume is younger than `begun`, seconds since 1970."""
+    try:
+        parts = list(path.iterdir()) if path.is_dir() else [path]
+        return any(os.stat(part).st_mtime > begun for part in parts)
+    except OSError:
+        return False
+
+
+def begun_at(out: Path, name: str) -> float:
+    """When the making of a shard began, seconds since 1970."""
+    return _sidecar_path(out, name).stat().st_mtime
+
+
+def sidecar_examples(sidecar: dict[str, Any]) -> dict[str, list[Any]]:
+    """Key -> [digest of what the source said, then its `source_state`] of the volumes of a shard, in order. Sidecars of earlier
+    versions have no digests: the lists are empty, and bad volumes are not among them."""
+    if "examples" in sidecar:
+        return dict(sidecar["examples"])
+    return {f"{entry['patient']}\t{entry['name']}": [] for entry in sidecar["entries"]}
 
 
 def shard_names(count: int) -> list[str]:
@@ -211,11 +280,6 @@ def worth_redoing(out: Path, name: str, sidecar: dict[str, Any], examples: list[
     return any(_changed_at(path) > begun or (reasons[path.name] == "no such file" and path.exists()) for path in lost)
 
 
-def forget_shard(out: Path, name: str) -> None:
-    """Makes a shard count as not done."""
-    _sidecar_path(out, name).unlink(missing_ok=True)
-
-
 def write_shard(
     out: Path,
     name: str,
@@ -223,15 +287,19 @@ def write_shard(
     count: int,
     each: Callable[[Outcome], None],
     begun: float,
+    root: Path | None = None,
 ) -> dict[str, Any]:
     """Writes the next `count` results as one shard with its sidecar, which it returns. `each` is told every outcome.
 
     begun: a time before the first volume was read, seconds since 1970. The sidecar's file bears it: a volume that
-    changed later may have been read before it changed."""
+    changed later may have been read before it changed.
+    root: of the data set; the sidecar then says what each volume was made of."""
     path, sidecar_path = out / f"{name}.array_record", _sidecar_path(out, name)
     for ours in (path, sidecar_path):
         remove_partials(ours)
     sidecar: dict[str, Any] = {"file": path.name, "records": 0, "entries": [], "bad": [], "quality": []}
+    if root is not None:
+        sidecar["examples"] = {}
     writer = ShardWriter(path)
     try:
         for _ in range(count):
@@ -243,6 +311,8 @@ def write_shard(
                 sidecar["records"] += 1
                 sidecar["entries"].append(outcome.entry)
                 sidecar["quality"].append(outcome.quality)
+            if root is not None:
+                sidecar["examples"][key_of(example)] = [input_digest([example], root), *(outcome.state or [None] * 2)]
             each(outcome)
     except BaseException:
         writer.abandon()
