@@ -81,11 +81,12 @@ def test_real_ct_and_real_reports(tmp_path):
         pytest.skip("the shared data are not here")
     real_root(tmp_path / "root", copies=4)
     out = tmp_path / "out"
-    with pytest.raises(UserError, match=r"2 of 6 \(33%\) are bad"):
+    # The same file under four patients is found before any is read.
+    with pytest.raises(UserError, match=r"identical files.*\n.*--allow-leak duplicate-volume"):
         prepare(settings(tmp_path / "root", out))
-    # The same scan under four patients is found; what is done is kept.
-    with pytest.raises(UserError, match="--allow-leak duplicate-volume"):
-        prepare(settings(tmp_path / "root", out, max_bad_share=0.5))
+    assert not out.exists()
+    with pytest.raises(UserError, match=r"2 of 6 \(33%\) are bad"):
+        prepare(settings(tmp_path / "root", out, allow_leak=("duplicate-volume",)))
     manifest = prepare(settings(tmp_path / "root", out, max_bad_share=0.5, allow_leak=("duplicate-volume",)))
     assert manifest["records"] == 4
     assert all("does not look like CT" in item["reason"] for item in manifest["bad"])

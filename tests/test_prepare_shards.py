@@ -170,7 +170,7 @@ def test_a_volume_that_the_machine_failed_to_read_is_tried_again(tmp_path, monke
     names = write_ctrate(tmp_path / "root", 4)
     reading = shards.prepare_volume
 
-    def failing(path, *rest):
+    def failing(path, *rest, **more):
         if path.name == names[0]:
             raise MemoryError("no memory left")
         if path.name == names[1]:
@@ -198,9 +198,9 @@ def test_a_volume_that_became_whole_while_its_shard_was_made_is_read_again(tmp_p
     good = path.read_bytes()
     path.write_bytes(good[:2000])
 
-    def copied_afterwards(volume, *rest):
+    def copied_afterwards(volume, *rest, **more):
         try:
-            return reading(volume, *rest)
+            return reading(volume, *rest, **more)
         finally:
             if volume == path:
                 time.sleep(0.1)  # the times of files are coarse

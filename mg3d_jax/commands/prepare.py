@@ -11,11 +11,12 @@ from typing import Any
 
 from mg3d_jax.errors import UserError
 from mg3d_jax.prepare import Settings, prepare, summary
-from mg3d_jax.prepare.folder import dry_run, source_defaults
+from mg3d_jax.prepare.folder import dry_run
 from mg3d_jax.prepare.geometry import POLICIES
 from mg3d_jax.prepare.growth import COMPARE
 from mg3d_jax.prepare.leaks import LEAKS
 from mg3d_jax.prepare.selection import RECONSTRUCTIONS
+from mg3d_jax.prepare.settings import source_defaults
 from mg3d_jax.prepare.verify import verify
 from mg3d_jax.registry import SOURCES, load_plugins
 

@@ -99,6 +99,10 @@ class PreparedData:
     def __len__(self) -> int:
         return sum(self.lengths)
 
+    def contents(self) -> list[str]:
+        """A digest of the records of each folder, as their manifests have it."""
+        return [reader.content() for reader in self.readers]
+
     def locate(self, index: int) -> tuple[RecordReader, int]:
         """(reader of the folder, index in that folder) of record `index`."""
         rest = int(index)

@@ -88,6 +88,20 @@ def _keep_large_blocks() -> None:
     mallopt(trim_threshold, bytes_kept)
 
 
+def _lines(path: Path) -> list[str]:
+    return path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
+
+
+def _index_entry(line: str) -> tuple[str, str]:
+    """(name, digest of the voxels and of the report) of a line of the index."""
+    entry = json.loads(line)
+    return entry["name"], f"{entry.get('content')} {entry.get('report_id')}"
+
+
+def _few(what: str, names: list[str]) -> str:
+    return f"{len(names)} {what}: {', '.join(names[:5])}{', ...' if len(names) > 5 else ''}"
+
+
 class RecordReader:
     """Random access to the records of a prepared folder, in manifest order. Shards open on first use in each process,
     so that an instance pickles to data workers at no cost. Threads may share it."""
@@ -104,6 +118,40 @@ class RecordReader:
 
     def __len__(self) -> int:
         return int(self._starts[-1])
+
+    def content(self) -> str:
+        """A digest of the records, from the checksums of the shards."""
+        return hashlib.sha256(
+            "".join(str(shard.get("sha256")) for shard in self.manifest["shards"]).encode()
+        ).hexdigest()[:16]
+
+    def snapshot_with(self, records: int, content: str | None) -> Path | None:
+        """The folder of an earlier state of this one (`prepare/snapshots.py`) that has so many records, and this content."""
+        for folder in sorted((self.folder / "snapshots").glob("*"), key=lambda path: path.name.zfill(9), reverse=True):
+            if (folder / MANIFEST_NAME).is_file():
+                reader = RecordReader(folder)
+                if len(reader) == records and content in (None, reader.content()):
+                    return folder
+        return None
+
+    def changes_since(self, snapshot: Path | None) -> str:
+        """` (2 new: a, b; 1 left: c)`: by the names in the indices of this folder and of its snapshot; "" without one."""
+        if snapshot is None:
+            return ""
+        now, before = (
+            [_index_entry(line) for line in _lines(folder / INDEX_NAME)] for folder in (self.folder, snapshot)
+        )
+        names = [{name for name, _ in entries} for entries in (now, before)]
+        parts = [
+            (what, sorted(found))
+            for what, found in (
+                ("new", names[0] - names[1]),
+                ("left", names[1] - names[0]),
+                ("changed", {name for name, _ in set(now) - set(before)} & names[1]),
+            )
+            if found
+        ]
+        return f" ({'; '.join(_few(what, found) for what, found in parts)})" if parts else ""
 
     def __getstate__(self) -> dict[str, Any]:
         return {name: value for name, value in self.__dict__.items() if name not in ("_shards", "_files")}

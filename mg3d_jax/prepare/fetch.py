@@ -60,5 +60,7 @@ def fetched(example: Example, command: str | None) -> Iterator[Path]:
             if done.returncode == 0 and files:
                 yield files[0]
                 return
+            if done.returncode in (126, 127):  # of the shell: no such command
+                raise UserError(f"--fetch {command!r} cannot be run: {done.stderr.strip()[-300:]}")
             message = done.stderr.strip()[-300:] or f"exit {done.returncode}, no {wanted} in {{dir}}"
         raise VolumeError(f"{FETCH_FAILED} {_TRIES} times: {message}")

@@ -13,7 +13,6 @@ from __future__ import annotations
 import logging
 import time
 from collections import Counter
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -22,15 +21,15 @@ from mg3d_jax.errors import UserError
 from mg3d_jax.files import write_json, write_lines
 from mg3d_jax.prepare import leaks
 from mg3d_jax.prepare.estimate import check_disk, estimate
-from mg3d_jax.prepare.fetch import check_command
+from mg3d_jax.prepare.fetch import FETCH_FAILED
 from mg3d_jax.prepare.folds import keep_fold
-from mg3d_jax.prepare.geometry import PAPER_FRACTION, POLICIES, Grid
-from mg3d_jax.prepare.growth import COMPARE, Work, drop_shards, plan_work, write_layout
+from mg3d_jax.prepare.growth import Work, drop_shards, plan_work, write_layout
 from mg3d_jax.prepare.listing import Example, Listing, SourceOptions
 from mg3d_jax.prepare.manifest import build_manifest
 from mg3d_jax.prepare.qa_page import QUALITY_NAME, write_page
 from mg3d_jax.prepare.recipe import migrated, open_folder
 from mg3d_jax.prepare.selection import list_source
+from mg3d_jax.prepare.settings import Settings
 from mg3d_jax.prepare.shards import (
     Outcome,
     Recipe,
@@ -45,115 +44,11 @@ from mg3d_jax.prepare.shards import (
 )
 from mg3d_jax.prepare.snapshots import kept_shard, take_snapshot
 from mg3d_jax.progress import Progress
-from mg3d_jax.registry import SOURCES
 
 logger = logging.getLogger(__name__)
 
 _SHOWN_BAD = 10  # bad volumes that an error names
-
-
-@dataclass(frozen=True)
-class Settings:
-    """What to prepare and how: the options of `mg3d prepare`. Axes are in RAS+ order: x to the patient's right, y anterior, z
-    superior."""
-
-    source: str  # layout of the data set: a name in `mg3d_jax.registry.SOURCES`
-    root: Path  # folder of the data set, or its table
-    split: str
-    out: Path  # folder for the records
-    size: tuple[int, int, int] = (128, 128, 96)  # of the grid, voxels
-    spacing: tuple[float, float, float] = (2.8, 2.8, 3.5)  # mm per voxel
-    policy: str = "center"  # which part of a volume the grid is laid on: a name in `geometry.POLICIES`
-    fraction: tuple[float, float, float] = PAPER_FRACTION  # share of each axis that the policy "fraction" keeps
-    workers: int = 1  # processes
-    max_bad_share: float = 0.1  # largest share of bad volumes that is accepted, 0 to 1
-    shard_records: int = 256  # records per shard
-    zstd_level: int = 3  # compression of the volumes, 1 to 22; 0: none
-    window: tuple[float, float] | None = None  # (low, high) in HU: clipped to it and stored as uint8; None: HU as int16
-    reconstructions: str = "all"  # which ones of a scan are kept: "all", "first", "best" (`prepare/selection.py`)
-    exclude: Path | None = None  # text file of volumes, scans or patients to leave out, one a line
-    array_spacing: tuple[float, float, float] | None = None  # of arrays and slices: mm of the three index axes
-    array_axes: str | None = None  # of arrays and slices: where the index axes point, such as "LPS"
-    slice_window: tuple[float, float] | None = None  # of 8-bit slices: HU of grey 0 and 255
-    fetch: str | None = None  # shell command that brings a volume (see `prepare/fetch.py`)
-    shard: tuple[int, int] = (0, 1)  # (i, n), i from 0: this machine's share is the shards i, i + n, i + 2n, ...
-    against: tuple[Path, ...] = ()  # prepared folders to check for leaks
-    allow_leak: tuple[str, ...] = ()  # leaks to accept: names in `leaks.LEAKS`
-    qa_samples: int = 8  # volumes drawn in qa.html
-    compare: str = "time"  # by what a volume counts as changed since: "time" (and size), "size", "checksum"
-    fold: tuple[int, int] | None = None  # (i, n): only this part of the patients, i from 0 (`prepare/folds.py`)
-    fold_seed: int = 0  # of the folds
-    fold_file: Path | None = None  # the fold of every patient: read where it is there, else written
-    negatives: int = 20  # of a list of candidates (luna16): how many negatives of a scan are kept; 0: all
-
-    def __post_init__(self) -> None:
-        for name in ("root", "out", "exclude", "fold_file"):  # strings are paths, too
-            if getattr(self, name) is not None:
-                object.__setattr__(self, name, Path(getattr(self, name)))
-
-    @classmethod
-    def of(cls, **given: Any) -> Settings:
-        """These settings, and for what is not given the defaults of the source, then those of all sources."""
-        return cls(**{**source_defaults(given["source"]), **given})
-
-    @property
-    def grid(self) -> Grid:
-        return Grid(self.size, self.spacing, self.policy, self.fraction)
-
-    def plan(self) -> dict[str, Any]:
-        """The settings that an interrupted preparation must be continued with; `root` is only recorded.
-
-        `exclude`, `array_spacing`, `array_axes` and `slice_window` are left out: they change the listed examples, and
-        `prepare` adds a digest of those.
-        """
-        fraction = self.policy == "fraction"
-        return {
-            "source": self.source,
-            "split": self.split,
-            "root": str(self.root),
-            "size": list(self.size),
-            "spacing": None if fraction else list(self.spacing),
-            "policy": self.policy,
-            "fraction": list(self.fraction) if fraction else None,
-            "window": list(self.window) if self.window else None,
-            "reconstructions": self.reconstructions,
-            "shard_records": self.shard_records,
-            "zstd_level": self.zstd_level,
-            **({"fold": [*self.fold, self.fold_seed]} if self.fold else {}),
-        }
-
-    def check(self) -> None:
-        """Raises `UserError` for settings that cannot work, before anything is read."""
-        if min(self.size) < 1 or min(self.spacing) <= 0:
-            raise UserError(f"--size {self.size} and --spacing {self.spacing} must be positive")
-        if self.policy not in POLICIES:
-            raise UserError(f"--policy {self.policy!r}: there are {sorted(POLICIES)}")
-        if not all(0 < share <= 1 for share in self.fraction):
-            raise UserError(f"--fraction {self.fraction} must be shares above 0 and up to 1")
-        if not 0 <= self.max_bad_share <= 1:
-            raise UserError(f"--max-bad-share {self.max_bad_share} is not a share between 0 and 1")
-        if self.shard_records < 1 or not 0 <= self.zstd_level <= 22:
-            raise UserError("--shard-records must be at least 1 and --zstd-level 0..22")
-        for name, window in (("--window", self.window), ("--slice-window", self.slice_window)):
-            if window is not None and window[0] >= window[1]:
-                raise UserError(f"{name} {window[0]:g} {window[1]:g}: the first must be below the second, in HU")
-        if not 0 <= self.shard[0] < self.shard[1]:
-            raise UserError(f"--shard {self.shard[0]}/{self.shard[1]}: expected i/n with 0 <= i < n")
-        if self.fold is not None and not (0 <= self.fold[0] < self.fold[1] and self.fold[1] >= 2):
-            raise UserError(f"--fold {self.fold[0]}/{self.fold[1]}: expected i/n with 0 <= i < n and n at least 2")
-        if self.negatives < 0 or (self.fold is None and self.fold_file is not None):
-            raise UserError("--negatives must not be negative, and --fold-file needs --fold")
-        if unknown := set(self.allow_leak) - leaks.LEAKS.keys():
-            raise UserError(f"--allow-leak {sorted(unknown)}: there are {sorted(leaks.LEAKS)}")
-        if self.compare not in COMPARE:
-            raise UserError(f"--compare {self.compare!r}: there are {COMPARE}")
-        if self.fetch is not None:
-            check_command(self.fetch)
-
-
-def source_defaults(source: str) -> dict[str, Any]:
-    """The settings that a source has of its own."""
-    return dict(getattr(SOURCES[source], "defaults", {}))
+_MOST_UNREACHED = 3  # volumes in a row, from the first, that a --fetch may fail to bring before it ends
 
 
 def list_examples(settings: Settings) -> Listing:
@@ -219,7 +114,7 @@ def _process(settings: Settings, work: Work, root: Path, bad: int, mask_classes:
     _make_way(out, work, todo, sidecars)
     total = sum(len(chunks[name]) for name in mine)
     bad_so_far = bad + sum(len(sidecar["bad"]) for name, sidecar in sidecars.items() if name not in todo)
-    begun = time.time()
+    begun, unreached = time.time(), 0 if settings.fetch else None
     # One stream over all shards: the workers stay busy across their boundaries.
     results = outcomes(fresh, recipe, settings.workers)
     with Progress(
@@ -227,8 +122,12 @@ def _process(settings: Settings, work: Work, root: Path, bad: int, mask_classes:
     ) as progress:
 
         def show(outcome: Outcome) -> None:
-            nonlocal bad_so_far
+            nonlocal bad_so_far, unreached
             bad_so_far += outcome.data is None
+            if unreached is not None:  # no volume was fetched yet
+                unreached = unreached + 1 if (outcome.reason or "").startswith(FETCH_FAILED) else None
+                if unreached == _MOST_UNREACHED:
+                    raise UserError(f"--fetch brings nothing: {outcome.reason}. The same command goes on once it does")
             progress.advance(1, note=f"{bad_so_far} bad" if bad_so_far else "")
 
         for name in todo:
@@ -236,7 +135,13 @@ def _process(settings: Settings, work: Work, root: Path, bad: int, mask_classes:
             path = kept_shard(out, old) if old and keep[name] else None
             kept = kept_outcomes(path, old, keep[name]) if path and old else {}
             merged = with_kept(chunks[name], kept, results)
-            sidecars[name] = write_shard(out, name, merged, len(chunks[name]), show, begun, root)
+            try:
+                sidecars[name] = write_shard(out, name, merged, len(chunks[name]), show, begun, root)
+            except (OSError, RuntimeError) as error:
+                raise UserError(
+                    f"{out / name}: cannot be written ({error}): make room or raise the limit; the "
+                    "same command goes on from here"
+                ) from error
     # Read again: other machines (--shard i/n) may have finished shards meanwhile, or not yet done theirs again.
     found = read_sidecars(out, list(chunks)) | sidecars
     return {
@@ -332,10 +237,16 @@ def _listed(settings: Settings) -> tuple[Listing, int]:
     return listing, total
 
 
+def _listed_leaks(settings: Settings, listing: Listing) -> list[leaks.Leak]:
+    """Leaks that can be seen before any volume is read."""
+    patients = leaks.listed_leaks(listing) + leaks.patient_leaks(listing.examples, list(settings.against))
+    return patients if settings.fetch else patients + leaks.file_leaks(listing.examples)
+
+
 def dry_run(settings: Settings) -> str:
     """What `prepare` would do and why, in lines. Writes nothing."""
     listing, total = _listed(settings)
-    found = leaks.listed_leaks(listing) + leaks.patient_leaks(listing.examples, list(settings.against))
+    found = _listed_leaks(settings, listing)
     root = settings.root if settings.root.is_dir() else settings.root.parent
     work = plan_work(settings.out, listing.examples, settings.shard_records, root, settings.compare)
     sidecars = read_sidecars(settings.out, list(work.chunks))
@@ -365,7 +276,7 @@ def prepare(settings: Settings) -> dict[str, Any] | None:
     listing, total = _listed(settings)
     # What is bad already; volumes that cannot be read are known after processing, and `_finish` checks again.
     check_bad(settings, listing.bad, total)
-    listed_leaks = leaks.listed_leaks(listing) + leaks.patient_leaks(listing.examples, list(settings.against))
+    listed_leaks = _listed_leaks(settings, listing)
     leaks.check(listed_leaks, settings.allow_leak)  # raises for one that is not allowed
     root = settings.root if settings.root.is_dir() else settings.root.parent  # `root` may be a table: its folder
     work = plan_work(settings.out, listing.examples, settings.shard_records, root, settings.compare)

@@ -5,12 +5,14 @@ Each finding has a name; `--allow-leak NAME` lets it pass, on purpose and on the
 
 from __future__ import annotations
 
+import hashlib
 from collections import defaultdict
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from mg3d_jax.data.records import INDEX_NAME, read_manifest
+from mg3d_jax.data.records import INDEX_NAME, file_digest, read_manifest
 from mg3d_jax.errors import UserError
 from mg3d_jax.files import read_lines
 from mg3d_jax.prepare.listing import Example, Listing
@@ -77,6 +79,40 @@ def patient_leaks(examples: list[Example], against: list[Path]) -> list[Leak]:
             name = "identical-split" if patients == others else "patient-in-two-splits"
             leaks.append(Leak(name, f"and {folder}", shared))
     return leaks
+
+
+def file_leaks(examples: list[Example]) -> list[Leak]:
+    """Files of different patients with the same content, found before any volume is read: of equal size, then equal bytes."""
+    by_size: dict[int, dict[Path, Example]] = defaultdict(dict)
+    for example in examples:
+        if example.path.is_file():
+            by_size[example.path.stat().st_size][example.path] = example
+    twins: dict[str, list[Example]] = defaultdict(list)
+    for size, found in by_size.items():
+        if len({example.patient for example in found.values()}) > 1:
+            for digest, alike in _alike(list(found.values()), _blocks).items():
+                if len(alike) > 1:
+                    for content, same in _alike(alike, lambda path: file_digest(path)).items():
+                        twins[f"{size} {digest} {content}"] += same
+    items = tuple(" = ".join(e.name for e in same) for same in twins.values() if len({e.patient for e in same}) > 1)
+    return [Leak("duplicate-volume", "identical files", items)] if items else []
+
+
+def _alike(examples: list[Example], digest: Callable[[Path], str]) -> dict[str, list[Example]]:
+    found: dict[str, list[Example]] = defaultdict(list)
+    for example in examples:
+        found[digest(example.path)].append(example)
+    return found
+
+
+def _blocks(path: Path) -> str:
+    """Digest of the first, middle and last 64 KiB of a file."""
+    size, content = path.stat().st_size, hashlib.sha256()
+    with open(path, "rb") as file:
+        for start in (0, size // 2, max(size - 65_536, 0)):
+            file.seek(start)
+            content.update(file.read(65_536))
+    return content.hexdigest()
 
 
 def content_leaks(entries: list[dict[str, str]], against: list[Path]) -> list[Leak]:

@@ -7,6 +7,7 @@ be whole by now (`worth_redoing`); nothing else is state.
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import logging
 import math
@@ -72,7 +73,8 @@ def ordered(examples: Iterable[Example]) -> list[Example]:
 
 
 def prepare_example(example: Example, recipe: Recipe) -> Outcome:
-    """Reads one volume and encodes its record. Never raises for a bad volume: the outcome carries the reason."""
+    """Reads one volume and encodes its record. Never raises for a bad volume: the outcome carries the reason. `UserError` where
+    the machine has reached a limit that stops every other volume too."""
     entry: dict[str, Any] = {
         "name": example.name,
         "patient": example.patient,
@@ -88,6 +90,10 @@ def prepare_example(example: Example, recipe: Recipe) -> Outcome:
                 path, recipe.grid, example.metadata, mask=example.mask, mask_classes=recipe.mask_classes
             )
     except Exception as error:  # one unusual file must not end a run of days: it is listed, with its path
+        if isinstance(error, UserError):
+            raise
+        if limit := _limit(error):
+            raise UserError(f"{example.path}: {limit}; the same command goes on from here") from error
         reason = str(error) if isinstance(error, VolumeError) else f"failed with {type(error).__name__}: {error}"
         return Outcome(None, entry, None, f"{SYSTEM_FAILED}: {reason}" if _may_pass(error) else reason, state)
     record = Record(
@@ -108,6 +114,18 @@ def prepare_example(example: Example, recipe: Recipe) -> Outcome:
     entry["content"] = hashlib.blake2b(prepared.volume.data, digest_size=16).hexdigest()
     quality = {"path": str(example.path), "name": example.name, **prepared.quality}
     return Outcome(encode(record, recipe.window, zstd_level=recipe.zstd_level), entry, quality, None, state)
+
+
+def _limit(error: Exception) -> str:
+    """Which limit of the machine was reached, and what to do; "" for none."""
+    codes = {e.errno for e in (error, error.__cause__) if isinstance(e, OSError)}
+    if codes & {errno.EMFILE, errno.ENFILE}:
+        return "too many open files: raise the limit (ulimit -n 4096), or use fewer --workers"
+    if codes & {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}:
+        return (
+            "the disk is full, or a quota or limit of file sizes is reached: make room, or set TMPDIR to another disk"
+        )
+    return ""
 
 
 def _may_pass(error: Exception) -> bool:

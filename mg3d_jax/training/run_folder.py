@@ -59,6 +59,7 @@ def facts(config: Config, vocab_size: int, data: PreparedData, flops: Flops) -> 
         "vocab_size": vocab_size,
         "flops": asdict(flops),  # of one patient; a resume need not trace the model to count them
         "records": data.lengths,  # of each folder: they make the order of the samples
+        "content": data.contents(),  # of each folder: what the records hold
         "spacing": data.spacing,  # mm, None if it differs between volumes; exports say it to their users
         "label_names": data.label_names,  # of a classification head
         "source": " + ".join(sorted({reader.manifest["source"] for reader in data.readers})),
@@ -66,12 +67,29 @@ def facts(config: Config, vocab_size: int, data: PreparedData, flops: Flops) -> 
 
 
 def check_same_records(meta: Mapping[str, Any], data: PreparedData) -> None:
-    """`UserError` where a resumed run finds other numbers of records than its checkpoint was made with."""
-    if (lengths := meta.get("records", data.lengths)) != data.lengths:
-        raise UserError(
-            f"this run was started on folders of {lengths} records, those of data.train have {data.lengths}: their "
-            "order would be another one. Use the same data, or another --workdir."
+    """`UserError` where a resumed run finds other records than its checkpoint was made with: what changed, and the snapshot
+    of a folder that has grown since (`mg3d prepare` keeps one) on which the run goes on."""
+    lengths, contents = meta.get("records", data.lengths), meta.get("content", data.contents())
+    if lengths == data.lengths and contents == data.contents():
+        return
+    changes, instead = [], []
+    for number, reader in enumerate(data.readers):
+        before = lengths[number] if number < len(lengths) else 0
+        if number < len(contents) and contents[number] == reader.content() and before == data.lengths[number]:
+            instead.append(str(reader.folder))
+            continue
+        found = reader.snapshot_with(before, contents[number] if number < len(contents) and "content" in meta else None)
+        instead.append(str(found) if found else "")
+        changes.append(
+            f"{reader.folder} had {before} records and has {data.lengths[number]} now{reader.changes_since(found)}"
         )
+    remedy = "Use the same data, or another --workdir."
+    if instead and all(instead):
+        remedy = f"The run goes on, on the state that it began with, with --config.data.train={','.join(instead)}"
+    raise UserError(
+        f"this run was started on folders of {lengths} records, those of data.train have {data.lengths}: their "
+        f"order would be another one. {'; '.join(changes)}. {remedy}"
+    )
 
 
 def records_of_steps(data: PreparedData, options: DataConfig, seed: int) -> Callable[[int], list[str]]:
