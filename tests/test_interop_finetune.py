@@ -4,18 +4,23 @@ from __future__ import annotations
 
 import json
 
+import flax.linen as nn
 import jax
 import numpy as np
 import pytest
 from support import ROOT, drawn, tiny_config
 
 from mg3d_jax import config as config_lib
+from mg3d_jax import registry
 from mg3d_jax.commands.benchmark import recipes
 from mg3d_jax.commands.finetune import recipe_with
+from mg3d_jax.commands.main import main
 from mg3d_jax.config import checks
 from mg3d_jax.errors import UserError
 from mg3d_jax.interop import finetune
 from mg3d_jax.interop.tower import Tower, save_tower
+from mg3d_jax.phantom.layouts.base import make_miniature
+from mg3d_jax.prepare import Settings, prepare
 from mg3d_jax.registry import VOLUME_TOWERS
 
 WINDOWS = ((-1000.0, 600.0),)
@@ -74,8 +79,6 @@ def test_from_an_imported_tower(tmp_path):
         for name in ("width", "depth", "num_heads", "mlp_ratio", "patch_size", "volume_size", "channels", "exact_gelu")
     }
     shapes = jax.eval_shape(module.init, jax.random.key(0), np.zeros((1, 16, 16, 16, 1), np.float32))["params"]
-    import flax.linen as nn
-
     save_tower(Tower("vit", fields, drawn(nn.unbox(shapes)), "somewhere"), tmp_path / "tower")
     encoder = begun(str(tmp_path / "tower")).model.volume_encoder
     assert (encoder.kind, encoder.preset, encoder.options.patch_size) == ("vit", "pico", (8, 8, 8))
@@ -92,3 +95,30 @@ def test_from_an_imported_tower(tmp_path):
 def test_the_command_puts_the_source_into_the_argument():
     assert recipe_with("a.py", None) == "a.py" and recipe_with("a.py", "RUN@3") == "a.py:RUN@3"
     assert recipe_with("a.py:small", "RUN") == "a.py:small,RUN"
+
+
+def test_a_recipe_from_miniature_to_intervals(tmp_path):
+    """Folds of the miniature, two steps of a plain tower, and the numbers of the fold that was held out. The labels of half of
+    the patients are read."""
+    registry.load_plugins(("plain_towers",))
+    root = tmp_path / "mini"
+    make_miniature(root, "cc-ccii", 12, 0)
+    for fold in range(2):
+        settings = {"size": (16, 16, 16), "fold": (fold, 2), "workers": 1, "qa_samples": 0}
+        prepare(Settings.of(source="cc-ccii", root=root, split="all", out=tmp_path / f"fold{fold}", **settings))
+    options = {
+        "data.train": str(tmp_path / "fold1"), "data.patients_percent": 50.0, "data.batch_size": 8, "training.steps": 2,
+        "model.volume_size": "(16,16,16)", "plugins": "('plain_towers',)", "model.volume_encoder.kind": "cubes",
+        "model.volume_encoder.preset": "plain", "model.volume_encoder.pooling": "mean", "training.writers": "('jsonl',)",
+        "model.volume_encoder.patch_size": "(16,16,16)", "model.volume_encoder.positions": "sincos",
+        "model.volume_encoder.layer_scale": 0.0, "model.report_encoder.kind": "words", "model.report_encoder.preset": "plain",
+        "model.projection_dim": 16, "evaluations.classification.draws": 50,
+    }  # fmt: skip
+    words = [f"--config.{key}={value}" for key, value in options.items()]
+    command = ["finetune", "--config", "configs/downstream/cc_ccii.py:small", "--workdir", str(tmp_path / "run")]
+    assert main([*command, "--test", str(tmp_path / "fold0"), *words]) == 0
+    found = json.loads((tmp_path / "run" / "test" / "evaluation.json").read_text())
+    one = found["classification"]
+    assert (found["volumes"], found["step"], one["kind"]) == (6, 2, "multi_class")
+    assert set(one["by_class"]) == {"Normal", "CP", "NCP"} and len(one["accuracy_95"]) == 2
+    assert json.loads((tmp_path / "run" / "summary.json").read_text())["unique_records"] == 3

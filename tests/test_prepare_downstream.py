@@ -25,6 +25,7 @@ from mg3d_jax.prepare.reading import read_volume
 from mg3d_jax.prepare.selection import list_source
 from mg3d_jax.registry import LAYOUTS, SOURCES
 
+pytest.importorskip("SimpleITK")  # two of the data sets are MetaImages
 SIZES = {"size": (24, 24, 16), "workers": 1, "qa_samples": 0}
 # layout: patients of the miniature, split, millimetres of the grid
 CASES = {
@@ -124,7 +125,8 @@ def test_patches_are_centred_on_their_candidate(made, roots):
 
 
 def test_a_meta_image_lies_where_simple_itk_says(roots):
-    sitk = pytest.importorskip("SimpleITK")
+    import SimpleITK as sitk
+
     path = next((roots["luna16"] / "subset3").glob("*.mhd"))
     image, stored = sitk.ReadImage(str(path)), read_volume(path, Metadata())
     assert stored.data.shape == image.GetSize()

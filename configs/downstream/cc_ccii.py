@@ -14,9 +14,6 @@ from mg3d_jax.interop import finetune
 
 
 def get_config(arg: str = "") -> ConfigDict:
-    config = finetune.begin(
-        arg, "cc-ccii", volume_size=(128, 128, 96), windows=((-1350.0, 150.0),), heads=("classification_head",)
+    return finetune.classification(
+        arg, "cc-ccii", volume_size=(128, 128, 96), windows=((-1350.0, 150.0),), num_labels=3, kind="multi_class"
     )
-    config.tasks.classification.update({"weight": 1.0, "num_labels": 3, "kind": "multi_class", "balance": True})
-    config.evaluations.classification.every = 0
-    return config.lock()

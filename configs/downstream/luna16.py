@@ -15,9 +15,4 @@ from mg3d_jax.interop import finetune
 
 
 def get_config(arg: str = "") -> ConfigDict:
-    config = finetune.begin(
-        arg, "luna16", volume_size=(64, 64, 64), windows=((-1000.0, 600.0),), heads=("classification_head",)
-    )
-    config.tasks.classification.update({"weight": 1.0, "num_labels": 1, "balance": True})
-    config.evaluations.classification.every = 0
-    return config.lock()
+    return finetune.classification(arg, "luna16", volume_size=(64, 64, 64), windows=((-1000.0, 600.0),), num_labels=1)

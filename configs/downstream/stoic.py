@@ -14,9 +14,4 @@ from mg3d_jax.interop import finetune
 
 
 def get_config(arg: str = "") -> ConfigDict:
-    config = finetune.begin(
-        arg, "stoic", volume_size=(128, 128, 96), windows=((-1000.0, 1000.0),), heads=("classification_head",)
-    )
-    config.tasks.classification.update({"weight": 1.0, "num_labels": 2, "balance": True})
-    config.evaluations.classification.every = 0
-    return config.lock()
+    return finetune.classification(arg, "stoic", volume_size=(128, 128, 96), windows=((-1000.0, 1000.0),), num_labels=2)

@@ -87,6 +87,17 @@ def begin(
     return config
 
 
+def classification(
+    arg: str, name: str, *, volume_size: tuple[int, int, int], windows: Windows, **options: Any
+) -> ConfigDict:
+    """The recipe of a classification task, locked. Arguments as for `begin`; `options` are those of `tasks.classification`."""
+    config = begin(arg, name, volume_size=volume_size, windows=windows, heads=("classification_head",))
+    config.tasks.classification.update({"weight": 1.0, "balance": True} | options)
+    config.evaluations.classification.every = 0
+    config.data.augment.shift = 2 if SMALL in arg.split(",") else 6
+    return config.lock()
+
+
 def _schedule(config: ConfigDict, *, small: bool) -> None:
     """Rates and decay that the literature fine-tunes a ViT-B with (He et al. 2022)."""
     config.optimizer.update({
