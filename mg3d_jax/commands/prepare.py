@@ -9,13 +9,14 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from mg3d_jax.data.rad_chestct import MAPPINGS
 from mg3d_jax.errors import UserError
 from mg3d_jax.prepare import Settings, prepare, summary
 from mg3d_jax.prepare.folder import dry_run
 from mg3d_jax.prepare.geometry import POLICIES
 from mg3d_jax.prepare.growth import COMPARE
 from mg3d_jax.prepare.leaks import LEAKS
-from mg3d_jax.prepare.selection import RECONSTRUCTIONS
+from mg3d_jax.prepare.selection import FILTERS, RECONSTRUCTIONS
 from mg3d_jax.prepare.settings import source_defaults
 from mg3d_jax.prepare.verify import verify
 from mg3d_jax.registry import SOURCES, load_plugins
@@ -86,6 +87,11 @@ def _add_grid(add: Callable[..., object]) -> None:
 
 def _add_selection(add: Callable[..., object]) -> None:
     add("--reconstructions", choices=RECONSTRUCTIONS, default="all", help="of one scan (ctrate)")
+    filters = "; ".join(f"{name}: {text}" for name, text in FILTERS.items())
+    add("--filter", dest="filters", nargs="+", default=(), choices=FILTERS, metavar="NAME", help=f"ctrate: {filters}")
+    add("--label-mapping", choices=MAPPINGS, default=_DEFAULT["label_mapping"], help="rad-chestct: labels as CT-RATE's")
+    modality = "mr: intensities are scaled by percentiles and never taken for HU"
+    add("--modality", type=str.upper, choices=("CT", "MR"), default=_DEFAULT["modality"], help=modality)
     add("--exclude", type=Path, help="text file of volumes, scans or patients to leave out, one a line")
     add("--fold", type=_shard_share, default=None, metavar="I/N", help="this part of the patients only, I from 0")
     add("--fold-seed", type=int, default=_DEFAULT["fold_seed"], help="of the folds")

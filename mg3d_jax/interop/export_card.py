@@ -31,6 +31,13 @@ def licence_note(run: Run) -> str:
     return "\n".join(_LICENCES.get(source, _UNKNOWN) for source in run.sources or ("",))
 
 
+def _modality(run: Run) -> str:
+    """A row for models of MR: their numbers are no HU."""
+    if run.modality == "CT":
+        return ""
+    return "\n| intensities | MR: percentiles 0.5 and 99.5 of each volume become -1000 and 1000; there are no HU |"
+
+
 def _geometry(run: Run) -> str:
     size, spacing = run.config.model.volume_size, run.spacing
     windows = ", ".join(f"{low:g}..{high:g} HU" for low, high in run.config.data.windows)
@@ -41,7 +48,7 @@ def _geometry(run: Run) -> str:
 | grid | {" x ".join(map(str, size))} voxels of {" x ".join(f"{mm:g}" for mm in spacing)} mm, centred on the volume |
 | values | Hounsfield units; rescale slope and intercept applied exactly once |
 | padding | -1024 HU (air), never 0 HU |
-| windows | {windows}, scaled to 0..1 |"""
+| windows | {windows}, scaled to 0..1 |{_modality(run)}"""
 
 
 def _heads(arguments: Mapping[str, Any]) -> str:

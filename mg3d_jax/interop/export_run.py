@@ -40,6 +40,7 @@ class Run:
     spacing: Spacing
     sources: tuple[str, ...]  # layouts of the data sets that it was trained on, e.g. "ctrate"
     label_names: tuple[str, ...] = ()  # of its training data, as far as that is known
+    modality: str = "CT"  # of the data; of MR the numbers are no HU
 
     @property
     def tokenizer(self) -> ReportTokenizer:
@@ -64,7 +65,10 @@ def load_run(workdir: Path, step: int | None = None, spacing: Spacing | None = N
     source = run.prepared("source")
     sources = (source,) if source else ()
     names = tuple(run.prepared("label_names") or ())
-    return Run(run.config, params, workdir / TOKENIZER_FOLDER, run.step, tuple(spacing), sources, names)
+    modality = str((run.prepared("settings") or {}).get("modality", "CT"))
+    return Run(
+        run.config, params, workdir / TOKENIZER_FOLDER, run.step, tuple(spacing), sources, names, modality=modality
+    )
 
 
 @dataclass(frozen=True)

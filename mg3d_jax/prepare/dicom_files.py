@@ -34,7 +34,7 @@ _KERNELS = {"soft": 20, "smooth": 20, "standard": 30, "chest": 35, "detail": 45,
 def is_dicom(path: Path) -> bool:
     """Whether a file begins as DICOM does; one without the preamble (some exports) is told by its first tag."""
     try:
-        with open(path, "rb") as file:
+        with path.open("rb") as file:
             start = file.read(132)
     except OSError:
         return False
@@ -79,14 +79,15 @@ def read_files(files: list[Path]) -> tuple[dict[str, list[tuple[Path, Any]]], li
 
 def _open(pydicom: Any, file: Path) -> tuple[Any, str]:
     """(dataset, "") of a file, or (None, why it has none). Raises `VolumeError` for a slice that the system fails to read."""
-    check_regular(file)
+    if isinstance(file, Path):
+        check_regular(file)
     if not file.stat().st_size:
         return None, "empty"
     try:
-        return pydicom.dcmread(file), ""
+        return pydicom.dcmread(_source(file)), ""
     except pydicom.errors.InvalidDicomError:
         try:  # without preamble and header, as some exports are
-            dataset = pydicom.dcmread(file, force=True)
+            dataset = pydicom.dcmread(_source(file), force=True)
         except Exception:
             return None, "no DICOM, or only the start of one"
         whole = "Rows" in dataset and "SOPClassUID" in dataset and "PixelData" in dataset
@@ -96,6 +97,11 @@ def _open(pydicom: Any, file: Path) -> tuple[Any, str]:
         return dataset, ""
     except Exception as error:  # pydicom raises exceptions of many kinds
         raise VolumeError(f"slice {file.name} is unreadable: {type(error).__name__}: {error}") from error
+
+
+def _source(file: Path) -> Any:
+    """What pydicom reads: a path, or the content of a file in an archive."""
+    return file if isinstance(file, Path) else file.open("rb")
 
 
 def _set_syntax(dataset: Any) -> None:
@@ -140,7 +146,7 @@ def _foreign(unreadable: list[tuple[Path, str]], readable: list[Path]) -> list[s
 
 
 def _is_text(path: Path) -> bool:
-    with open(path, "rb") as file:
+    with path.open("rb") as file:
         return b"\0" not in file.read(1024)
 
 

@@ -13,6 +13,7 @@ from __future__ import annotations
 import logging
 import time
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -63,8 +64,15 @@ def list_examples(settings: Settings) -> Listing:
         array_axes=settings.array_axes,
         slice_window=settings.slice_window,
         negatives=settings.negatives,
+        filters=settings.filters,
+        label_mapping=settings.label_mapping,
     )
     listing = list_source(settings.source, options)
+    if settings.modality != "CT":
+        listing.examples = [
+            replace(e, metadata=replace(e.metadata, modality=settings.modality)) for e in listing.examples
+        ]
+        listing.notes.append("MR: the 0.5th and 99.5th percentile of each volume are -1000 and 1000; there are no HU")
     if settings.fold is not None:
         keep_fold(listing, settings.fold, seed=settings.fold_seed, file=settings.fold_file)
     return listing

@@ -26,6 +26,8 @@ class SourceOptions:
     array_spacing: tuple[float, float, float] | None = None  # mm of the index axes
     array_axes: str | None = None  # where the index axes point, such as "LPS"
     slice_window: tuple[float, float] | None = None  # HU of grey 0 and 255
+    filters: tuple[str, ...] = ()  # names in `selection.FILTERS`
+    label_mapping: str = "hlip"  # of Rad-ChestCT's abnormalities, in `data.rad_chestct.MAPPINGS`
     negatives: int = 20  # of candidate lists: how many negatives of a scan are kept; 0: all
 
 

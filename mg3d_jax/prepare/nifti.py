@@ -49,8 +49,11 @@ class StoredVolume:
 
 
 def _open(path: Path) -> BufferedIOBase:
-    with open(path, "rb") as file:
+    with path.open("rb") as file:
         start = file.read(3)
+    if not isinstance(path, Path):  # in an archive
+        unpack: Any = {b"\x1f\x8b": igzip.open, b"BZ": bz2.open}.get(start[:2], lambda opened, _: opened)
+        return cast(BufferedIOBase, unpack(path.open("rb"), "rb"))
     if start[:2] == b"\x1f\x8b":
         return cast(BufferedIOBase, igzip.open(path, "rb"))
     return cast(BufferedIOBase, bz2.open(path, "rb") if start == b"BZh" else open(path, "rb"))
@@ -87,7 +90,6 @@ def check_unpacked(announced: float, size: int) -> None:
 def read_nifti(path: Path, frame: int | None = None) -> StoredVolume:
     """Reads NIfTI-1 or -2, or Analyze, of a 4D file its `frame`. Raises `VolumeError` for what is unreadable, truncated, or
     not one 3D volume."""
-    path = Path(path)
     header_path, voxel_path = _pair(path)
     try:
         header = _read_header(header_path)
@@ -129,6 +131,8 @@ def read_nifti(path: Path, frame: int | None = None) -> StoredVolume:
 
 def _pair(path: Path) -> tuple[Path, Path]:
     """Files of header and voxels: the same one but for pairs, `.hdr` and `.img`, each packed or not."""
+    if not isinstance(path, Path):
+        return path, path
     for ours, other in ((".hdr", ".img"), (".img", ".hdr")):
         for packed in ("", ".gz"):
             if path.name.lower().endswith(ours + packed):

@@ -11,10 +11,12 @@ import re
 import zipfile
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import nibabel as nib
 import numpy as np
 
+from mg3d_jax.prepare.archives import in_archive, members
 from mg3d_jax.prepare.dicom import read_dicom
 from mg3d_jax.prepare.dicom_files import is_dicom
 from mg3d_jax.prepare.geometry import Metadata
@@ -33,6 +35,8 @@ def read_volume(path: Path, metadata: Metadata) -> StoredVolume:
     path = Path(path)
     if path.is_dir():
         return _read_folder(path, metadata)
+    if (found := in_archive(path)) is not None:
+        return _read_archive(*found, metadata)
     check_regular(path)
     name = path.name.lower()
     if name.endswith(ARRAY_SUFFIXES):
@@ -42,6 +46,22 @@ def read_volume(path: Path, metadata: Metadata) -> StoredVolume:
     if name.endswith(".dcm") or is_dicom(path):
         return read_dicom([path])
     return read_nifti(path, metadata.frame)
+
+
+def _read_archive(archive: Path, inner: str, metadata: Metadata) -> StoredVolume:
+    """The one volume of an archive: its NIfTI file, or its DICOM series."""
+    files: list[Any] = list(members(archive, inner))
+    volumes = [file for file in files if file.name.lower().endswith(NIFTI_SUFFIXES)]
+    if len(volumes) > 1:
+        names = ", ".join(file.inner for file in volumes[:4])
+        raise VolumeError(
+            f"{len(volumes)} volumes in the archive ({names}, ...): name one as {archive.name}/{volumes[0].inner}"
+        )
+    if volumes:
+        return read_nifti(volumes[0], metadata.frame)
+    if not files:
+        raise VolumeError(f"no such file in the archive: {inner}" if inner else "the archive is empty")
+    return read_dicom([file for file in files if not file.name.lower().endswith(IMAGE_SUFFIXES)])
 
 
 def _read_folder(path: Path, metadata: Metadata) -> StoredVolume:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import math
 import re
 from pathlib import Path
 
 from mg3d_jax.errors import UserError
 from mg3d_jax.prepare.listing import Example, Listing, SourceOptions, without_suffix
+from mg3d_jax.prepare.walk import walk
 from mg3d_jax.registry import SOURCES
 
 RECONSTRUCTIONS = ("all", "first", "best")
@@ -37,6 +39,64 @@ def choose_reconstructions(listing: Listing, policy: str) -> None:
     if left_out := len(listing.examples) - len(best):
         listing.skipped[f"other reconstructions of the scan (--reconstructions {policy})"] = left_out
     listing.examples = list(best.values())
+
+
+FILTERS = {
+    "all": "every volume",
+    "no-head": "without the volumes of no_chest_SPLIT.txt, which CT-RATE ships",
+    "first-per-scan": "the first reconstruction of each scan",
+    "smallest-spacing-distinct-text": "of volumes with the same findings the one with the smallest voxels",
+    "no-known-bad": "without volumes of the training split that are known to be unusable",
+}
+_KNOWN_BAD = {  # named in public code that trains on CT-RATE
+    "train_1267_a_4", "train_11755_a_2", "train_11755_a_3", "train_11755_a_4", "train_3821_a_5",
+    "train_9792_a_1", "train_9792_a_2", "train_9792_a_3", "train_9792_a_4",
+}  # fmt: skip
+
+
+def apply_filters(listing: Listing, options: SourceOptions) -> None:
+    """Leaves out what the evaluations of CT-RATE in use leave out, by name, and counts it. Raises `UserError`."""
+    for name in options.filters:
+        before = len(listing.examples)
+        if name == "first-per-scan":
+            choose_reconstructions(listing, "first")
+            continue
+        if name == "no-head":
+            _leave_out(listing, excluded_names(_no_chest_list(options)))
+        elif name == "no-known-bad":
+            _leave_out(listing, _KNOWN_BAD)
+        elif name == "smallest-spacing-distinct-text":
+            _keep_distinct(listing)
+        if left_out := before - len(listing.examples):
+            listing.skipped[f"--filter {name}: {FILTERS[name]}"] = left_out
+
+
+def _leave_out(listing: Listing, names: set[str]) -> None:
+    listing.examples = [e for e in listing.examples if not {without_suffix(e.name), e.scan, e.patient} & names]
+
+
+def _no_chest_list(options: SourceOptions) -> Path:
+    wanted = f"no_chest_{options.split}.txt"
+    found = [folder / wanted for folder, names in walk(options.root) if wanted in names]
+    if not found:
+        raise UserError(
+            f"--filter no-head needs {wanted}, of which there is none below {options.root}: download it with CT-RATE"
+        )
+    return found[0]
+
+
+def _keep_distinct(listing: Listing) -> None:
+    best: dict[str, Example] = {}
+
+    def rank(example: Example) -> tuple[float, str]:
+        spacing = example.metadata.spacing
+        return (math.prod(spacing) if spacing else math.inf, example.name)
+
+    for example in listing.examples:
+        if example.findings not in best or rank(example) < rank(best[example.findings]):
+            best[example.findings] = example
+    kept = set(map(id, best.values()))
+    listing.examples = [example for example in listing.examples if id(example) in kept]
 
 
 def excluded_names(path: Path | None) -> set[str]:
@@ -75,5 +135,6 @@ def list_source(source: str, options: SourceOptions) -> Listing:
         raise UserError(f"--root {options.root} does not exist")
     listing = list_all(options)
     apply_exclusion(listing, options.exclude)
+    apply_filters(listing, options)
     choose_reconstructions(listing, options.reconstructions)
     return listing

@@ -46,6 +46,11 @@ class Settings:
     fold: tuple[int, int] | None = None  # (i, n): only this part of the patients, i from 0 (`prepare/folds.py`)
     fold_seed: int = 0  # of the folds
     fold_file: Path | None = None  # the fold of every patient: read where it is there, else written
+    filters: tuple[str, ...] = ()  # of CT-RATE's evaluations: names in `selection.FILTERS`
+    label_mapping: str = (
+        "hlip"  # rad-chestct: which abnormalities stand for which finding (`data.rad_chestct.MAPPINGS`)
+    )
+    modality: str = "CT"  # "MR": intensities are scaled by percentiles, never taken for HU
     negatives: int = 20  # of a list of candidates (luna16): how many negatives of a scan are kept; 0: all
 
     def __post_init__(self) -> None:
@@ -82,6 +87,7 @@ class Settings:
             "shard_records": self.shard_records,
             "zstd_level": self.zstd_level,
             **({"fold": [*self.fold, self.fold_seed]} if self.fold else {}),
+            **({"modality": self.modality} if self.modality != "CT" else {}),
         }
 
     def check(self) -> None:
@@ -107,6 +113,8 @@ class Settings:
             raise UserError("--negatives must not be negative, and --fold-file needs --fold")
         if unknown := set(self.allow_leak) - leaks.LEAKS.keys():
             raise UserError(f"--allow-leak {sorted(unknown)}: there are {sorted(leaks.LEAKS)}")
+        if self.modality not in ("CT", "MR"):
+            raise UserError(f"--modality {self.modality!r}: there are ct and mr")
         if self.compare not in COMPARE:
             raise UserError(f"--compare {self.compare!r}: there are {COMPARE}")
         if self.fetch is not None:

@@ -12,6 +12,7 @@ from mg3d_jax.phantom.layouts.ctrg import CTRG
 from mg3d_jax.phantom.layouts.decathlon import COLON, LUNG
 from mg3d_jax.phantom.layouts.luna16 import LUNA16
 from mg3d_jax.phantom.layouts.stoic import STOIC
+from mg3d_jax.phantom.layouts.with_reports import INSPECT, MERLIN, RAD_CHESTCT, ZIP
 from mg3d_jax.registry import LAYOUTS
 
 LAYOUTS.register("cc-ccii", CC_CCII)
@@ -22,3 +23,7 @@ LAYOUTS.register("msd-colon", COLON)
 LAYOUTS.register("covid-19-20", COVID_19_20)
 LAYOUTS.register("acdc", ACDC)
 LAYOUTS.register("ctrg", CTRG)
+LAYOUTS.register("rad-chestct", RAD_CHESTCT)
+LAYOUTS.register("merlin", MERLIN)
+LAYOUTS.register("inspect", INSPECT)
+LAYOUTS.register("zip", ZIP)

@@ -7,6 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from mg3d_jax.errors import UserError
+from mg3d_jax.prepare.archives import volume_exists
 from mg3d_jax.prepare.listing import Example, Listing, SourceOptions, outside_metadata, without_suffix
 from mg3d_jax.prepare.sections import split_sections
 from mg3d_jax.prepare.tables import Row, dicom_metadata, label_columns, numbers, read_table, row_labels
@@ -66,7 +67,7 @@ def list_table(options: SourceOptions) -> Listing:
             listing.other_splits.setdefault(split, set()).add(example.patient)
         elif not example.findings and not example.impression:
             listing.add_bad(example.path, "empty report")
-        elif not options.streaming and not example.path.exists():
+        elif not options.streaming and not volume_exists(example.path):
             listing.add_bad(example.path, "a report without a volume")
         elif spacing and _spacing(spacing) is None:
             expected = "three numbers above 0 (mm), such as '0.7 0.7 1.5'"
@@ -76,6 +77,19 @@ def list_table(options: SourceOptions) -> Listing:
         else:
             seen.add(example.path)
             listing.examples.append(example)
+    return listing
+
+
+def list_zip(options: SourceOptions) -> Listing:
+    """One zip archive per study and a table as for `csv`, whose volumes are `study.zip`, or `study.zip/series/volume.nii.gz`
+    where an archive holds several. ROOT is the table, or the folder with it. Archives are not unpacked to disk."""
+    tables = sorted(options.root.glob("*.csv")) if options.root.is_dir() else [options.root]
+    if len(tables) != 1:
+        raise UserError(
+            f"{options.root}: expected one table (csv) beside the archives, found {[t.name for t in tables]}"
+        )
+    listing = list_table(replace(options, root=tables[0]))
+    listing.examples = [replace(example, source="zip") for example in listing.examples]
     return listing
 
 
