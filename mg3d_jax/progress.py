@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import os
+import signal
+import stat
 import sys
 import time
 from collections.abc import Iterable, Iterator
+from contextlib import suppress
 from typing import TypeVar
 
 from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
@@ -19,6 +23,19 @@ def format_seconds(seconds: float) -> str:
     minutes, second = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}:{minutes:02d}:{second:02d}" if hours else f"{minutes}:{second:02d}"
+
+
+def leave_terminal(*, pipes: bool = False) -> None:
+    """Sends what is printed to a terminal nowhere from here on: it is gone, and printing would fail.
+
+    `pipes`: whatever else is printed to, too, such as a pipe that nobody reads.
+    """
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    for stream in (sys.stdout, sys.stderr):
+        with suppress(OSError, ValueError, AttributeError):  # a stream without a descriptor needs nothing
+            if pipes or stat.S_ISCHR(os.fstat(stream.fileno()).st_mode):  # isatty denies a terminal that has hung up
+                os.dup2(nowhere, stream.fileno())
+    os.close(nowhere)
 
 
 class Progress:
@@ -60,7 +77,12 @@ class Progress:
         now = time.monotonic()
         if now - self._last_print >= PLAIN_INTERVAL_SECONDS or self.done == self.total:
             self._last_print = now
-            print(self._line(now, note), file=sys.stderr, flush=True)
+            try:
+                print(self._line(now, note), file=sys.stderr, flush=True)
+            except OSError:  # nobody reads any more: as if the terminal had been closed, for whoever listens to that
+                leave_terminal(pipes=True)
+                if callable(signal.getsignal(signal.SIGHUP)):
+                    signal.raise_signal(signal.SIGHUP)
 
     def _line(self, now: float, note: str) -> str:
         elapsed = max(now - self._start, 1e-9)

@@ -17,8 +17,8 @@ from support import ROOT
 PACKAGE = ROOT / "mg3d_jax"
 
 GROUND = {
-    "__init__", "batch", "charts", "config_files", "devices", "environment", "errors", "files", "flops", "html", "log",
-    "options", "progress", "registry", "sharding", "version",
+    "__init__", "arithmetic", "batch", "charts", "config_files", "devices", "environment", "errors", "files", "flops",
+    "html", "locks", "log", "options", "progress", "registry", "sharding", "version",
 }  # fmt: skip
 MIDDLE = {"config", "data", "language", "models", "objectives", "tasks"}
 BESIDE = {"prepare", "phantom"}

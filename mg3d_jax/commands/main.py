@@ -5,9 +5,10 @@ from __future__ import annotations
 import argparse
 import importlib
 import logging
+import os
 import sys
 
-from mg3d_jax import __version__, log
+from mg3d_jax import __version__, arithmetic, log
 from mg3d_jax.errors import UserError, storage_problem
 from mg3d_jax.registry import COMMANDS, load_plugins
 
@@ -34,6 +35,7 @@ def main(argv: list[str] | None = None) -> int:
     try:
         options, (name, *rest) = _split(sys.argv[1:] if argv is None else argv)
         log.to_stderr("debug" if options.verbose else None)
+        arithmetic.ignore(os.environ)
         load_plugins(options.plugins)
         if name in ("-h", "--help", "help"):
             print(usage())

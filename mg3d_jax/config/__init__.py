@@ -21,7 +21,7 @@ from mg3d_jax.config.files import (
     to_json,
     typed,
 )
-from mg3d_jax.config.identity import config_hash, resume_differences
+from mg3d_jax.config.identity import config_hash, relevant, resume_differences
 from mg3d_jax.config.objectives import use_frozen_report_encoder, use_objectives
 from mg3d_jax.config.parts import Config
 from mg3d_jax.config.small_model import use_small_model
@@ -37,6 +37,7 @@ __all__ = [
     "load_file",
     "parse",
     "read",
+    "relevant",
     "replace",
     "resume_differences",
     "split_overrides",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import fields
+from math import inf
 
 from mg3d_jax import sharding
 from mg3d_jax.config.parts import DECLARED, Config, EncoderConfig, ModelConfig, ScheduleConfig
@@ -159,9 +160,43 @@ def _objective_problems(config: Config) -> list[str]:
     return problems
 
 
+# Keys, and the smallest and largest value that each may have; "below" excludes the largest.
+RANGES: tuple[tuple[str, float, float, str], ...] = (
+    ("optimizer.learning_rate", 0, inf, ""),
+    ("optimizer.b1", 0, 1, "below"),
+    ("optimizer.b2", 0, 1, "below"),
+    ("optimizer.weight_decay", 0, inf, ""),
+    ("optimizer.clip_norm", 0, inf, ""),
+    ("schedule.final_fraction", 0, 1, ""),
+    ("model.volume_encoder.dropout", 0, 1, "below"),
+    ("model.report_encoder.dropout", 0, 1, "below"),
+    ("data.augment.shift", 0, inf, ""),
+    ("data.augment.scale", 0, 1, "below"),
+    ("data.augment.offset", 0, inf, ""),
+    ("data.augment.noise", 0, inf, ""),
+)
+
+
+def _range_problems(config: Config) -> list[str]:
+    """Numbers that mean nothing, NaN among them."""
+    flat, problems = flatten(to_dict(config)), []
+    for key, low, high, open_end in RANGES:
+        value = flat[key]
+        if low <= value < inf and (value < high or (value == high and not open_end)):
+            continue
+        most = "finite" if high == inf else f"below {high}" if open_end else f"at most {high}"
+        problems.append(f"{key} = {value}: must be at least {low} and {most}")
+    for pattern, factor in config.optimizer.learning_rate_multipliers:
+        if not 0 <= factor < inf:
+            problems.append(
+                f"optimizer.learning_rate_multipliers: {factor} for {pattern!r}: must be at least 0 and finite"
+            )
+    return problems
+
+
 def _training_problems(config: Config) -> list[str]:
     training = config.training
-    problems = choice("schedule.kind", config.schedule.kind, SCHEDULES)
+    problems = _range_problems(config) + choice("schedule.kind", config.schedule.kind, SCHEDULES)
     problems += choice("optimizer.name", config.optimizer.name, OPTIMIZERS)
     problems += choice("training.best_mode", training.best_mode, ("min", "max"))
     for writer in training.writers:

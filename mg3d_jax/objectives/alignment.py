@@ -100,6 +100,11 @@ def problems(options: AlignmentOptions, config: Any) -> list[str]:
     ]
     if options.weight > 0 and _asks_which_volume(options):
         found += too_few_rows("objectives.alignment, pair (b)", config)
+    if options.weight > 0 and config.data.batch_size < 2:
+        found.append(
+            f"objectives.alignment compares patients, and data.batch_size = {config.data.batch_size}: at least 2, the more the "
+            "better"
+        )
     if not options.subset_sizes or min(options.subset_sizes) < 0:
         found.append(f"objectives.alignment.subset_sizes = {options.subset_sizes}: give sizes, e.g. (1, 4, 0)")
     if options.report_sentences < 1:

@@ -9,16 +9,17 @@ environment does not, e.g. on TPU VMs, which are recognised by asking their meta
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import logging
 import os
 import re
 import socket
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from itertools import takewhile
-from typing import Any
+from typing import Any, TypeVar, cast
 
 import jax
 import numpy as np
@@ -30,7 +31,8 @@ from mg3d_jax.training import storage
 logger = logging.getLogger(__name__)
 CLUSTERS = ("slurm", "jobset", "tpu", "ompi")
 JOBSET_PORT = 8476
-ROW_BYTES = 1024  # of one process's row of the device table, as JSON
+T = TypeVar("T")
+_gathered = itertools.count()  # a barrier needs a new name each time
 NO_GPUS = ("-1", "NoDevFiles", "none", "void", "")  # entries of CUDA_VISIBLE_DEVICES that hide GPUs
 
 
@@ -235,6 +237,59 @@ def barrier(name: str, minutes: float = 60) -> None:
         storage.barrier(f"mg3d/{name}", minutes)
 
 
+def gather_texts(name: str, text: str) -> list[str]:
+    """The texts of all processes, in all of them, in their order. All must call it, in the same order of calls."""
+    if jax.process_count() == 1:
+        return [text]
+    barrier(f"{name}-{next(_gathered)}", minutes=5)  # a first collective waits for half a minute only
+    own = np.frombuffer(text.encode(), np.uint8)
+    lengths = multihost_utils.process_allgather(np.array([len(own)], np.int32)).reshape(-1)
+    padded = np.zeros(int(lengths.max()) or 1, np.uint8)
+    padded[: len(own)] = own
+    parts = multihost_utils.process_allgather(padded).reshape(len(lengths), -1)
+    return [bytes(part[:length]).decode() for part, length in zip(parts, lengths, strict=True)]
+
+
+def together(name: str, do: Callable[[], T]) -> T:
+    """`do()` in every process; what is a `UserError` in one of them is one in all, which so end within seconds.
+
+    The others say whose it was. Nothing that `do` calls may wait for other processes.
+    """
+    result, problem = None, ""
+    try:
+        result = do()
+    except UserError as error:
+        problem = str(error) or type(error).__name__
+    said = [json.loads(one) for one in gather_texts(name, json.dumps([socket.gethostname(), problem]))]
+    if problem:
+        raise UserError(problem)
+    for number, (host, other) in enumerate(said):
+        if other:
+            raise UserError(f"process {number} of {len(said)} on {host} cannot go on: {other}")
+    return cast(T, result)
+
+
+def check_agreement(name: str, own: Mapping[str, Any]) -> None:
+    """`UserError`, in all processes, where their facts differ: the first difference of each with process 0.
+
+    Args:
+        name: of the barrier that they meet at.
+        own: flat, of JSON values: `{"optimizer.learning_rate": 0.001, ...}`.
+    """
+    said = [json.loads(text) for text in gather_texts(name, json.dumps([socket.gethostname(), dict(own)]))]
+    (host_0, first), problems = said[0], []
+    for number, (host, facts) in enumerate(said):
+        if keys := [key for key in {**first, **facts} if first.get(key) != facts.get(key)]:
+            key, more = keys[0], f" (and {len(keys) - 1} more)" if len(keys) > 1 else ""
+            there, here = facts.get(key), first.get(key)
+            problems.append(f"process {number} on {host} has {key} = {there}, process 0 on {host_0} has {here}{more}")
+    if problems:
+        raise UserError(
+            f"the {len(said)} processes of this run do not run the same: {'; '.join(problems[:4])}. Start all of them with the "
+            "same command, code, packages and data"
+        )
+
+
 @dataclass(frozen=True)
 class DeviceRow:
     """What one process has. `memory`: bytes that JAX may use of each device, None where it does not say; `promised`: GPUs
@@ -335,13 +390,7 @@ def _count_devices() -> list[int]:
 
 def gather_rows(row: DeviceRow) -> list[DeviceRow]:
     """The rows of all processes, in all processes. They must have equally many devices."""
-    if jax.process_count() == 1:
-        return [row]
-    text = json.dumps(asdict(row)).encode()
-    padded = np.zeros(ROW_BYTES, np.uint8)
-    padded[: len(text)] = np.frombuffer(text, np.uint8)
-    barrier("devices", minutes=5)  # a first collective waits for half a minute only
-    return [DeviceRow(**json.loads(bytes(part).rstrip(b"\0"))) for part in multihost_utils.process_allgather(padded)]
+    return [DeviceRow(**json.loads(text)) for text in gather_texts("devices", json.dumps(asdict(row)))]
 
 
 def device_table(rows: Sequence[DeviceRow]) -> str:

@@ -35,6 +35,7 @@ from mg3d_jax.training.checkpoints import Checkpoints
 from mg3d_jax.training.clock import Clock, device_memory
 from mg3d_jax.training.cost import StepCost
 from mg3d_jax.training.held_out import HeldOut
+from mg3d_jax.training.ownership import check_place, place
 from mg3d_jax.training.state import Setup, State, evaluated_parameters
 from mg3d_jax.training.writers import Writers
 
@@ -223,13 +224,14 @@ class Save(Hook):
     checkpoints: Checkpoints
     best_metric: str = ""
     every: int = 1
+    _step: int = field(default=0, init=False)  # the last one that was to be saved
     measures = False
 
     def due(self, after: AfterStep) -> bool:
         return super().due(after) or self.best_metric in after.measured
 
     def start(self, run: TrainingRun) -> None:
-        self._run = run
+        self._run, self._place = run, place(run.workdir)
 
     @cached_property
     def _facts(self) -> dict[str, Any]:
@@ -238,6 +240,8 @@ class Save(Hook):
 
     def __call__(self, after: AfterStep) -> None:
         """Starts a save, unless the step is saved already. The data position is the step itself."""
+        self._step = after.step
+        self._check_place()
         meta = {
             "step": after.step,
             "samples_seen": after.step * self._run.setup.config.data.batch_size,
@@ -251,7 +255,15 @@ class Save(Hook):
         logger.info("asked to stop: saved step %d of %d; the same command goes on", after.step, after.last)
 
     def close(self) -> None:
-        self.checkpoints.close()
+        try:
+            self.checkpoints.close()
+        except Exception:
+            if self._step:  # a save that was under way fails with the folder
+                self._check_place()
+            raise
+
+    def _check_place(self) -> None:
+        check_place(self._run.workdir, self._place, self._step)
 
 
 @dataclass(eq=False)

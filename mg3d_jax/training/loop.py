@@ -28,6 +28,7 @@ from mg3d_jax.training.checkpoints import Checkpoints, check_writable
 from mg3d_jax.training.clock import Clock
 from mg3d_jax.training.cost import StepCost
 from mg3d_jax.training.hooks import AfterStep, Hook, TrainingRun
+from mg3d_jax.training.ownership import Ownership
 from mg3d_jax.training.report_texts import report_texts
 from mg3d_jax.training.schedule import total_steps
 from mg3d_jax.training.stopping import DONE, PREEMPTED, StopRequest
@@ -61,20 +62,13 @@ class Trainer:
         profile_steps: int = 0,
     ):
         checks.validate(config)
-        check_writable(workdir)
         self.config = config
         self.workdir = workdir
-        volume_size = config.model.volume_size
+        self.ownership = Ownership(workdir)
         mesh = sharding.make_mesh(config.mesh)
-        masks = reads_masks(config.objectives, config.tasks)
-        self.data = PreparedData(
-            config.data.train, max_patients=config.data.max_patients, percent=config.data.patients_percent,
-            volume_size=volume_size, masks=masks,
-        )  # fmt: skip
-        self.valid = (
-            PreparedData(config.data.valid, volume_size=volume_size, masks=masks) if config.data.valid else None
-        )
+        self.data, self.valid = distributed.together("start", self._open)
         self.tokenizer = run_folder.run_tokenizer(config.data, workdir)
+        run_folder.check_processes_agree(config, self.data, self.valid, self.tokenizer)
         self.steps = total_steps(config.training, config.data.batch_size, len(self.data))
         self.setup = state_lib.build(config, self.tokenizer.vocab_size, mesh, self.steps, records=len(self.data))
         sharding.check_replication(self.setup.abstract["params"], config.mesh.max_replicated)
@@ -99,6 +93,17 @@ class Trainer:
             validates=self.valid is not None,
         )
 
+    def _open(self) -> tuple[PreparedData, PreparedData | None]:
+        """Takes the folder and opens the data: what can be wrong on one host and right on the others."""
+        check_writable(self.workdir)
+        self.ownership.take()
+        data, size = self.config.data, self.config.model.volume_size
+        masks = reads_masks(self.config.objectives, self.config.tasks)
+        train = PreparedData(
+            data.train, max_patients=data.max_patients, percent=data.patients_percent, volume_size=size, masks=masks
+        )
+        return train, PreparedData(data.valid, volume_size=size, masks=masks) if data.valid else None
+
     def _restore_or_initialize(self, initialize: Initializer | None) -> tuple[state_lib.State, int, dict[str, Any]]:
         """Restores the newest readable checkpoint; without one, makes the state of a new run.
 
@@ -120,10 +125,17 @@ class Trainer:
         return state, step, meta
 
     def run(self) -> int:
-        """Trains to the end. Returns the exit code: `DONE`, or `PREEMPTED` ("run me again") where SIGTERM ended it before.
+        """Trains to the end. Returns the exit code: `DONE`, or `PREEMPTED` ("run me again") where a signal ended it before.
 
         The state is saved in both cases.
         """
+        self.ownership.take()
+        try:
+            return self._run()
+        finally:
+            self.ownership.give_back()
+
+    def _run(self) -> int:
         if self.resume_step >= self.steps:
             logger.info("%s: already done, %d of %d steps", self.workdir, self.resume_step, self.steps)
             final = self._measure_again() if run_folder.lacks_summary(self.workdir) else None

@@ -10,6 +10,7 @@ from __future__ import annotations
 import functools
 import hashlib
 import io
+import json
 import logging
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
@@ -17,7 +18,6 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from mg3d_jax import sharding
@@ -28,6 +28,7 @@ from mg3d_jax.files import write_bytes
 from mg3d_jax.objectives.base import Context, text_maker
 from mg3d_jax.options import Group
 from mg3d_jax.progress import Progress
+from mg3d_jax.training import integrity
 from mg3d_jax.training.state import Setup
 
 logger = logging.getLogger(__name__)
@@ -179,14 +180,6 @@ def _padded(rows: Sequence[np.ndarray], length: int) -> dict[str, np.ndarray]:
 
 
 def _fingerprint(params: Any) -> str:
-    """A short text that differs between report encoders with different weights.
-
-    Of their bits, in integers: a sum of floats depends on how many threads and devices share in it.
-    """
-
-    def digest(array: jax.Array) -> jax.Array:
-        bits = jax.lax.bitcast_convert_type(array.astype(jnp.float32), jnp.uint32).ravel()
-        return jnp.sum(bits * (2 * jnp.arange(bits.size, dtype=jnp.uint32) + 1), dtype=jnp.uint32)
-
-    digests = jax.jit(lambda tree: [digest(leaf) for leaf in jax.tree.leaves(tree)])(params["report_encoder"])
-    return hashlib.sha256(repr([int(one) for one in digests]).encode()).hexdigest()[:16]
+    """A short text that differs between report encoders with different weights; the same on every mesh and machine."""
+    sums = integrity.checksums(params["report_encoder"])
+    return hashlib.sha256(json.dumps(sums, sort_keys=True).encode()).hexdigest()[:16]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import os
 import shutil
 from collections.abc import Callable, Mapping
@@ -45,6 +47,27 @@ def run_tokenizer(options: DataConfig, workdir: Path) -> ReportTokenizer:
         os.replace(partial, folder)
     distributed.barrier("tokenizer")  # the others read what process 0 wrote
     return ReportTokenizer(load_tokenizer(str(folder)), options.max_tokens, options.max_sentences)
+
+
+def check_processes_agree(
+    config: Config, data: PreparedData, valid: PreparedData | None, tokenizer: ReportTokenizer
+) -> None:
+    """`UserError`, in all processes, where one runs another configuration, code, package, tokenizer or other data."""
+    if jax.process_count() == 1:
+        return
+    environment = environment_facts()
+    facts = {key: repr(value) for key, value in config_lib.relevant(config).items()}
+    facts |= {f"the package {name}": value for name, value in environment["packages"].items()}
+    facts |= {"mg3d_jax": environment["mg3d_jax"], "the commit of mg3d_jax": environment["commit"]}
+    facts["the tokenizer"] = _digest(tokenizer.tokenizer.to_str())
+    for name, one in (("data.train", data), ("data.valid", valid)):
+        manifests = [reader.manifest for reader in one.readers] if one else []
+        facts[f"the records of {name}"] = _digest(json.dumps(manifests, sort_keys=True, default=str))
+    distributed.check_agreement("same", facts)
+
+
+def _digest(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()[:12]
 
 
 def identity(config: Config) -> dict[str, Any]:

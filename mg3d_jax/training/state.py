@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import optax
 from jax.sharding import Mesh
 
-from mg3d_jax import sharding
+from mg3d_jax import arithmetic, sharding
 from mg3d_jax.config import Config
 from mg3d_jax.config.parts import InitConfig, ModelConfig
 from mg3d_jax.models.mg3d import MG3D
@@ -76,6 +76,7 @@ def build(config: Config, vocab_size: int, mesh: Mesh, steps: int, records: int 
         steps: length of the run; 0 where a finished state is only opened (the learning rate is then 0).
         records: of one epoch; needed where the schedule counts in epochs.
     """
+    arithmetic.check()
     model = build_model(config, vocab_size)
     random = random_parameters(model)
     with sharding.in_mesh(mesh):  # as in `initialize`, or the trace could not be shared

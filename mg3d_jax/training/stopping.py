@@ -6,16 +6,20 @@ import itertools
 import json
 import logging
 import math
+import os
 import signal
+import threading
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import FrameType
+from typing import Any
 
 import jax
 
 from mg3d_jax.errors import UserError
+from mg3d_jax.progress import leave_terminal
 from mg3d_jax.training import run_folder
 from mg3d_jax.training.checkpoints import Checkpoints
 from mg3d_jax.training.hooks import AfterStep, Hook, TrainingRun
@@ -26,8 +30,14 @@ DONE, PREEMPTED = 0, 75  # 75 is EX_TEMPFAIL: launchers understand it as "run me
 SKIPPED_FILE = "skipped.jsonl"
 
 
+# What asks a run to save and stop: schedulers (SLURM's `--signal=USR1`), Ctrl-C, a terminal that is closed.
+SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1)
+
+
 class StopRequest:
-    """SIGTERM -> finish the step, save, exit with `PREEMPTED`.
+    """One of `SIGNALS` -> finish the step, save, exit with `PREEMPTED`. A second Ctrl-C ends it at once.
+
+    A signal that is ignored, as `nohup` has it, stays so. Outside of the main thread Python hears no signals.
 
     With several processes JAX's preemption service makes them agree on the step, whichever of them got the signal: the
     one after the largest that any of them has asked about, and only that one is answered with yes. So none may be left out:
@@ -35,23 +45,36 @@ class StopRequest:
     comes when the first process is ready and the last one is not would be lost.
     """
 
+    _interrupted = False
+
     def __init__(self, checkpoints: Checkpoints, first: int):
-        self._checkpoints, self._requested, self._old = checkpoints, False, None
-        if jax.process_count() == 1:
-            self._old = signal.signal(signal.SIGTERM, self._on_signal)
-        else:  # told during the start: all processes see it at the same step
+        self._checkpoints, self._requested, self._old = checkpoints, False, dict[signal.Signals, Any]()
+        self._alone = jax.process_count() == 1
+        if threading.current_thread() is threading.main_thread():
+            for number in SIGNALS if self._alone else SIGNALS[1:]:  # SIGTERM of several processes is JAX's
+                if signal.getsignal(number) is not signal.SIG_IGN:
+                    self._old[number] = signal.signal(number, self._on_signal)
+        if not self._alone:  # told during the start: all processes see it at the same step
             self._requested = any(checkpoints.reached_preemption(step) for step in range(1, first + 1))
 
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
-        self._requested = True
+        if number == signal.SIGINT and self._interrupted:
+            raise KeyboardInterrupt
+        self._interrupted |= number == signal.SIGINT
+        if number == signal.SIGHUP:
+            leave_terminal()
+        if self._alone:
+            self._requested = True
+        else:  # they agree on a step by what JAX makes of SIGTERM
+            os.kill(os.getpid(), signal.SIGTERM)
 
     def asked(self, step: int) -> bool:
         """Whether to stop after `step`; to be called after each. All processes get the same answer."""
         return self._requested or self._checkpoints.reached_preemption(step)
 
     def restore_handler(self) -> None:
-        if self._old is not None:
-            signal.signal(signal.SIGTERM, self._old)
+        for number, handler in self._old.items():
+            signal.signal(number, handler)
 
 
 @dataclass(eq=False)

@@ -1,26 +1,22 @@
 """Where each run of a sweep stands, on disk, so that any later process can tell and go on.
 
 A run's folder holds, beside what `mg3d train` writes, `sweep_state.json` (what happened last), `sweep_lease.json` (who is
-at it) and `record.json` (the outcome). Whoever works on a run holds a lock on its lease file.
-
-The lock is `flock`'s: the kernel frees it when its last holder ends, however it ends, so there is no time after which a
-lease counts as old. The trainer inherits it, and keeps it if its sweep dies. It holds between hosts too where the disk is
-NFS (version 4, or 3 with lockd), GPFS or Lustre (mounted with `flock`). `filelock` takes the same lock, but keeps the
-descriptor that the trainer must inherit to itself; `flufl.lock` needs a clock that all hosts share.
+at it) and `record.json` (the outcome). Whoever works on a run holds a lock (`mg3d_jax.locks`) on its
+lease file; the trainer inherits it, and keeps it if its sweep dies.
 """
 
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import json
 import os
 import socket
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any, Self
 
+from mg3d_jax import locks
 from mg3d_jax.errors import UserError
 from mg3d_jax.files import read_json, write_json
 from mg3d_jax.scaling.sweep.declaration import RUNS_FOLDER, Run
@@ -31,7 +27,6 @@ STATE_FILE, LEASE_FILE, SUMMARY_FILE, METRICS_FILE = (
     "summary.json",
     "metrics.jsonl",
 )
-TRIES, TRY_SECONDS = 20, 0.05  # for a lease: a glance of `status` holds it for a moment
 DONE, RUNNING, FAILED, INTERRUPTED, NOT_STARTED = "done", "running", "failed", "interrupted", "not started"
 ACTIONS = {DONE: "skip", RUNNING: "wait", FAILED: "retry", INTERRUPTED: "resume", NOT_STARTED: "run"}
 
@@ -163,64 +158,19 @@ def process_exists(pid: int) -> bool:
 
 def holder(folder: Path) -> Lease | None:
     """Who holds the lease of a run; None if nobody does."""
-    try:
-        file = (folder / LEASE_FILE).open(encoding="utf-8")
-    except FileNotFoundError:
-        return None
-    with file:
-        if _lock(file, fcntl.LOCK_SH):
-            return None
-        with contextlib.suppress(ValueError, TypeError):
-            return Lease(**json.load(file))
-        return Lease("unknown", 0)  # it has the lock, and has not yet said who it is
+    found = locks.holder(folder / LEASE_FILE)
+    return None if found is None else Lease(**found)
 
 
-class HeldLease:
-    """The right to work on a run, for this process and the trainer that inherits it; a context manager that gives it back."""
-
-    def __init__(self, file: TextIO):
-        self._file = file
-        self.name_trainer(None)
+class HeldLease(locks.HeldLock):
+    """The right to work on a run, for this process and the trainer that inherits it."""
 
     @classmethod
-    def acquire(cls, folder: Path) -> HeldLease | None:
+    def acquire(cls, folder: Path) -> Self | None:
         """The lease of `folder`, or None while somebody else has it. `UserError` where the disk has no locks."""
         folder.mkdir(parents=True, exist_ok=True)
-        file = (folder / LEASE_FILE).open("a+", encoding="utf-8")
-        for _ in range(TRIES):
-            if _lock(file, fcntl.LOCK_EX):
-                return cls(file)
-            time.sleep(TRY_SECONDS)
-        file.close()
-        return None
-
-    @property
-    def descriptor(self) -> int:
-        """What the trainer inherits: it has the lease as long as this is open there."""
-        return self._file.fileno()
+        return super().acquire(folder / LEASE_FILE)
 
     def name_trainer(self, pid: int | None) -> None:
         """Notes which process trains."""
-        self._file.truncate(0)
-        self._file.write(json.dumps(asdict(Lease(socket.gethostname(), os.getpid(), pid))))
-        self._file.flush()
-
-    def __enter__(self) -> HeldLease:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._file.close()
-
-
-def _lock(file: TextIO, kind: int) -> bool:
-    """Takes the lock of an open file, unless somebody else has it."""
-    try:
-        fcntl.flock(file, kind | fcntl.LOCK_NB)
-        return True
-    except BlockingIOError:
-        return False
-    except OSError as error:
-        raise UserError(
-            f"{file.name} cannot be locked ({error}): two sweeps could train the same run. Put --workdir on a disk with file "
-            "locks (Lustre: mounted with the option flock)"
-        ) from error
+        self.note(trainer=pid)
