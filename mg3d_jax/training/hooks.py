@@ -17,7 +17,7 @@ of those that every run gets.
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -218,17 +218,21 @@ class BestMetric(Hook):
 class Save(Hook):
     """Checkpoints: at their interval, when a candidate for the best one was measured, at the end, and when asked to stop.
 
-    `best_metric`: of `checkpoints`; empty for none.
+    None is saved, and so none goes for it, while updates are being skipped.
+
+    `best_metric`: of `checkpoints`; empty for none. `skipping`: is the last update that was looked at one that was skipped?
     """
 
     checkpoints: Checkpoints
     best_metric: str = ""
     every: int = 1
+    skipping: Callable[[], bool] = bool  # never
     _step: int = field(default=0, init=False)  # the last one that was to be saved
     measures = False
 
     def due(self, after: AfterStep) -> bool:
-        return super().due(after) or self.best_metric in after.measured
+        wanted = super().due(after) or self.best_metric in after.measured
+        return wanted and (after.step == after.last or not self.skipping())
 
     def start(self, run: TrainingRun) -> None:
         self._run, self._place = run, place(run.workdir)

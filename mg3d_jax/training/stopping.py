@@ -139,9 +139,11 @@ class SkippedUpdates(Hook):
             with self._path.open("a") as file:
                 file.write(json.dumps({"step": step, "loss": repr(loss), "records": records}) + "\n")
         if self.in_a_row >= self.limit:
+            run = self._path.parent
             raise UserError(
-                f"{self.in_a_row} updates in a row were not finite (training.max_skipped), the last at step {step}: lower "
-                f"optimizer.learning_rate, or look at the records in {self._path}. The checkpoints before are intact"
+                f"{self.in_a_row} updates in a row were not finite (training.max_skipped), the last at step {step}: look at "
+                f"the records in {self._path}, or lower the learning rate. The checkpoints before are intact; a new run goes "
+                f"on from one with --init-from {run}@STEP --workdir OTHER --config.optimizer.learning_rate=LOWER"
             )
 
 

@@ -31,7 +31,7 @@ def standard_hooks(
     """
     best, skipped = training.best_metric, SkippedUpdates(training.max_skipped)
     log = Log(skipped, every=training.log_every)
-    save = Save(checkpoints, best, every=training.checkpoint_every)
+    save = Save(checkpoints, best, every=training.checkpoint_every, skipping=lambda: skipped.in_a_row > 0)
     return [
         skipped,
         log,
