@@ -186,6 +186,15 @@ class SegmentationDecoderConfig:
 
 
 @dataclass(frozen=True)
+class ReportDecoderConfig:
+    """The decoder that writes reports (tasks.generation)."""
+
+    width: int = key(512, "width of its tokens", neutral=512)
+    depth: int = key(6, "number of layers", neutral=6)
+    num_heads: int = key(8, "attention heads; they divide the width", neutral=8)
+
+
+@dataclass(frozen=True)
 class ModelConfig:
     """Towers, heads, and how they are computed."""
 
@@ -198,6 +207,7 @@ class ModelConfig:
     fusion: FusionConfig = key(None, "", factory=FusionConfig)
     voxel_decoder: VoxelDecoderConfig = key(None, "", factory=VoxelDecoderConfig)
     segmentation_decoder: SegmentationDecoderConfig = key(None, "", factory=SegmentationDecoderConfig, neutral=None)
+    report_decoder: ReportDecoderConfig = key(None, "", factory=ReportDecoderConfig, neutral=None)
     matching_dim: int = key(
         128, "width of the sentence-conditioned and fused volume features, and of projected sentences"
     )

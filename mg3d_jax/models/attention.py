@@ -58,14 +58,15 @@ def _obstacle(backend: str, platform: str, dtype: str, head_dim: int) -> str | N
 
 
 def attention_weights(query: jax.Array, key: jax.Array, mask: jax.Array | None) -> jax.Array:
-    """Softmax weights [B, H, Tq, Tk] in float32; `query` and `key` are [B, T, H, head_dim], `mask` [B, Tk] or None.
+    """Softmax weights [B, H, Tq, Tk] in float32; `query` and `key` are [B, T, H, head_dim], `mask` [B, Tk], [B, Tq, Tk] or None.
 
     A row without any valid key gets uniform weights (not NaN): callers zero such rows where they matter.
     """
     scale = query.shape[-1] ** -0.5
     logits = jnp.einsum("bqhd,bkhd->bhqk", query * scale, key, preferred_element_type=jnp.float32)
     if mask is not None:
-        logits = jnp.where(mask[:, None, None, :], logits, jnp.finfo(jnp.float32).min)
+        mask = mask[:, None, None, :] if mask.ndim == 2 else mask[:, None]
+        logits = jnp.where(mask, logits, jnp.finfo(jnp.float32).min)
     return jax.nn.softmax(logits, axis=-1)
 
 
@@ -77,7 +78,7 @@ def dot_product_attention(
     Args:
         query: [B, Tq, H, head_dim].
         key, value: [B, Tk, H, head_dim].
-        mask: bool [B, Tk], True where a key may be read; None: all of them.
+        mask: bool [B, Tk], True where a key may be read, or, for "xla" only, [B, Tq, Tk]; None: all of them.
         backend: "xla", "cudnn" or "splash" (resolve "auto" with `choose_backend` first).
     """
     if backend == "xla":

@@ -17,6 +17,7 @@ from mg3d_jax.models.decoders import TokenHead, VoxelDecoder
 from mg3d_jax.models.fusion import Fusion, SentenceConditionedVolume
 from mg3d_jax.models.heads import AttentionPool, Projection, mean_pool, sentence_means
 from mg3d_jax.models.patches import patchify
+from mg3d_jax.models.report_decoder import ReportDecoder
 from mg3d_jax.objectives.base import DIRECTION_BIASES, REPORT_BIAS, VOLUME_BIAS, Context, Enabled
 from mg3d_jax.objectives.pairwise import l2_normalize
 from mg3d_jax.objectives.same_words import others
@@ -42,7 +43,8 @@ class Step:
 #   volume_embedding, report_embedding [B, k]; fused_volume_embedding [B, m]; fused_embedding [B, 2k]; z, the sentence-
 #   conditioned volume, and *_sentences [B, S, m]; z_others [B, K, S, m], fused_*_others [B, K, d or e]: the words of a patient
 #   with the volumes of K others (`objectives.same_words`); patches, voxel_prediction* [B, N, P]; token_logits [B, M, vocab];
-#   crop_features [B, K, x, y, z, f] of K crops of each volume, of the size that the tower takes.
+#   crop_features [B, K, x, y, z, f] of K crops of each volume, of the size that the tower takes;
+#   next_token_logits [B, T - 1, vocab].
 # Computed in this order: a module that is called twice draws its dropout by the number of the call. Inputs are those of
 # `training.inputs.model_inputs`: `volume`, `report`, and what the objectives draw.
 STEPS: tuple[Step, ...] = (
@@ -69,6 +71,7 @@ STEPS: tuple[Step, ...] = (
     Step("_reconstructed_sentences", ("reconstructed_sentences",), ("reconstructed_tokens", "report")),
     Step("_original_sentences", ("original_sentences",), ("sentences",)),
     Step("_segment", ("crop_features",), ("crops",)),
+    Step("_next_token_logits", ("next_token_logits",), ("volume_tokens", "report")),
 )
 # Computed when parameters are made, whether an objective needs them or not, so that every run can be evaluated.
 ALWAYS = ("volume_embedding", "report_embedding")
@@ -184,6 +187,15 @@ class MG3D(nn.Module):
             self.segmentation_decoder = segmenter(model)
         self.token_head = TokenHead(self.vocab_size, dtype)
         self.sentence_projection = Projection(model.matching_dim, dtype=dtype)
+        decoder = model.report_decoder
+        self.report_decoder = ReportDecoder(
+            self.vocab_size,
+            max_tokens=self.context.data.max_tokens - 1,  # nothing follows the last one
+            width=decoder.width,
+            depth=decoder.depth,
+            num_heads=decoder.num_heads,
+            **common,
+        )
 
     def _needed(self) -> tuple[str, ...]:
         return tuple(dict.fromkeys(name for one in self.on for name in one.needs))
@@ -385,6 +397,12 @@ class MG3D(nn.Module):
 
     def _original_sentences(self, sentences: jax.Array, train: bool) -> tuple[jax.Array, ...]:
         return (self.sentence_projection(sentences),)
+
+    def _next_token_logits(
+        self, volume_tokens: jax.Array, report: dict[str, jax.Array], train: bool
+    ) -> tuple[jax.Array, ...]:
+        """[B, T - 1, vocab]: at each token of the report those of the next one, from the volume and what was written."""
+        return (self.report_decoder(report["token_ids"][:, :-1], volume_tokens),)
 
 
 def _with_others(count: int, words: Any, volumes: jax.Array) -> tuple[Any, jax.Array]:

@@ -27,8 +27,10 @@ ACTIVATION_AXES = ("batch", "length", "embed")
 REMAT_POLICIES = ("none", "minimal", "full", "offload")
 
 
-def dense(features: int, axes: tuple[str | None, str | None], dtype: str, name: str, use_bias: bool = True) -> nn.Dense:
-    """A Dense layer whose kernel carries the logical axes `axes` (in, out)."""
+def dense(
+    features: int, axes: tuple[str | None, str | None], dtype: str, name: str | None = None, use_bias: bool = True
+) -> nn.Dense:
+    """A Dense layer whose kernel carries the logical axes `axes` (in, out). In `setup` the attribute names it."""
     return nn.Dense(
         features,
         use_bias=use_bias,
@@ -41,7 +43,7 @@ def dense(features: int, axes: tuple[str | None, str | None], dtype: str, name: 
 
 
 def layer_norm(
-    dtype: str, name: str, epsilon: float = 1e-6, axis: str = "embed", use_bias: bool = True
+    dtype: str, name: str | None = None, epsilon: float = 1e-6, axis: str = "embed", use_bias: bool = True
 ) -> nn.LayerNorm:
     """LayerNorm over the last axis: float32 statistics, output in the compute dtype."""
     return nn.LayerNorm(

@@ -6,3 +6,7 @@ from mg3d_jax.tasks.vocabulary import VOCABULARY
 
 TASKS.register("classification", CLASSIFICATION)
 TASKS.register("vocabulary", VOCABULARY)
+from mg3d_jax.tasks.generation import GENERATION
+
+TASKS.register("classification", CLASSIFICATION)
+TASKS.register("generation", GENERATION)

@@ -33,7 +33,7 @@ IRRELEVANT = (
     "optimizer.learning_rate", "optimizer.weight_decay",
 )  # fmt: skip
 RECOMPUTED = "rematted_computation"  # in the path of what is computed again in the backward pass
-FUSION, DECODER = ("fusion", "sentence_conditioned_volume"), ("voxel_decoder", "token_head")
+FUSION, DECODER = ("fusion", "sentence_conditioned_volume"), ("voxel_decoder", "token_head", "report_decoder")
 _found: dict[tuple[str, int], StepCost] = {}
 
 
@@ -45,7 +45,7 @@ class Sizes:
     n_vision: int  # volume encoder
     n_text: int  # report encoder, embedding tables included
     n_fusion: int  # cross-modal layers, sentence-conditioned volume features
-    n_decoder: int  # voxel decoder, token head
+    n_decoder: int  # voxel decoder, token head, report decoder
     n_heads: int  # the rest: pooling of sentences, projections, temperature
     n_embedding: int  # look-up tables within n_text and n_vision
     n_active: int  # n_total without look-up tables: the parameters that do arithmetic
