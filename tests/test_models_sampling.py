@@ -162,7 +162,7 @@ def test_the_nucleus_is_the_fewest_tokens_that_reach_its_share():
         logits = np.random.default_rng(seed).normal(size=9)
         log_p = logits - np.log(np.exp(logits).sum())
         kept = np.flatnonzero(np.asarray(nucleus(jnp.asarray(log_p, jnp.float32), top_p)) > -1e8)
-        assert sorted(slow_nucleus(log_p, top_p)) == kept.tolist() or top_p == 1.0 and len(kept) >= 8
+        assert sorted(slow_nucleus(log_p, top_p)) == kept.tolist() or (top_p == 1.0 and len(kept) >= 8)
 
 
 def test_nucleus_sampling_draws_from_the_nucleus_by_its_probabilities(model, log_probabilities):
@@ -186,7 +186,9 @@ def test_a_row_is_written_alike_in_any_batch(model):
     assert texts(written(model, order=[2, 0, 1], seeds=[7, 5, 6], **options)) == [first[2], first[0], first[1]]
     assert texts(written(model, seeds=[8, 9, 10], **options)) != first
     beams = texts(written(model, method="beam", beams=2, length_penalty=0.0))
-    assert texts(written(model, order=[2, 0, 1], method="beam", beams=2, length_penalty=0.0)) == [beams[i] for i in (2, 0, 1)]
+    assert texts(written(model, order=[2, 0, 1], method="beam", beams=2, length_penalty=0.0)) == [
+        beams[i] for i in (2, 0, 1)
+    ]
 
 
 def test_an_unknown_method_is_named(model):

@@ -83,7 +83,10 @@ def evaluate_tasks(config: Config, tasks: list[str], workdir: Path, folders: lis
         print(f"not evaluated: {why}; later: mg3d evaluate --workdir {workdir} --data FOLDER --only {' '.join(tasks)}")
         return
     best = Checkpoints(workdir, best_metric=config.training.best_metric, best_mode=config.training.best_mode).best()
-    evaluated = evaluate(restore_run(workdir, best), folders, only=only, batch_size=batch_size)
+    evaluated = evaluate(
+        restore_run(workdir, best), folders, only=only, batch_size=batch_size, train_folders=config.data.train,
+        train_patients=config.data.max_patients,
+    )  # fmt: skip
     written = evaluated.write(workdir / TEST)
     print_tables(evaluated.document)
     if best is not None and set(folders) & set(config.data.valid):

@@ -106,6 +106,7 @@ class Model:
     embedder: Embedder
     params: Any
     data: PreparedData
+    train: PreparedData | None = None  # the training volumes, where the caller has any; nothing of them is read yet
 
 
 class Evaluation:
@@ -160,6 +161,10 @@ class Evaluation:
     def arrays(self, found: Embedded) -> dict[str, np.ndarray]:
         """What a comparison of two models needs, for `scores.npz`: scores or ranks of every volume or query, whatever names
         them (`ids`, the same for both models, and `patients`), and what is true of them. No objects."""
+        return {}
+
+    def files(self, found: Embedded) -> Mapping[str, str]:
+        """Further text files that `mg3d evaluate` writes, by name: what is too long for `evaluation.json`."""
         return {}
 
     @staticmethod

@@ -53,7 +53,10 @@ class Evaluated:
         write_json(written[0], self.document, allow_nan=True)
         write_json(written[1], self.metrics, allow_nan=True)
         save_npz(written[2], self._arrays(), compressed=True)
-        page.write(self.document, written[3], self._examples())
+        page.write(self.document, written[3], self._examples(), examples.written_examples(self.document, self.volume))
+        for name, text in self._files().items():
+            write_text(out / name, text)
+            written.append(out / name)
         if table := _class_table(self.document):
             write_text(out / "classes.csv", table)
             written.append(out / "classes.csv")
@@ -70,6 +73,9 @@ class Evaluated:
             for name, one in self._measured()
             for key, array in one.arrays(self.found[name]).items()
         }
+
+    def _files(self) -> dict[str, str]:
+        return {name: text for key, one in self._measured() for name, text in one.files(self.found[key]).items()}
 
     def _examples(self) -> Sequence[examples.Example]:
         with_reports = [one for one in self.found.values() if len(one.reports) and len(one.volumes)]

@@ -253,7 +253,7 @@ class DataEmbedder:
             shared = dataclasses.replace(shared, **self._embed_reports(params))
         if "train" in needs and self.train is not None:
             shared = dataclasses.replace(shared, train=self._embed_volumes(params, self.train, progress))
-        model, label_names = Model(self.embedder, params, self.data), self.data.label_names
+        model, label_names = Model(self.embedder, params, self.data, self.train), self.data.label_names
         return {
             name: dataclasses.replace(
                 shared,

@@ -23,6 +23,7 @@ def evaluate(
     only: Iterable[str] | None = None,
     overrides: Mapping[str, str] | None = None,
     train_folders: Sequence[str] = (),
+    train_patients: int = 0,
     batch_size: int = 16,
 ) -> Evaluated:
     """Embeds the data once and gives it to all evaluations, or to those of the names `only`. Every number's protocol is in
@@ -31,15 +32,18 @@ def evaluate(
     Args:
         overrides: options of the evaluations as text, by `NAME.KEY`; the others are those of the run's configuration.
         train_folders: labelled volumes of other patients, for the evaluations that need some.
+        train_patients: the first so many of each of these folders; 0: all.
     """
     config = run.config
     evaluations = document.configured(only, config.evaluations, overrides)
     masks = reads_masks(config.objectives, config.tasks)
     data = PreparedData(tuple(data_folders), volume_size=config.model.volume_size, masks=masks)
     train, total = None, len(data)
-    if train_folders and any("train" in one.needs for one in evaluations.values()):
-        train = PreparedData(tuple(train_folders), volume_size=config.model.volume_size)
-        total += len(train)
+    needs = {need for one in evaluations.values() for need in one.needs}
+    if train_folders and needs & {"train", "model"}:
+        size = config.model.volume_size
+        train = PreparedData(tuple(train_folders), max_patients=train_patients, volume_size=size)
+        total += len(train) if "train" in needs else 0
     embed = DataEmbedder(Embedder.of_run(run, batch_size), data, evaluations, train=train)
     with Progress("embed", total, unit="volumes") as progress:
         found = embed(run.params, progress)

@@ -1,10 +1,11 @@
-"""Pairs to look at: what is found first for some reports, with slices of the volumes and the texts beside each other."""
+"""Pairs to look at: what is found first for some reports, what was written for some volumes, with slices beside the texts."""
 
 from __future__ import annotations
 
 import io
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
@@ -38,6 +39,33 @@ class Example:
     text: Text
     rank: int
     answers: Sequence[Answer]
+
+
+@dataclass(frozen=True)
+class Written:
+    """A written report beside the true one: `picture` is a PNG, empty where there are no volumes to draw. Labels by whether
+    they are stated and there (`hit`), stated only (`false`) or there only (`missed`)."""
+
+    volume: str
+    f1: float
+    written: Text
+    report: Text
+    hit: Sequence[str]
+    false: Sequence[str]
+    missed: Sequence[str]
+    picture: bytes
+
+
+def written_examples(document: Mapping[str, Any], volume: Volume | None = None) -> list[Written]:
+    """The examples in the result of `evaluation.generation`, with slices of their volumes."""
+    chosen = document.get("generation", {}).get("examples", ())
+    return [
+        Written(
+            **{name: value for name, value in one.items() if name != "row"},
+            picture=slices(*volume(one["row"])) if volume else b"",
+        )
+        for one in chosen
+    ]
 
 
 def retrieval_examples(found: Embedded, volume: Volume | None = None, *, seed: int = 0) -> list[Example]:

@@ -32,6 +32,8 @@ class OnlineEvaluation:
             train = PreparedData(
                 config.data.train, max_patients=config.data.max_patients, percent=config.data.patients_percent
             )
+        if config.data.train and any({"train", "model"} & set(one.needs) for one in kept.values()):
+            train = PreparedData(config.data.train, max_patients=config.data.max_patients)
         self._embed = DataEmbedder(embedder, data, kept, train=train, **bad_records)
 
     @property

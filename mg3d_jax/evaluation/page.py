@@ -9,13 +9,13 @@ from typing import Any
 
 from mg3d_jax import html
 from mg3d_jax.evaluation.base import sections
-from mg3d_jax.evaluation.examples import Example
+from mg3d_jax.evaluation.examples import Example, Written
 from mg3d_jax.files import write_text
 
 LONG_TABLE = 24  # rows; a longer one waits behind a click
 
 
-def render(document: Mapping[str, Any], examples: Sequence[Example] = ()) -> str:
+def render(document: Mapping[str, Any], examples: Sequence[Example] = (), written: Sequence[Written] = ()) -> str:
     """The page of a document of `evaluation.json`."""
     shown = sections(document)
     what = document.get("run") or document.get("embeddings") or "embeddings"
@@ -37,10 +37,13 @@ def render(document: Mapping[str, Any], examples: Sequence[Example] = ()) -> str
         shown=shown,
         long_table=LONG_TABLE,
         examples=examples,
+        written=written,
         made=datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d %H:%M UTC"),
     )
 
 
-def write(document: Mapping[str, Any], path: Path, examples: Sequence[Example] = ()) -> None:
+def write(
+    document: Mapping[str, Any], path: Path, examples: Sequence[Example] = (), written: Sequence[Written] = ()
+) -> None:
     """Writes the page to `path`."""
-    write_text(path, render(document, examples))
+    write_text(path, render(document, examples, written))

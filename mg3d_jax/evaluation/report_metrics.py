@@ -175,5 +175,3 @@ def once(arrays: Arrays) -> dict[str, float]:
     """The scores of the reports as they are."""
     count = len(arrays["lengths"])
     return {name: float(values[0]) for name, values in corpus_scores(arrays, np.ones((1, count), np.uint8)).items()}
-
-

@@ -193,3 +193,17 @@ def _use_tower(config: ConfigDict, kind: str, fields: Mapping[str, Any], label: 
         f"{label} is a {kind} of {dict(fields)}, which no preset of this version is ({', '.join(tower.presets)}); one of your "
         "own is registered by a plug-in (docs/towers.md)"
     )
+
+
+def use_report_decoder(config: ConfigDict, arg: str) -> None:
+    """Switches the task `generation` on. The pre-trained encoder moves slower than the decoder, which starts from nothing."""
+    small = SMALL in arg.split(",")
+    config.tasks.generation.weight = 1.0
+    config.data.update({"max_tokens": 256, "max_sentences": 48, "vocab_size": 1000 if small else 4096})
+    if small:
+        config.model.report_decoder.update({"width": 128, "depth": 2, "num_heads": 4})
+    pretrained = bool(config.init_from.path)
+    config.optimizer.learning_rate = 2e-3 if small else 3e-4
+    config.optimizer.learning_rate_multipliers = (("volume_encoder/.*", 0.2 if pretrained else 1.0), (".*", 1.0))
+    config.optimizer.layer_decay = 1.0
+    config.training.evaluate_every = 100 if small else 1000  # with data.valid

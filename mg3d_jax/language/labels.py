@@ -101,7 +101,9 @@ def _read(path: Path) -> dict[str, Any]:
     try:
         rules = tomllib.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
-        raise UserError(f"there are no words of labels at {path} ({error}): give a language, or a .toml file") from error
+        raise UserError(
+            f"there are no words of labels at {path} ({error}): give a language, or a .toml file"
+        ) from error
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise UserError(f"{path}: is no TOML ({error})") from error
     if missing := [name for name in ("negation", "breaks") if not isinstance(rules.get(name), str)]:

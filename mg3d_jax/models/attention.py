@@ -58,7 +58,7 @@ def _obstacle(backend: str, platform: str, dtype: str, head_dim: int) -> str | N
 
 
 def attention_weights(query: jax.Array, key: jax.Array, mask: jax.Array | None) -> jax.Array:
-    """Softmax weights [B, H, Tq, Tk] in float32; `query` and `key` are [B, T, H, head_dim], `mask` [B, Tk], [B, Tq, Tk] or None.
+    """Softmax weights [B, H, Tq, Tk], float32, of `query` and `key` [B, T, H, head_dim]; `mask` [B, Tk], [B, Tq, Tk] or None.
 
     A row without any valid key gets uniform weights (not NaN): callers zero such rows where they matter.
     """

@@ -17,7 +17,7 @@ from mg3d_jax.models.decoders import TokenHead, VoxelDecoder
 from mg3d_jax.models.fusion import Fusion, SentenceConditionedVolume
 from mg3d_jax.models.heads import AttentionPool, Projection, mean_pool, sentence_means
 from mg3d_jax.models.patches import patchify
-from mg3d_jax.models.report_decoder import ReportDecoder
+from mg3d_jax.models.report_decoder import Cache, ReportDecoder
 from mg3d_jax.objectives.base import DIRECTION_BIASES, REPORT_BIAS, VOLUME_BIAS, Context, Enabled
 from mg3d_jax.objectives.pairwise import l2_normalize
 from mg3d_jax.objectives.same_words import others
@@ -237,6 +237,16 @@ class MG3D(nn.Module):
         `report_embedding` [B, k] (float32, any length; zero for a report without sentences)."""
         names = ("report_tokens", "sentences", "sentence_mask", "report_embedding")
         return self.compute({"report": report}, names)
+
+    def start_report(self, volume: jax.Array, texts: int, length: int) -> Cache:
+        """Windowed volume [B, X, Y, Z, C] -> the cache for `texts` reports of at most `length` tokens of each."""
+        return self.report_decoder.start(
+            self.compute({"volume": volume}, ("volume_tokens",))["volume_tokens"], texts, length
+        )
+
+    def report_step(self, token_ids: jax.Array, position: jax.Array, cache: Cache) -> tuple[jax.Array, Cache]:
+        """Logits [B, K, vocab] of what follows the tokens [B, K] at `position`, and the cache (`ReportDecoder.step`)."""
+        return self.report_decoder.step(token_ids, position, cache)
 
     def logits(self) -> dict[str, jax.Array]:
         """`logit_scale` (1 / temperature) and, for the sigmoid form, `logit_bias`: scalars, not per patient.

@@ -119,7 +119,9 @@ class ReportDecoder(nn.Module):
     attention_backend: str = "xla"
 
     def setup(self) -> None:
-        self.word_embedding = self.param("word_embedding", part(TABLE_INIT, ("vocab", "embed")), (self.vocab_size, self.width))
+        self.word_embedding = self.param(
+            "word_embedding", part(TABLE_INIT, ("vocab", "embed")), (self.vocab_size, self.width)
+        )
         self.position_embedding = self.param(
             "position_embedding", part(TABLE_INIT, ("position", "embed")), (self.max_tokens, self.width)
         )

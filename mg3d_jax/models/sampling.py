@@ -54,7 +54,9 @@ class Sampling:
         return self.beams if self.method == "beam" else 1
 
 
-def write(step: Step, cache: Any, rows: int, options: Sampling, keys: jax.Array, reorder: Reorder) -> dict[str, jax.Array]:
+def write(
+    step: Step, cache: Any, rows: int, options: Sampling, keys: jax.Array, reorder: Reorder
+) -> dict[str, jax.Array]:
     """Writes one text per row.
 
     Args:

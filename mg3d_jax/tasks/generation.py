@@ -35,7 +35,9 @@ def problems(options: GenerationOptions, config: Any) -> list[str]:
         if getattr(decoder, name) < 1:
             found.append(f"model.report_decoder.{name} = {getattr(decoder, name)}: must be at least 1")
     if decoder.num_heads >= 1 and decoder.width % decoder.num_heads:
-        found.append(f"model.report_decoder.num_heads = {decoder.num_heads} does not divide its width = {decoder.width}")
+        found.append(
+            f"model.report_decoder.num_heads = {decoder.num_heads} does not divide its width = {decoder.width}"
+        )
     return found
 
 

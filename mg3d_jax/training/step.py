@@ -30,7 +30,13 @@ Batch = dict[str, jax.Array]
 
 CENTER_RATE = 0.1  # share of the distance to the batch mean that a projection's bias goes per step
 GRADIENTS = "losses_and_gradients"  # the scope of both in the traced step
-TOWERS = ("volume_encoder", "report_encoder", "fusion", "voxel_decoder", "report_decoder")  # whose gradients are reported one by one
+TOWERS = (
+    "volume_encoder",
+    "report_encoder",
+    "fusion",
+    "voxel_decoder",
+    "report_decoder",
+)  # whose gradients are reported one by one
 
 
 class Losses:
