@@ -16,7 +16,7 @@ from mg3d_jax.evaluation.report_writer import readable
 from mg3d_jax.language.labels import RuleLabeller
 from mg3d_jax.prepare.reports import split_sentences
 
-WORDS = "the heart is large no effusion nodule of 3.5 mm in lung seen".split()
+WORDS = ["the", "heart", "is", "large", "no", "effusion", "nodule", "of", "3.5", "mm", "in", "lung", "seen"]
 
 
 @pytest.fixture(scope="module")

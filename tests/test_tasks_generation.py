@@ -6,6 +6,7 @@ import json
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 from scipy.special import log_softmax
 from support import tiny_builder, with_plain_towers
@@ -26,7 +27,7 @@ from mg3d_jax.training import inputs
 from mg3d_jax.training.restore import restore_run
 from mg3d_jax.training.writers import read_metrics
 
-PATIENTS, STEPS, TOKENS = 3, 80, 32
+TOKENS = 32  # of a report
 
 
 @pytest.mark.parametrize("smoothing", [0.0, 0.1])
@@ -62,7 +63,13 @@ def test_what_cannot_be_is_said_before():
     config.evaluations.generation.update({"method": "beams", "labeller": "rule", "top_p": 0.0})
     with pytest.raises(UserError) as error:
         checks.validate(config_lib.typed(config))
-    for words in ("label_smoothing = 1.0", "num_heads = 4 does not divide", "generation.method", "labeller", "top_p = 0.0"):
+    for words in (
+        "label_smoothing = 1.0",
+        "num_heads = 4 does not divide",
+        "generation.method",
+        "labeller",
+        "top_p = 0.0",
+    ):
         assert words in str(error.value)
 
 
@@ -77,16 +84,15 @@ def test_the_recipes_are_possible(name, old_run):
 
 @pytest.fixture(scope="module")
 def run(tiny_data, tmp_path_factory):
-    """Three patients, learned by heart."""
+    """A run of two steps."""
     folder = tmp_path_factory.mktemp("generation") / "run"
-    config = with_plain_towers(tiny_builder(tiny_data["train"], tiny_data["train"]), "wide")
+    config = with_plain_towers(tiny_builder(tiny_data["train"], tiny_data["valid"]), "wide")
     for objective in config.objectives.values():
         objective.weight = 0.0
     config.tasks.generation.weight = 1.0
     config.model.report_decoder.update({"width": 64, "depth": 1, "num_heads": 4})
-    config.optimizer.update({"learning_rate": 1e-2, "weight_decay": 0.0, "clip_norm": 1.0})
-    config.data.max_patients, config.data.max_tokens = PATIENTS, TOKENS
-    config.training.update({"steps": STEPS, "log_every": 20, "checkpoint_every": STEPS, "evaluate_every": STEPS})
+    config.data.max_tokens = TOKENS
+    config.training.update({"steps": 2, "log_every": 1, "checkpoint_every": 2, "evaluate_every": 2})
     for name, evaluation in config.evaluations.items():
         evaluation.every = 0 if name == "generation" else -1
     config.evaluations.generation.online_volumes = 4
@@ -100,13 +106,40 @@ def restored(run):
 
 
 @pytest.fixture(scope="module")
-def learned(tiny_data):
-    return PreparedData((tiny_data["train"],), max_patients=PATIENTS)
+def embedder(restored):
+    return Embedder.of_run(restored, 8)
 
 
 @pytest.fixture(scope="module")
-def embedder(restored):
-    return Embedder.of_run(restored, 8)
+def data(tiny_data):
+    return PreparedData((tiny_data["train"],), max_patients=3)
+
+
+@pytest.fixture(scope="module")
+def learned(restored, embedder, data):
+    """Parameters that have three patients by heart: Adam on the task's loss, on one device."""
+    params, model = jax.device_get(restored.params), restored.setup.model
+    texts = [embedder.tokenizer(data.text(row).sentences) for row in range(len(data))]
+    report = {name: jnp.stack([text[name] for text in texts]) for name in texts[0]}
+    volume = inputs.window(np.stack([data.read(row).volume for row in range(len(data))]), restored.config.data.windows)
+    options, optimizer = GenerationOptions(weight=1.0), optax.adam(1e-2)
+
+    def loss_of(params):
+        needed = {"volume": volume, "report": report}
+        needed = model.apply({"params": params}, needed, ("next_token_logits", "report"), method="compute")
+        return loss(features({}, needed, options), {"valid": jnp.ones(len(data), bool)}, options)[0]
+
+    @jax.jit
+    def step(params, state):
+        value, gradient = jax.value_and_grad(loss_of)(params)
+        updates, state = optimizer.update(gradient, state)
+        return optax.apply_updates(params, updates), state, value
+
+    state = optimizer.init(params)
+    for _ in range(150):
+        params, state, value = step(params, state)
+    assert value < 0.05
+    return jax.device_put(jax.device_get(params), restored.setup.shardings["params"])
 
 
 def writer(embedder, **options):
@@ -114,22 +147,22 @@ def writer(embedder, **options):
     return ReportWriter(embedder, sampling_of(embedder, settings), settings.seed)
 
 
-def test_it_writes_the_reports_that_it_learned(embedder, restored, learned):
-    found = writer(embedder)(restored.params, learned)
+def test_it_writes_the_reports_that_it_learned(embedder, learned, data):
+    found = writer(embedder)(learned, data)
     decode = embedder.tokenizer.tokenizer.decode
     for row, text in enumerate(found.texts):
-        fields = embedder.tokenizer(learned.text(row).sentences)
+        fields = embedder.tokenizer(data.text(row).sentences)
         true = decode(fields["token_ids"][fields["token_mask"]].tolist(), skip_special_tokens=True)
         assert text.replace(" ", "") == true.replace(" ", "")
         assert found.tokens[row] == fields["token_mask"].sum() - 1
-    assert found.ended.all() and found.rows.tolist() == list(range(len(learned)))
+    assert found.ended.all() and found.rows.tolist() == list(range(len(data)))
 
 
-def test_greedy_on_the_mesh_is_the_uncached_argmax(embedder, restored, tiny_data):
+def test_greedy_on_the_mesh_is_the_uncached_argmax(embedder, restored, learned, tiny_data):
     """Of volumes that it does not know, whose tokens are less sure; record by record, without batches or a cache."""
     data = PreparedData((tiny_data["valid"],))
-    found = writer(embedder, max_tokens=12)(restored.params, data, most=2)
-    params, special = jax.device_get(restored.params), embedder.tokenizer.special
+    found = writer(embedder, max_tokens=12)(learned, data, most=2)
+    params, special = jax.device_get(learned), embedder.tokenizer.special
     model, length = restored.setup.model, restored.config.data.max_tokens
     forbidden = [special[name] for name in ("[PAD]", "[CLS]", "[MASK]", "[UNK]")]
 
@@ -152,18 +185,20 @@ def test_greedy_on_the_mesh_is_the_uncached_argmax(embedder, restored, tiny_data
         assert found.texts[row].replace(" ", "") == text.replace(" ", "")
 
 
-def test_a_text_belongs_to_its_record_whatever_the_batch(embedder, restored, learned):
+def test_a_text_belongs_to_its_record_whatever_the_batch(embedder, restored, learned, data):
     options = {"method": "nucleus", "temperature": 3.0, "top_p": 1.0, "max_tokens": 10}
-    one = writer(embedder, **options)(restored.params, learned)
-    other = writer(Embedder.of_run(restored, 16), **options)(restored.params, learned, most=2)
+    one = writer(embedder, **options)(learned, data)
+    other = writer(Embedder.of_run(restored, 16), **options)(learned, data, most=2)
     assert one.texts[:2] == other.texts and len(set(one.texts)) == len(one.texts) and not one.ended.all()
 
 
 def test_it_is_measured_while_it_trains(run):
     (row,) = [row for row in read_metrics(run) if "generation/f1_macro" in row and row["split"] == "evaluation"]
-    assert row["step"] == STEPS and row["generation/rouge_l"] > 0.3 and 1 < row["generation/tokens"] < TOKENS
-    losses = [row["generation/token_accuracy"] for row in read_metrics(run) if row["split"] == "train"]
-    assert losses[-1] > 0.95 > losses[0]
+    assert row["step"] == 2 and {"generation/bleu_4", "generation/rouge_l", "generation/f1_micro"} <= row.keys()
+    assert 1 <= row["generation/tokens"] < TOKENS
+    first, second = (row["generation"] for row in read_metrics(run, "train"))
+    vocabulary = restore_run(run).tokenizer.get_vocab_size()
+    assert second < first == pytest.approx(np.log(vocabulary), rel=0.05)
 
 
 @pytest.fixture(scope="module")
@@ -185,11 +220,15 @@ def test_the_document_has_the_texts_to_compare_with(evaluated, tiny_data):
     assert low <= texts["written"]["f1_macro"] <= high
     flat = json.loads((evaluated / "metrics.json").read_text())
     assert flat["generation/text=greedy/bleu_4"] == texts["written"]["bleu_4"]
-    assert flat["generation/text=most_frequent_report/labeller=rules/f1_macro"] == texts["most frequent report"]["f1_macro"]
+    assert (
+        flat["generation/text=most_frequent_report/labeller=rules/f1_macro"]
+        == texts["most frequent report"]["f1_macro"]
+    )
     with np.load(evaluated / "scores.npz") as file:
         arrays = {name.removeprefix("generation/"): file[name] for name in file}
     drawn = Generation.resampled(arrays, PatientDraws(arrays["patients"], 20))
-    assert {name: values[0] for name, values in drawn.items()}.items() <= flat.items()
+    for name, values in drawn.items():
+        assert values[0] == pytest.approx(flat[name], nan_ok=True), name
     assert arrays["hit"].shape == (len(PreparedData((tiny_data["valid"],))), 18)
     rows = list(csv.DictReader((evaluated / "classes.csv").open()))
     assert len(rows) == 18 and {"precision", "recall", "f1", "present", "stated"} <= rows[0].keys()
