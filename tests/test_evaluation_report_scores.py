@@ -62,14 +62,14 @@ def test_a_draw_that_takes_a_report_twice_scores_it_twice(texts, arrays):
 def test_meteor_has_synonyms_where_wordnet_is(tmp_path):
     """A WordNet of one synset, in the files of the real one. Without it the score has another name."""
     offset = "00000000"
-    (tmp_path / "data.adj").write_text(f"{offset} 00 a 02 big 0 large 0 000 | of great size  \n")
-    (tmp_path / "index.adj").write_text("".join(f"{word} a 1 0 1 1 {offset}  \n" for word in ("big", "large")))
+    (tmp_path / "data.adj").write_text(f"{offset} 00 a 02 big 0 vast 0 000 | of great size  \n")
+    (tmp_path / "index.adj").write_text("".join(f"{word} a 1 0 1 1 {offset}  \n" for word in ("big", "vast")))
     for kind in ("noun", "verb", "adv"):
         (tmp_path / f"data.{kind}").write_text("")
         (tmp_path / f"index.{kind}").write_text("")
     for kind in ("noun", "verb", "adv", "adj"):
         (tmp_path / f"{kind}.exc").write_text("")
-    pair = ["The heart is big"], ["the heart is large"]
+    pair = ["The heart is big"], ["the heart is vast"]
     with_synonyms = report_metrics.score(*pair, wordnet=str(tmp_path))
     reader = report_metrics.synonyms(str(tmp_path))
     expected = meteor_score([pair[1][0].split()], pair[0][0].lower().split(), wordnet=reader)

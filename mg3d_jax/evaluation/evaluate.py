@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
 
 import numpy as np
 
@@ -23,7 +24,7 @@ def evaluate(
     only: Iterable[str] | None = None,
     overrides: Mapping[str, str] | None = None,
     train_folders: Sequence[str] = (),
-    train_patients: int = 0,
+    train_patients: Mapping[str, Any] | None = None,
     batch_size: int = 16,
 ) -> Evaluated:
     """Embeds the data once and gives it to all evaluations, or to those of the names `only`. Every number's protocol is in
@@ -32,7 +33,7 @@ def evaluate(
     Args:
         overrides: options of the evaluations as text, by `NAME.KEY`; the others are those of the run's configuration.
         train_folders: labelled volumes of other patients, for the evaluations that need some.
-        train_patients: the first so many of each of these folders; 0: all.
+        train_patients: which patients of these folders, as `PreparedData` is told: `max_patients`, `percent`; None: all.
     """
     config = run.config
     evaluations = document.configured(only, config.evaluations, overrides)
@@ -42,7 +43,7 @@ def evaluate(
     needs = {need for one in evaluations.values() for need in one.needs}
     if train_folders and needs & {"train", "model"}:
         size = config.model.volume_size
-        train = PreparedData(tuple(train_folders), max_patients=train_patients, volume_size=size)
+        train = PreparedData(tuple(train_folders), volume_size=size, **(train_patients or {}))
         total += len(train) if "train" in needs else 0
     embed = DataEmbedder(Embedder.of_run(run, batch_size), data, evaluations, train=train)
     with Progress("embed", total, unit="volumes") as progress:

@@ -2,11 +2,9 @@
 
 from mg3d_jax.registry import TASKS
 from mg3d_jax.tasks.classification import CLASSIFICATION
+from mg3d_jax.tasks.generation import GENERATION
 from mg3d_jax.tasks.vocabulary import VOCABULARY
 
 TASKS.register("classification", CLASSIFICATION)
 TASKS.register("vocabulary", VOCABULARY)
-from mg3d_jax.tasks.generation import GENERATION
-
-TASKS.register("classification", CLASSIFICATION)
 TASKS.register("generation", GENERATION)
