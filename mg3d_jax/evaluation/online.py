@@ -28,7 +28,7 @@ class OnlineEvaluation:
         evaluations = chosen(options=config.evaluations)
         kept = {name: one for name, one in evaluations.items() if one.settings.every != NEVER}
         train = None
-        if config.data.train and any({"train", "model"} & set(one.needs) for one in kept.values()):
+        if config.data.train and any("train" in one.needs for one in kept.values()):
             train = PreparedData(
                 config.data.train, max_patients=config.data.max_patients, percent=config.data.patients_percent
             )
