@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from support import environment, tiny_builder, tiny_config, with_plain_towers
+from support import ROOT, environment, free_port, tiny_builder, tiny_config, with_plain_towers
 
 from mg3d_jax import arithmetic, locks
 from mg3d_jax import config as config_lib
@@ -178,6 +178,35 @@ def test_processes_that_run_something_else_are_named(monkeypatch: pytest.MonkeyP
         distributed.check_agreement("same", same)
     _said(monkeypatch, [["b", same]])
     distributed.check_agreement("same", same)
+
+
+CONFIG = """
+import sys
+sys.path.insert(0, {tests!r})
+from support import tiny_builder, with_plain_towers
+
+def get_config(arg=""):
+    return with_plain_towers(tiny_builder({train!r}))
+"""
+
+
+@pytest.mark.processes
+def test_two_real_processes_with_other_settings_end_with_one_line(tiny_data: dict[str, str], tmp_path: Path) -> None:
+    config = tmp_path / "config.py"
+    config.write_text(CONFIG.format(tests=str(ROOT / "tests"), train=tiny_data["train"]))
+    command = [sys.executable, "-m", "mg3d_jax", "train", "--config", str(config), "--workdir", str(tmp_path / "run")]
+    command += ["--coordinator", f"localhost:{free_port()}", "--num-processes", "2"]
+    processes = [
+        subprocess.Popen(
+            [*command, "--process-id", str(number), f"--config.optimizer.learning_rate={rate}"],
+            env=environment(), stderr=subprocess.PIPE, text=True,
+        )
+        for number, rate in enumerate((0.001, 0.5))
+    ]  # fmt: skip
+    for process in processes:
+        _, said = process.communicate(timeout=240)
+        assert process.returncode == 2 and "Traceback" not in said
+        assert "process 1 on" in said and "has optimizer.learning_rate = 0.5, process 0 on" in said
 
 
 @pytest.mark.parametrize(
