@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -16,6 +17,7 @@ import pytest
 from reference.synthetic_ct import affine, body, report_row, volume_path, write_ctrate, write_nifti, write_tables
 from test_prepare_folder import settings
 
+from mg3d_jax.benchmarks import hounsfield
 from mg3d_jax.commands.main import main
 from mg3d_jax.data.records import RecordReader
 from mg3d_jax.errors import UserError
@@ -24,6 +26,7 @@ from mg3d_jax.prepare.folder import prepare, summary
 from mg3d_jax.prepare.geometry import Grid
 from mg3d_jax.prepare.leaks import read_index
 from mg3d_jax.prepare.listing import Example, Metadata, SourceOptions
+from mg3d_jax.prepare.quality import body_part, enclosed_air
 from mg3d_jax.prepare.recipe import WORK_FOLDER
 from mg3d_jax.prepare.selection import list_source
 from mg3d_jax.prepare.shards import Outcome, Recipe, write_shard
@@ -339,11 +342,29 @@ def test_quality_page_shows_slices_and_warnings(tmp_path):
     assert (tmp_path / "out" / "qa.png").read_bytes()[:4] == b"\x89PNG"
 
 
-def test_the_pictures_warnings_are_counted_where_they_are_cut():
-    from mg3d_jax.prepare.qa_page import _short
+def test_the_quality_page_shows_reports_labels_and_kinds_of_warnings(tmp_path):
+    write_ctrate(tmp_path / "root", 3)
+    long = "train_3_a_1.nii.gz"
+    write_nifti(volume_path(tmp_path / "root", long), body(seed=3)[:, :, :12] + 60, affine(), "LPS")
+    prepare(settings(tmp_path / "root", tmp_path / "out", qa_samples=4))
+    page = (tmp_path / "out" / "qa.html").read_text()
+    assert "A nodule of 3.5 mm." in page and "Lung nodule" in page and "HU may be off" in page
+    assert page.index("<h3>train_3_a_1") < page.index("<h3>train_1_a_1")  # warnings first
+    kinds = re.findall(r'id="(kind\d)"> ([^<(]+) ', page)
+    assert {name for _, name in kinds} == {"truncated", "HU may be off"}
+    assert all(f"tr:not(.{css})" in page and f'class="{" ".join(c for c, _ in kinds)}"' in page for css, _ in kinds)
+    assert page.count("data:image/png") == 4 and long in page
 
-    assert _short(["one", "two"]) == "one\ntwo"
-    assert _short(["x" * 58, "x" * 59, "3", "4", "5"]).split("\n") == ["x" * 58, "x" * 55 + "...", "3", "+ 2 more"]
+
+@pytest.mark.parametrize("part", ["chest", "head", "abdomen"])
+def test_parts_of_the_body_are_told_apart(part):
+    hu = {
+        "chest": hounsfield.trunk(), "head": hounsfield.head(), "abdomen": hounsfield.trunk(lungs=False)
+    }[part]  # fmt: skip
+    assert body_part(hounsfield.noisy(hu, 40), enclosed_air(hu, 2)) == part
+    if part == "chest":  # the lungs reach the border
+        cut = hu[14:80, 22:58]
+        assert body_part(hounsfield.noisy(cut, 40), enclosed_air(cut, 2)) == "chest"
 
 
 def test_an_index_is_read_whole_or_refused(tmp_path):

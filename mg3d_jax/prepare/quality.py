@@ -13,6 +13,10 @@ from mg3d_jax.prepare.geometry import Metadata, voxel_spacing
 
 _SHORT_MM = 150.0  # a chest is longer
 _LEAST_LUNG = 0.03  # share of the voxels; bowel gas is less
+_LEAST_PARENCHYMA = (
+    0.12  # share of the voxels of -950 to -600 HU: lung that reaches the border of a small field of view
+)
+_SKULL = 0.09  # bone, of the voxels of a head that are no air
 _PERCENTILES = (1, 5, 25, 50, 75, 95, 99)
 
 
@@ -36,6 +40,20 @@ def enclosed_air(sample: np.ndarray, axis: int) -> float:
     return float(np.bincount(labels.ravel(), minlength=count + 1)[~border].sum() / labels.size)
 
 
+def body_part(sample: np.ndarray, lung: float) -> str:
+    """One of "chest", "head" and "abdomen". A chest has lungs, of which a small field of view may cut the border; a skull is a
+    tenth and more of a head; what has neither is called an abdomen.
+
+    lung: the share of enclosed air.
+    sample: a regular 3D sample, HU."""
+    parenchyma = float(np.mean((sample > -950) & (sample < -600)))
+    if lung >= _LEAST_LUNG or parenchyma >= _LEAST_PARENCHYMA:
+        return "chest"
+    body = np.count_nonzero(sample > -300)
+    bone = np.count_nonzero(sample > 300)
+    return "head" if body and bone > _SKULL * body else "abdomen"
+
+
 def measure(
     shape: tuple[int, ...],
     affine: np.ndarray,
@@ -55,8 +73,9 @@ def measure(
     chest = metadata.modality == "CT"
     if chest and extent[axis_z] < _SHORT_MM:
         warnings.append(f"truncated: only {extent[axis_z]:.0f} mm from head to foot")
-    if chest and lung < _LEAST_LUNG:
-        warnings.append(f"no chest: only {lung:.1%} of the voxels are air inside the body")
+    part = body_part(sample, lung) if chest else ""
+    if chest and part != "chest":
+        warnings.append(f"no chest: {part}; only {lung:.1%} of the voxels are air inside the body")
     if blank := blank_slices(sample, axis_z):
         warnings.append(f"missing slices: about {blank / sample.shape[axis_z]:.0%} of the slices inside are blank")
     if metadata.slices is not None and metadata.slices != shape[axis_z]:
@@ -73,6 +92,7 @@ def measure(
         },
         "air": round(float(np.mean(sample < -900)), 4),
         "lung": round(lung, 4),
+        "body_part": part,
         "padding": round(float(np.mean(volume == AIR_HU)), 4),
         "grid_spacing": voxel_spacing(kept).round(4).tolist(),
         "warnings": warnings,
