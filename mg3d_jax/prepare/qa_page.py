@@ -89,7 +89,8 @@ def png(picture: np.ndarray) -> bytes:
     from matplotlib.image import imsave
 
     buffer = io.BytesIO()
-    imsave(buffer, picture, format="png", metadata={"Software": None})
+    metadata: Any = {"Software": None}  # the version of matplotlib is not of the data
+    imsave(buffer, picture, format="png", metadata=metadata)
     return buffer.getvalue()
 
 
@@ -168,10 +169,10 @@ def write_page(folder: Path, manifest: dict[str, Any], quality: list[dict[str, A
     reader = RecordReader(folder)
     records = [reader[i] for i in indices]
     pictures = [draw(record) for record in records]
-    samples = [
+    shown = [
         _sample(record, quality[i], manifest["label_names"], picture)
         for i, record, picture in zip(indices, records, pictures, strict=True)
     ]
-    samples.sort(key=lambda sample: not sample.warnings)
+    shown.sort(key=lambda sample: not sample.warnings)
     (folder / "qa.png").write_bytes(png(np.concatenate(pictures)))
-    write_text(folder / "qa.html", page(manifest, quality, samples))
+    write_text(folder / "qa.html", page(manifest, quality, shown))
