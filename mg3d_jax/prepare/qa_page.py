@@ -69,7 +69,13 @@ def draw(record: Record) -> np.ndarray:
             axis.imshow(plane, origin="lower", cmap="gray", vmin=low, vmax=high, aspect=aspect)
             axis.set(xticks=[], yticks=[])
             axis.set_title(f"{name}, {window}", fontsize=9)
-            style = {"color": "yellow", "fontsize": 9, "transform": axis.transAxes, "ha": "center", "va": "center"}
+            style: dict[str, Any] = {
+                "color": "yellow",
+                "fontsize": 9,
+                "transform": axis.transAxes,
+                "ha": "center",
+                "va": "center",
+            }
             for x, y, letter in ((0.04, 0.5, left), (0.96, 0.5, right), (0.5, 0.95, top), (0.5, 0.05, bottom)):
                 axis.text(x, y, letter, **style)
     axis = figure.add_subplot(grid[:, 3])
