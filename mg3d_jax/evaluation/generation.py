@@ -149,9 +149,9 @@ class Generation(Evaluation):
             return {}
         judged, file = self._judge(model)[0], io.StringIO()
         writer = csv.writer(file, lineterminator="\n")
-        writer.writerow(("volume", "patient", "report", *judged.texts))
+        writer.writerow(("volume", "patient", *judged.texts))
         texts = [_joined(one) for one in judged.texts.values()]
-        writer.writerows(zip(judged.ids, judged.patients, _joined(judged.reports), *texts, strict=True))
+        writer.writerows(zip(judged.ids, judged.patients, *texts, strict=True))
         return {"reports.csv": file.getvalue()}
 
     def sections(self, result: Mapping[str, Any]) -> Sequence[Section]:
