@@ -202,6 +202,7 @@ def use_report_decoder(config: ConfigDict, arg: str) -> None:
     config.data.update({"max_tokens": 256, "max_sentences": 48, "vocab_size": 1000 if small else 4096})
     if small:
         config.model.report_decoder.update({"width": 128, "depth": 2, "num_heads": 4})
+        config.training.steps = 1000  # 200 are too few (docs/generation.md)
     pretrained = bool(config.init_from.path)
     config.optimizer.learning_rate = 2e-3 if small else 3e-4
     config.optimizer.learning_rate_multipliers = (("volume_encoder/.*", 0.2 if pretrained else 1.0), (".*", 1.0))
