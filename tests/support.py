@@ -132,6 +132,7 @@ def environment(devices: int = 1, **extra: str) -> dict[str, str]:
     env = {k: v for k, v in os.environ.items() if not k.startswith(("SLURM_", "MG3D_", "OMPI_"))}
     env |= {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": " ".join((FLAGS, f"--xla_force_host_platform_device_count={devices}"))}
     env["PYTHONPATH"] = str(ROOT)
+    env.pop("PYTHONDONTWRITEBYTECODE", None)  # else each process translates the package anew
     return env | extra
 
 

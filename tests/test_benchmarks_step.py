@@ -8,6 +8,7 @@ import pytest
 from support import tiny_builder
 
 from mg3d_jax import config as config_lib
+from mg3d_jax import devices
 from mg3d_jax.benchmarks import hlo, op_times
 from mg3d_jax.benchmarks import step as bench
 from mg3d_jax.benchmarks import step_cases as bench_cases
@@ -72,7 +73,8 @@ def config_file(tmp_path):
     return str(path)
 
 
-def test_the_command_on_a_mesh(config_file, tmp_path, capsys):
+def test_the_command_on_a_mesh(config_file, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(devices, "MEASURED_SIZES", (512,))
     out = tmp_path / "step.json"
     assert bench.main(["--config", config_file, "--batch", "8", "--steps", "1", "--json", str(out)]) == 0
     printed, result = capsys.readouterr().out, json.loads(out.read_text())

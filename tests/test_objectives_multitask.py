@@ -8,7 +8,16 @@ import flax.linen as nn
 import jax
 import numpy as np
 import pytest
-from support import SPECIAL, quick_state, random_batch, records_of, tiny_builder, tiny_config, with_smallest_towers
+from support import (
+    SPECIAL,
+    quick_state,
+    random_batch,
+    records_of,
+    tiny_builder,
+    tiny_config,
+    with_plain_towers,
+    with_smallest_towers,
+)
 
 from mg3d_jax import config as config_lib
 from mg3d_jax import sharding
@@ -197,7 +206,7 @@ def test_the_gradient_cache_steps_like_the_whole_batch():
     options |= {"schedule__kind": "constant", "schedule__warmup_percent": 0.0}
     mesh = sharding.make_mesh(sharding.MeshConfig(data=2, fsdp=1, tensor=1), jax.devices()[:2])
     small = [
-        config_lib.typed(with_smallest_towers(tiny_builder(**options, **more)))
+        config_lib.typed(with_plain_towers(tiny_builder(**options, **more)))
         for more in ({}, {"optimizer__accumulation": 4, "optimizer__gradient_cache": True})
     ]
     batch = random_batch(small[0], VOCAB)
