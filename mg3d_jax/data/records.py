@@ -179,7 +179,9 @@ class RecordReader:
             reader = ArrayRecordReader(str(path), "readahead_buffer_size:0")
             records = reader.num_records()
         except (ValueError, RuntimeError, OSError) as error:
-            raise UserError(f"{path} cannot be opened ({error}): run `mg3d prepare --verify`") from error
+            many = "too many open files" in str(error).lower()
+            remedy = "raise the limit of open files (ulimit -n 4096)" if many else "run `mg3d prepare --verify`"
+            raise UserError(f"{path} cannot be opened ({error}): {remedy}") from error
         if records != entry["records"]:
             raise UserError(f"{path} holds {records} records, its manifest says {entry['records']}")
         return reader
