@@ -95,6 +95,8 @@ def classification(
     config.tasks.classification.update({"weight": 1.0, "balance": True} | options)
     config.evaluations.classification.every = 0
     config.data.augment.shift = 2 if SMALL in arg.split(",") else 6
+    # The head starts at zero, on features that hardly differ between patients: at the tower's rate it would wait for it.
+    config.optimizer.learning_rate_multipliers = (("classification_head/.*", 10.0), (".*", 1.0))
     return config.lock()
 
 
