@@ -25,13 +25,14 @@ from mg3d_jax.evaluation.attend import Relevance, SentenceMaps
 from mg3d_jax.evaluation.embed import Embedder, logit_scale
 from mg3d_jax.evaluation.hooks import chosen_hooks
 from mg3d_jax.evaluation.scans import Scan, ScanSource, Spacing, read_scan, run_grid
+from mg3d_jax.evaluation.segmenter import Segmented, Segmenter
 from mg3d_jax.interop.warm_start import load_initial
 from mg3d_jax.prepare.folder import Settings, prepare
 from mg3d_jax.training import loop
 from mg3d_jax.training.hooks import Hook
 from mg3d_jax.training.restore import RestoredRun, restore_run
 
-__all__ = ["Relevance", "Run", "Trainer", "load", "prepare_data"]
+__all__ = ["Relevance", "Run", "Segmented", "Trainer", "load", "prepare_data"]
 
 logger = logging.getLogger(__name__)
 TEXTS_PER_CALL = 16
@@ -74,6 +75,7 @@ class Run:
     def __init__(self, restored: RestoredRun, *, spacing: Spacing | None = None, policy: str | None = None):
         self.restored, self._spacing, self._policy = restored, spacing, policy
         self._embedder = Embedder.of_run(restored, TEXTS_PER_CALL)
+        self._segmenters: dict[tuple[float, int], Segmenter] = {}  # by overlap and windows per call
 
     @property
     def config(self) -> Config:
@@ -151,6 +153,23 @@ class Run:
     @functools.cached_property
     def _maps(self) -> SentenceMaps:
         return SentenceMaps(self.restored)
+
+    def segment(self, scan: ScanSource, *, overlap: float = 0.5, windows: int = 4, modality: str = "CT") -> Segmented:
+        """The classes of the voxels of a scan, all of it: `.classes` in the scan's own space, `.save(FILE)` as NIfTI.
+
+        Args:
+            overlap: of the windows that are slid over the scan, a share of their size.
+            windows: how many go through the network together.
+            modality: "CT" or "MR".
+
+        Raises:
+            UserError: the run was not trained with `tasks.segmentation`, or the scan cannot be read.
+        """
+        key = (overlap, windows)
+        if key not in self._segmenters:
+            self._segmenters[key] = Segmenter(self.restored, *key)
+        grid = run_grid(self.restored, self._spacing, self._policy)
+        return self._segmenters[key](read_scan(scan, grid, whole=True, modality=modality))
 
     def evaluate(
         self,

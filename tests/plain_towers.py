@@ -25,7 +25,9 @@ class Cubes(nn.Module):
     width: int
 
     @nn.compact
-    def __call__(self, volume: jax.Array, visible: Any = None, train: bool = False) -> dict[str, jax.Array]:
+    def __call__(
+        self, volume: jax.Array, visible: Any = None, train: bool = False, hidden: bool = False
+    ) -> dict[str, jax.Array]:
         batch, *grid, channels = volume.shape
         cut = [length for size in grid for length in (size // CUBE, CUBE)]
         cubes = volume.reshape(batch, *cut, channels).transpose(0, 1, 3, 5, 2, 4, 6, 7)
@@ -33,6 +35,24 @@ class Cubes(nn.Module):
         rows = cubes.reshape(batch, -1, CUBE**3 * channels)
         tokens = nn.Dense(self.width, use_bias=False, kernel_init=kernel, name="embed")(rows)
         return {"tokens": tokens, "pooled": tokens.mean(axis=1)}
+
+
+class Voxels(nn.Module):
+    """A segmentation decoder without a layer of its own: windowed HU of a voxel, and means around it.
+
+    A linear head on them finds what is denser than what lies around it.
+    """
+
+    @nn.compact
+    def __call__(self, volume: jax.Array, encoded: dict[str, jax.Array]) -> jax.Array:
+        means = []
+        for side in (3, 9):
+            mean = volume
+            for window in ((side, 1, 1), (1, side, 1), (1, 1, side)):
+                mean = nn.avg_pool(mean, window, padding="SAME")
+            means.append(mean)
+        near, far = means
+        return jnp.concatenate([volume, far, nn.relu(volume - far), nn.relu(near - far - 0.2)], axis=-1)
 
 
 class Words(nn.Module):
@@ -60,6 +80,7 @@ CUBES = Tower(
     module=Cubes,
     frozen=lambda preset, layers: [("embed/.*", 0.0)],
     token_cell=lambda encoder: (CUBE,) * 3,
+    segmenter=lambda model: Voxels(),
 )
 WORDS = Tower(
     options=NoOptions,

@@ -8,7 +8,7 @@ import numpy as np
 
 from mg3d_jax.config import Config
 from mg3d_jax.data.tokens import SPECIAL_TOKENS
-from mg3d_jax.objectives.base import Context, enabled, text_maker
+from mg3d_jax.objectives.base import Context, enabled, reads_masks, text_maker
 from mg3d_jax.options import Group
 
 SENTENCES = 3  # of each report
@@ -25,8 +25,12 @@ def random_batch(config: Config, vocab_size: int = 400, labels: int = 18, seed: 
     mask = position < lengths[:, None]
     inside = (position > 0) & (position < lengths[:, None] - 1)
     sentence = 1 + np.minimum(SENTENCES * position // lengths[:, None], SENTENCES - 1)
-    return _more_text(config, vocab_size, rng) | {
-        "volume": rng.integers(-1024, 600, (size, *config.model.volume_size)).astype(np.int16),
+    more = _more_text(config, vocab_size, rng)
+    if reads_masks(config.objectives, config.tasks):
+        classes = config.tasks["segmentation"].num_classes
+        more["mask"] = rng.integers(0, classes, (size, *config.grid)).astype(np.int8)
+    return more | {
+        "volume": rng.integers(-1024, 600, (size, *config.grid)).astype(np.int16),
         "token_ids": np.where(mask, rng.integers(len(SPECIAL_TOKENS), vocab_size, (size, tokens)), 0).astype(np.int32),
         "token_mask": mask,
         "sentence_index": np.where(inside, sentence, 0).astype(np.int32),

@@ -159,7 +159,7 @@ def with_rates(case: Case, measured: dict[str, Any], work: float, peak: dict[str
     return asdict(case) | {"tokens": case.tokens} | measured | rates | peak
 
 
-def _time(step: Callable[[], Any], steps: int) -> dict[str, float]:
+def time_steps(step: Callable[[], Any], steps: int) -> dict[str, float]:
     """Seconds of the first step (with compilation) and the median of the others."""
     durations = []
     for _ in range(steps + 1):
@@ -228,7 +228,7 @@ def time_jax(case: Case) -> dict[str, Any]:
     volume = jax.random.uniform(jax.random.key(0), (case.batch, *case.volume_size, 1))
     params = nn.unbox(jax.jit(encoder.init)(jax.random.key(1), volume)["params"])
     gradient = jax.jit(jax.grad(loss))
-    times = _time(lambda: jax.block_until_ready(gradient(params, volume)), case.steps)
+    times = time_steps(lambda: jax.block_until_ready(gradient(params, volume)), case.steps)
     statistics = jax.devices()[0].memory_stats() or {}
     memory = (statistics.get("peak_bytes_in_use"), "peak on the device")
     memory = memory if memory[0] else _process_memory()
@@ -262,7 +262,7 @@ def time_monai(case: Case) -> dict[str, Any]:
         if device.type == "cuda":
             torch.cuda.synchronize()
 
-    times = _time(step, case.steps)
+    times = time_steps(step, case.steps)
     if device.type == "cuda":
         memory = (torch.cuda.max_memory_allocated(), "peak on the device")
     else:

@@ -59,10 +59,30 @@ def _data_problems(config: Config) -> list[str]:
         problems.append(
             f"data.patients_percent = {data.patients_percent}: from 0 (all) to 100, and not together with data.max_patients"
         )
+    if data.grid:
+        problems += _grid_problems(config)
     for key in ("max_patients", "workers", "read_threads", "max_bad_records"):
         if getattr(data, key) < 0:
             problems.append(f"data.{key} = {getattr(data, key)}: must not be negative")
     return problems
+
+
+def _grid_problems(config: Config) -> list[str]:
+    grid = config.data.grid
+    if len(grid) != 3 or min(grid) < 1:
+        return [f"data.grid = {grid}: give three positive numbers of voxels, or () for model.volume_size"]
+    read_whole = [
+        f"{group}.{name}"
+        for group in ("objectives", "tasks")
+        for name, options in getattr(config, group).items()
+        if options.weight > 0 and not DECLARED[group][name].reads(options)
+    ]
+    if grid == tuple(config.model.volume_size) or not read_whole:
+        return []
+    return [
+        f"data.grid = {grid} is not model.volume_size = {tuple(config.model.volume_size)}, and {', '.join(read_whole)} read "
+        "whole volumes: only tasks.segmentation draws crops"
+    ]
 
 
 def _model_problems(config: Config) -> list[str]:

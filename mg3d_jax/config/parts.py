@@ -40,6 +40,12 @@ class DataConfig:
 
     train: tuple[str, ...] = key((), "folders made by `mg3d prepare`", resume_free=True)
     valid: tuple[str, ...] = key((), "held-out folders for the loss during training; may stay empty", resume_free=True)
+    grid: tuple[int, ...] = key(
+        (),
+        "voxels x, y, z of the prepared volumes where tasks.segmentation draws crops of model.volume_size from them; empty: "
+        "the same",
+        neutral=(),
+    )
     batch_size: int = key(64, "patients per step, all devices of all processes together")
     max_patients: int = key(0, "train on the first K patients only (nested subsets); 0: all")
     patients_percent: float = key(
@@ -348,6 +354,12 @@ class Config:
     schedule: ScheduleConfig = key(None, "", factory=ScheduleConfig)
     training: TrainingConfig = key(None, "", factory=TrainingConfig)
     mesh: MeshConfig = key(None, "", factory=MeshConfig)
+
+    @property
+    def grid(self) -> tuple[int, int, int]:
+        """Voxels along each axis of the prepared volumes."""
+        x, y, z = self.data.grid or self.model.volume_size
+        return x, y, z
 
     def text_tokens(self) -> int:
         """Tokens of one text as the alignment objective gives it to the report encoder: a sentence, or a whole report."""

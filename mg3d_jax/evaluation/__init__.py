@@ -6,6 +6,7 @@ from mg3d_jax.evaluation.generation import Generation
 from mg3d_jax.evaluation.negation import Negation
 from mg3d_jax.evaluation.probe import Probe
 from mg3d_jax.evaluation.retrieval import Retrieval
+from mg3d_jax.evaluation.segmentation import Segmentation
 from mg3d_jax.evaluation.sides import Sides
 from mg3d_jax.evaluation.volume_retrieval import VolumeRetrieval
 from mg3d_jax.evaluation.zero_shot import ZeroShot
@@ -19,4 +20,5 @@ EVALUATIONS.register("volume_retrieval", VolumeRetrieval)
 EVALUATIONS.register("probe", Probe)
 EVALUATIONS.register("classification", Classification)
 EVALUATIONS.register("generation", Generation)
+EVALUATIONS.register("segmentation", Segmentation)
 LABELLERS.register("rules", clinical_efficacy.rules)

@@ -125,21 +125,23 @@ class Embedder:
         yield from self.walk(self._compiled_volumes, params, data, start=start, **bad_records)
 
     def walk(
-        self, program: Callable[..., Any], params: Any, data: PreparedData, *, start: int = 0, **bad_records: Any
-    ) -> Iterator[dict[str, np.ndarray]]:
+        self, program: Callable[..., Any], params: Any, data: PreparedData, *, start: int = 0, fields: Sequence[str] = (),
+        batch_size: int = 0, **bad_records: Any,
+    ) -> Iterator[dict[str, np.ndarray]]:  # fmt: skip
         """Yields what a program of `compiled` gives for the volumes of `data`, with their `labels` and `record_index`.
 
         Args:
-            program: `(params, batch) -> {name: [rows, ...]}`; the batch has "volume" and `PASSED_THROUGH`.
+            program: `(params, batch) -> {name: [rows, ...]}`; the batch has "volume", `PASSED_THROUGH` and `fields`.
+            batch_size: another one than the embedder's, a multiple of `sharding.batch_shards`.
             start, bad_records: as for `volume_batches`.
         """
         batches = evaluation_batches(
-            data, self.tokenizer, self.setup.mesh, self.batch_size, threads=self.config.data.read_threads, start=start,
-            **bad_records,
+            data, self.tokenizer, self.setup.mesh, batch_size or self.batch_size, threads=self.config.data.read_threads,
+            start=start, **bad_records,
         )  # fmt: skip
         for batch in batches:
             with sharding.in_mesh(self.setup.mesh):
-                rows = _fetch(program(params, {name: batch[name] for name in ("volume", *PASSED_THROUGH)}))
+                rows = _fetch(program(params, {name: batch[name] for name in ("volume", *PASSED_THROUGH, *fields)}))
             yield {name: array[rows["valid"]] for name, array in rows.items() if name != "valid"}
 
     def volume(self, params: Any, hounsfield: np.ndarray) -> np.ndarray:

@@ -38,11 +38,11 @@ def evaluate(
     config = run.config
     evaluations = document.configured(only, config.evaluations, overrides)
     masks = reads_masks(config.objectives, config.tasks)
-    data = PreparedData(tuple(data_folders), volume_size=config.model.volume_size, masks=masks)
+    data = PreparedData(tuple(data_folders), volume_size=config.grid, masks=masks)
     train, total = None, len(data)
     needs = {need for one in evaluations.values() for need in one.needs}
     if train_folders and needs & {"train", "model"}:
-        size = config.model.volume_size
+        size = config.grid
         train = PreparedData(tuple(train_folders), volume_size=size, **(train_patients or {}))
         total += len(train) if "train" in needs else 0
     embed = DataEmbedder(Embedder.of_run(run, batch_size), data, evaluations, train=train)

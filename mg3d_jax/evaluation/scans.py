@@ -9,7 +9,16 @@ from pathlib import Path
 import numpy as np
 
 from mg3d_jax.errors import UserError
-from mg3d_jax.prepare.geometry import POLICIES, Grid, Metadata, resolve_geometry
+from mg3d_jax.prepare.geometry import (
+    POLICIES,
+    STRAIGHTEN_DEGREES,
+    Grid,
+    Metadata,
+    obliqueness,
+    ras_order,
+    resolve_geometry,
+    voxel_spacing,
+)
 from mg3d_jax.prepare.nifti import StoredVolume, VolumeError
 from mg3d_jax.prepare.reading import read_volume
 from mg3d_jax.prepare.volumes import prepare_stored
@@ -52,24 +61,26 @@ def run_grid(run: RestoredRun, spacing: Spacing | None = None, policy: str | Non
             "volumes have: give it in mm (spacing, or --spacing X Y Z)"
         )
     fraction = {"fraction": tuple(settings["fraction"])} if settings.get("fraction") else {}
-    return Grid(run.config.model.volume_size, spacing or (1.0, 1.0, 1.0), policy, **fraction)
+    return Grid(run.config.grid, spacing or (1.0, 1.0, 1.0), policy, **fraction)
 
 
-def read_scan(source: ScanSource, grid: Grid) -> Scan:
+def read_scan(source: ScanSource, grid: Grid, *, whole: bool = False, modality: str = "CT") -> Scan:
     """Reads a scan and brings it to `grid`: what its numbers mean in HU is decided as in `mg3d prepare`.
 
     Args:
         source: a NIfTI file, a folder with the slices of one DICOM series, or `(array [i, j, k], affine [4, 4])`.
+        whole: with the voxel size of `grid`, but as many voxels as hold the whole scan.
+        modality: "CT" or "MR", whose intensities are mapped to numbers of the size of HU.
 
     Raises:
         UserError: it is missing, damaged, not one CT volume, or has voxels that are not finite.
     """
-    metadata = Metadata()
+    metadata = Metadata(modality=modality)
     name = "the array given" if isinstance(source, tuple) else str(source)
     try:
         stored = _stored(*source) if isinstance(source, tuple) else read_volume(Path(source), metadata)
-        prepared = prepare_stored(stored, grid, metadata)
         affine = resolve_geometry(stored, metadata, [])
+        prepared = prepare_stored(stored, whole_grid(grid, stored.data.shape, affine) if whole else grid, metadata)
     except (VolumeError, OSError) as error:
         raise UserError(
             f"{name}: cannot be used ({error}): give a CT volume as .nii, .nii.gz or DICOM series"
@@ -77,6 +88,20 @@ def read_scan(source: ScanSource, grid: Grid) -> Scan:
     for warning in prepared.quality["warnings"]:
         logger.warning("%s: %s", name, warning)
     return Scan(prepared.volume, prepared.affine, stored.data.shape, affine, stored.affine)
+
+
+def whole_grid(grid: Grid, shape: tuple[int, ...], affine: np.ndarray) -> Grid:
+    """The grid that holds a whole scan of this shape and affine, with the voxel size that `grid` has on it."""
+    order, _ = ras_order(affine)
+    extent = (np.array(shape) * voxel_spacing(affine))[list(order)]  # mm, RAS+
+    spacing = np.array(grid.spacing)
+    if grid.policy == "fraction":
+        spacing = extent * grid.fraction / np.array(grid.size)
+    if obliqueness(affine) > STRAIGHTEN_DEGREES:  # it will be turned onto the scanner's axes
+        corners = np.array(list(np.ndindex(2, 2, 2))) * shape @ affine[:3, :3].T
+        extent = np.ptp(corners, axis=0)
+    x, y, z = (max(1, int(np.ceil(mm / step - 1e-6))) for mm, step in zip(extent, spacing, strict=True))
+    return Grid((x, y, z), (float(spacing[0]), float(spacing[1]), float(spacing[2])))
 
 
 def _stored(array: np.ndarray, affine: np.ndarray) -> StoredVolume:

@@ -43,8 +43,8 @@ class Step:
 #   volume_embedding, report_embedding [B, k]; fused_volume_embedding [B, m]; fused_embedding [B, 2k]; z, the sentence-
 #   conditioned volume, and *_sentences [B, S, m]; z_others [B, K, S, m], fused_*_others [B, K, d or e]: the words of a patient
 #   with the volumes of K others (`objectives.same_words`); patches, voxel_prediction* [B, N, P]; token_logits [B, M, vocab];
-#   crop_features [B, K, x, y, z, f] of K crops of each volume, of the size that the tower takes;
-#   next_token_logits [B, T - 1, vocab].
+#   crops [B, K, x, y, z, C], crop_mask [B, K, x, y, z], crop_features [B, K, x, y, z, f] of K crops of each volume, of the
+#   size that the tower takes; next_token_logits [B, T - 1, vocab].
 # Computed in this order: a module that is called twice draws its dropout by the number of the call. Inputs are those of
 # `training.inputs.model_inputs`: `volume`, `report`, and what the objectives draw.
 STEPS: tuple[Step, ...] = (
@@ -70,7 +70,8 @@ STEPS: tuple[Step, ...] = (
     Step("_token_logits", ("token_logits", "token_labels"), ("reconstructed_tokens", "predicted", "report")),
     Step("_reconstructed_sentences", ("reconstructed_sentences",), ("reconstructed_tokens", "report")),
     Step("_original_sentences", ("original_sentences",), ("sentences",)),
-    Step("_segment", ("crop_features",), ("crops",)),
+    Step("_crops", ("crops", "crop_mask"), ("volume", "mask", "crop_starts", "crop_flips")),
+    Step("segment", ("crop_features",), ("crops",)),
     Step("_next_token_logits", ("next_token_logits",), ("volume_tokens", "report")),
 )
 # Computed when parameters are made, whether an objective needs them or not, so that every run can be evaluated.
@@ -399,7 +400,22 @@ class MG3D(nn.Module):
     ) -> tuple[jax.Array, ...]:
         return (self.sentence_projection(self._sentences(tokens, report, train)[0]),)
 
-    def _segment(self, crops: jax.Array, train: bool) -> tuple[jax.Array, ...]:
+    def _crops(
+        self, volume: jax.Array, mask: jax.Array, starts: jax.Array, flips: jax.Array, train: bool
+    ) -> tuple[jax.Array, ...]:
+        """Crops of the volume [B, X, Y, Z, C] and the mask [B, X, Y, Z], of the size that the tower takes."""
+        size = self.context.model.volume_size
+
+        def cut(voxels: jax.Array, start: jax.Array, flip: jax.Array) -> jax.Array:
+            crop = jax.lax.dynamic_slice(voxels, (*start, *(0,) * (voxels.ndim - 3)), (*size, *voxels.shape[3:]))
+            for axis in range(3):
+                crop = jnp.where(flip[axis], jnp.flip(crop, axis), crop)
+            return crop
+
+        of_each = jax.vmap(jax.vmap(cut, (None, 0, 0)))
+        return of_each(volume, starts, flips), of_each(mask, starts, flips)
+
+    def segment(self, crops: jax.Array, train: bool) -> tuple[jax.Array, ...]:
         """Crops [B, K, x, y, z, C], windowed -> features of every voxel [B, K, x, y, z, f]."""
         flat = crops.reshape(-1, *crops.shape[2:])
         features = self.segmentation_decoder(flat, self.volume_encoder(flat, train=train, hidden=True))

@@ -38,6 +38,7 @@ class Context:
     model: ModelConfig
     vocab_size: int
     special: Group  # ids by role: "[PAD]", "[CLS]", "[SEP]", "[MASK]", "[UNK]"; empty in the model
+    train: bool = False  # whether what is drawn is for training; False in the model
 
 
 def no_problems(options: Any, config: Any) -> list[str]:
@@ -108,6 +109,7 @@ class Objective:
         texts: what it adds to a batch that only the words of a report give, e.g. its sentences in other words.
         reads: `options -> names` of `batch.OF_RECORDS` that the records must hold: a batch has them only where asked for. They
             are inputs of the model, too, augmented as the volume is.
+        data_problems: `(own options, PreparedData) -> [problem, ...]`, said before the model is built.
     """
 
     options: type
@@ -119,6 +121,7 @@ class Objective:
     problems: Callable[[Any, Any], list[str]] = no_problems
     texts: TextFields | None = None
     reads: Callable[[Any], tuple[str, ...]] = reads_nothing
+    data_problems: Callable[[Any, Any], list[str]] = no_problems
 
 
 @dataclass(frozen=True)
@@ -159,6 +162,12 @@ def label_count(tasks: Group) -> int:
 def record_fields(on: Sequence[Enabled]) -> dict[str, Field]:
     """The fields of `batch.OF_RECORDS` that objectives and tasks read."""
     return {name: OF_RECORDS[name] for one in on for name in one.objective.reads(one.options)}
+
+
+def check_data(on: Sequence[Enabled], data: Any) -> None:
+    """`UserError` with all that objectives and tasks cannot do with a prepared data set."""
+    if problems := [problem for one in on for problem in one.objective.data_problems(one.options, data)]:
+        raise UserError("the data do not suit the configuration:\n  - " + "\n  - ".join(problems))
 
 
 def reads_masks(objectives: Group, tasks: Group) -> bool:

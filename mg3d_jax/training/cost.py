@@ -155,7 +155,7 @@ class StepCost:
         """Shapes of the parameters, a batch and a random key."""
         config, model = self.setup.config, self.setup.model
         labels, more = label_count(config.tasks), added_fields(model.on, model.context)
-        batch = batch_contract.abstract(self.batch_rows, config.model.volume_size, config.data.max_tokens, labels, more)
+        batch = batch_contract.abstract(self.batch_rows, config.grid, config.data.max_tokens, labels, more)
         params = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), self.setup.abstract["params"])
         return params, batch, jax.eval_shape(lambda: jax.random.key(0))
 

@@ -69,6 +69,14 @@ def augment(key: jax.Array, volume: jax.Array, options: AugmentConfig) -> jax.Ar
     return hounsfield
 
 
+def at_least(voxels: jax.Array, size: tuple[int, int, int], fill: float) -> jax.Array:
+    """`[B, X, Y, Z]` with `fill` laid around it evenly where it is smaller than `size`."""
+    lacking = [max(wanted - side, 0) for side, wanted in zip(voxels.shape[1:], size, strict=True)]
+    if not any(lacking):
+        return voxels
+    return jnp.pad(voxels, ((0, 0), *((lack // 2, lack - lack // 2) for lack in lacking)), constant_values=fill)
+
+
 def streams(key: jax.Array, names: tuple[str, ...]) -> dict[str, jax.Array]:
     """A key for each name."""
     fixed = dict(zip(STREAMS, jax.random.split(key, len(STREAMS)), strict=True))
@@ -101,7 +109,14 @@ def model_inputs(
         fields of `batch.OF_RECORDS` that are read, moved as the volume is; and what the `draw` of each objective and task
         that is on gives.
     """
-    context = dataclasses.replace(model.context, special=Group(special))
+    context = dataclasses.replace(model.context, special=Group(special), train=train)
+    batch = dict(batch)
+    for name, fill in (
+        ("volume", AIR_HU),
+        ("mask", UNKNOWN_LABEL),
+    ):  # smaller than the tower's: laid in the middle of air
+        if name in batch:
+            batch[name] = at_least(batch[name], context.model.volume_size, fill)
     keys = streams(key, ("augment", *(one.name for one in model.on)))
     volume = batch["volume"]
     if train:

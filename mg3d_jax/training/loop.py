@@ -20,7 +20,7 @@ from mg3d_jax.config import Config, checks
 from mg3d_jax.data.pipeline import PreparedData, train_batches
 from mg3d_jax.data.tokens import ReportTokenizer
 from mg3d_jax.flops import Flops
-from mg3d_jax.objectives.base import reads_masks
+from mg3d_jax.objectives.base import check_data, enabled, reads_masks
 from mg3d_jax.training import distributed, run_folder, tables, wiring
 from mg3d_jax.training import state as state_lib
 from mg3d_jax.training import step as step_lib
@@ -67,6 +67,8 @@ class Trainer:
         self.ownership = Ownership(workdir)
         mesh = sharding.make_mesh(config.mesh)
         self.data, self.valid = distributed.together("start", self._open)
+        for data in filter(None, (self.data, self.valid)):
+            check_data(enabled(config.objectives, config.tasks), data)
         self.tokenizer = run_folder.run_tokenizer(config.data, workdir)
         run_folder.check_processes_agree(config, self.data, self.valid, self.tokenizer)
         self.steps = total_steps(config.training, config.data.batch_size, len(self.data))
@@ -97,7 +99,7 @@ class Trainer:
         """Takes the folder and opens the data: what can be wrong on one host and right on the others."""
         check_writable(self.workdir)
         self.ownership.take()
-        data, size = self.config.data, self.config.model.volume_size
+        data, size = self.config.data, self.config.grid
         masks = reads_masks(self.config.objectives, self.config.tasks)
         train = PreparedData(
             data.train, max_patients=data.max_patients, percent=data.patients_percent, volume_size=size, masks=masks
