@@ -209,4 +209,3 @@ def use_report_decoder(config: ConfigDict, arg: str) -> None:
     config.optimizer.learning_rate = 2e-3 if small else 3e-4
     config.optimizer.learning_rate_multipliers = (("volume_encoder/.*", 0.2 if pretrained else 1.0), (".*", 1.0))
     config.optimizer.layer_decay = 1.0
-    config.training.evaluate_every = 100 if small else 1000  # with data.valid
