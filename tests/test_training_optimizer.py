@@ -133,8 +133,8 @@ def test_muon_against_numpy_layer_by_layer():
     options = {"clip_norm": 0.0, "weight_decay": 0.1, "no_weight_decay": ("embedding|norm.*",)}
     found = run(make(params, name="muon", **options)[0], params, gradients)
     adam = run(make(params, name="adamw", **options)[0], params, gradients)
-    for name in ("embedding", "norm", "projection"):
-        jax.tree.map(np.testing.assert_array_equal, found[name], adam[name])
+    for name in ("embedding", "norm", "projection"):  # two programs: the compiler may round the last bit otherwise
+        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=3e-7), found[name], adam[name])
     block, grads = params["stack"]["block"], [g["stack"]["block"] for g in gradients]
     for part, kernel in (("attention", "query"), ("mlp", "up")):
         for layer in range(3):
