@@ -39,7 +39,7 @@ def begin(
     config.tasks.segmentation.update({"weight": 1.0, "num_classes": num_classes, "crops": 2, "foreground": 0.5})
     config.tasks.segmentation.include_background = False
     # As SwinUNETR (arXiv 2201.01266) and VoCo (arXiv 2402.17300) are fine-tuned.
-    config.optimizer.update({"learning_rate": 5e-3 if small else 3e-4, "weight_decay": 1e-5, "b2": 0.999})
+    config.optimizer.update({"learning_rate": 1e-3 if small else 3e-4, "weight_decay": 1e-5, "b2": 0.999})
     config.training.steps = 300 if small else 20_000
     config.evaluations.segmentation.every = 0
     return config
