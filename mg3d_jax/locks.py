@@ -59,6 +59,11 @@ class HeldLock:
         """Whoever inherits it has the lock as long as it is open there."""
         return self._file.fileno()
 
+    @property
+    def given_back(self) -> bool:
+        """Nobody has it any more through this object."""
+        return self._file.closed
+
     def note(self, **facts: Any) -> None:
         """Writes into the file who has it: host, process, and `facts`."""
         self._file.truncate(0)

@@ -26,7 +26,7 @@ from mg3d_jax.training import distributed
 from mg3d_jax.training.checkpoints import Checkpoints
 from mg3d_jax.training.hooks import AfterStep, Hook
 from mg3d_jax.training.loop import Trainer
-from mg3d_jax.training.ownership import LOCK_FILE
+from mg3d_jax.training.ownership import LOCK_FILE, Ownership
 from mg3d_jax.training.stopping import PREEMPTED, SIGNALS, StopRequest
 
 HOLD = """
@@ -70,6 +70,18 @@ def test_a_folder_that_another_process_trains_in_is_refused_until_that_one_ends(
     assert trainer(tiny_data, tmp_path, training__steps=1).run() == 0
     assert locks.holder(tmp_path / LOCK_FILE) is None  # given back: another process may go on
     assert trainer(tiny_data, tmp_path, training__steps=1).run() == 0  # and this one
+
+
+def test_who_shared_the_folder_takes_it_again_when_the_other_has_given_it_back(tmp_path: Path) -> None:
+    first, second = Ownership(tmp_path), Ownership(tmp_path)
+    first.take()
+    second.take()
+    first.give_back()
+    assert locks.holder(tmp_path / LOCK_FILE) is None
+    second.take()
+    owner = locks.holder(tmp_path / LOCK_FILE)
+    assert owner is not None and owner["pid"] == os.getpid()
+    second.give_back()
 
 
 @pytest.mark.parametrize("change", ["moved", "deleted", "replaced"])

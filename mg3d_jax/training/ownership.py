@@ -28,7 +28,7 @@ class Ownership:
 
     def take(self) -> None:
         """`UserError` where another process has the folder. Taken once, it may be asked for again."""
-        if jax.process_index() != 0 or self._lock is not None:
+        if jax.process_index() != 0 or (self._lock is not None and not self._lock.given_back):
             return
         path = self.workdir.resolve() / LOCK_FILE
         self._lock = _held.get(path) or locks.HeldLock.acquire(path)
