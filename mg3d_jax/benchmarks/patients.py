@@ -26,7 +26,7 @@ def random_batch(config: Config, vocab_size: int = 400, labels: int = 18, seed: 
     inside = (position > 0) & (position < lengths[:, None] - 1)
     sentence = 1 + np.minimum(SENTENCES * position // lengths[:, None], SENTENCES - 1)
     more = _more_text(config, vocab_size, rng)
-    if reads_masks(config.objectives, config.tasks):
+    if reads_masks(enabled(config.objectives, config.tasks)):
         classes = config.tasks["segmentation"].num_classes
         more["mask"] = rng.integers(0, classes, (size, *config.grid)).astype(np.int8)
     return more | {

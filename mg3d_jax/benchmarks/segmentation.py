@@ -8,16 +8,13 @@ in its own process.
 from __future__ import annotations
 
 import argparse
-import json
-import os
-import subprocess
-import sys
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+from mg3d_jax.benchmarks.own_process import in_own_process
 from mg3d_jax.benchmarks.towers import DTYPES, REMATS, time_steps
 from mg3d_jax.errors import UserError
 from mg3d_jax.files import write_json
@@ -90,25 +87,6 @@ def main(argv: list[str]) -> int:
     if args.json:
         write_json(args.json, {"case": options, "results": results})
     return 0
-
-
-def in_own_process(case: Case) -> dict[str, Any]:
-    """What `WORKERS[case.framework]` measures, run in a fresh process."""
-    program = "import sys; from mg3d_jax.benchmarks.segmentation import work; work(sys.argv[1])"
-    command = [sys.executable, "-c", program, json.dumps(asdict(case))]
-    environment = os.environ | {"XLA_PYTHON_CLIENT_PREALLOCATE": "false"}
-    process = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
-    if process.returncode:
-        raise UserError(f"{case.framework} {case.preset} failed:\n{process.stderr.strip()[-2000:]}")
-    return json.loads(process.stdout.strip().splitlines()[-1])
-
-
-def work(case: str) -> None:
-    """Entry point of the fresh process: prints the measurement as JSON."""
-    fields: dict[str, Any] = {
-        key: tuple(value) if isinstance(value, list) else value for key, value in json.loads(case).items()
-    }
-    print(json.dumps(WORKERS[str(fields["framework"])](Case(**fields))))
 
 
 def time_jax(case: Case) -> dict[str, Any]:

@@ -7,10 +7,7 @@ process, so that neither's threads nor memory disturb the other's numbers.
 from __future__ import annotations
 
 import argparse
-import json
-import os
 import resource
-import subprocess
 import sys
 import time
 from collections.abc import Callable
@@ -19,6 +16,7 @@ from math import prod
 from pathlib import Path
 from typing import Any
 
+from mg3d_jax.benchmarks.own_process import in_own_process
 from mg3d_jax.errors import UserError
 from mg3d_jax.files import write_json
 from mg3d_jax.models.towers.vit import PRESETS
@@ -126,25 +124,6 @@ def _remarks(results: list[dict[str, Any]]) -> list[str]:
             ratio = times[preset, "monai"] / times[preset, "jax"]
             lines.append(f"{preset}: {ratio:.2f} times the speed of MONAI's ViT in PyTorch")
     return lines
-
-
-def in_own_process(case: Case) -> dict[str, Any]:
-    """What `WORKERS[case.framework]` measures, run in a fresh process."""
-    program = "import sys; from mg3d_jax.benchmarks.towers import work; work(sys.argv[1])"
-    environment = os.environ | {"XLA_PYTHON_CLIENT_PREALLOCATE": "false"}  # else the peak memory is XLA's pool
-    command = [sys.executable, "-c", program, json.dumps(asdict(case))]
-    process = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
-    if process.returncode:
-        raise UserError(f"{case.framework} {case.preset} failed:\n{process.stderr.strip()[-2000:]}")
-    return json.loads(process.stdout.strip().splitlines()[-1])
-
-
-def work(case: str) -> None:
-    """Entry point of the fresh process: prints the measurement as JSON."""
-    fields: dict[str, Any] = {
-        key: tuple(value) if isinstance(value, list) else value for key, value in json.loads(case).items()
-    }
-    print(json.dumps(WORKERS[fields["framework"]](Case(**fields))))
 
 
 def with_rates(case: Case, measured: dict[str, Any], work: float, peak: dict[str, Any]) -> dict[str, Any]:

@@ -12,7 +12,7 @@ from mg3d_jax.errors import UserError
 from mg3d_jax.evaluation import document
 from mg3d_jax.evaluation.document import Evaluated
 from mg3d_jax.evaluation.embed import DataEmbedder, Embedder
-from mg3d_jax.objectives.base import reads_masks
+from mg3d_jax.objectives.base import enabled, reads_masks
 from mg3d_jax.progress import Progress
 from mg3d_jax.training.restore import RestoredRun
 
@@ -37,7 +37,7 @@ def evaluate(
     """
     config = run.config
     evaluations = document.configured(only, config.evaluations, overrides)
-    masks = reads_masks(config.objectives, config.tasks)
+    masks = reads_masks(enabled(config.objectives, config.tasks))
     data = PreparedData(tuple(data_folders), volume_size=config.grid, masks=masks)
     train, total = None, len(data)
     needs = {need for one in evaluations.values() for need in one.needs}

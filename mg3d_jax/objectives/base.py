@@ -153,10 +153,9 @@ def enabled(objectives: Group, tasks: Group | None = None) -> tuple[Enabled, ...
     return tuple(found)
 
 
-def label_count(tasks: Group) -> int:
-    """Labels of a record, as the tasks that are on expect them (an option `num_labels`); 1 where none says it."""
-    counts = [getattr(options, "num_labels", 1) for options in tasks.values() if options.weight > 0]
-    return max(counts, default=1)
+def label_count(on: Sequence[Enabled]) -> int:
+    """Labels of a record, as what is on expects them (an option `num_labels`); 1 where none says it."""
+    return max((getattr(one.options, "num_labels", 1) for one in on), default=1)
 
 
 def record_fields(on: Sequence[Enabled]) -> dict[str, Field]:
@@ -170,9 +169,9 @@ def check_data(on: Sequence[Enabled], data: Any) -> None:
         raise UserError("the data do not suit the configuration:\n  - " + "\n  - ".join(problems))
 
 
-def reads_masks(objectives: Group, tasks: Group) -> bool:
+def reads_masks(on: Sequence[Enabled]) -> bool:
     """Whether something that is on reads the masks of the records."""
-    return "mask" in record_fields(enabled(objectives, tasks))
+    return "mask" in record_fields(on)
 
 
 def added_fields(on: Sequence[Enabled], context: Context) -> dict[str, Field]:

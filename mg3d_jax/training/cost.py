@@ -154,7 +154,7 @@ class StepCost:
     def _arguments(self) -> tuple[Any, Any, Any]:
         """Shapes of the parameters, a batch and a random key."""
         config, model = self.setup.config, self.setup.model
-        labels, more = label_count(config.tasks), added_fields(model.on, model.context)
+        labels, more = label_count(model.on), added_fields(model.on, model.context)
         batch = batch_contract.abstract(self.batch_rows, config.grid, config.data.max_tokens, labels, more)
         params = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), self.setup.abstract["params"])
         return params, batch, jax.eval_shape(lambda: jax.random.key(0))

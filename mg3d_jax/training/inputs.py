@@ -19,7 +19,7 @@ from mg3d_jax.config.parts import AugmentConfig
 from mg3d_jax.data.tokens import SPECIAL_TOKENS
 from mg3d_jax.errors import UserError
 from mg3d_jax.models.mg3d import MG3D, SENTENCE_FEATURES
-from mg3d_jax.objectives.base import added_fields, record_fields
+from mg3d_jax.objectives.base import added_fields, label_count, record_fields
 from mg3d_jax.options import Group
 
 TEXT_FIELDS = ("token_ids", "token_mask", "sentence_index", "word_index")
@@ -143,8 +143,9 @@ def dummy_inputs(model: MG3D, batch_size: int = 1) -> dict[str, Any]:
     """Zeros of the shapes that the model takes; enough to trace it."""
     sizes = model.context
     more = added_fields(model.on, sizes)
-    labels = max((getattr(one.options, "num_labels", 1) for one in model.on), default=1)
-    batch = batch_contract.abstract(batch_size, sizes.model.volume_size, sizes.data.max_tokens, labels, more)
+    batch = batch_contract.abstract(
+        batch_size, sizes.model.volume_size, sizes.data.max_tokens, label_count(model.on), more
+    )
     special = dict.fromkeys(SPECIAL_TOKENS, 0)  # shapes do not depend on them
     inputs = jax.eval_shape(lambda b: model_inputs(b, jax.random.key(0), model, special=special, train=False), batch)
     return jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), inputs)

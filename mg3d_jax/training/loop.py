@@ -67,8 +67,6 @@ class Trainer:
         self.ownership = Ownership(workdir)
         mesh = sharding.make_mesh(config.mesh)
         self.data, self.valid = distributed.together("start", self._open)
-        for data in filter(None, (self.data, self.valid)):
-            check_data(enabled(config.objectives, config.tasks), data)
         self.tokenizer = run_folder.run_tokenizer(config.data, workdir)
         run_folder.check_processes_agree(config, self.data, self.valid, self.tokenizer)
         self.steps = total_steps(config.training, config.data.batch_size, len(self.data))
@@ -100,11 +98,15 @@ class Trainer:
         check_writable(self.workdir)
         self.ownership.take()
         data, size = self.config.data, self.config.grid
-        masks = reads_masks(self.config.objectives, self.config.tasks)
+        on = enabled(self.config.objectives, self.config.tasks)
+        masks = reads_masks(on)
         train = PreparedData(
             data.train, max_patients=data.max_patients, percent=data.patients_percent, volume_size=size, masks=masks
         )
-        return train, PreparedData(data.valid, volume_size=size, masks=masks) if data.valid else None
+        valid = PreparedData(data.valid, volume_size=size, masks=masks) if data.valid else None
+        for one in filter(None, (train, valid)):
+            check_data(on, one)
+        return train, valid
 
     def _restore_or_initialize(self, initialize: Initializer | None) -> tuple[state_lib.State, int, dict[str, Any]]:
         """Restores the newest readable checkpoint; without one, makes the state of a new run.
