@@ -9,10 +9,12 @@ commands.
 
 from __future__ import annotations
 
+from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from mg3d_jax.api import Run, Trainer, load, prepare_data
+    from mg3d_jax.api import Run, load, prepare_data
+    from mg3d_jax.trainer import Trainer
 
 __version__ = "0.2.0.dev0"
 __all__ = ["Run", "Trainer", "load", "prepare_data"]
@@ -22,6 +24,5 @@ def __getattr__(name: str) -> Any:
     # On first use, so that `import mg3d_jax` and `mg3d --help` do not import JAX.
     if name not in __all__:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    from mg3d_jax import api
-
-    return getattr(api, name)
+    module = import_module("mg3d_jax.trainer" if name == "Trainer" else "mg3d_jax.api")
+    return getattr(module, name)

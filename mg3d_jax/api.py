@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 
+from mg3d_jax import prepare
 from mg3d_jax.config import Config
 from mg3d_jax.data.abnormalities import ABNORMALITIES
 from mg3d_jax.data.tokens import ReportTokenizer
@@ -23,13 +24,9 @@ from mg3d_jax.evaluation import prompts as prompts_lib
 from mg3d_jax.evaluation import scoring
 from mg3d_jax.evaluation.attend import Relevance, SentenceMaps
 from mg3d_jax.evaluation.embed import Embedder, logit_scale
-from mg3d_jax.evaluation.hooks import chosen_hooks
 from mg3d_jax.evaluation.scans import Scan, ScanSource, Spacing, read_scan, run_grid
 from mg3d_jax.evaluation.segmenter import Segmented, Segmenter
-from mg3d_jax.interop.warm_start import load_initial
-from mg3d_jax.prepare.folder import Settings, prepare
-from mg3d_jax.training import loop
-from mg3d_jax.training.hooks import Hook
+from mg3d_jax.trainer import Trainer
 from mg3d_jax.training.restore import RestoredRun, restore_run
 
 __all__ = ["Relevance", "Run", "Segmented", "Trainer", "load", "prepare_data"]
@@ -197,25 +194,8 @@ class Run:
         return evaluated.document
 
 
-class Trainer(loop.Trainer):
-    """What `mg3d train` runs: with the evaluations and pictures that the config asks for, from the weights that it names.
-
-    Args:
-        config: a frozen configuration, see `mg3d_jax.config.load`.
-        workdir: where checkpoints, metrics, tokenizer and summary go; an earlier run there is resumed.
-        hooks: what the run does beside that, e.g. measurements of your own (`mg3d_jax.training.hooks.Hook`).
-        profile_steps: traces so many steps.
-    """
-
-    def __init__(self, config: Config, workdir: Path, *, hooks: Sequence[Hook] = (), profile_steps: int = 0):
-        own = chosen_hooks(config)
-        super().__init__(
-            config, Path(workdir), hooks=[*own, *hooks], initialize=load_initial, profile_steps=profile_steps
-        )
-
-
 def prepare_data(**settings: Any) -> dict[str, Any] | None:
     """Prepares a data set like `mg3d prepare`: `source`, `root`, `split`, `out`, and the other fields of
     `prepare.folder.Settings`. Returns its manifest."""
     settings |= {name: Path(settings[name]) for name in ("root", "out") if name in settings}
-    return prepare(Settings.of(**settings))
+    return prepare.prepare(prepare.Settings.of(**settings))

@@ -28,9 +28,9 @@ def initial():
     return module
 
 
-@pytest.mark.parametrize("case", EXPECTED)
+@pytest.mark.parametrize("case", sorted(EXPECTED.keys() - {"run"}))
 def test_initial_parameters_losses_and_gradients_are_those_of_the_first_version(case):
-    """With its masks, views and dropout: the random streams are the same."""
+    """With its masks, views and dropout: the random streams are the same. Of the case "run", steps are compared below."""
     module, expected = initial(), EXPECTED[case]
     config = config_lib.replace(config_lib.read(FIXTURE / "run" / "config.json"), module.CASES[case])
     found = module.measure(config)

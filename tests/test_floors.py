@@ -27,7 +27,7 @@ UPPER = {"evaluation", "interop", "report", "scaling"}
 # A folder, or a module at the top of the package, and what it may import beside itself and the ground floor.
 FLOORS: dict[str, set[str]] = {
     **{module: set() for module in GROUND},
-    "__init__": {"api"},  # on first use of a name, so that `import mg3d_jax` stays light
+    "__init__": {"api", "trainer"},  # on first use of a name, so that `import mg3d_jax` stays light
     "config": set(),
     "data": {"config"},
     "language": set(),
@@ -40,12 +40,13 @@ FLOORS: dict[str, set[str]] = {
     "interop": {"training", *MIDDLE, *BESIDE},
     "report": {"training", *MIDDLE},
     "scaling": {"training", *MIDDLE},
-    "api": {"training", *MIDDLE, *UPPER, *BESIDE},
+    "trainer": {"training", *MIDDLE, *UPPER},
+    "api": {"training", "trainer", *MIDDLE, *UPPER, *BESIDE},
     # Files on disk -> records, and procedural scans.
     "prepare": {"data"},
     "phantom": {"data"},
     "benchmarks": {"training", *MIDDLE, *UPPER, *BESIDE},
-    "commands": {"training", *MIDDLE, *UPPER, *BESIDE, "api", "benchmarks"},
+    "commands": {"training", *MIDDLE, *UPPER, *BESIDE, "api", "trainer", "benchmarks"},
     "__main__": {"commands"},
 }
 

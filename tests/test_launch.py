@@ -14,8 +14,8 @@ import pytest
 from support import ROOT, environment, tiny_builder, with_plain_towers
 
 from mg3d_jax import config as config_lib
-from mg3d_jax.api import Trainer
 from mg3d_jax.errors import UserError
+from mg3d_jax.trainer import Trainer
 from mg3d_jax.training import distributed
 from mg3d_jax.training.writers import read_metrics
 

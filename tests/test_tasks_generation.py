@@ -13,7 +13,6 @@ from support import tiny_builder, with_plain_towers
 from test_report_page import Page
 
 from mg3d_jax import config as config_lib
-from mg3d_jax.api import Trainer
 from mg3d_jax.commands.main import main
 from mg3d_jax.config import checks
 from mg3d_jax.data.pipeline import PreparedData
@@ -23,6 +22,7 @@ from mg3d_jax.evaluation.embed import Embedder
 from mg3d_jax.evaluation.generation import Generation, GenerationEvaluationOptions
 from mg3d_jax.evaluation.report_writer import ReportWriter, sampling_of
 from mg3d_jax.tasks.generation import GenerationOptions, features, loss
+from mg3d_jax.trainer import Trainer
 from mg3d_jax.training import inputs
 from mg3d_jax.training.restore import restore_run
 from mg3d_jax.training.writers import read_metrics

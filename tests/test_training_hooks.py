@@ -8,7 +8,7 @@ import pytest
 from support import ROOT, tiny_builder, tiny_config, with_plain_towers
 
 from mg3d_jax import config as config_lib
-from mg3d_jax.api import Trainer
+from mg3d_jax.trainer import Trainer
 from mg3d_jax.training import loop
 from mg3d_jax.training.checkpoints import Checkpoints
 from mg3d_jax.training.hooks import AfterStep, Hook

@@ -12,10 +12,10 @@ import pytest
 from support import TESTS, environment, mg3d, tiny_config
 
 from mg3d_jax import config as config_lib
-from mg3d_jax.api import Trainer
 from mg3d_jax.commands.main import COMMANDS, main
 from mg3d_jax.errors import UserError
 from mg3d_jax.files import read_lines
+from mg3d_jax.trainer import Trainer
 from mg3d_jax.training import run_folder, stopping
 from mg3d_jax.training.checkpoints import Checkpoints
 from mg3d_jax.training.held_out import HeldOut

@@ -48,7 +48,7 @@ def main(argv: list[str]) -> int:
     if not tasks:
         raise UserError(f"{args.config} trains no task: set e.g. tasks.classification.weight=1.0, or use `mg3d train`")
     distributed.initialize(args)
-    from mg3d_jax.api import Trainer  # after the processes have joined: nothing may look for devices before
+    from mg3d_jax.trainer import Trainer  # after the processes have joined: nothing may look for devices before
     from mg3d_jax.training.stopping import DONE
 
     code = Trainer(config, args.workdir).run()

@@ -37,6 +37,6 @@ def main(argv: list[str]) -> int:
     start = [f"--config.init_from.path={args.init_from}"] if args.init_from else []
     config = config_lib.load(args.config, overrides + start)
     distributed.initialize(args)
-    from mg3d_jax.api import Trainer  # after the processes have joined: nothing may look for devices before
+    from mg3d_jax.trainer import Trainer  # after the processes have joined: nothing may look for devices before
 
     return Trainer(config, args.workdir, profile_steps=args.profile).run()

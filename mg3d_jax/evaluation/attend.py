@@ -15,7 +15,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from scipy import ndimage
+import scipy  # its parts come on first use
 
 from mg3d_jax.errors import UserError
 from mg3d_jax.evaluation.scans import Scan
@@ -157,8 +157,10 @@ def in_scan_space(
     """
     to_patch = np.linalg.inv(affine) @ scan_affine
     place = {"matrix": to_patch[:3, :3], "offset": to_patch[:3, 3], "output_shape": shape}
-    smooth = ndimage.affine_transform(patches.astype(np.float32), **place, order=1, mode="nearest")
-    seen = ndimage.affine_transform(np.ones_like(patches, np.float32), **place, order=0, mode="grid-constant", cval=0)
+    smooth = scipy.ndimage.affine_transform(patches.astype(np.float32), **place, order=1, mode="nearest")
+    seen = scipy.ndimage.affine_transform(
+        np.ones_like(patches, np.float32), **place, order=0, mode="grid-constant", cval=0
+    )
     return np.where(seen > 0.5, smooth, 0).astype(np.float32)
 
 
@@ -172,7 +174,7 @@ def write_overlay(path: Path, found: Relevance) -> None:
 
     volume, spacing = found.scan.volume, np.sqrt((found.scan.affine[:3, :3] ** 2).sum(axis=0))
     to_voxel = np.linalg.inv(patch_affine(np.eye(4), found.cell))
-    heat = ndimage.affine_transform(
+    heat = scipy.ndimage.affine_transform(
         found.patches, to_voxel[:3, :3], to_voxel[:3, 3], output_shape=volume.shape, order=1, mode="nearest"
     )
     colours, neutral = _colours(found)

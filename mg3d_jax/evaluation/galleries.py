@@ -15,7 +15,7 @@ import numpy as np
 from mg3d_jax.errors import UserError
 from mg3d_jax.evaluation.base import Embedded
 from mg3d_jax.evaluation.ranking import AGAINST, FIRST, TIES
-from mg3d_jax.prepare.listing import without_suffix
+from mg3d_jax.prepare.names import without_suffix
 
 DISTINCT, COPIES, TEXTS = "distinct", "copies", "texts"
 SHARED, OWN = "shared", "own"

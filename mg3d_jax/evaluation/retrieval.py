@@ -24,7 +24,7 @@ from mg3d_jax.evaluation.galleries import GALLERIES, Pairs
 from mg3d_jax.evaluation.ranking import chance, ranks_by_group
 from mg3d_jax.html import Section, Table
 from mg3d_jax.options import choice, key
-from mg3d_jax.prepare.selection import excluded_names
+from mg3d_jax.prepare.names import excluded_names
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

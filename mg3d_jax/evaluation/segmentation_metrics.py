@@ -8,8 +8,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import numpy as np
-from scipy import ndimage
-from scipy.spatial import KDTree
+import scipy  # its parts come on first use: a trainer without masks does not wait for them
 
 METRICS = ("dice", "surface", "hd95")
 Distances = tuple[np.ndarray, np.ndarray]  # mm: of each surface voxel of one mask to the other's surface, and back
@@ -38,16 +37,16 @@ def _surface(mask: np.ndarray) -> np.ndarray:
     """Indices of the surface voxels, float64 [n, 3]."""
     if not mask.any():
         return np.zeros((0, mask.ndim))
-    (box,) = ndimage.find_objects(mask.astype(np.uint8))
+    (box,) = scipy.ndimage.find_objects(mask.astype(np.uint8))
     inside = mask[box]
-    surface = inside & ~ndimage.binary_erosion(inside)
+    surface = inside & ~scipy.ndimage.binary_erosion(inside)
     return np.argwhere(surface) + np.array([part.start for part in box], np.float64)
 
 
 def _nearest(points: np.ndarray, others: np.ndarray) -> np.ndarray:
     if not len(others):
         return np.full(len(points), np.inf)
-    return KDTree(others).query(points)[0] if len(points) else np.zeros(0)
+    return scipy.spatial.KDTree(others).query(points)[0] if len(points) else np.zeros(0)
 
 
 def normalised_surface_distance(distances: Distances, tolerance: float) -> float:

@@ -91,11 +91,6 @@ class Source:
         return self.list_all(options)
 
 
-def without_suffix(name: str) -> str:
-    """`train_1_a_1.nii.gz` -> `train_1_a_1`."""
-    return name.removesuffix(".gz").removesuffix(".nii")
-
-
 def second_file(name: str, first: Path) -> str:
     """Why the second file of a name is bad."""
     return f"second file of {name}, the first is {first}: keep one of them"

@@ -7,7 +7,8 @@ import re
 from pathlib import Path
 
 from mg3d_jax.errors import UserError
-from mg3d_jax.prepare.listing import Example, Listing, SourceOptions, without_suffix
+from mg3d_jax.prepare.listing import Example, Listing, SourceOptions
+from mg3d_jax.prepare.names import excluded_names, without_suffix
 from mg3d_jax.prepare.walk import walk
 from mg3d_jax.registry import SOURCES
 
@@ -97,17 +98,6 @@ def _keep_distinct(listing: Listing) -> None:
             best[example.findings] = example
     kept = set(map(id, best.values()))
     listing.examples = [example for example in listing.examples if id(example) in kept]
-
-
-def excluded_names(path: Path | None) -> set[str]:
-    """Names in an --exclude file, with and without file suffix."""
-    if path is None:
-        return set()
-    try:
-        lines = [line.strip() for line in Path(path).read_text(encoding="utf-8-sig").splitlines()]
-    except (OSError, ValueError) as error:
-        raise UserError(f"--exclude {path} cannot be read: {error}") from error
-    return {without_suffix(line) for line in lines if line and not line.startswith("#")}
 
 
 def apply_exclusion(listing: Listing, exclude: Path | None) -> None:

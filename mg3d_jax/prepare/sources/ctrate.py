@@ -7,7 +7,8 @@ from pathlib import Path
 from mg3d_jax.batch import UNKNOWN_LABEL
 from mg3d_jax.errors import UserError
 from mg3d_jax.prepare.geometry import Metadata
-from mg3d_jax.prepare.listing import Example, Listing, SourceOptions, second_file, without_suffix
+from mg3d_jax.prepare.listing import Example, Listing, SourceOptions, second_file
+from mg3d_jax.prepare.names import without_suffix
 from mg3d_jax.prepare.reading import NIFTI_SUFFIXES
 from mg3d_jax.prepare.tables import Row, by_volume, dicom_metadata, find_table, label_table, read_table, require_columns
 from mg3d_jax.prepare.walk import walk

@@ -14,8 +14,8 @@ from mg3d_jax.prepare.listing import (
     index_by_name,
     outside_metadata,
     second_file,
-    without_suffix,
 )
+from mg3d_jax.prepare.names import without_suffix
 
 
 def list_ctrg(options: SourceOptions) -> Listing:

@@ -9,7 +9,8 @@ from typing import Any
 from mg3d_jax.errors import UserError
 from mg3d_jax.files import read_json
 from mg3d_jax.prepare.geometry import Metadata
-from mg3d_jax.prepare.listing import Example, Listing, Source, SourceOptions, without_suffix
+from mg3d_jax.prepare.listing import Example, Listing, Source, SourceOptions
+from mg3d_jax.prepare.names import without_suffix
 
 _SPLITS = {"train": "training", "valid": "validation", "test": "test"}
 

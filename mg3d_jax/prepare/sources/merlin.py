@@ -6,7 +6,8 @@ import re
 
 from mg3d_jax.errors import UserError
 from mg3d_jax.prepare.geometry import Metadata
-from mg3d_jax.prepare.listing import Example, Listing, SourceOptions, index_by_name, second_file, without_suffix
+from mg3d_jax.prepare.listing import Example, Listing, SourceOptions, index_by_name, second_file
+from mg3d_jax.prepare.names import without_suffix
 from mg3d_jax.prepare.reports import split_sections
 from mg3d_jax.prepare.tables import find_table, read_table, require_columns
 

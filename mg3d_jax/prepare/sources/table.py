@@ -8,7 +8,8 @@ from pathlib import Path
 
 from mg3d_jax.errors import UserError
 from mg3d_jax.prepare.archives import volume_exists
-from mg3d_jax.prepare.listing import Example, Listing, SourceOptions, outside_metadata, without_suffix
+from mg3d_jax.prepare.listing import Example, Listing, SourceOptions, outside_metadata
+from mg3d_jax.prepare.names import without_suffix
 from mg3d_jax.prepare.sections import split_sections
 from mg3d_jax.prepare.tables import Row, dicom_metadata, label_columns, numbers, read_table, row_labels
 
