@@ -247,7 +247,12 @@ def test_every_loss_goes_near_its_floor_on_one_batch(phantom_batch):
         "discrimination": 0.05,
     }
     batch, tokenizer, mesh = phantom_batch
-    options = {"optimizer__learning_rate": 1e-2, "optimizer__weight_decay": 0.0, "schedule__final_fraction": 0.1, "data__batch_size": 4}
+    options = {
+        "optimizer__learning_rate": 1e-2,
+        "optimizer__weight_decay": 0.0,
+        "schedule__final_fraction": 0.1,
+        "data__batch_size": 4,
+    }
     weights = {f"objectives.{name}.weight": 1.0 for name in ("alignment", "matching", "discrimination")}
     changes = {"objectives.matching.sentence_source": "words"} | weights
     config = config_lib.replace(make_config("mg3d", **options), changes)

@@ -49,9 +49,19 @@ def test_prepare_train_resume_evaluate_export(tmp_path: Path) -> None:
 
 def prepare_train_resume_evaluate_export(tmp_path: Path) -> None:
     phantoms = str(tmp_path / "phantoms")
-    assert main(["phantom", phantoms, "--patients", "12", "--valid", "6", "--seed", "0"]) == 0
+    assert main(["phantom", phantoms, "--patients", "8", "--valid", "4", "--seed", "0"]) == 0
     for split in ("train", "valid"):
-        command = ["prepare", "--source", "ctrate", "--root", phantoms, "--split", split, "--out", str(tmp_path / split)]
+        command = [
+            "prepare",
+            "--source",
+            "ctrate",
+            "--root",
+            phantoms,
+            "--split",
+            split,
+            "--out",
+            str(tmp_path / split),
+        ]
         command += ["--qa-samples", "0"]
         assert main([*command, "--size", "48", "48", "32", "--spacing", "7", "7", "9"]) == 0
     values = {

@@ -21,7 +21,6 @@ from typing import Any
 import grain
 import numpy as np
 from jax.sharding import Mesh
-from tokenizers import Tokenizer
 
 from mg3d_jax import sharding
 from mg3d_jax.batch import AIR_HU, UNKNOWN_LABEL
@@ -31,7 +30,7 @@ from mg3d_jax.data.order import RecordOrder, reports_of_others
 from mg3d_jax.data.record import Record, RecordText
 from mg3d_jax.data.records import RecordReader
 from mg3d_jax.data.shard_reader import DamagedRecordError
-from mg3d_jax.data.tokens import ReportTokenizer, load_tokenizer, train_wordpiece
+from mg3d_jax.data.tokens import ReportTokenizer
 from mg3d_jax.errors import UserError
 
 PREFETCHED_BATCHES = 2
@@ -150,14 +149,12 @@ def skipped_records(data: PreparedData, log_folder: Path | None, limit: int) -> 
     return BadRecords(log_folder, min(limit, len(data) // 2))
 
 
-def make_tokenizer(options: DataConfig, log_folder: Path | None = None) -> Tokenizer:
-    """The one that `data.tokenizer` names, or one trained on the reports of the first 2,000 records.
+def tokenizer_sentences(options: DataConfig, log_folder: Path | None = None) -> set[str]:
+    """What a tokenizer is trained on: the sentences of the first 2,000 records.
 
     These are records of the whole training set, not of the `max_patients` subset: the runs of a sweep over data size share
     their vocabulary. Damaged ones are skipped as in `train_batches`.
     """
-    if options.tokenizer != "train":
-        return load_tokenizer(options.tokenizer)
     data = PreparedData(options.train)
     sentences: set[str] = set()
     bad = skipped_records(data, log_folder, options.max_bad_records)
@@ -166,7 +163,7 @@ def make_tokenizer(options: DataConfig, log_folder: Path | None = None) -> Token
             sentences.update(data.text(index).sentences)
         except DamagedRecordError as error:
             data.note(index, bad, error)
-    return train_wordpiece(sentences, options.vocab_size)
+    return sentences
 
 
 def cut_shares(data: PreparedData, tokenizer: ReportTokenizer, sentence_tokens: int) -> tuple[float, float]:

@@ -7,7 +7,7 @@ ones in the order of their calls.
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, nullcontext
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,6 @@ from mg3d_jax import config as config_lib
 from mg3d_jax import sharding
 from mg3d_jax.config import Config, checks
 from mg3d_jax.data.pipeline import PreparedData, train_batches
-from mg3d_jax.data.tokens import ReportTokenizer
 from mg3d_jax.flops import Flops
 from mg3d_jax.objectives.base import check_data, enabled, reads_masks
 from mg3d_jax.training import distributed, run_folder, tables, wiring
@@ -35,9 +34,6 @@ from mg3d_jax.training.stopping import DONE, PREEMPTED, StopRequest
 from mg3d_jax.training.writers import Writers, drop_evaluations, open_writers
 
 logger = logging.getLogger(__name__)
-# `(setup, random state, tokenizer) -> state` with loaded weights. The usual one, `interop.warm_start.load_initial`, is handed
-# in because `interop` imports this package.
-Initializer = Callable[[state_lib.Setup, state_lib.State, ReportTokenizer], state_lib.State]
 
 
 class Trainer:
@@ -58,7 +54,7 @@ class Trainer:
         workdir: Path,
         *,
         hooks: Sequence[Hook] = (),
-        initialize: Initializer | None = None,
+        initialize: state_lib.Initializer | None = None,
         profile_steps: int = 0,
     ):
         checks.validate(config)
@@ -78,7 +74,14 @@ class Trainer:
             best_metric=config.training.best_metric,
             best_mode=config.training.best_mode,
         )
-        self.state, self.resume_step, meta = self._restore_or_initialize(initialize)
+        restored = self.checkpoints.newest(self.setup)
+        if restored is None:
+            self.state, self.resume_step = state_lib.first(self.setup, self.tokenizer, initialize), 0
+            meta: dict[str, Any] = {}  # what the checkpoint has beside it (`hooks.Save`)
+        else:
+            self.state, meta, self.resume_step = restored
+            run_folder.check_same_records(meta, self.data)
+            logger.info("%s: resuming after step %d of %d", workdir, self.resume_step, self.steps)
         self.more_text = report_texts(
             self.setup, self.state["params"], self.tokenizer, [one for one in (self.data, self.valid) if one], workdir
         )
@@ -107,26 +110,6 @@ class Trainer:
         for one in filter(None, (train, valid)):
             check_data(on, one)
         return train, valid
-
-    def _restore_or_initialize(self, initialize: Initializer | None) -> tuple[state_lib.State, int, dict[str, Any]]:
-        """Restores the newest readable checkpoint; without one, makes the state of a new run.
-
-        Returns:
-            The state, the number of steps it has taken (0 for a new run), and the JSON that the checkpoint has beside it
-            (`hooks.Save` writes it; {} for a new run).
-        """
-        restored = self.checkpoints.newest(self.setup)
-        if restored is None:
-            state = state_lib.initialize(self.setup)  # random weights
-            if initialize is not None:
-                state = initialize(self.setup, state, self.tokenizer)  # the weights that the configuration names
-            elif keys := state_lib.starts_from(self.config.init_from, self.config.model):
-                raise ValueError(f"{keys} is set: give `initialize`, e.g. `interop.warm_start.load_initial`")
-            return state, 0, {}
-        state, meta, step = restored
-        run_folder.check_same_records(meta, self.data)
-        logger.info("%s: resuming after step %d of %d", self.workdir, step, self.steps)
-        return state, step, meta
 
     def run(self) -> int:
         """Trains to the end. Returns the exit code: `DONE`, or `PREEMPTED` ("run me again") where a signal ended it before.

@@ -17,8 +17,8 @@ from mg3d_jax import config as config_lib
 from mg3d_jax.config import Config
 from mg3d_jax.config.parts import DataConfig
 from mg3d_jax.data.order import RecordOrder
-from mg3d_jax.data.pipeline import PreparedData, make_tokenizer, record_names
-from mg3d_jax.data.tokens import ReportTokenizer, load_tokenizer, save_tokenizer
+from mg3d_jax.data.pipeline import PreparedData, record_names, tokenizer_sentences
+from mg3d_jax.data.tokens import ReportTokenizer, load_tokenizer, save_tokenizer, train_wordpiece
 from mg3d_jax.environment import environment_facts
 from mg3d_jax.errors import UserError
 from mg3d_jax.files import write_json
@@ -38,7 +38,10 @@ def run_tokenizer(options: DataConfig, workdir: Path) -> ReportTokenizer:
     folder = workdir / TOKENIZER_FOLDER
     kept = (folder / "tokenizer.json").exists() and Checkpoints(workdir).latest() is not None
     if jax.process_index() == 0 and not kept:
-        made = make_tokenizer(options, log_folder=workdir)
+        if options.tokenizer == "train":
+            made = train_wordpiece(tokenizer_sentences(options, log_folder=workdir), options.vocab_size)
+        else:
+            made = load_tokenizer(options.tokenizer)
         # Written elsewhere and renamed: a kill in the middle leaves no half a tokenizer.
         partial = workdir / f"{TOKENIZER_FOLDER}.partial"
         save_tokenizer(made, partial)

@@ -15,6 +15,7 @@ from jax.sharding import Mesh
 from mg3d_jax import arithmetic, sharding
 from mg3d_jax.config import Config
 from mg3d_jax.config.parts import InitConfig, ModelConfig
+from mg3d_jax.data.tokens import ReportTokenizer
 from mg3d_jax.models.mg3d import MG3D
 from mg3d_jax.objectives.base import Context, enabled
 from mg3d_jax.options import Group
@@ -43,6 +44,11 @@ class Setup:
     @property
     def shardings(self) -> State:
         return jax.tree.map(lambda x: x.sharding, self.abstract)
+
+
+# `(setup, random state, tokenizer) -> state` with loaded weights. The usual one, `interop.warm_start.load_initial`, is handed
+# in because `interop` imports this package.
+Initializer = Callable[[Setup, State, ReportTokenizer], State]
 
 
 def build_model(config: Config, vocab_size: int) -> MG3D:
@@ -128,6 +134,17 @@ def initialize(setup: Setup) -> State:
 
     with sharding.in_mesh(setup.mesh):
         return jax.jit(init, out_shardings=setup.shardings)(jax.random.key(setup.config.seed))
+
+
+def first(setup: Setup, tokenizer: ReportTokenizer, load: Initializer | None = None) -> State:
+    """The state of a new run: random, then with what `load` puts in. `ValueError` where the configuration names weights and
+    nothing is given to load them."""
+    state = initialize(setup)
+    if load is not None:
+        return load(setup, state, tokenizer)
+    if keys := starts_from(setup.config.init_from, setup.config.model):
+        raise ValueError(f"{keys} is set: give `initialize`, e.g. `interop.warm_start.load_initial`")
+    return state
 
 
 def starts_from(init_from: InitConfig, model: ModelConfig) -> str:
