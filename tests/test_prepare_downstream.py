@@ -201,7 +201,7 @@ def test_an_unknown_split_names_those_that_there_are(roots, name):
 
 
 def test_folds_part_the_patients_and_balance_the_labels(roots, tmp_path):
-    root, file = roots["cc-ccii"], tmp_path / "folds.json"
+    root, file = roots["cc-ccii"], tmp_path / "new" / "folds.json"
     seen: list[str] = []
     for index in range(2):
         out = tmp_path / f"fold{index}"

@@ -1,4 +1,4 @@
-"""`mg3d export`: write a run's weights for PyTorch and Hugging Face users, or its ViT for MONAI users."""
+"""`mg3d export`: write a run's weights for PyTorch and Hugging Face users, or its ViT or segmentation for MONAI users."""
 
 from __future__ import annotations
 
@@ -18,8 +18,10 @@ def _parser() -> argparse.ArgumentParser:
         prog="mg3d export",
         description="Writes a run's weights for users of PyTorch. `hf`: both towers as a folder for "
         "AutoModel.from_pretrained(OUT, trust_remote_code=True), with tokenizer, preprocessing and a readable PyTorch "
-        "module. `monai`: the volume encoder as a state dict that monai.networks.nets.ViT loads strictly. The PyTorch "
-        "model is run on phantom CT beside the JAX one; a difference above 1e-4 is an error and leaves OUT as it was.",
+        "module; of a fine-tuned run with its head, its segmentation decoder and sliding window, or its report decoder. "
+        "`monai`: the volume encoder as a state dict that monai.networks.nets.ViT loads strictly, a run that segments as "
+        "one of UNETR or SwinUNETR. The PyTorch model is run on phantom CT beside the JAX one; a difference above 1e-4 (of "
+        "the shares of voxel classes 1e-3) is an error and leaves OUT as it was.",
     )
     parser.add_argument("--workdir", required=True, type=Path, help="the run: the --workdir of `mg3d train`")
     parser.add_argument("--out", required=True, type=Path, help="folder to write: new, empty, or an earlier export")

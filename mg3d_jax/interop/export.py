@@ -18,14 +18,19 @@ import numpy as np
 
 from mg3d_jax import config as config_lib
 from mg3d_jax.errors import UserError
-from mg3d_jax.files import write_json
+from mg3d_jax.files import read_json, write_json
 from mg3d_jax.interop import export_card, export_format, export_monai
 from mg3d_jax.interop.export_format import Probe
 from mg3d_jax.interop.export_run import Inputs, Run, phantom_inputs, reference_features
-from mg3d_jax.models.towers.vit.monai import exact_gelu
+from mg3d_jax.models.towers.base import MonaiNetwork
 
 TOLERANCE = 1e-4  # on l2-normalised embeddings and on normalised tokens, float32
+# On the shares of a voxel's classes: where the coarsest level of a decoder has few voxels, its instance norms make the last
+# bits of the features before them larger.
+SHARES_TOLERANCE = 1e-3
+SHARES = "shares of the classes of voxels"
 TEMPLATE = Path(__file__).parent / "torch_template" / "modeling_mg3d.py"
+TASKS_TEMPLATE = TEMPLATE.with_name("modeling_mg3d_tasks.py")
 
 
 def write_hugging_face(run: Run, folder: Path, probe: Probe | None = None) -> list[str]:
@@ -35,15 +40,17 @@ def write_hugging_face(run: Run, folder: Path, probe: Probe | None = None) -> li
     params, left_out = export_format.split_params(run.params)
     arguments = export_format.torch_config(run.config, params, run.spacing)
     arguments |= export_format.head_arguments(run.config, params, run.label_names)
-    arguments |= probe.arguments() if probe else {}
+    tasks = export_format.task_arguments(run.config, params, run.mask_names)
+    arguments |= tasks | (probe.arguments() if probe else {})
     content = export_format.hugging_face_config(
-        arguments, step=run.step, config_hash=config_lib.config_hash(run.config)
+        arguments, step=run.step, config_hash=config_lib.config_hash(run.config), tasks=bool(tasks)
     )
     write_json(folder / "config.json", content)
     write_json(folder / "preprocessor_config.json", export_format.preprocessor_config(run.config, run.spacing))
     state = export_format.torch_state(params, run.config) | (probe.state() if probe else {})
     save_file(state, folder / "model.safetensors", metadata={"format": "pt"})
-    shutil.copyfile(TEMPLATE, folder / TEMPLATE.name)
+    for template in (TEMPLATE, TASKS_TEMPLATE) if tasks else (TEMPLATE,):
+        shutil.copyfile(template, folder / template.name)
     for file in sorted(run.tokenizer_folder.iterdir()):
         shutil.copyfile(file, folder / file.name)
     inputs = phantom_inputs(tuple(run.config.model.volume_size), run.spacing)
@@ -65,10 +72,10 @@ def compare(run: Run, folder: Path, inputs: Inputs, probe: Probe | None = None) 
     from transformers import PreTrainedTokenizerFast
     from transformers.utils import logging
 
-    from mg3d_jax.interop.torch_template.modeling_mg3d import MG3DModel
+    from mg3d_jax.interop.torch_template.modeling_mg3d_tasks import MG3DTaskModel
 
     logging.disable_progress_bar()
-    model = MG3DModel.from_pretrained(folder).eval()
+    model = MG3DTaskModel.from_pretrained(folder).eval()  # without decoders it is an `MG3DModel`
     # Views of as many sentences as training showed, so that no token limit cuts the comparison short.
     size = model.config.report_sentences or model.config.max_sentences
     reports = [report[:size] for report in inputs.reports] + [report[-1:] for report in inputs.reports]
@@ -93,6 +100,13 @@ def compare(run: Run, folder: Path, inputs: Inputs, probe: Probe | None = None) 
             name, head = "probability of the trained head", run.params[export_format.HEAD]
             expected[name] = _sigmoid(expected["volume_pooled"] @ head["kernel"] + head["bias"])
             found[name] = _sigmoid(model.classification_logits(volumes).numpy())
+        if model.config.segmentation_classes:
+            expected[SHARES] = _softmax(expected["segmentation_logits"])
+            found[SHARES] = _softmax(np.moveaxis(model.segmentation_logits(volumes).numpy(), 1, -1))
+        if model.config.decoder_depth:
+            name, ids = "probability of the next token", text["input_ids"][: len(volumes), : run.config.data.max_tokens]
+            expected[name] = _softmax(expected["next_token_logits"])
+            found[name] = _softmax(model.report_logits(volumes, ids[:, :-1]).numpy())
     return check_close(expected, found)
 
 
@@ -101,32 +115,61 @@ def _sigmoid(logits: np.ndarray) -> np.ndarray:
     return 1 / (1 + np.exp(-logits))
 
 
+def _softmax(logits: np.ndarray) -> np.ndarray:
+    shares = np.exp(logits - logits.max(axis=-1, keepdims=True))
+    return shares / shares.sum(axis=-1, keepdims=True)
+
+
 def check_close(expected: dict[str, np.ndarray], found: dict[str, np.ndarray]) -> dict[str, float]:
-    """The largest absolute difference of each array of `found`; `UserError` where one is above `TOLERANCE` or NaN."""
+    """The largest absolute difference of each array of `found`; `UserError` where one is above `TOLERANCE` (of `SHARES`:
+    `SHARES_TOLERANCE`) or NaN."""
     differences = {name: float(np.abs(expected[name] - array).max()) for name, array in found.items()}
     for name, value in differences.items():
-        if not value <= TOLERANCE:
+        tolerance = SHARES_TOLERANCE if name == SHARES else TOLERANCE
+        if not value <= tolerance:
             raise UserError(
                 f"nothing was exported: {name} of the JAX and the PyTorch model differ by {value:.2e} on phantom "
-                f"volumes, more than {TOLERANCE:.0e}. Check that this version of mg3d trained the run, and report the "
+                f"volumes, more than {tolerance:.0e}. Check that this version of mg3d trained the run, and report the "
                 "run's config.json: the two models must be the same function"
             )
     return differences
 
 
 def write_monai(run: Run, folder: Path) -> list[str]:
-    """Writes the ViT as a state dict of MONAI's `ViT`. Returns lines to print."""
+    """Writes the ViT as a state dict of MONAI's `ViT`, or a model that segments as one of its `UNETR` or `SwinUNETR`; the ViT
+    alone where UNETR has no place for its decoder. Returns lines to print."""
     inputs = phantom_inputs(tuple(run.config.model.volume_size), run.spacing)
-    tokens = reference_features(run, inputs.volumes, inputs.reports)["volume_tokens"]
-    found = export_monai.write(run, folder, inputs.volumes)
-    difference = check_close({"volume_tokens": tokens}, {"volume_tokens": found})["volume_tokens"]
+    expected = reference_features(run, inputs.volumes, inputs.reports)
+    network, lines = _monai_network(run)
+    found = export_monai.write(run, folder, network, inputs.volumes)
+    if network.name == "ViT":
+        name, expected, classes = "volume_tokens", {"volume_tokens": expected["volume_tokens"]}, []
+    else:
+        name, classes = SHARES, export_format.mask_classes(run.config, run.mask_names)
+        expected, found = {name: _softmax(expected["segmentation_logits"])}, _softmax(np.moveaxis(found, 1, -1))
+        about = read_json(folder / "config.json") | {"classes": classes}
+        write_json(folder / "config.json", about)
+    difference = check_close(expected, {name: found})[name]
     write_json(folder / "preprocessor_config.json", export_format.preprocessor_config(run.config, run.spacing))
-    exact = exact_gelu(run.config.model)
-    (folder / "README.md").write_text(export_card.monai_card(run, difference, exact))
-    lines = [f"volume_tokens: JAX and MONAI differ by at most {difference:.1e}"]
-    if not exact:
+    tanh = export_monai.needs_tanh_gelu(run)
+    (folder / "README.md").write_text(export_card.monai_card(run, network.name, classes, difference, tanh))
+    lines.append(f"{network.name}: {name}: JAX and MONAI differ by at most {difference:.1e}")
+    if tanh:
         lines.append("set MONAI's GELU to the tanh form, which the model was trained with: README.md has the two lines")
     return lines
+
+
+def _monai_network(run: Run) -> tuple[MonaiNetwork, list[str]]:
+    """What of MONAI's a run is, and lines on what of it that leaves out."""
+    model, tower = run.config.model, run.config.model.volume_encoder.tower
+    if export_format.SEGMENTATION_HEAD not in run.params or tower.to_monai_network is None:
+        return export_monai.vit_network(run), []
+    try:
+        return tower.to_monai_network(run.params, model, len(run.config.data.windows)), []
+    except UserError as error:
+        if tower.to_torch is None:
+            raise
+        return export_monai.vit_network(run), [f"the encoder alone: {error}. The format hf has the decoder, too"]
 
 
 FORMATS: dict[str, Callable[..., list[str]]] = {"hf": write_hugging_face, "monai": write_monai}
@@ -145,9 +188,10 @@ def export(run: Run, out: Path, form: str = "hf", probe: Probe | None = None) ->
             f"the probe is for embeddings of {probe.weight.shape[1]} numbers, the run's have "
             f"{run.config.model.projection_dim}: give the probe that was fitted to this run"
         )
-    for name in export_format.TOWERS:
+    whole = form == "monai" and export_format.SEGMENTATION_HEAD in run.params
+    for name in export_format.TOWERS if form == "hf" else export_format.TOWERS[:1]:  # MONAI's networks read no reports
         encoder = getattr(run.config.model, name)
-        if encoder.tower.to_torch is None:
+        if encoder.tower.to_torch is None and not (whole and encoder.tower.to_monai_network is not None):
             hint = f"{encoder.tower.torch_hint}. " if encoder.tower.torch_hint else ""
             raise UserError(
                 f"this run's {name} is a {encoder.kind}, which cannot be exported: {hint}Its checkpoints can be used here, "

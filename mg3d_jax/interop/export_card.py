@@ -21,8 +21,27 @@ _UNKNOWN = (
 )
 
 _TANH_GELU = """\
-for block in vit.blocks:  # the GELU that the model was trained with
+for block in {vit}.blocks:  # the GELU that the model was trained with
     block.mlp.fn = torch.nn.GELU(approximate="tanh")
+"""
+
+
+_MONAI_ENCODES = """\
+tokens, hidden = vit(volume)  # volume: [B, {channels}, X, Y, Z], windowed to 0..1
+```
+
+On phantom CT, loaded like this, the normalised tokens differ from the JAX model's by at most {difference:.1e}.
+"""
+_MONAI_SEGMENTS = """\
+from monai.inferers import sliding_window_inference
+
+with torch.no_grad():  # volume: [B, {channels}, X, Y, Z] of any size, windowed to 0..1, on the spacing below
+    logits = sliding_window_inference(volume, {size}, 4, network, overlap=0.5, mode="gaussian")
+classes = logits.argmax(1)  # {names}
+```
+
+On phantom CT, loaded like this, the shares of the classes differ from the JAX model's by at most {difference:.1e}.
+Outside of a scan MONAI pads with 0, which is the lowest value of each window, as air here.
 """
 
 
@@ -65,7 +84,35 @@ def _heads(arguments: Mapping[str, Any]) -> str:
             found.append(
                 f"{what} scores {len(classes)} classes (`model.config.{name}_classes`): `model.{method}(hu[None]).{turned}`."
             )
+    if classes := arguments.get("segmentation_classes"):
+        found.append(
+            f"It segments {len(classes)} classes (`model.config.segmentation_classes`: {', '.join(classes)}): "
+            "`model.segment_scan(np.asarray(image.dataobj), image.affine)` gives the class of each voxel of a whole scan, by "
+            "overlapping windows; `model.segment` the logits on volumes of the spacing below, `model.segmentation_logits` "
+            "those of one window, for `monai.inferers.sliding_window_inference` too. One window has the grid below."
+        )
+    if arguments.get("decoder_depth"):
+        found.append(
+            "It writes reports: `model.write_reports(hu[None], tokenizer)`; `model.report_logits` are those of the next token."
+        )
     return "".join(f"\n{text}\n" for text in found)
+
+
+def _code(arguments: Mapping[str, Any]) -> str:
+    if arguments.get("segmentation_classes") or arguments.get("decoder_depth"):
+        return "two files, `modeling_mg3d.py` and `modeling_mg3d_tasks.py`"
+    return "one file, `modeling_mg3d.py`"
+
+
+def _untrained(run: Run) -> str:
+    """That nothing compared volumes with reports, where that is so: embeddings are then no use."""
+    compared = any(one.weight > 0 for one in run.config.objectives.values())
+    if compared or run.config.tasks["vocabulary"].weight > 0:
+        return ""
+    return (
+        "\nThis run was fine-tuned for its task: nothing compared volumes with reports, so that embeddings of the two need not "
+        "fit together any more, and zero-shot probabilities mean little.\n"
+    )
 
 
 def model_card(
@@ -102,8 +149,8 @@ probability = (model.logit_scale.exp() * volume @ prompts.T).softmax(-1)[0, 0]
 ```
 
 `model.encode_texts` takes texts as lists of sentences; `model.tokenize` and `model.encode_report` are its two halves.
-`model.encode_volume(hu, return_tokens=True)` also gives the patch features. The code is one file, `modeling_mg3d.py`.
-{_heads(arguments or {})}
+`model.encode_volume(hu, return_tokens=True)` also gives the patch features. The code is {_code(arguments or {})}.
+{_heads(arguments or {})}{_untrained(run)}
 ## What it expects
 
 {_geometry(run)}
@@ -127,28 +174,32 @@ Research software: not a medical device, not for clinical decisions.
 """
 
 
-def monai_card(run: Run, difference: float, exact_gelu: bool) -> str:
-    """README.md of the MONAI format."""
-    gelu = "" if exact_gelu else _TANH_GELU
+def monai_card(run: Run, network: str, classes: list[str], difference: float, tanh_gelu: bool) -> str:
+    """README.md of the MONAI format. `network` is the class, "ViT", "UNETR" or "SwinUNETR"; `classes` of the latter two."""
+    variable = "vit" if network == "ViT" else "network"
+    gelu = _TANH_GELU.format(vit=variable if network == "ViT" else f"{variable}.vit") if tanh_gelu else ""
+    use = _MONAI_SEGMENTS if classes else _MONAI_ENCODES
+    channels, size = len(run.config.data.windows), tuple(run.config.model.volume_size)
+    text = use.format(channels=channels, size=size, names=", ".join(classes), difference=difference)
+    if network == "ViT":
+        text += (
+            f"`hidden` is {stream_scale(run.config.model):.4g} times that of the JAX model, to make up for the other epsilon\n"
+            "of MONAI's norms. Pooling and projection are not part of MONAI's ViT.\n"
+        )
+    what = "volume encoder" if network == "ViT" else "segmentation"
     return f"""\
-# {run.config.name}: volume encoder for MONAI's ViT
+# {run.config.name}: {what} for MONAI's {network}
 
 Step {run.step} of a run of mg3d_jax {__version__}.
 
 ```python
 import json, torch
-from monai.networks.nets import ViT
+from monai.networks.nets import {network}
 from safetensors.torch import load_file
 
-vit = ViT(**json.load(open("config.json"))["arguments"])
-vit.load_state_dict(load_file("model.safetensors"), strict=True)
-{gelu}tokens, hidden = vit(volume)  # volume: [B, {len(run.config.data.windows)}, X, Y, Z], windowed to 0..1
-```
-
-On phantom CT, loaded like this, the normalised tokens differ from the JAX model's by at most {difference:.1e}.
-`hidden` is {stream_scale(run.config.model):.4g} times that of the JAX model, to make up for the other epsilon
-of MONAI's norms. Pooling and projection are not part of MONAI's ViT.
-
+{variable} = {network}(**json.load(open("config.json"))["arguments"]).eval()
+{variable}.load_state_dict(load_file("model.safetensors"), strict=True)
+{gelu}{text}
 ## What it expects
 
 {_geometry(run)}

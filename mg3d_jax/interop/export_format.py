@@ -6,7 +6,7 @@ Towers map their own (`models/towers`); what is exported is checked against PyTo
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from math import prod
 from typing import Any
@@ -18,6 +18,7 @@ from mg3d_jax import __version__
 from mg3d_jax.config import Config
 from mg3d_jax.config.parts import ModelConfig
 from mg3d_jax.errors import UserError
+from mg3d_jax.models.towers.segmentation_weights import decoder_to_torch
 from mg3d_jax.models.towers.weights import torch_state as heads_state
 from mg3d_jax.objectives.base import DIRECTION_BIASES, VOLUME_BIAS
 
@@ -26,6 +27,8 @@ MARKER = "mg3d_jax"  # key of config.json by which an earlier export is recognis
 FREE_ARGUMENTS = frozenset({"pooling", "vocab_size", "max_positions"})
 TOWERS = ("volume_encoder", "report_encoder")
 HEAD = "classification_head"
+SEGMENTATION_DECODER, SEGMENTATION_HEAD, REPORT_DECODER = "segmentation_decoder", "segmentation_head", "report_decoder"
+TASKS = (SEGMENTATION_DECODER, SEGMENTATION_HEAD, REPORT_DECODER)  # in a module of their own, where a run has them
 PROBE = "probe"
 EXPORTED = (*TOWERS, "report_pool", "volume_projection", "report_projection", "logit_scale")
 
@@ -64,12 +67,38 @@ def head_arguments(config: Config, params: dict[str, Any], label_names: Sequence
     return {"head_classes": names, "head_kind": config.tasks["classification"].kind}
 
 
+def mask_classes(config: Config, mask_names: Sequence[str]) -> list[str]:
+    """The classes that a run segments, background first; numbers stand for names that are not known."""
+    count = config.tasks["segmentation"].num_classes
+    return list(mask_names) if len(mask_names) == count else ["background", *(f"class {n}" for n in range(1, count))]
+
+
+def task_arguments(config: Config, params: dict[str, Any], mask_names: Sequence[str]) -> dict[str, Any]:
+    """Those of `MG3DConfig` for decoders that a run was fine-tuned with; none without one.
+
+    Args:
+        mask_names: of the classes of its training data's masks.
+    """
+    found: dict[str, Any] = {}
+    if SEGMENTATION_HEAD in params:
+        found["segmentation_classes"] = mask_classes(config, mask_names)
+        found["segmentation_width"] = len(params[SEGMENTATION_HEAD]["kernel"])
+    if REPORT_DECODER in params:
+        decoder = config.model.report_decoder
+        found |= {f"decoder_{name}": getattr(decoder, name) for name in ("width", "depth")}
+        found |= {
+            "decoder_heads": decoder.num_heads,
+            "decoder_mlp_dim": int(params[REPORT_DECODER]["layers_0"]["mlp"]["up"]["kernel"].shape[1]),
+        }
+    return found
+
+
 def split_params(params: dict[str, Any]) -> tuple[dict[str, Any], list[str]]:
     """The part of a run's parameters that PyTorch users get, and the names of the rest (heads of the pre-training)."""
     if missing := [name for name in EXPORTED if name not in params]:
         raise UserError(f"the checkpoint lacks {missing}: it is not a checkpoint of the MG3D model")
-    # The sigmoid loss has a bias, so have directions that were centred; a fine-tuned run has a head.
-    kept = [*EXPORTED, *(name for name in ("logit_bias", *DIRECTION_BIASES, HEAD) if name in params)]
+    # The sigmoid loss has a bias, so have directions that were centred; a fine-tuned run has a head or a decoder.
+    kept = [*EXPORTED, *(name for name in ("logit_bias", *DIRECTION_BIASES, HEAD, *TASKS) if name in params)]
     return {name: params[name] for name in kept}, sorted(params.keys() - set(kept))
 
 
@@ -81,15 +110,23 @@ def torch_state(params: dict[str, Any], config: Config) -> dict[str, np.ndarray]
 
 def _renamed(params: dict[str, Any], config: Config) -> dict[str, np.ndarray]:
     """The same, of arrays of any type."""
-    state = heads_state({name: part for name, part in params.items() if name not in TOWERS})
+    state = heads_state({name: part for name, part in params.items() if name not in (*TOWERS, SEGMENTATION_DECODER)})
     state = {re.sub(r"(volume|report)_projection\.out", r"\1_projection", name): array for name, array in state.items()}
+    state = {re.sub(r"(report_decoder\.layers)_", r"\1.", name): array for name, array in state.items()}
+    if SEGMENTATION_HEAD in params:
+        weight = f"{SEGMENTATION_HEAD}.weight"
+        state[weight] = state[weight][..., None, None, None]  # a convolution of one voxel
+        decoder = decoder_to_torch(params[SEGMENTATION_DECODER], config.model.volume_encoder.options.patch_size)
+        state |= {f"{SEGMENTATION_DECODER}.{key}": array for key, array in decoder.items()}
     for name in TOWERS:
         found = getattr(config.model, name).tower.to_torch(params[name], config.model)
         state |= {f"{name}.{key}": array for key, array in found.items()}
     return state
 
 
-def from_torch_state(state: dict[str, np.ndarray], shapes: dict[str, Any], config: Config) -> dict[str, Any]:
+def from_torch_state(
+    state: dict[str, np.ndarray], shapes: dict[str, Any], config: Config, wanted: Callable[[str], bool] = lambda _: True
+) -> dict[str, Any]:
     """Exported arrays as parameters of `config`'s model; those that an export does not hold are left out.
 
     The mapping only renames arrays and moves their elements, so it is turned back by sending the elements' numbers through
@@ -98,6 +135,7 @@ def from_torch_state(state: dict[str, np.ndarray], shapes: dict[str, Any], confi
 
     Args:
         shapes: the tree of the model's parameters: arrays, or what has their shapes.
+        wanted: names of parameters, "a/b/c", that are to be read: others may be of any size, and are left out where they are.
     """
     kept, _ = split_params(shapes)
     if wrong := [name for name in TOWERS if getattr(config.model, name).tower.to_torch is None]:
@@ -114,7 +152,7 @@ def from_torch_state(state: dict[str, np.ndarray], shapes: dict[str, Any], confi
             flat[places] = state[key]
         elif np.array_equal(places, numbers[name]):
             found[name] = state[key]
-        else:
+        elif wanted(name):
             raise UserError(
                 f"{key} of the export is {list(state[key].shape)}, the model's {name} needs {list(places.shape)}: set "
                 "preset, patch_size and windows of the model to the export's (its config.json)"
@@ -156,12 +194,19 @@ def torch_config(config: Config, params: dict[str, Any], spacing: tuple[float, f
     }
 
 
-def hugging_face_config(arguments: dict[str, Any], *, step: int, config_hash: str) -> dict[str, Any]:
-    """`config.json`: the arguments, what transformers needs to find the code, and where the weights come from."""
+def hugging_face_config(
+    arguments: dict[str, Any], *, step: int, config_hash: str, tasks: bool = False
+) -> dict[str, Any]:
+    """`config.json`: the arguments, what transformers needs to find the code, and where the weights come from.
+
+    Args:
+        tasks: the model has decoders, whose module stands in a file of its own.
+    """
+    name, file = ("MG3DTaskModel", "modeling_mg3d_tasks") if tasks else ("MG3DModel", "modeling_mg3d")
     return {
         "model_type": "mg3d",
-        "architectures": ["MG3DModel"],
-        "auto_map": {"AutoConfig": "modeling_mg3d.MG3DConfig", "AutoModel": "modeling_mg3d.MG3DModel"},
+        "architectures": [name],
+        "auto_map": {"AutoConfig": "modeling_mg3d.MG3DConfig", "AutoModel": f"{file}.{name}"},
         "torch_dtype": "float32",
         **arguments,
         MARKER: {"version": __version__, "step": step, "config_hash": config_hash},

@@ -15,6 +15,7 @@ import numpy as np
 from mg3d_jax.config import Config
 from mg3d_jax.data.tokens import ReportTokenizer, load_tokenizer
 from mg3d_jax.errors import UserError
+from mg3d_jax.interop.export_format import REPORT_DECODER, SEGMENTATION_HEAD
 from mg3d_jax.models.mg3d import text_embedding, volume_embedding
 from mg3d_jax.objectives.pairwise import l2_normalize
 from mg3d_jax.phantom import patients as phantoms
@@ -41,6 +42,7 @@ class Run:
     sources: tuple[str, ...]  # layouts of the data sets that it was trained on, e.g. "ctrate"
     label_names: tuple[str, ...] = ()  # of its training data, as far as that is known
     modality: str = "CT"  # of the data; of MR the numbers are no HU
+    mask_names: tuple[str, ...] = ()  # classes of its masks, background first, as far as that is known
 
     @property
     def tokenizer(self) -> ReportTokenizer:
@@ -67,8 +69,9 @@ def load_run(workdir: Path, step: int | None = None, spacing: Spacing | None = N
     names = tuple(run.prepared("label_names") or ())
     modality = str((run.prepared("settings") or {}).get("modality", "CT"))
     return Run(
-        run.config, params, workdir / TOKENIZER_FOLDER, run.step, tuple(spacing), sources, names, modality=modality
-    )
+        run.config, params, workdir / TOKENIZER_FOLDER, run.step, tuple(spacing), sources, names, modality,
+        tuple(run.prepared("mask_names") or ()),
+    )  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -94,7 +97,8 @@ def phantom_inputs(size: tuple[int, int, int], spacing: Spacing, count: int = 4)
 
 
 def reference_features(run: Run, volumes: np.ndarray, reports: Sequence[Sequence[str]]) -> dict[str, np.ndarray]:
-    """Every feature of the Linen model in float32: embeddings `[n, k]` l2-normalised, `volume_tokens [n, N, d]`, ..."""
+    """Every feature of the Linen model in float32: embeddings `[n, k]` l2-normalised, `volume_tokens [n, N, d]`, ...; of a
+    run with these decoders also `segmentation_logits [n, X, Y, Z, K]` and `next_token_logits [n, T - 1, V]`."""
     tokenizer = run.tokenizer
     model = exact_model(run.config, tokenizer.vocab_size)
     rows = [tokenizer(report) for report in reports]
@@ -104,7 +108,18 @@ def reference_features(run: Run, volumes: np.ndarray, reports: Sequence[Sequence
         windowed = step_inputs.window(volumes, run.config.data.windows)
         names = ("volume_tokens", "volume_pooled", "volume_embedding")
         volume = model.apply({"params": params}, {"volume": windowed}, names, method="compute")
-        return volume | model.apply({"params": params}, text, method="embed_report")
+        found = volume | model.apply({"params": params}, text, method="embed_report")
+        if SEGMENTATION_HEAD in params:
+            (voxels,), head = (
+                model.apply({"params": params}, windowed[:, None], False, method="segment"),
+                SEGMENTATION_HEAD,
+            )
+            found["segmentation_logits"] = voxels[:, 0] @ params[head]["kernel"] + params[head]["bias"]
+        if REPORT_DECODER in params:  # of the first reports, as many as volumes
+            rows, length = len(windowed), run.config.data.max_tokens
+            given = {"volume": windowed, "report": {name: array[:rows, :length] for name, array in text.items()}}
+            found |= model.apply({"params": params}, given, ("next_token_logits",), method="compute")
+        return found
 
     with jax.default_matmul_precision("highest"):
         found = jax.device_get(jax.jit(features)(run.params))

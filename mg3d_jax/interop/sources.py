@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import re
+from collections.abc import Callable, Iterable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -13,7 +15,7 @@ from flax.traverse_util import flatten_dict
 from safetensors.numpy import load_file
 
 from mg3d_jax.config import Config
-from mg3d_jax.config.parts import ModelConfig
+from mg3d_jax.config.parts import InitConfig, ModelConfig
 from mg3d_jax.data.tokens import ReportTokenizer, load_tokenizer
 from mg3d_jax.errors import UserError
 from mg3d_jax.files import read_json
@@ -141,12 +143,23 @@ def _from_export(folder: Path, setup: Setup) -> Source:
     ours = export_format.tower_arguments(setup.abstract["params"], model)
     misfits = {name: _differences(arguments, ours[name], export_format.FREE_ARGUMENTS) for name in ENCODERS}
     tree = export_format.from_torch_state(
-        load_file(folder / "model.safetensors"), setup.abstract["params"], setup.config
+        load_file(folder / "model.safetensors"), setup.abstract["params"], setup.config, _taken(setup.config.init_from)
     )
     fields = {"volume_size": tuple(arguments["volume_size"]), "patch_size": tuple(arguments["patch_size"])}
     volume = Tower(model.volume_encoder.kind, fields, tree.get("volume_encoder", {}), str(folder))
     params, resized = _adapted(tree, volume, model)
     return Source(str(folder), params, resized, misfits, load_tokenizer(str(folder)).get_vocab(), str(folder))
+
+
+def _taken(init: InitConfig) -> Callable[[str], bool]:
+    """Does a run take a parameter of this name? Of a pattern that is no regular expression `warm_start` speaks."""
+
+    def matches(patterns: Iterable[str], name: str) -> bool:
+        with suppress(re.error):
+            return any(re.fullmatch(pattern, name) for pattern in patterns)
+        return True
+
+    return lambda name: matches(init.take, name) and not matches(init.leave, name)
 
 
 def _fields(model: ModelConfig, channels: int, vocab_size: int) -> dict[str, dict[str, Any]]:

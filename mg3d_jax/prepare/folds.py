@@ -46,6 +46,7 @@ def keep_fold(listing: Listing, fold: tuple[int, int], *, seed: int = 0, file: P
     if folds is None:
         folds = assign(listing.examples, count, seed)
         if file is not None:
+            file.parent.mkdir(parents=True, exist_ok=True)  # often that of the folders, which are not there yet
             write_json(file, {"seed": seed, "folds": count, "patients": dict(sorted(folds.items()))})
     listing.examples = [example for example in listing.examples if folds[example.patient] == index]
     for other in range(count):

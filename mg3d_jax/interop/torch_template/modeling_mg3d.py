@@ -40,6 +40,9 @@ class MG3DConfig(PretrainedConfig):
     probe_classes: what `probe_logits` scores, a linear head that was fitted to embeddings; head_classes: what
     `classification_logits` scores, the head that the encoder was trained with. Without classes there is no such head.
     Kinds: "multi_label", a sigmoid for each class, or "multi_class", a softmax over them.
+
+    segmentation_classes (background first) and decoder_depth > 0: decoders of `modeling_mg3d_tasks.py`, which the export
+    of a model that was trained to segment or to write reports has beside this file.
     """
 
     model_type = "mg3d"
@@ -83,6 +86,12 @@ class MG3DConfig(PretrainedConfig):
         probe_kind: str = "multi_label",
         head_classes: Sequence[str] = (),
         head_kind: str = "multi_label",
+        segmentation_classes: Sequence[str] = (),
+        segmentation_width: int = 16,
+        decoder_width: int = 512,
+        decoder_depth: int = 0,
+        decoder_heads: int = 8,
+        decoder_mlp_dim: int = 2048,
         **kwargs,
     ):
         self.orientation = "RAS"
@@ -103,6 +112,9 @@ class MG3DConfig(PretrainedConfig):
         self.projection_dim, self.logit_bias, self.direction_bias = projection_dim, logit_bias, direction_bias
         self.probe_classes, self.probe_kind = list(probe_classes), probe_kind
         self.head_classes, self.head_kind = list(head_classes), head_kind
+        self.segmentation_classes, self.segmentation_width = list(segmentation_classes), segmentation_width
+        self.decoder_width, self.decoder_depth = decoder_width, decoder_depth
+        self.decoder_heads, self.decoder_mlp_dim = decoder_heads, decoder_mlp_dim
         super().__init__(**{key: value for key, value in kwargs.items() if key != "orientation"})
 
 
@@ -234,18 +246,23 @@ class VolumeEncoder(nn.Module):
             self.flatten = nn.Linear(patches * width, width)
 
     def forward(self, volume: Tensor) -> tuple[Tensor, Tensor]:
+        tokens, _ = self.with_hidden(volume)
+        if self.pooling == "attention":
+            return tokens, self.pool(tokens)
+        return tokens, self.flatten(tokens.flatten(1)) if self.pooling == "flatten" else tokens.mean(1)
+
+    def with_hidden(self, volume: Tensor) -> tuple[Tensor, list[Tensor]]:
+        """Tokens [B, N, d], and what every layer gave, before the last norm, without registers."""
         tokens = self.patch_embedding(volume)
         if tokens.ndim == 5:  # [B, d, gx, gy, gz] of the linear patch embedding
             tokens = tokens.flatten(2).transpose(1, 2)
-        tokens = tokens + self.positions
+        tokens, hidden = tokens + self.positions, []
         if self.num_registers:
             tokens = torch.cat([self.registers.expand(len(tokens), -1, -1), tokens], dim=1)
         for block in self.blocks:
             tokens = block(tokens)
-        tokens = self.norm(tokens[:, self.num_registers :])
-        if self.pooling == "attention":
-            return tokens, self.pool(tokens)
-        return tokens, self.flatten(tokens.flatten(1)) if self.pooling == "flatten" else tokens.mean(1)
+            hidden.append(tokens[:, self.num_registers :])
+        return self.norm(tokens[:, self.num_registers :]), hidden
 
 
 class ReportEncoder(nn.Module):

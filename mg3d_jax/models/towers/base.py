@@ -52,6 +52,15 @@ class Imported:
 
 
 @dataclass(frozen=True)
+class MonaiNetwork:
+    """A network of `monai.networks.nets` that a tower is, with its decoder: class, keyword arguments, state dict."""
+
+    name: str
+    arguments: dict[str, Any]
+    state: Weights
+
+
+@dataclass(frozen=True)
 class Form:
     """A published form of a tower's weights: what `mg3d import NAME` reads.
 
@@ -93,6 +102,8 @@ class Tower:
         torch_hint: where `to_torch` is None, what its users can do instead.
         segmenter: of a volume tower: `model config -> module`, `(volume [B, X, Y, Z, C], encoded) -> [B, X, Y, Z, width]`:
             features of every voxel from what `module(volume, train=..., hidden=True)` gives. None: it cannot segment.
+        to_monai_network: `(parameters of the whole model, model config, channels) -> MonaiNetwork` of a model that segments;
+            `UserError` naming what MONAI has no place for. None: it has no such form.
     """
 
     options: type
@@ -110,6 +121,7 @@ class Tower:
     torch_arguments: Callable[[Params, Any], dict[str, Any]] | None = None
     torch_hint: str = ""
     segmenter: Callable[[Any], nn.Module] | None = None
+    to_monai_network: Callable[[Params, Any, int], MonaiNetwork] | None = None
 
 
 def frozen_stack(depth: int, frozen: int, after: tuple[str, ...] = ("stack", "norm", "pool", "flatten")) -> FrozenRows:

@@ -1,11 +1,15 @@
-"""Weights of a segmentation decoder and its head as those of MONAI's `UNETR` or `SwinUNETR`, and back."""
+"""Weights of a segmentation decoder and its head as those of MONAI's `UNETR` or `SwinUNETR`, and back; and as those of its
+counterpart in `interop/torch_template`."""
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 import numpy as np
 
+from mg3d_jax.models.patches import halvings
+from mg3d_jax.models.positions import Grid
 from mg3d_jax.models.towers.base import Params, Weights
 
 Row = tuple[str, str]  # name among the decoder's parameters, name among MONAI's weights
@@ -69,10 +73,28 @@ def decoder_from_monai(weights: Weights, rows: list[Row]) -> tuple[Params, Param
     return params, {"kernel": weights[OUT_WEIGHT][..., 0, 0, 0].T, "bias": weights[OUT_BIAS]}
 
 
-def _to_torch(name: str, array: np.ndarray) -> np.ndarray:
+def decoder_to_torch(params: Params, patch: Grid) -> Weights:
+    """Parameters of a `UnetrDecoder` for patches of this size -> weights of the one in `interop/torch_template`."""
+    strides = halvings(patch)
+
+    def stride(name: str) -> Grid:
+        if found := re.match(r"merge_(\d+)/up/", name):
+            return strides[int(found[1])]
+        if found := re.match(r"skip_(\d+)_up_([1-9]\d*)/", name):
+            return strides[-1 - int(found[2])]
+        return strides[-1]
+
+    flat = _flat(params)
+    return {
+        f"{name.removesuffix('/kernel').replace('/', '.')}.weight": _to_torch(name, array, stride(name))
+        for name, array in flat.items()
+    }
+
+
+def _to_torch(name: str, array: np.ndarray, stride: Grid = (2, 2, 2)) -> np.ndarray:
     array = np.asarray(array)
     if name.endswith("up/kernel") or "_up_" in name:  # [in, 8 out], voxels before channels -> [in, out, 2, 2, 2]
-        return array.reshape(len(array), 2, 2, 2, -1).transpose(0, 4, 1, 2, 3)
+        return array.reshape(len(array), *stride, -1).transpose(0, 4, 1, 2, 3)
     if name.endswith("shortcut/kernel"):
         return array.T[..., None, None, None]
     return array.transpose(4, 3, 0, 1, 2)

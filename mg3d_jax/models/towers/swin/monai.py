@@ -1,7 +1,8 @@
-"""Weights of MONAI's `SwinUNETR` (MG-3D, VoCo, MONAI releases) -> parameters of `SwinEncoder`.
+"""Weights of MONAI's `SwinUNETR` (MG-3D, VoCo, MONAI releases) -> parameters of `SwinEncoder`, and back.
 
 Only the encoder, `swinViT`, is taken; the U-Net around it is dropped and reported. Width, depths, window, channels and
 the V2 convolutions are read from the weights. The order of patch merging leaves no trace in them and must be said.
+A model that was trained to segment goes back as a whole.
 """
 
 from __future__ import annotations
@@ -12,7 +13,8 @@ from typing import Any
 import numpy as np
 
 from mg3d_jax.errors import UserError
-from mg3d_jax.models.towers.base import Imported, Weights
+from mg3d_jax.models.towers.base import Imported, MonaiNetwork, Params, Weights
+from mg3d_jax.models.towers.segmentation_weights import SWIN_UNETR_ROWS, decoder_to_monai
 from mg3d_jax.models.towers.weights import StrictWeights, dense_params, norm_params, split_qkv
 
 UNUSED = (r"(encoder|decoder)\d+\.", r"out\.", r"layers\d\.0\.blocks\.\d+\.attn\.relative_position_index$")
@@ -143,3 +145,71 @@ def _block(strict: StrictWeights, prefix: str, width: int, encoder: dict[str, An
             "down": dense_params(strict, f"{prefix}.mlp.linear2", hidden, width),
         },
     }
+
+
+def to_swin_unetr(params: Params, model: Any, channels: int) -> MonaiNetwork:
+    """A model that segments as MONAI's `SwinUNETR`. `UserError` naming what it has no place for.
+
+    Args:
+        params: of the whole model. model: the model config.
+    """
+    encoder, head = model.volume_encoder, params["segmentation_head"]
+    sizes, width = encoder.sizes, len(head["kernel"])
+    checks = (
+        (sizes.patch_size != (2, 2, 2), f"patches of {sizes.patch_size}: its patches are 2"),
+        (len(sizes.depths) != len(STAGES), f"{len(sizes.depths)} stages: it has {len(STAGES)}"),
+        (len(set(sizes.window)) > 1, f"a window of {sizes.window}: give one number for all axes"),
+        (width != sizes.embed, f"a decoder of {width} channels on a Swin of {sizes.embed}: they must be the same"),
+    )
+    if problems := [text for prevents, text in checks if prevents]:
+        raise UserError("MONAI's SwinUNETR cannot hold this model:\n  - " + "\n  - ".join(problems))
+    arguments = {
+        "in_channels": channels,
+        "out_channels": len(head["bias"]),
+        "feature_size": width,
+        "depths": list(sizes.depths),
+        "num_heads": list(sizes.stage_heads),
+        "window_size": sizes.window[0],
+        "downsample": encoder.options.merging,
+        "use_v2": sizes.residual_convolutions,
+    }
+    decoder = decoder_to_monai(params["segmentation_decoder"], head, SWIN_UNETR_ROWS)
+    own = _to_monai(params["volume_encoder"], sizes.depths, channels)
+    return MonaiNetwork("SwinUNETR", arguments, decoder | {f"swinViT.{name}": array for name, array in own.items()})
+
+
+def _to_monai(params: Params, depths: tuple[int, ...], channels: int) -> Weights:
+    """The inverse of `from_monai`, for patches of 2."""
+    embedding = params["patch_embedding"]
+    kernel = embedding["kernel"].reshape(2, 2, 2, channels, -1).transpose(4, 3, 0, 1, 2)
+    state = {"patch_embed.proj.weight": kernel, "patch_embed.proj.bias": embedding["bias"]}
+    for index, (stage, depth) in enumerate(zip(STAGES, depths, strict=True)):
+        for block in range(depth):
+            own = _block_to_monai(params[f"stage_{index}_block_{block}"])
+            state |= {f"layers{stage}.0.blocks.{block}.{name}": array for name, array in own.items()}
+        merging, prefix = params[f"merging_{index}"], f"layers{stage}.0.downsample"
+        state |= _norm_to_monai(f"{prefix}.norm", merging["norm"])
+        state[f"{prefix}.reduction.weight"] = merging["reduction"]["kernel"].T
+        for name, array in params.get(f"convolution_{index}", {}).items():
+            key = f"layers{stage}c.0.layer.{name.replace('_', '')}.conv.weight"
+            state[key] = array.transpose(4, 3, 0, 1, 2)
+    return state
+
+
+def _block_to_monai(params: Params) -> Weights:
+    attention, mlp = params["attention"], params["mlp"]
+    parts = [attention[name] for name in ("query", "key", "value")]
+    dense = {"attn.proj": attention["out"], "mlp.linear1": mlp["up"], "mlp.linear2": mlp["down"]}
+    return {
+        "attn.qkv.weight": np.concatenate([part["kernel"].T for part in parts]),
+        "attn.qkv.bias": np.concatenate([part["bias"] for part in parts]),
+        "attn.relative_position_bias_table": attention["position_bias"],
+        **_norm_to_monai("norm1", params["attention_layer_norm"]),
+        **_norm_to_monai("norm2", params["mlp_layer_norm"]),
+        **{f"{name}.weight": one["kernel"].T for name, one in dense.items()},
+        **{f"{name}.bias": one["bias"] for name, one in dense.items()},
+    }
+
+
+def _norm_to_monai(name: str, params: Params) -> Weights:
+    return {f"{name}.weight": params["scale"], f"{name}.bias": params["bias"]}

@@ -12,7 +12,7 @@ from mg3d_jax.models.positions import interpolate
 from mg3d_jax.models.segmentation import UNETR_WIDTH, UnetrDecoder
 from mg3d_jax.models.towers.base import Form, Grid, Params, Sizes, Tower, frozen_stack
 from mg3d_jax.models.towers.vit.encoder import VolumeEncoder
-from mg3d_jax.models.towers.vit.monai import from_monai
+from mg3d_jax.models.towers.vit.monai import from_monai, to_unetr
 from mg3d_jax.models.towers.vit.torch import to_torch, torch_arguments
 from mg3d_jax.options import choice, key
 
@@ -140,4 +140,5 @@ VIT = Tower(
     to_torch=to_torch,
     torch_arguments=torch_arguments,
     segmenter=_segmenter,
+    to_monai_network=to_unetr,
 )

@@ -19,7 +19,8 @@ import numpy as np
 
 from mg3d_jax.config.parts import ModelConfig
 from mg3d_jax.errors import UserError
-from mg3d_jax.models.towers.base import Imported, Weights
+from mg3d_jax.models.towers.base import Imported, MonaiNetwork, Weights
+from mg3d_jax.models.towers.segmentation_weights import UNETR_ROWS, decoder_to_monai
 from mg3d_jax.models.towers.vit.torch import to_torch
 from mg3d_jax.models.towers.weights import StrictWeights, dense_params, norm_params, split_qkv, stack_layers
 
@@ -202,3 +203,30 @@ def to_monai(params: dict[str, Any], model: ModelConfig) -> dict[str, np.ndarray
             state[f"{to}mlp.linear1.{kind}"] = block("mlp.up")
             state[f"{to}mlp.linear2.{kind}"] = block("mlp.down") * scale
     return {name: np.ascontiguousarray(array, np.float32) for name, array in state.items()}
+
+
+UNETR_PATCH, UNETR_DEPTH = (16, 16, 16), 12  # which MONAI's has no arguments for
+
+
+def to_unetr(params: dict[str, Any], model: ModelConfig, channels: int) -> MonaiNetwork:
+    """A model that segments as MONAI's `UNETR`. `UserError` naming what it has no place for.
+
+    Args:
+        params: of the whole model.
+    """
+    encoder, head = model.volume_encoder, params["segmentation_head"]
+    problems = obstacles(model)
+    if tuple(encoder.options.patch_size) != UNETR_PATCH:
+        problems.append(f"model.volume_encoder.patch_size = {tuple(encoder.options.patch_size)}: its patches are 16")
+    if encoder.sizes.depth != UNETR_DEPTH:
+        problems.append(f"model.volume_encoder.preset = {encoder.preset!r} has {encoder.sizes.depth} layers: it has 12")
+    if problems:
+        raise UserError("MONAI's UNETR cannot hold this model:\n  - " + "\n  - ".join(problems))
+    decoder = decoder_to_monai(params["segmentation_decoder"], head, UNETR_ROWS)
+    for name in (f"encoder{level}.transp_conv_init.conv.weight" for level in (2, 3, 4)):
+        decoder[name] = decoder[name] / stream_scale(model)  # what reads the residual stream
+    arguments = monai_arguments(model, channels)
+    arguments = {name: arguments[name] for name in arguments if name not in ("patch_size", "num_layers")}
+    arguments |= {"out_channels": len(head["bias"]), "feature_size": len(head["kernel"])}
+    vit = {f"vit.{name}": array for name, array in to_monai(params["volume_encoder"], model).items()}
+    return MonaiNetwork("UNETR", arguments, vit | decoder)
