@@ -24,8 +24,9 @@ from mg3d_jax.evaluation import prompts as prompts_lib
 from mg3d_jax.evaluation import scoring
 from mg3d_jax.evaluation.attend import Relevance, SentenceMaps
 from mg3d_jax.evaluation.embed import Embedder, logit_scale
-from mg3d_jax.evaluation.scans import Scan, ScanSource, Spacing, read_scan, run_grid
+from mg3d_jax.evaluation.run_grid import run_grid
 from mg3d_jax.evaluation.segmenter import Segmented, Segmenter
+from mg3d_jax.prepare.scans import Scan, ScanSource, Spacing, read_scan
 from mg3d_jax.trainer import Trainer
 from mg3d_jax.training.restore import RestoredRun, restore_run
 

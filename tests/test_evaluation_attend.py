@@ -14,9 +14,9 @@ from mg3d_jax.commands import attend as command
 from mg3d_jax.data.tokens import train_wordpiece
 from mg3d_jax.errors import UserError
 from mg3d_jax.evaluation import attend
-from mg3d_jax.evaluation.scans import Scan, read_scan
 from mg3d_jax.models.patches import patchify
 from mg3d_jax.prepare.geometry import Grid
+from mg3d_jax.prepare.scans import Scan, read_scan
 from mg3d_jax.training import inputs as step_inputs
 from mg3d_jax.training import state as state_lib
 from mg3d_jax.training.restore import RestoredRun, exact_model

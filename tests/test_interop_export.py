@@ -27,8 +27,9 @@ from mg3d_jax.models.mg3d import text_embedding, volume_embedding
 from mg3d_jax.models.towers.vit.monai import to_monai
 from mg3d_jax.phantom import patients as phantoms
 from mg3d_jax.phantom.dataset import nifti_bytes
+from mg3d_jax.prepare.geometry import Grid
 from mg3d_jax.prepare.reports import report_sentences
-from mg3d_jax.prepare.volumes import Grid, prepare_volume
+from mg3d_jax.prepare.volumes import prepare_volume
 from mg3d_jax.training import inputs as step_inputs
 from mg3d_jax.training import state as state_lib
 from mg3d_jax.training.checkpoints import Checkpoints
@@ -78,13 +79,13 @@ def tokenizer_folder(tmp_path_factory):
 def make_run(tokenizer_folder):
     """A run with random weights, none of them zero or one: an untrained bias or scale would hide a mix-up."""
 
-    def make(**overrides):
+    def make(policy="center", **overrides):
         config = tiny_config(**overrides)
         model = state_lib.build_model(config, load_tokenizer(str(tokenizer_folder)).get_vocab_size())
         shapes = jax.eval_shape(model.init, jax.random.key(0), step_inputs.dummy_inputs(model))["params"]
         rng = np.random.default_rng(1)
         params = jax.tree.map(lambda x: np.float32(0.15 * rng.standard_normal(x.shape)), state_lib.nn.unbox(shapes))
-        return Run(config, params, tokenizer_folder, 7, SPACING, ("ctrate",))
+        return Run(config, params, tokenizer_folder, 7, Grid(config.grid, SPACING, policy), ("ctrate",))
 
     return make
 
@@ -332,7 +333,9 @@ def test_a_swin_is_refused(tokenizer_folder, tmp_path):
         with pytest.raises(
             UserError, match="is a swin, which cannot be exported: its PyTorch form is MONAI's SwinUNETR"
         ):
-            export_lib.export(Run(config, {}, tokenizer_folder, 7, SPACING, ()), tmp_path / "out", form)
+            export_lib.export(
+                Run(config, {}, tokenizer_folder, 7, Grid(config.grid, SPACING), ()), tmp_path / "out", form
+            )
     assert not (tmp_path / "out").exists()
 
 
@@ -371,3 +374,78 @@ def test_without_heads_their_methods_say_so(make_run, tmp_path):
     for method, says in ((model.probe_logits, "mg3d export --probe"), (model.classification_logits, "without a class")):
         with pytest.raises(ValueError, match=says):
             method(torch.zeros(1, 16, 16, 16))
+
+
+RECEIVES = """
+import json, os, sys
+for name in ("jax", "jaxlib", "flax", "orbax", "mg3d_jax"):
+    sys.modules[name] = None  # importing it raises ImportError
+import nibabel, numpy as np
+from transformers import AutoImageProcessor, AutoProcessor
+folder, data = sys.argv[1:]
+processor = AutoImageProcessor.from_pretrained(folder, trust_remote_code=True)
+found = {}
+for name in json.load(open(f"{data}/scans.json")):
+    found[name] = processor(f"{data}/{name}")["volume"].numpy()
+image = nibabel.load(f"{data}/lps.nii.gz")
+found["array"] = processor((np.asarray(image.dataobj), image.affine))["volume"].numpy()
+both = AutoProcessor.from_pretrained(folder, trust_remote_code=True)(images=f"{data}/lps.nii.gz", text=["No nodule."])
+found["both"], found["ids"] = both["volume"].numpy(), both["input_ids"].numpy()
+np.savez(f"{data}/outputs.npz", **found)
+try:
+    processor((np.where(image.get_fdata() > 100, np.nan, 0.0), image.affine))
+except Exception as error:
+    print(error)
+"""
+
+
+@pytest.mark.parametrize("policy", ["lung", "fraction"])
+def test_the_exported_processor_gives_the_voxels_of_prepare(make_run, tmp_path, policy):
+    """Without this package and without JAX: centred or not, stored as HU + 1024 or not, askew or not."""
+    run, out, data = make_run(policy), tmp_path / "out", tmp_path / "data"
+    export_lib.export(run, out)
+    data.mkdir()
+    hu, affine = scans(1)[0][0].reconstructions[0].hu, scans(1)[0][0].reconstructions[0].affine
+    hu = np.pad(hu, ((0, 30), (0, 0), (0, 0)), constant_values=-1024)
+    turn = np.array([[0.97, -0.26, 0, 0], [0.26, 0.97, 0, 0], [0, 0, 1, 0], [0, 0, 0, 1]])
+    cases = {
+        "lps.nii.gz": (hu, np.diag([-1.0, -1.0, 1.0, 1.0]) @ affine),
+        "raised.nii.gz": (hu + 1024, affine),
+        "askew.nii.gz": (hu, turn @ affine),
+    }
+    for name, (voxels, place) in cases.items():
+        (data / name).write_bytes(nifti_bytes(voxels, place))
+    (data / "scans.json").write_text(json.dumps(sorted(cases)))
+    command = [sys.executable, "-c", RECEIVES, str(out), str(data)]
+    environ = environment(HF_MODULES_CACHE=str(tmp_path / "modules"), PYTHONPATH="")
+    done = subprocess.run(command, env=environ, capture_output=True, text=True, timeout=240, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert "the array given: cannot be used" in done.stdout and "finite" in done.stdout
+    found = np.load(data / "outputs.npz")
+    for name in cases:
+        np.testing.assert_array_equal(found[name][0], prepare_volume(data / name, run.grid).volume, err_msg=name)
+    np.testing.assert_array_equal(found["array"], found["lps.nii.gz"])
+    np.testing.assert_array_equal(found["both"], found["lps.nii.gz"])
+    assert found["ids"].shape[0] == 1
+    with pytest.raises(ValueError, match="AutoImageProcessor"):
+        modeling_mg3d.MG3DModel.from_pretrained(out).prepare_volume(hu, affine)
+
+
+def test_preprocessing_that_is_not_the_preparations_is_refused(make_run, tmp_path, monkeypatch):
+    run = make_run("lung")
+    told = export_lib.export_format.preprocessor_config
+    monkeypatch.setattr(export_lib.export_format, "preprocessor_config", lambda run: told(run) | {"policy": "center"})
+    with pytest.raises(UserError, match=r"other voxels than a preparation by Grid\(.*'lung'"):
+        export_lib.export(run, tmp_path / "out")
+
+
+def test_an_export_takes_the_place_of_an_earlier_one(make_run, tmp_path):
+    out = tmp_path / "out"
+    export_lib.export(make_run(), out)
+    (out / "files.txt").write_text((out / "files.txt").read_text() + "stale.py\n")
+    (out / "stale.py").write_text("of an earlier version")
+    (out / "mine.txt").write_text("notes")
+    export_lib.export(make_run(), out)
+    assert not (out / "stale.py").exists() and (out / "mine.txt").exists()
+    written = (out / "files.txt").read_text().split()
+    assert {oct((out / name).stat().st_mode & 0o777) for name in written} == {"0o644"}

@@ -18,7 +18,6 @@ from mg3d_jax.config import checks
 from mg3d_jax.data.tokens import load_tokenizer, save_tokenizer, train_wordpiece
 from mg3d_jax.errors import UserError
 from mg3d_jax.evaluation.report_writer import readable
-from mg3d_jax.evaluation.scans import read_scan
 from mg3d_jax.evaluation.segmenter import Segmenter
 from mg3d_jax.interop import export as export_lib
 from mg3d_jax.interop import export_monai
@@ -34,6 +33,7 @@ from mg3d_jax.models.towers import swin, vit
 from mg3d_jax.models.towers.segmentation_weights import decoder_to_torch
 from mg3d_jax.models.towers.swin.monai import to_swin_unetr
 from mg3d_jax.phantom import patients as phantoms
+from mg3d_jax.prepare.scans import read_scan
 from mg3d_jax.prepare.volumes import Grid
 from mg3d_jax.training import inputs as step_inputs
 from mg3d_jax.training import state as state_lib
@@ -64,7 +64,7 @@ def make_run(tmp_path_factory):
             lambda x: np.asarray(x + 0.1 * rng.standard_normal(x.shape), np.float32),
             drawn(state_lib.nn.unbox(shapes)),
         )
-        return Run(config, shaken, folder, 7, SPACING, ("msd-lung",), mask_names=("background", "a", "b"))
+        return Run(config, shaken, folder, 7, Grid(config.grid, SPACING), ("msd-lung",), mask_names=("background", "a", "b"))
 
     yield make
     for presets, name in ((vit.PRESETS, "smallest"), (vit.PRESETS, "twelve"), (swin.PRESETS, "four")):

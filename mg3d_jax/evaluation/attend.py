@@ -18,10 +18,10 @@ import numpy as np
 import scipy  # its parts come on first use
 
 from mg3d_jax.errors import UserError
-from mg3d_jax.evaluation.scans import Scan
 from mg3d_jax.models.mg3d import text_embedding, volume_embedding
 from mg3d_jax.models.patches import patchify, unpatchify
 from mg3d_jax.objectives.pairwise import l2_normalize
+from mg3d_jax.prepare.scans import Scan
 from mg3d_jax.training import inputs as step_inputs
 from mg3d_jax.training.restore import RestoredRun, exact_model
 

@@ -27,8 +27,9 @@ from mg3d_jax.evaluation.base import Evaluation, Text
 from mg3d_jax.evaluation.embed import Embedder, embedded_prompts, logit_scale, prompt_entries
 from mg3d_jax.evaluation.embedding_files import Arrays
 from mg3d_jax.evaluation.label_tables import bare
-from mg3d_jax.evaluation.scans import read_scan, run_grid
+from mg3d_jax.evaluation.run_grid import run_grid
 from mg3d_jax.files import read_json, write_json
+from mg3d_jax.prepare.scans import read_scan
 from mg3d_jax.progress import Progress
 from mg3d_jax.training.restore import RestoredRun
 

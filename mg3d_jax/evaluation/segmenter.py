@@ -14,8 +14,8 @@ from mg3d_jax import sharding
 from mg3d_jax.batch import AIR_HU
 from mg3d_jax.errors import UserError
 from mg3d_jax.evaluation.attend import in_scan_space
-from mg3d_jax.evaluation.scans import Scan
 from mg3d_jax.evaluation.sliding_window import SlidingWindow, sliding_window
+from mg3d_jax.prepare.scans import Scan
 from mg3d_jax.tasks.segmentation import HEAD
 from mg3d_jax.training import inputs
 from mg3d_jax.training.restore import RestoredRun

@@ -6,7 +6,9 @@ PyTorch one, both in float32, and the embeddings must agree.
 
 from __future__ import annotations
 
+import dataclasses
 import json
+import logging
 import os
 import shutil
 import tempfile
@@ -19,9 +21,9 @@ import numpy as np
 from mg3d_jax import config as config_lib
 from mg3d_jax.errors import UserError
 from mg3d_jax.files import read_json, write_json
-from mg3d_jax.interop import export_card, export_format, export_monai
+from mg3d_jax.interop import export_card, export_format, export_monai, export_preparation
 from mg3d_jax.interop.export_format import Probe
-from mg3d_jax.interop.export_run import Inputs, Run, phantom_inputs, reference_features
+from mg3d_jax.interop.export_run import Inputs, Run, phantom_inputs, phantom_scans, reference_features
 from mg3d_jax.models.towers.base import MonaiNetwork
 
 TOLERANCE = 1e-4  # on l2-normalised embeddings and on normalised tokens, float32
@@ -29,6 +31,7 @@ TOLERANCE = 1e-4  # on l2-normalised embeddings and on normalised tokens, float3
 # bits of the features before them larger.
 SHARES_TOLERANCE = 1e-3
 SHARES = "shares of the classes of voxels"
+FILES = "files.txt"  # what an export wrote, by which a later one into the same folder takes its place
 TEMPLATE = Path(__file__).parent / "torch_template" / "modeling_mg3d.py"
 TASKS_TEMPLATE = TEMPLATE.with_name("modeling_mg3d_tasks.py")
 
@@ -38,7 +41,7 @@ def write_hugging_face(run: Run, folder: Path, probe: Probe | None = None) -> li
     from safetensors.numpy import save_file
 
     params, left_out = export_format.split_params(run.params)
-    arguments = export_format.torch_config(run.config, params, run.spacing)
+    arguments = export_format.torch_config(run.config, params, run.grid)
     arguments |= export_format.head_arguments(run.config, params, run.label_names)
     tasks = export_format.task_arguments(run.config, params, run.mask_names)
     arguments |= tasks | (probe.arguments() if probe else {})
@@ -46,20 +49,41 @@ def write_hugging_face(run: Run, folder: Path, probe: Probe | None = None) -> li
         arguments, step=run.step, config_hash=config_lib.config_hash(run.config), tasks=bool(tasks)
     )
     write_json(folder / "config.json", content)
-    write_json(folder / "preprocessor_config.json", export_format.preprocessor_config(run.config, run.spacing))
+    write_json(folder / "preprocessor_config.json", export_format.preprocessor_config(run))
     state = export_format.torch_state(params, run.config) | (probe.state() if probe else {})
     save_file(state, folder / "model.safetensors", metadata={"format": "pt"})
     for template in (TEMPLATE, TASKS_TEMPLATE) if tasks else (TEMPLATE,):
         shutil.copyfile(template, folder / template.name)
+    export_preparation.write(folder)
     for file in sorted(run.tokenizer_folder.iterdir()):
         shutil.copyfile(file, folder / file.name)
-    inputs = phantom_inputs(tuple(run.config.model.volume_size), run.spacing)
+    inputs = phantom_inputs(dataclasses.replace(run.grid, size=tuple(run.config.model.volume_size)))
+    check_processor(run, folder, inputs)
     differences = compare(run, folder, inputs, probe)
     (folder / "README.md").write_text(export_card.model_card(run, differences, left_out, arguments))
     lines = [f"{name}: JAX and PyTorch differ by at most {value:.1e}" for name, value in differences.items()]
     if left_out:
         lines.append(f"not exported, needed in pre-training only: {', '.join(left_out)}")
     return lines
+
+
+def check_processor(run: Run, folder: Path, inputs: Inputs) -> None:
+    """`UserError` where the exported image processor does not bring phantom files to exactly the voxels that a preparation
+    with the run's settings gives."""
+    module = export_preparation.load(folder)
+    logging.getLogger(module.__package__).setLevel(logging.ERROR)  # one phantom is askew on purpose
+    processor = module.MG3DImageProcessor.from_dict(read_json(folder / "preprocessor_config.json"))
+    low, high = processor.clip_hu
+    for number, ((content, _), expected) in enumerate(zip(phantom_scans(), inputs.volumes, strict=True)):
+        path = folder / "scan.nii.gz"
+        path.write_bytes(content)
+        found = processor(str(path), return_tensors="np")["volume"][0]
+        path.unlink()
+        if (differs := found != np.clip(expected, low, high)).any():
+            raise UserError(
+                f"nothing was exported: on phantom {number} the exported preprocessing gives {differs.mean():.1%} other voxels "
+                f"than a preparation by {run.grid}: report the run's config.json and the manifest.json of its data"
+            )
 
 
 def compare(run: Run, folder: Path, inputs: Inputs, probe: Probe | None = None) -> dict[str, float]:
@@ -70,11 +94,11 @@ def compare(run: Run, folder: Path, inputs: Inputs, probe: Probe | None = None) 
     """
     torch = torch_module()
     from transformers import PreTrainedTokenizerFast
-    from transformers.utils import logging
+    from transformers.utils import logging as transformers_logging
 
     from mg3d_jax.interop.torch_template.modeling_mg3d_tasks import MG3DTaskModel
 
-    logging.disable_progress_bar()
+    transformers_logging.disable_progress_bar()
     model = MG3DTaskModel.from_pretrained(folder).eval()  # without decoders it is an `MG3DModel`
     # Views of as many sentences as training showed, so that no token limit cuts the comparison short.
     size = model.config.report_sentences or model.config.max_sentences
@@ -138,7 +162,7 @@ def check_close(expected: dict[str, np.ndarray], found: dict[str, np.ndarray]) -
 def write_monai(run: Run, folder: Path) -> list[str]:
     """Writes the ViT as a state dict of MONAI's `ViT`, or a model that segments as one of its `UNETR` or `SwinUNETR`; the ViT
     alone where UNETR has no place for its decoder. Returns lines to print."""
-    inputs = phantom_inputs(tuple(run.config.model.volume_size), run.spacing)
+    inputs = phantom_inputs(dataclasses.replace(run.grid, size=tuple(run.config.model.volume_size)))
     expected = reference_features(run, inputs.volumes, inputs.reports)
     network, lines = _monai_network(run)
     found = export_monai.write(run, folder, network, inputs.volumes)
@@ -150,7 +174,7 @@ def write_monai(run: Run, folder: Path) -> list[str]:
         about = read_json(folder / "config.json") | {"classes": classes}
         write_json(folder / "config.json", about)
     difference = check_close(expected, {name: found})[name]
-    write_json(folder / "preprocessor_config.json", export_format.preprocessor_config(run.config, run.spacing))
+    write_json(folder / "preprocessor_config.json", export_format.preprocessor_config(run))
     tanh = export_monai.needs_tanh_gelu(run)
     (folder / "README.md").write_text(export_card.monai_card(run, network.name, classes, difference, tanh))
     lines.append(f"{network.name}: {name}: JAX and MONAI differ by at most {difference:.1e}")
@@ -202,8 +226,15 @@ def export(run: Run, out: Path, form: str = "hf", probe: Probe | None = None) ->
     with tempfile.TemporaryDirectory(prefix=f".{out.name}.", dir=out.parent) as name:
         lines = FORMATS[form](run, Path(name), **({"probe": probe} if probe else {}))
         out.mkdir(exist_ok=True)
-        for file in sorted(Path(name).iterdir()):
+        made = sorted(Path(name).iterdir())
+        for file in made:
+            file.chmod(0o644)  # libraries make some for their owner alone
+        (Path(name) / FILES).write_text("".join(f"{file.name}\n" for file in made))
+        earlier = (out / FILES).read_text().split("\n") if (out / FILES).exists() else []
+        for file in [*made, Path(name) / FILES]:
             os.replace(file, out / file.name)
+        for old in {part for part in earlier if part} - {file.name for file in made}:
+            (out / Path(old).name).unlink(missing_ok=True)  # or a receiver would load what belongs to other weights
     return lines
 
 

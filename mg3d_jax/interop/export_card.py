@@ -6,8 +6,10 @@ from collections.abc import Mapping
 from typing import Any
 
 from mg3d_jax import __version__
+from mg3d_jax.interop.export_format import PLACEMENTS
 from mg3d_jax.interop.export_run import Run
 from mg3d_jax.models.towers.vit.monai import stream_scale
+from mg3d_jax.prepare.geometry import STRAIGHTEN_DEGREES
 
 _LICENCES = {
     "ctrate": "The training data lay in CT-RATE's layout. If it was CT-RATE: that data set is gated and under "
@@ -58,13 +60,14 @@ def _modality(run: Run) -> str:
 
 
 def _geometry(run: Run) -> str:
-    size, spacing = run.config.model.volume_size, run.spacing
+    size = run.config.model.volume_size
+    where = "" if run.grid.policy == "fraction" else f" of {' x '.join(f'{mm:g}' for mm in run.spacing)} mm"
     windows = ", ".join(f"{low:g}..{high:g} HU" for low, high in run.config.data.windows)
     return f"""\
 | what | value |
 |---|---|
 | orientation | RAS+: array axes [X, Y, Z], x to the patient's right, y anterior, z superior |
-| grid | {" x ".join(map(str, size))} voxels of {" x ".join(f"{mm:g}" for mm in spacing)} mm, centred on the volume |
+| grid | {" x ".join(map(str, size))} voxels{where}; placed: {PLACEMENTS[run.grid.policy]} |
 | values | Hounsfield units; rescale slope and intercept applied exactly once |
 | padding | -1024 HU (air), never 0 HU |
 | windows | {windows}, scaled to 0..1 |{_modality(run)}"""
@@ -130,33 +133,37 @@ tags: [medical, ct, radiology, vision-language, zero-shot-classification]
 
 # {run.config.name}: chest CT and report encoders (MG-3D)
 
-Step {run.step} of a run of mg3d_jax {__version__}. Needs torch, transformers and safetensors; JAX is not needed.
+Step {run.step} of a run of mg3d_jax {__version__}. Needs torch, transformers and safetensors, and for scans nibabel, scipy and
+isal (DICOM: pydicom); JAX is not needed.
 
 ```python
-import nibabel, numpy as np, torch
-from transformers import AutoModel, AutoTokenizer
+import torch
+from transformers import AutoImageProcessor, AutoModel, AutoTokenizer
 
 folder = "."  # this folder
 model = AutoModel.from_pretrained(folder, trust_remote_code=True)
+processor = AutoImageProcessor.from_pretrained(folder, trust_remote_code=True)
 tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=True)
 
-image = nibabel.load("chest.nii.gz")
-hu, _ = model.prepare_volume(np.asarray(image.dataobj), image.affine)  # any grid -> the model's, int16 HU
+# A NIfTI file, a folder with the slices of a DICOM series, or (array, affine); decides what its numbers mean in HU.
+inputs = processor("chest.nii.gz")
 with torch.no_grad():
-    volume = model.encode_volume(hu[None])  # [1, {run.config.model.projection_dim}], normalised; does the windowing
+    volume = model.encode_volume(inputs["volume"])  # [1, {run.config.model.projection_dim}], normalised; does the windowing
 prompts = model.encode_texts(tokenizer, [["Emphysema is present."], ["Emphysema is not present."]])
 probability = (model.logit_scale.exp() * volume @ prompts.T).softmax(-1)[0, 0]
 ```
 
 `model.encode_texts` takes texts as lists of sentences; `model.tokenize` and `model.encode_report` are its two halves.
-`model.encode_volume(hu, return_tokens=True)` also gives the patch features. The code is {_code(arguments or {})}.
+`model.encode_volume(hu, return_tokens=True)` also gives the patch features. The model is {_code(arguments or {})}; the
+other `.py` files are those that brought the training volumes to the grid. `AutoProcessor` takes `images` and `text`.
 {_heads(arguments or {})}{_untrained(run)}
 ## What it expects
 
 {_geometry(run)}
 
-The same is in `preprocessor_config.json`. `prepare_volume` does what training did: area averaging where an axis
-shrinks, linear interpolation where it grows.
+The same is in `preprocessor_config.json`. Area averaging where an axis shrinks, linear interpolation where it grows; scans that
+are askew by more than {STRAIGHTEN_DEGREES:g} degrees are turned. The image processor gave exactly the voxels of the preparation
+on phantom files before this folder was written.
 {not_here}
 ## Checked
 

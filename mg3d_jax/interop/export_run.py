@@ -12,6 +12,7 @@ from typing import Any
 import jax
 import numpy as np
 
+from mg3d_jax.batch import AIR_HU
 from mg3d_jax.config import Config
 from mg3d_jax.data.tokens import ReportTokenizer, load_tokenizer
 from mg3d_jax.errors import UserError
@@ -20,29 +21,36 @@ from mg3d_jax.models.mg3d import text_embedding, volume_embedding
 from mg3d_jax.objectives.pairwise import l2_normalize
 from mg3d_jax.phantom import patients as phantoms
 from mg3d_jax.phantom.dataset import nifti_bytes
+from mg3d_jax.prepare.geometry import STRAIGHTEN_DEGREES, Grid
 from mg3d_jax.prepare.reports import report_sentences
-from mg3d_jax.prepare.volumes import Grid, prepare_volume
+from mg3d_jax.prepare.scans import Spacing, trained_grid
+from mg3d_jax.prepare.volumes import prepare_volume
 from mg3d_jax.training import inputs as step_inputs
 from mg3d_jax.training.restore import exact_model, restore_run
 from mg3d_jax.training.run_folder import TOKENIZER_FOLDER
 
 PHANTOM_SEED = 20_241_205
-Spacing = tuple[float, float, float]
 
 
 @dataclass(frozen=True)
 class Run:
-    """The weights of one checkpoint as float32 NumPy arrays, and what belongs to them. `spacing` is in mm."""
+    """The weights of one checkpoint as float32 NumPy arrays, and what belongs to them."""
 
     config: Config
     params: dict[str, Any]
     tokenizer_folder: Path
     step: int
-    spacing: Spacing
+    grid: Grid  # that the volumes of its data were brought to
     sources: tuple[str, ...]  # layouts of the data sets that it was trained on, e.g. "ctrate"
     label_names: tuple[str, ...] = ()  # of its training data, as far as that is known
     modality: str = "CT"  # of the data; of MR the numbers are no HU
     mask_names: tuple[str, ...] = ()  # classes of its masks, background first, as far as that is known
+    clip: tuple[float, float] | None = None  # HU, outside of which the records of its data hold nothing
+
+    @property
+    def spacing(self) -> Spacing:
+        """mm per voxel."""
+        return self.grid.spacing
 
     @property
     def tokenizer(self) -> ReportTokenizer:
@@ -51,27 +59,32 @@ class Run:
         return ReportTokenizer(text, self.config.text_tokens(), self.config.data.max_sentences)
 
 
-def load_run(workdir: Path, step: int | None = None, spacing: Spacing | None = None) -> Run:
+def load_run(workdir: Path, step: int | None = None, spacing: Spacing | None = None, policy: str | None = None) -> Run:
     """The newest checkpoint of a run, or that of `step`.
 
-    Raises `UserError` where there is none, and where nothing says which spacing the volumes had.
+    Raises `UserError` where there is none, and where nothing says how the volumes were brought to the grid.
     """
     run = restore_run(workdir, step)
     params = jax.tree.map(lambda x: np.asarray(x, np.float32), jax.device_get(run.params))
-    spacing = spacing or run.prepared("spacing")
-    if spacing is None:
+    settings = run.prepared("settings") or {}
+    if mixed := {"window", "modality"} & set(settings.get("mixed", ())):
         raise UserError(
-            f"neither the checkpoint nor a manifest in data.train = {tuple(run.config.data.train)} says which spacing "
-            "the volumes have: give --spacing X Y Z in mm"
+            f"{workdir}: the folders of its data differ in {sorted(mixed)}: no single preprocessing stands for them"
         )
     source = run.prepared("source")
-    sources = (source,) if source else ()
-    names = tuple(run.prepared("label_names") or ())
-    modality = str((run.prepared("settings") or {}).get("modality", "CT"))
+    window = settings.get("window")
     return Run(
-        run.config, params, workdir / TOKENIZER_FOLDER, run.step, tuple(spacing), sources, names, modality,
+        run.config,
+        params,
+        workdir / TOKENIZER_FOLDER,
+        run.step,
+        trained_grid(run.config.grid, settings, spacing or run.prepared("spacing"), policy),
+        tuple(source.split(" + ")) if source else (),
+        tuple(run.prepared("label_names") or ()),
+        settings.get("modality") or "CT",
         tuple(run.prepared("mask_names") or ()),
-    )  # fmt: skip
+        (float(window[0]), float(window[1])) if window else None,
+    )
 
 
 @dataclass(frozen=True)
@@ -83,17 +96,34 @@ class Inputs:
 
 
 @functools.lru_cache(maxsize=1)
-def phantom_inputs(size: tuple[int, int, int], spacing: Spacing, count: int = 4) -> Inputs:
-    """Phantom chest CT through the same steps as `mg3d prepare`: NIfTI file, checks, RAS+, resampling, cropping."""
-    volumes, reports = [], []
+def phantom_scans(count: int = 4) -> tuple[tuple[bytes, tuple[str, ...]], ...]:
+    """Phantom chest CT as `.nii.gz` with the sentences of its report. No chest lies in the middle of its file, so that it
+    shows which part of a scan is taken, and one scan is askew by more than a preparation leaves as it is."""
+    found = []
+    for index in range(count):
+        scan = phantoms.make_patient(PHANTOM_SEED, index, "valid").scans[0]
+        hu, affine = scan.reconstructions[0].hu, scan.reconstructions[0].affine.copy()
+        hu = np.pad(
+            hu, [(0, hu.shape[axis] // 4 if axis == index % 3 else 0) for axis in range(3)], constant_values=AIR_HU
+        )
+        if index == count - 1:
+            turn = np.radians(STRAIGHTEN_DEGREES + 5)
+            about_z = [[np.cos(turn), -np.sin(turn), 0], [np.sin(turn), np.cos(turn), 0], [0, 0, 1]]
+            affine[:3, :3] = np.array(about_z) @ affine[:3, :3]
+        found.append((nifti_bytes(hu, affine), tuple(report_sentences(scan.report.findings, scan.report.impression))))
+    return tuple(found)
+
+
+@functools.lru_cache(maxsize=1)
+def phantom_inputs(grid: Grid, count: int = 4) -> Inputs:
+    """`phantom_scans` through the same steps as `mg3d prepare`: NIfTI file, checks, RAS+, resampling, cropping."""
+    scans = phantom_scans(count)
     with tempfile.TemporaryDirectory() as folder:
-        for index in range(count):
-            scan = phantoms.make_patient(PHANTOM_SEED, index, "valid").scans[0]
-            path = Path(folder) / f"{index}.nii.gz"
-            path.write_bytes(nifti_bytes(scan.reconstructions[0].hu, scan.reconstructions[0].affine))
-            volumes.append(prepare_volume(path, Grid(size, spacing)).volume)
-            reports.append(report_sentences(scan.report.findings, scan.report.impression))
-    return Inputs(np.stack(volumes), tuple(reports))
+        path, volumes = Path(folder) / "scan.nii.gz", []
+        for content, _ in scans:
+            path.write_bytes(content)
+            volumes.append(prepare_volume(path, grid).volume)
+    return Inputs(np.stack(volumes), tuple(sentences for _, sentences in scans))
 
 
 def reference_features(run: Run, volumes: np.ndarray, reports: Sequence[Sequence[str]]) -> dict[str, np.ndarray]:

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import os
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -87,7 +88,18 @@ def facts(config: Config, vocab_size: int, data: PreparedData, flops: Flops) -> 
         "spacing": data.spacing,  # mm, None if it differs between volumes; exports say it to their users
         "label_names": data.label_names,  # of a classification head
         "source": " + ".join(sorted({reader.manifest["source"] for reader in data.readers})),
+        "settings": shared_settings([reader.manifest.get("settings") or {} for reader in data.readers]),
     }
+
+
+PLACEMENT = ("policy", "fraction", "window", "modality")
+
+
+def shared_settings(settings: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """How the volumes of all folders were brought to the grid, for scans that come later; "mixed" lists what differs."""
+    found = {key: {json.dumps(one.get(key)) for one in settings} for key in PLACEMENT}
+    common = {key: json.loads(*values) for key, values in found.items() if len(values) == 1}
+    return common | {"mixed": sorted(found.keys() - common.keys())}
 
 
 def check_same_records(meta: Mapping[str, Any], data: PreparedData) -> None:

@@ -27,6 +27,7 @@ from transformers import PretrainedConfig, PreTrainedModel
 from transformers.utils import ModelOutput
 
 AIR_HU, HIGHEST_HU = -1024, 3071
+STRAIGHTEN_DEGREES = 10.0  # as the preparation of the training data
 MAX_LOGIT_SCALE = 100.0
 
 
@@ -51,6 +52,7 @@ class MG3DConfig(PretrainedConfig):
         self,
         volume_size: Sequence[int] = (128, 128, 96),
         spacing: Sequence[float] = (2.8, 2.8, 3.5),
+        policy: str = "center",
         windows: Sequence[Sequence[float]] = ((-1000.0, 1000.0),),
         patch_size: Sequence[int] = (16, 16, 16),
         stem: str = "linear",
@@ -94,7 +96,7 @@ class MG3DConfig(PretrainedConfig):
         decoder_mlp_dim: int = 2048,
         **kwargs,
     ):
-        self.orientation = "RAS"
+        self.orientation, self.policy = "RAS", policy
         self.volume_size, self.spacing, self.windows = list(volume_size), list(spacing), [list(w) for w in windows]
         self.patch_size, self.stem = list(patch_size), stem
         self.stem_strides, self.stem_channels = [list(s) for s in stem_strides], list(stem_channels)
@@ -338,6 +340,13 @@ def prepare_volume(
     order = [int(np.abs(cosines[axis]).argmax()) for axis in range(3)]  # source axis of each RAS+ axis
     if sorted(order) != [0, 1, 2]:
         raise ValueError(f"the affine does not give each axis a direction of its own: {affine[:3].tolist()}")
+    askew = np.degrees(np.arccos(np.clip(np.abs(cosines).max(1).min(), 0, 1)))
+    if askew > STRAIGHTEN_DEGREES:
+        raise ValueError(
+            f"the scan is askew by {askew:.0f} degrees and must be turned: use this folder's AutoImageProcessor"
+        )
+    if not np.isfinite(hu).all():
+        raise ValueError("the volume has voxels that are not finite")
     volume = torch.as_tensor(np.asarray(hu, np.float32)).clamp(AIR_HU, HIGHEST_HU)
     inside = torch.ones((), dtype=torch.float32)
     to_source = np.zeros((4, 4))
@@ -429,7 +438,15 @@ class MG3DModel(PreTrainedModel):
         return (model, info) if output_loading_info else model
 
     def prepare_volume(self, hu: np.ndarray, affine: np.ndarray) -> tuple[Tensor, np.ndarray]:
-        """A CT volume in HU with its NIfTI affine -> int16 [X, Y, Z] on this model's grid, and the grid's affine."""
+        """A CT volume in HU with its NIfTI affine -> int16 [X, Y, Z] on this model's grid, and the grid's affine.
+
+        Without any package beside torch and numpy, and therefore only centred and for scans along the scanner's axes; the image
+        processor of this folder (`AutoImageProcessor`) does all that the training did.
+        """
+        if self.config.policy != "center":
+            raise ValueError(
+                f"the training volumes were placed by policy {self.config.policy!r}: use this folder's AutoImageProcessor"
+            )
         return prepare_volume(hu, affine, self.config.volume_size, self.config.spacing)
 
     def window(self, hu: Tensor) -> Tensor:

@@ -1,10 +1,15 @@
-"""A scan from outside the prepared data, brought to the grid of a run as `mg3d prepare` would have."""
+"""One scan from anywhere -> a grid, as `mg3d prepare` brings the volumes of a data set to theirs.
+
+Exported folders carry this module and those that it imports (`interop.export_preparation`): nothing here needs JAX.
+"""
 
 from __future__ import annotations
 
 import logging
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -22,11 +27,46 @@ from mg3d_jax.prepare.geometry import (
 from mg3d_jax.prepare.nifti import StoredVolume, VolumeError
 from mg3d_jax.prepare.reading import read_volume
 from mg3d_jax.prepare.volumes import prepare_stored
-from mg3d_jax.training.restore import RestoredRun
 
 logger = logging.getLogger(__name__)
+Spacing = tuple[float, float, float]  # mm, RAS+
 ScanSource = str | Path | tuple[np.ndarray, np.ndarray]  # a file, a folder of slices, or voxels with their affine
-Spacing = tuple[float, float, float]
+
+
+def trained_grid(
+    size: tuple[int, int, int],
+    settings: Mapping[str, Any],
+    spacing: Sequence[float] | None,
+    policy: str | None = None,
+) -> Grid:
+    """The grid that the volumes of a model's training data were brought to.
+
+    Args:
+        size: voxels.
+        settings: of the preparation, as a checkpoint or a manifest has them: "policy", "fraction"; in "mixed" the keys that
+            differed between the folders of the data.
+        spacing: mm per voxel.
+        policy: one of `geometry.POLICIES` in place of the one of `settings`; "center" where nothing says it.
+
+    Raises:
+        UserError: nothing says which spacing or which of several policies, or there is no such policy.
+    """
+    if policy is None and (mixed := {"policy", "fraction"} & set(settings.get("mixed", ()))):
+        raise UserError(
+            f"the folders of data.train were prepared with more than one {' and '.join(sorted(mixed))}: say by which one a "
+            "scan is to be placed (policy, or --policy)"
+        )
+    policy = policy or settings.get("policy") or "center"
+    if policy not in POLICIES:
+        raise UserError(f"policy {policy!r}: choose one of {', '.join(POLICIES)}")
+    if not spacing and policy != "fraction":
+        raise UserError(
+            "neither the checkpoint nor the manifest of its training data says which spacing the volumes have: give it in mm "
+            "(spacing, or --spacing X Y Z)"
+        )
+    x, y, z = spacing or (1.0, 1.0, 1.0)
+    fraction = {"fraction": tuple(settings["fraction"])} if settings.get("fraction") else {}
+    return Grid(size, (float(x), float(y), float(z)), policy, **fraction)
 
 
 @dataclass(frozen=True)
@@ -38,30 +78,6 @@ class Scan:
     shape: tuple[int, int, int]  # of the scan itself
     scan_affine: np.ndarray  # [4, 4] of the scan, as the preparation reads it
     header_affine: np.ndarray  # [4, 4] of the scan, as its file has it: the same, unless the file says too little
-
-
-def run_grid(run: RestoredRun, spacing: Spacing | None = None, policy: str | None = None) -> Grid:
-    """The grid that the volumes of a run were brought to.
-
-    Args:
-        spacing: mm per voxel; None takes what the checkpoint or the run's first data folder says.
-        policy: one of `geometry.POLICIES`; None takes that of the run's first data folder, or "center" without it.
-
-    Raises:
-        UserError: nothing says which spacing the volumes have, or there is no such policy.
-    """
-    settings = run.prepared("settings") or {}
-    policy = policy or settings.get("policy") or "center"
-    if policy not in POLICIES:
-        raise UserError(f"policy {policy!r}: choose one of {', '.join(POLICIES)}")
-    spacing = tuple(spacing or run.prepared("spacing") or ()) or None
-    if spacing is None and policy != "fraction":
-        raise UserError(
-            f"neither the checkpoint nor a manifest in data.train = {tuple(run.config.data.train)} says which spacing the "
-            "volumes have: give it in mm (spacing, or --spacing X Y Z)"
-        )
-    fraction = {"fraction": tuple(settings["fraction"])} if settings.get("fraction") else {}
-    return Grid(run.config.grid, spacing or (1.0, 1.0, 1.0), policy, **fraction)
 
 
 def read_scan(source: ScanSource, grid: Grid, *, whole: bool = False, modality: str = "CT") -> Scan:
