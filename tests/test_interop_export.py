@@ -433,8 +433,10 @@ def test_the_exported_processor_gives_the_voxels_of_prepare(make_run, tmp_path, 
 
 def test_preprocessing_that_is_not_the_preparations_is_refused(make_run, tmp_path, monkeypatch):
     run = make_run("lung")
-    told = export_lib.export_format.preprocessor_config
-    monkeypatch.setattr(export_lib.export_format, "preprocessor_config", lambda run: told(run) | {"policy": "center"})
+    told = export_lib.export_preparation.preprocessor_config
+    monkeypatch.setattr(
+        export_lib.export_preparation, "preprocessor_config", lambda run: told(run) | {"policy": "center"}
+    )
     with pytest.raises(UserError, match=r"other voxels than a preparation by Grid\(.*'lung'"):
         export_lib.export(run, tmp_path / "out")
 

@@ -64,7 +64,9 @@ def make_run(tmp_path_factory):
             lambda x: np.asarray(x + 0.1 * rng.standard_normal(x.shape), np.float32),
             drawn(state_lib.nn.unbox(shapes)),
         )
-        return Run(config, shaken, folder, 7, Grid(config.grid, SPACING), ("msd-lung",), mask_names=("background", "a", "b"))
+        return Run(
+            config, shaken, folder, 7, Grid(config.grid, SPACING), ("msd-lung",), mask_names=("background", "a", "b")
+        )
 
     yield make
     for presets, name in ((vit.PRESETS, "smallest"), (vit.PRESETS, "twelve"), (swin.PRESETS, "four")):

@@ -318,7 +318,7 @@ def test_an_export_is_read_back(source, tmp_path, changes):
     params = jax.tree.map(lambda x: rng.normal(size=x.shape).astype(np.float32), setup.abstract["params"])
     kept, _ = export_format.split_params(params)
     save_file(export_format.torch_state(kept, config), tmp_path / "model.safetensors")
-    arguments = export_format.torch_config(config, kept, (20.0, 18.0, 20.0))
+    arguments = export_format.torch_config(config, kept, (20.0, 18.0, 20.0), "center")
     content = export_format.hugging_face_config(arguments, step=3, config_hash="0")
     (tmp_path / "config.json").write_text(json.dumps(content))
     source.tokenizer.save(str(tmp_path / "tokenizer.json"))

@@ -6,7 +6,6 @@ PyTorch one, both in float32, and the embeddings must agree.
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import logging
 import os
@@ -41,7 +40,7 @@ def write_hugging_face(run: Run, folder: Path, probe: Probe | None = None) -> li
     from safetensors.numpy import save_file
 
     params, left_out = export_format.split_params(run.params)
-    arguments = export_format.torch_config(run.config, params, run.grid)
+    arguments = export_format.torch_config(run.config, params, run.spacing, run.grid.policy)
     arguments |= export_format.head_arguments(run.config, params, run.label_names)
     tasks = export_format.task_arguments(run.config, params, run.mask_names)
     arguments |= tasks | (probe.arguments() if probe else {})
@@ -49,7 +48,7 @@ def write_hugging_face(run: Run, folder: Path, probe: Probe | None = None) -> li
         arguments, step=run.step, config_hash=config_lib.config_hash(run.config), tasks=bool(tasks)
     )
     write_json(folder / "config.json", content)
-    write_json(folder / "preprocessor_config.json", export_format.preprocessor_config(run))
+    write_json(folder / "preprocessor_config.json", export_preparation.preprocessor_config(run))
     state = export_format.torch_state(params, run.config) | (probe.state() if probe else {})
     save_file(state, folder / "model.safetensors", metadata={"format": "pt"})
     for template in (TEMPLATE, TASKS_TEMPLATE) if tasks else (TEMPLATE,):
@@ -57,7 +56,7 @@ def write_hugging_face(run: Run, folder: Path, probe: Probe | None = None) -> li
     export_preparation.write(folder)
     for file in sorted(run.tokenizer_folder.iterdir()):
         shutil.copyfile(file, folder / file.name)
-    inputs = phantom_inputs(dataclasses.replace(run.grid, size=tuple(run.config.model.volume_size)))
+    inputs = phantom_inputs(run.model_grid)
     check_processor(run, folder, inputs)
     differences = compare(run, folder, inputs, probe)
     (folder / "README.md").write_text(export_card.model_card(run, differences, left_out, arguments))
@@ -162,7 +161,7 @@ def check_close(expected: dict[str, np.ndarray], found: dict[str, np.ndarray]) -
 def write_monai(run: Run, folder: Path) -> list[str]:
     """Writes the ViT as a state dict of MONAI's `ViT`, or a model that segments as one of its `UNETR` or `SwinUNETR`; the ViT
     alone where UNETR has no place for its decoder. Returns lines to print."""
-    inputs = phantom_inputs(dataclasses.replace(run.grid, size=tuple(run.config.model.volume_size)))
+    inputs = phantom_inputs(run.model_grid)
     expected = reference_features(run, inputs.volumes, inputs.reports)
     network, lines = _monai_network(run)
     found = export_monai.write(run, folder, network, inputs.volumes)
@@ -174,7 +173,7 @@ def write_monai(run: Run, folder: Path) -> list[str]:
         about = read_json(folder / "config.json") | {"classes": classes}
         write_json(folder / "config.json", about)
     difference = check_close(expected, {name: found})[name]
-    write_json(folder / "preprocessor_config.json", export_format.preprocessor_config(run))
+    write_json(folder / "preprocessor_config.json", export_preparation.preprocessor_config(run))
     tanh = export_monai.needs_tanh_gelu(run)
     (folder / "README.md").write_text(export_card.monai_card(run, network.name, classes, difference, tanh))
     lines.append(f"{network.name}: {name}: JAX and MONAI differ by at most {difference:.1e}")

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from mg3d_jax import __version__
-from mg3d_jax.interop.export_format import PLACEMENTS
+from mg3d_jax.interop.export_preparation import PLACEMENTS
 from mg3d_jax.interop.export_run import Run
 from mg3d_jax.models.towers.vit.monai import stream_scale
 from mg3d_jax.prepare.geometry import STRAIGHTEN_DEGREES

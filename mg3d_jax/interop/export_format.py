@@ -15,15 +15,12 @@ import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 
 from mg3d_jax import __version__
-from mg3d_jax.batch import AIR_HU, HIGHEST_HU
 from mg3d_jax.config import Config
 from mg3d_jax.config.parts import ModelConfig
 from mg3d_jax.errors import UserError
-from mg3d_jax.interop.export_run import Run
 from mg3d_jax.models.towers.segmentation_weights import decoder_to_torch
 from mg3d_jax.models.towers.weights import torch_state as heads_state
 from mg3d_jax.objectives.base import DIRECTION_BIASES, VOLUME_BIAS
-from mg3d_jax.prepare.geometry import STRAIGHTEN_DEGREES, Grid
 
 MARKER = "mg3d_jax"  # key of config.json by which an earlier export is recognised
 # Of `tower_arguments`, what leaves the function of a tower as it is, or shows in shapes.
@@ -175,12 +172,12 @@ def tower_arguments(params: dict[str, Any], model: ModelConfig) -> dict[str, dic
     return found
 
 
-def torch_config(config: Config, params: dict[str, Any], grid: Grid) -> dict[str, Any]:
+def torch_config(config: Config, params: dict[str, Any], spacing: Sequence[float], policy: str) -> dict[str, Any]:
     """The arguments of `MG3DConfig`."""
     arguments: dict[str, Any] = {
         "volume_size": list(config.model.volume_size),
-        "spacing": [float(mm) for mm in grid.spacing],
-        "policy": grid.policy,
+        "spacing": [float(mm) for mm in spacing],
+        "policy": policy,
         "orientation": "RAS",
         "windows": [list(window) for window in config.data.windows],
     }
@@ -214,43 +211,4 @@ def hugging_face_config(
         "torch_dtype": "float32",
         **arguments,
         MARKER: {"version": __version__, "step": step, "config_hash": config_hash},
-    }
-
-
-PLACEMENTS = {
-    "center": "the centre of the volume on the centre of the grid; cropped or padded on all sides alike",
-    "body": "the centre of the body's bounding box on the centre of the grid; cropped or padded around it",
-    "lung": "the centre of the lungs' bounding box on the centre of the grid; cropped or padded around it",
-    "fraction": "a fixed share of each axis (`fraction`) about the centre of the volume, resized to the grid",
-}
-
-
-def preprocessor_config(run: Run) -> dict[str, Any]:
-    """`preprocessor_config.json`: what the weights expect of a volume, so that nobody has to guess; the first keys are the
-    arguments of the exported image processor."""
-    grid, config = run.grid, run.config
-    fraction = grid.policy == "fraction"
-    return {
-        "size_voxels": list(config.model.volume_size),
-        "spacing_mm": None if fraction else [float(mm) for mm in grid.spacing],
-        "policy": grid.policy,
-        "fraction": list(grid.fraction) if fraction else None,
-        "modality": run.modality,
-        "clip_hu": list(run.clip or (AIR_HU, HIGHEST_HU)),
-        "image_processor_type": "MG3DImageProcessor",
-        "processor_class": "MG3DProcessor",
-        "auto_map": {
-            "AutoImageProcessor": "image_processing_mg3d.MG3DImageProcessor",
-            "AutoProcessor": "processing_mg3d.MG3DProcessor",
-        },
-        "input": "Hounsfield units, int16 or float, array [X, Y, Z]; rescale slope and intercept applied exactly once",
-        "orientation": "RAS",
-        "axes": "x to the patient's right, y anterior, z superior",
-        "placement": PLACEMENTS[grid.policy],
-        "oblique_scans": f"askew by more than {STRAIGHTEN_DEGREES:g} degrees: turned onto the scanner's axes",
-        "resampling": "area average along an axis that shrinks, linear along one that grows",
-        "pad_value_hu": AIR_HU,
-        "windows_hu": [list(window) for window in config.data.windows],
-        "window_output": [0.0, 1.0],
-        "windowing": "done by encode_volume; one channel per window",
     }

@@ -12,8 +12,12 @@ import sys
 from importlib.machinery import ModuleSpec
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import mg3d_jax
+from mg3d_jax.batch import AIR_HU, HIGHEST_HU
+from mg3d_jax.interop.export_run import Run
+from mg3d_jax.prepare.geometry import STRAIGHTEN_DEGREES
 
 ROOT = Path(mg3d_jax.__file__).parent
 TEMPLATES = Path(__file__).parent / "torch_template"
@@ -59,3 +63,42 @@ def load(folder: Path, name: str = "image_processing_mg3d") -> ModuleType:
     finally:
         for key in [key for key in sys.modules if key.split(".")[0] == package]:
             del sys.modules[key]
+
+
+PLACEMENTS = {
+    "center": "the centre of the volume on the centre of the grid; cropped or padded on all sides alike",
+    "body": "the centre of the body's bounding box on the centre of the grid; cropped or padded around it",
+    "lung": "the centre of the lungs' bounding box on the centre of the grid; cropped or padded around it",
+    "fraction": "a fixed share of each axis (`fraction`) about the centre of the volume, resized to the grid",
+}
+
+
+def preprocessor_config(run: Run) -> dict[str, Any]:
+    """`preprocessor_config.json`: what the weights expect of a volume, so that nobody has to guess; the first keys are the
+    arguments of the exported image processor."""
+    grid, config = run.grid, run.config
+    fraction = grid.policy == "fraction"
+    return {
+        "size_voxels": list(config.model.volume_size),
+        "spacing_mm": None if fraction else [float(mm) for mm in grid.spacing],
+        "policy": grid.policy,
+        "fraction": list(grid.fraction) if fraction else None,
+        "modality": run.modality,
+        "clip_hu": list(run.clip or (AIR_HU, HIGHEST_HU)),
+        "image_processor_type": "MG3DImageProcessor",
+        "processor_class": "MG3DProcessor",
+        "auto_map": {
+            "AutoImageProcessor": "image_processing_mg3d.MG3DImageProcessor",
+            "AutoProcessor": "processing_mg3d.MG3DProcessor",
+        },
+        "input": "Hounsfield units, int16 or float, array [X, Y, Z]; rescale slope and intercept applied exactly once",
+        "orientation": "RAS",
+        "axes": "x to the patient's right, y anterior, z superior",
+        "placement": PLACEMENTS[grid.policy],
+        "oblique_scans": f"askew by more than {STRAIGHTEN_DEGREES:g} degrees: turned onto the scanner's axes",
+        "resampling": "area average along an axis that shrinks, linear along one that grows",
+        "pad_value_hu": AIR_HU,
+        "windows_hu": [list(window) for window in config.data.windows],
+        "window_output": [0.0, 1.0],
+        "windowing": "done by encode_volume; one channel per window",
+    }

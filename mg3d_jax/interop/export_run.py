@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import tempfile
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -51,6 +51,12 @@ class Run:
     def spacing(self) -> Spacing:
         """mm per voxel."""
         return self.grid.spacing
+
+    @property
+    def model_grid(self) -> Grid:
+        """`grid` of the size that the volume encoder takes."""
+        x, y, z = self.config.model.volume_size
+        return replace(self.grid, size=(x, y, z))
 
     @property
     def tokenizer(self) -> ReportTokenizer:

@@ -2,8 +2,8 @@
 
     model = AutoModel.from_pretrained(FOLDER, trust_remote_code=True)
     tokenizer = AutoTokenizer.from_pretrained(FOLDER, trust_remote_code=True)
-    hu, _ = model.prepare_volume(array, affine)  # of nibabel, say: any grid -> the model's
-    volume = model.encode_volume(hu[None])  # [1, k]
+    processor = AutoImageProcessor.from_pretrained(FOLDER, trust_remote_code=True)
+    volume = model.encode_volume(processor("scan.nii.gz")["volume"])  # [1, k]
     prompts = model.encode_texts(tokenizer, [["Emphysema is present."], ["Emphysema is not present."]])  # [2, k]
     probability = (model.logit_scale.exp() * volume @ prompts.T).softmax(-1)
 
