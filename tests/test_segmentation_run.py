@@ -6,6 +6,7 @@ With a tower of one matrix and a decoder without layers: what is learnt does not
 import json
 
 import jax
+import jax.numpy as jnp
 import nibabel as nib
 import numpy as np
 import pytest
@@ -15,6 +16,7 @@ import mg3d_jax
 from mg3d_jax.commands.main import main
 from mg3d_jax.data.pipeline import PreparedData
 from mg3d_jax.errors import UserError
+from mg3d_jax.evaluation import segmenter
 from mg3d_jax.evaluation.bootstrap import PatientDraws
 from mg3d_jax.evaluation.segmentation import Segmentation
 from mg3d_jax.evaluation.segmenter import logits_of
@@ -113,6 +115,67 @@ def test_predictions_lie_in_the_space_of_the_scan(trained, tmp_path):
     for name, image in files.items():
         assert found[name].shape == image.shape and found[name].get_data_dtype() == np.uint8
         np.testing.assert_allclose(found[name].affine, image.affine, atol=1e-5)
+
+
+SPHERES = (((-60.0, 20.0, 45.0), 34.0), ((55.0, -35.0, -60.0), 22.0))  # centre and radius, mm: nothing is symmetric
+
+
+def scan_of_spheres(axes, spacing, degrees):
+    """A NIfTI image of dense spheres in a body, on voxels along `axes` ("RAS", ...) that are turned about x and z; where the
+    spheres are on them."""
+    about_x, about_z = np.deg2rad(degrees)
+    turn_x = np.array([
+        [1, 0, 0], [0, np.cos(about_x), -np.sin(about_x)], [0, np.sin(about_x), np.cos(about_x)],
+    ])  # fmt: skip
+    turn_z = np.array([
+        [np.cos(about_z), -np.sin(about_z), 0], [np.sin(about_z), np.cos(about_z), 0], [0, 0, 1],
+    ])  # fmt: skip
+    to_axes = nib.orientations.inv_ornt_aff(
+        nib.orientations.ornt_transform(nib.orientations.axcodes2ornt("RAS"), nib.orientations.axcodes2ornt(axes)),
+        (1, 1, 1),
+    )[:3, :3]
+    affine = np.eye(4)
+    affine[:3, :3] = turn_x @ turn_z @ to_axes @ np.diag(spacing)
+    shape = tuple(int(n) for n in np.ceil(np.abs(to_axes).T @ (300, 240, 290) / spacing))
+    affine[:3, 3] = (7.0, -4.0, 11.0) - affine[:3, :3] @ ((np.array(shape) - 1) / 2)
+    places = np.stack(np.meshgrid(*map(np.arange, shape), indexing="ij"), -1) @ affine[:3, :3].T + affine[:3, 3]
+    hu = np.where(np.sum((places / (130, 95, 135)) ** 2, axis=-1) < 1, 40, -1000)
+    inside = np.zeros(shape, bool)
+    for centre, radius in SPHERES:
+        inside |= np.linalg.norm(places - centre, axis=-1) < radius
+    hu = np.where(inside, 900, hu) + np.random.default_rng(0).integers(-9, 10, shape)
+    return nib.Nifti1Image(hu.astype(np.int16), affine), inside, places
+
+
+@pytest.mark.parametrize(
+    "axes, spacing, degrees",
+    [
+        ("RAS", (2.5, 3.0, 10.0), (0, 0)),
+        ("SLP", (9.0, 3.0, 2.5), (0, 0)),
+        ("LPS", (4.0, 3.0, 6.0), (4, -3)),
+        ("PIR", (3.0, 6.0, 4.0), (25, 15)),
+    ],
+)
+def test_classes_lie_at_the_voxels_of_the_scan(trained, tmp_path, monkeypatch, axes, spacing, degrees):
+    """Anisotropic, flipped and oblique scans, with a network that knows: what is dense is of class 1."""
+    image, inside, places = scan_of_spheres(axes, spacing, degrees)
+    nib.save(image, tmp_path / "scan.nii.gz")
+
+    def knowing(setup, params, volumes, windows):
+        return jnp.stack([450.0 - volumes, volumes - 450.0], axis=-1) / 100
+
+    monkeypatch.setattr(segmenter, "logits_of", knowing)
+    command = ["segment", "--workdir", str(trained), "--out", str(tmp_path / "out")]
+    assert main([*command, "--volume", str(tmp_path / "scan.nii.gz")]) == 0
+    found = nib.load(tmp_path / "out" / "scan.nii.gz")
+    np.testing.assert_allclose(found.affine, image.affine, atol=1e-4)
+    mask = np.asarray(found.dataobj) == 1
+    dice = 2 * np.sum(mask & inside) / (mask.sum() + inside.sum())
+    assert dice > 0.9, dice
+    for centre, radius in SPHERES:
+        around = np.linalg.norm(places - centre, axis=-1) < radius + 15
+        apart = places[mask & around].mean(axis=0) - places[inside & around].mean(axis=0)
+        assert np.linalg.norm(apart) < 1.0, apart  # mm; the grid has voxels of 7 to 8
 
 
 def test_a_run_without_segmentation(old_run):
