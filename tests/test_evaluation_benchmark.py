@@ -8,10 +8,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from mg3d_jax import registry
+from mg3d_jax.commands import benchmark as command_module
 from mg3d_jax.commands.main import main
 from mg3d_jax.errors import UserError
 from mg3d_jax.evaluation import benchmark
 from mg3d_jax.evaluation.embedding_files import save_npz
+from mg3d_jax.phantom.layouts.base import make_miniature
+from mg3d_jax.prepare import Settings, prepare
 
 SEEDS = (0, 1, 2)
 
@@ -94,3 +98,59 @@ def test_what_is_done_is_skipped_and_a_failure_stops_nothing(data, tmp_path, cap
     assert "seed0: done before, skipped" in caplog.text and "seed1: failed with exit code 2" in caplog.text
     assert "does not exist: run `mg3d prepare" in (workdir / cells[1].folder / "benchmark.log").read_text()
     assert json.loads((workdir / "benchmark.json").read_text())["missing"] == [str(cells[1].folder)]
+
+
+@pytest.fixture(scope="module")
+def miniatures(tmp_path_factory) -> Path:
+    """Two folds of a data set with classes of scans, and of one with masks."""
+    folder = tmp_path_factory.mktemp("miniatures")
+    for task, layout, split, size in (
+        ("cc_ccii", "cc-ccii", "all", (16, 16, 16)), ("msd_lung", "msd-lung", "train", (48, 48, 32)),
+    ):  # fmt: skip
+        make_miniature(folder / f"raw_{task}", layout, 9, 0)
+        for fold in range(2):
+            given = {"size": size, "spacing": (7.0, 7.0, 8.0), "fold": (fold, 2), "workers": 1, "qa_samples": 0}
+            root, out = folder / f"raw_{task}", folder / "data" / task / f"fold{fold}"
+            prepare(Settings.of(source=layout, root=root, split=split, out=out, **given))
+    return folder / "data"
+
+
+def test_two_tasks_from_data_to_the_table(miniatures, tmp_path, monkeypatch):
+    """Real trainings of plain towers, here in this process: the second call goes on where the first one stopped."""
+    registry.load_plugins(("plain_towers",))
+    ran = []
+
+    def here(words, folder, stop):
+        ran.append(str(folder.relative_to(tmp_path / "b" / "runs")))
+        return main(words)
+
+    monkeypatch.setattr(command_module, "_run", here)
+    options = {
+        "data.batch_size": 8, "training.steps": 2, "model.volume_size": "(16,16,16)", "plugins": "('plain_towers',)",
+        "model.volume_encoder.kind": "cubes", "model.volume_encoder.preset": "plain", "model.volume_encoder.pooling": "mean",
+        "model.volume_encoder.patch_size": "(16,16,16)", "model.volume_encoder.positions": "sincos",
+        "model.volume_encoder.layer_scale": 0.0, "model.report_encoder.kind": "words", "model.report_encoder.preset": "plain",
+        "model.projection_dim": 16, "evaluations.classification.draws": 50, "evaluations.segmentation.draws": 50,
+        "training.writers": "('jsonl',)", "data.windows": "((-1000.0,600.0),)", "data.vocab_size": 100,
+    }  # fmt: skip
+    more = [f"--config.{key}={value}" for key, value in options.items()]
+    base = ["benchmark", "--workdir", str(tmp_path / "b"), "--data", str(miniatures), "--seeds", "0", "--arg", "small"]
+    assert main([*base, "--tasks", "cc_ccii", *more]) == 0
+    first = tmp_path / "b" / "runs" / "cc_ccii" / "scratch-100percent-seed0"
+    assert main([*base, "--init-from", f"first={first}", *more]) == 0
+    assert ran == [
+        "cc_ccii/scratch-100percent-seed0", "cc_ccii/first-100percent-seed0", "msd_lung/scratch-100percent-seed0",
+        "msd_lung/first-100percent-seed0",
+    ]  # fmt: skip
+    found = json.loads((tmp_path / "b" / "benchmark.json").read_text())
+    assert found["missing"] == [] and [row["task"] for row in found["rows"]] == ["cc_ccii", "msd_lung"]
+    for row, metric in zip(found["rows"], ("auroc_macro", "dice/mean"), strict=True):
+        scores = [
+            json.loads(
+                (tmp_path / "b" / "runs" / row["task"] / f"{start}-100percent-seed0/test/metrics.json").read_text()
+            )
+            for start in ("scratch", "first")
+        ]
+        assert row["metric"].endswith(f"/{metric}") and row["seeds"] == [1, 1]
+        assert row["b"] - row["a"] == pytest.approx(row["difference"])
+        assert [row["a"], row["b"]] == pytest.approx([one[row["metric"]] for one in scores])

@@ -70,6 +70,21 @@ def test_from_a_run(old_run):
     assert whole.data.tokenizer == str(old_run / "tokenizer")
 
 
+def test_the_pooling_of_a_run(old_run, tmp_path):
+    """A layer of all tokens, as the quickstart has, is kept on volumes of its size; nothing asks for it elsewhere."""
+    theirs = json.loads((old_run / "config.json").read_text())
+    theirs["model"]["volume_encoder"]["pooling"] = "flatten"
+    (tmp_path / "config.json").write_text(json.dumps(theirs))
+    (tmp_path / "tokenizer").mkdir()
+    for size, pooling in (((16, 16, 16), "flatten"), ((32, 16, 16), "mean")):
+        for reports in (False, True):
+            config = begun(str(tmp_path), volume_size=size, reports=reports)
+            assert (config.model.volume_encoder.pooling, config.init_from.leave) == (pooling, ())
+    assert begun("small").model.volume_encoder.pooling == "flatten"
+    segments = config_lib.load(f"configs/downstream/msd_lung.py:{tmp_path}")
+    assert segments.model.volume_encoder.pooling == "mean" and segments.init_from.leave == ()
+
+
 def test_from_an_imported_tower(tmp_path):
     """Kind, preset and options are found in the folder; other sizes are an error."""
     model = tiny_config(model__volume_encoder__preset="pico", model__volume_encoder__exact_gelu=True).model

@@ -20,7 +20,7 @@ from mg3d_jax.html import Section, Table, number, render
 
 SCRATCH = "scratch"
 # The metric that stands for a task: the first of these that it has.
-PRIMARY = ("auroc_macro", "dice", "f1_micro", "bleu_4", "rouge_l")
+PRIMARY = ("auroc_macro", "dice/mean", "f1_micro", "bleu_4", "rouge_l")
 TRAIN, TEST, FOLD = "train", "test", "fold"  # folders of a task's data
 
 
@@ -140,11 +140,16 @@ def _difference(reference: tuple[str, list[Path]], runs: list[Path]) -> dict[str
     first, others = reference
     found = compare(others, runs)
     keys = list(found.metrics)
-    chosen = next((key for name in PRIMARY for key in keys if key.rpartition("/")[2] == name), keys[0] if keys else "")
+    chosen = next((key for name in PRIMARY for key in keys if key.endswith(f"/{name}")), keys[0] if keys else "")
     if not chosen:
         raise UserError(f"{runs[0]} and {others[0]} have no metric in common")
     about = {"against": first, "metric": chosen, "patients": found.patients, "seeds": [len(others), len(runs)]}
     return about | dict(found.metrics[chosen]) | {"notes": list(found.notes), "all": dict(found.metrics)}
+
+
+def _short(metric: str) -> str:
+    """Its name without the protocol: "auroc_macro", "dice/mean"."""
+    return next((name for name in PRIMARY if metric.endswith(f"/{name}")), metric.rpartition("/")[2])
 
 
 HEAD = ("task", "labels", "start", "metric", "value", "difference", "95 % interval", "seeds")
@@ -156,7 +161,7 @@ def table(summary: dict[str, Any]) -> Table:
     for row in summary["rows"]:
         low, high = row["difference_95"]
         rows.append((
-            row["task"], f"{row['percent']:g} %", f"{row['start']} ({row['against']})", row["metric"].rpartition("/")[2],
+            row["task"], f"{row['percent']:g} %", f"{row['start']} ({row['against']})", _short(row["metric"]),
             f"{number(row['b'])} ({number(row['a'])})", f"{row['difference']:+.3f}", f"{low:+.3f} to {high:+.3f}",
             " / ".join(map(str, row["seeds"])),
         ))  # fmt: skip

@@ -8,7 +8,7 @@ return config.lock()
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -64,7 +64,6 @@ def begin(
     config.name = name
     if small:
         config_lib.use_small_model(config)
-        config.model.volume_encoder.pooling = "attention"
         config.data.windows = ((-1000.0, 1000.0),)
         config.data.batch_size = 16
     else:
@@ -72,9 +71,10 @@ def begin(
         config.data.batch_size = 32
     if not reports:
         config.model.report_encoder.preset = "pico"  # not read
+    size = SMALL_SIZE if small else volume_size
     if sources:
-        start_from(config, sources[0], reports=reports)
-    config.model.volume_size = SMALL_SIZE if small else volume_size
+        start_from(config, sources[0], reports=reports, volume_size=size)
+    config.model.volume_size = size
     for objective in config.objectives.values():
         objective.weight = 0.0
     for evaluation in config.evaluations.values():
@@ -110,17 +110,24 @@ def _schedule(config: ConfigDict, *, small: bool) -> None:
     config.training.update({"steps": 120 if small else 10_000, "checkpoint_every": 60 if small else 500})
 
 
-def start_from(config: ConfigDict, source: str, *, reports: bool = False) -> None:
-    """Gives an unlocked configuration the model of `source`, and names it in `init_from`."""
+def start_from(
+    config: ConfigDict, source: str, *, reports: bool = False, volume_size: tuple[int, int, int] | None = None
+) -> None:
+    """Gives an unlocked configuration the model of `source`, and names it in `init_from`.
+
+    Args:
+        volume_size: of the new run's volumes; the pooling "flatten", a layer of so many tokens, is kept where the source's are
+            of that size, and is a mean elsewhere.
+    """
     folder, _ = folder_and_step(source)
     config.init_from.path = source
     config.init_from.take = (".*",) if reports else ("volume_encoder/.*",)
     if (folder / "tower.json").is_file():
         _like_tower(config, folder)
     elif (folder / "model.safetensors").is_file() and export_format.MARKER in read_json(folder / "config.json"):
-        _like_export(config, folder)
+        _like_export(config, folder, volume_size)
     elif (folder / "config.json").is_file() and (folder / "tokenizer").is_dir():
-        like_run(config, folder, reports=reports)
+        like_run(config, folder, reports=reports, volume_size=volume_size)
     else:
         raise UserError(
             f"{source!r} is nothing to start from: no run of `mg3d train` (RUN or RUN@STEP), no folder written by `mg3d "
@@ -128,9 +135,18 @@ def start_from(config: ConfigDict, source: str, *, reports: bool = False) -> Non
         )
 
 
-def like_run(config: ConfigDict, folder: Path, *, reports: bool = True) -> None:
-    """Model, windows and plug-ins as in a run, with `reports` also its tokenizer and how it reads texts. Nothing is frozen."""
+def like_run(
+    config: ConfigDict, folder: Path, *, reports: bool = True, volume_size: tuple[int, int, int] | None = None
+) -> None:
+    """Model, windows and plug-ins as in a run, with `reports` also its tokenizer and how it reads texts. Nothing is frozen.
+
+    Args:
+        volume_size: as for `start_from`; None: the run's own.
+    """
     theirs = config_lib.to_dict(config_lib.read(folder / "config.json"))
+    theirs["model"]["volume_encoder"]["pooling"] = _pooling(
+        theirs["model"]["volume_encoder"]["pooling"], theirs["model"]["volume_size"], volume_size
+    )
     theirs["model"]["volume_encoder"] |= {"pretrained": "", "frozen_layers": 0}
     theirs["model"]["report_encoder"]["pretrained"] = ""
     config.plugins = theirs["plugins"]
@@ -138,9 +154,6 @@ def like_run(config: ConfigDict, folder: Path, *, reports: bool = True) -> None:
     if not reports:
         config.model.volume_encoder.update(theirs["model"]["volume_encoder"])
         config.model.dtype = theirs["model"]["dtype"]
-        if theirs["model"]["volume_encoder"]["pooling"] == "flatten":  # a layer of so many tokens; volumes may differ
-            config.model.volume_encoder.pooling = "mean"
-            config.init_from.leave = ("volume_encoder/flatten/.*",)
         return
     config.model.update(theirs["model"])
     for name in ("max_tokens", "max_sentences", "vocab_size"):
@@ -149,6 +162,18 @@ def like_run(config: ConfigDict, folder: Path, *, reports: bool = True) -> None:
     for name in ("form", "temperature", "report_view", "sentence_tokens"):
         config.objectives.alignment[name] = alignment[name]
     config.data.tokenizer = str(folder / "tokenizer")
+
+
+def _pooling(pooling: str, theirs: Sequence[int], volume_size: Sequence[int] | None) -> str:
+    """That of a source with volumes of size `theirs`, on volumes of `volume_size`."""
+    other_size = volume_size is not None and tuple(theirs) != tuple(volume_size)
+    return "mean" if pooling == "flatten" and other_size else pooling
+
+
+def tokens_alone(config: ConfigDict) -> None:
+    """For tasks that read the tokens: their volumes may be of another size than the layer of the pooling "flatten" is."""
+    if config.model.volume_encoder.pooling == "flatten":
+        config.model.volume_encoder.pooling = "mean"
 
 
 def _like_tower(config: ConfigDict, folder: Path) -> None:
@@ -164,7 +189,7 @@ def _like_tower(config: ConfigDict, folder: Path) -> None:
     _use_tower(config, tower.kind, tower.encoder, str(folder))
 
 
-def _like_export(config: ConfigDict, folder: Path) -> None:
+def _like_export(config: ConfigDict, folder: Path, volume_size: tuple[int, int, int] | None) -> None:
     about = read_json(folder / "config.json")
     theirs = {"width": "volume_width", "depth": "volume_depth", "num_heads": "volume_heads"}
     names = {"patch_size", "stem", "positions", "num_registers", "qk_norm", "exact_gelu"}
@@ -172,8 +197,7 @@ def _like_export(config: ConfigDict, folder: Path) -> None:
     fields |= {"norm_epsilon": about["volume_norm_eps"], "layer_scale": 0.1 if about["layer_scale"] else 0.0}
     config.data.windows = options_lib.tuples(about["windows"])
     _use_tower(config, "vit", fields, str(folder))
-    if about["pooling"] != "flatten":
-        config.model.volume_encoder.pooling = about["pooling"]
+    config.model.volume_encoder.pooling = _pooling(about["pooling"], about["volume_size"], volume_size)
 
 
 def _use_tower(config: ConfigDict, kind: str, fields: Mapping[str, Any], label: str) -> None:
@@ -200,6 +224,7 @@ def _use_tower(config: ConfigDict, kind: str, fields: Mapping[str, Any], label: 
 def use_report_decoder(config: ConfigDict, arg: str) -> None:
     """Switches the task `generation` on. The pre-trained encoder moves slower than the decoder, which starts from nothing."""
     small = SMALL in arg.split(",")
+    tokens_alone(config)
     config.tasks.generation.weight = 1.0
     config.data.update({"max_tokens": 256, "max_sentences": 48, "vocab_size": 1000 if small else 4096})
     if small:

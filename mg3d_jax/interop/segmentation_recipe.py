@@ -29,6 +29,7 @@ def begin(
     """
     small = finetune.SMALL in arg.split(",")
     config = finetune.begin(arg, name, volume_size=crop, windows=windows, heads=HEADS)
+    finetune.tokens_alone(config)
     config.data.grid = finetune.SMALL_SIZE if small else grid
     if small:
         config.model.volume_size = SMALL_CROP
@@ -39,7 +40,9 @@ def begin(
     config.tasks.segmentation.update({"weight": 1.0, "num_classes": num_classes, "crops": 2, "foreground": 0.5})
     config.tasks.segmentation.include_background = False
     # As SwinUNETR (arXiv 2201.01266) and VoCo (arXiv 2402.17300) are fine-tuned.
-    config.optimizer.update({"learning_rate": 1e-3 if small else 3e-4, "weight_decay": 1e-5, "b2": 0.999})
+    config.optimizer.update({"learning_rate": 3e-3 if small else 3e-4, "weight_decay": 1e-5, "b2": 0.999})
+    if small:  # in a few hundred steps the head, a few numbers, would else hardly leave where it started (docs/segmentation.md)
+        config.optimizer.learning_rate_multipliers = (("segmentation_head/.*", 10.0), (".*", 1.0))
     config.training.steps = 300 if small else 20_000
     config.evaluations.segmentation.every = 0
     return config
