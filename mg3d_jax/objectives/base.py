@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from mg3d_jax.batch import FIELDS, OF_RECORDS, Field
+from mg3d_jax.batch import FIELDS, OF_RECORDS, Field, abstract
 from mg3d_jax.config.parts import DataConfig, ModelConfig
 from mg3d_jax.errors import UserError
 from mg3d_jax.options import Group
@@ -177,6 +177,14 @@ def reads_masks(on: Sequence[Enabled]) -> bool:
 def added_fields(on: Sequence[Enabled], context: Context) -> dict[str, Field]:
     """All fields that a batch has beyond `batch.FIELDS`: `record_fields` and `text_fields`."""
     return record_fields(on) | text_fields(on, context)
+
+
+def abstract_batch(
+    on: Sequence[Enabled], context: Context, batch_size: int = 1, grid: tuple[int, int, int] | None = None
+) -> dict[str, jax.ShapeDtypeStruct]:
+    """Shape and dtype of every field of a batch, with volumes of `grid`, or of the size that the volume encoder takes."""
+    size, labels = grid or context.model.volume_size, label_count(on)
+    return abstract(batch_size, size, context.data.max_tokens, labels, added_fields(on, context))
 
 
 def text_fields(on: Sequence[Enabled], context: Context) -> dict[str, Field]:

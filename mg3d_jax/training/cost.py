@@ -16,13 +16,12 @@ from typing import Any
 
 import jax
 
-from mg3d_jax import batch as batch_contract
 from mg3d_jax import config as config_lib
 from mg3d_jax import flops, sharding
 from mg3d_jax.config import Config
 from mg3d_jax.data.tokens import SPECIAL_TOKENS
 from mg3d_jax.flops import Flops
-from mg3d_jax.objectives.base import added_fields, label_count
+from mg3d_jax.objectives.base import abstract_batch
 from mg3d_jax.training import optimizer
 from mg3d_jax.training import state as state_lib
 from mg3d_jax.training.step import GRADIENTS, Losses
@@ -154,8 +153,7 @@ class StepCost:
     def _arguments(self) -> tuple[Any, Any, Any]:
         """Shapes of the parameters, a batch and a random key."""
         config, model = self.setup.config, self.setup.model
-        labels, more = label_count(model.on), added_fields(model.on, model.context)
-        batch = batch_contract.abstract(self.batch_rows, config.grid, config.data.max_tokens, labels, more)
+        batch = abstract_batch(model.on, model.context, self.batch_rows, config.grid)
         params = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), self.setup.abstract["params"])
         return params, batch, jax.eval_shape(lambda: jax.random.key(0))
 

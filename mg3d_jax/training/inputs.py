@@ -13,13 +13,12 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from mg3d_jax import batch as batch_contract
 from mg3d_jax.batch import AIR_HU, UNKNOWN_LABEL
 from mg3d_jax.config.parts import AugmentConfig
 from mg3d_jax.data.tokens import SPECIAL_TOKENS
 from mg3d_jax.errors import UserError
 from mg3d_jax.models.mg3d import MG3D, SENTENCE_FEATURES
-from mg3d_jax.objectives.base import added_fields, label_count, record_fields
+from mg3d_jax.objectives.base import abstract_batch, record_fields
 from mg3d_jax.options import Group
 
 TEXT_FIELDS = ("token_ids", "token_mask", "sentence_index", "word_index")
@@ -141,11 +140,7 @@ def model_inputs(
 
 def dummy_inputs(model: MG3D, batch_size: int = 1) -> dict[str, Any]:
     """Zeros of the shapes that the model takes; enough to trace it."""
-    sizes = model.context
-    more = added_fields(model.on, sizes)
-    batch = batch_contract.abstract(
-        batch_size, sizes.model.volume_size, sizes.data.max_tokens, label_count(model.on), more
-    )
+    batch = abstract_batch(model.on, model.context, batch_size)
     special = dict.fromkeys(SPECIAL_TOKENS, 0)  # shapes do not depend on them
     inputs = jax.eval_shape(lambda b: model_inputs(b, jax.random.key(0), model, special=special, train=False), batch)
     return jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), inputs)

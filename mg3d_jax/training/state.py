@@ -139,12 +139,10 @@ def initialize(setup: Setup) -> State:
 def first(setup: Setup, tokenizer: ReportTokenizer, load: Initializer | None = None) -> State:
     """The state of a new run: random, then with what `load` puts in. `ValueError` where the configuration names weights and
     nothing is given to load them."""
-    state = initialize(setup)
-    if load is not None:
-        return load(setup, state, tokenizer)
-    if keys := starts_from(setup.config.init_from, setup.config.model):
+    if load is None and (keys := starts_from(setup.config.init_from, setup.config.model)):
         raise ValueError(f"{keys} is set: give `initialize`, e.g. `interop.warm_start.load_initial`")
-    return state
+    state = initialize(setup)
+    return load(setup, state, tokenizer) if load else state
 
 
 def starts_from(init_from: InitConfig, model: ModelConfig) -> str:
