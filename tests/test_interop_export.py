@@ -451,3 +451,29 @@ def test_an_export_takes_the_place_of_an_earlier_one(make_run, tmp_path):
     assert not (out / "stale.py").exists() and (out / "mine.txt").exists()
     written = (out / "files.txt").read_text().split()
     assert {oct((out / name).stat().st_mode & 0o777) for name in written} == {"0o644"}
+
+
+@pytest.mark.parametrize("fault", ["windows", "heads", "nan", "tokenizer"])
+def test_what_does_not_belong_together_is_an_error_at_load(make_run, tmp_path, fault):
+    """None of these changes a shape, and each gave numbers without a word."""
+    run, out = make_run(**FOR_MONAI["learned, mean, two windows"]), tmp_path / "out"
+    export_lib.export(run, out)
+    config, load = json.loads((out / "config.json").read_text()), modeling_mg3d.MG3DModel.from_pretrained
+    if fault == "nan":
+        state = load_file(out / "model.safetensors")
+        state["volume_projection.weight"][0, 0] = float("nan")
+        save_file(state, out / "model.safetensors", metadata={"format": "pt"})
+        says = "weights that are not finite: volume_projection.weight"
+    elif fault == "tokenizer":
+        other = tmp_path / "other"
+        save_tokenizer(train_wordpiece(["an entirely different vocabulary."], 60), other)
+        with pytest.raises(ValueError, match="another vocabulary"):
+            load(out).encode_texts(modeling_tokenizer(other), [["Emphysema."]])
+        return
+    else:
+        key, value = ("windows", config["windows"][::-1]) if fault == "windows" else ("volume_heads", 1)
+        (out / "config.json").write_text(json.dumps(config | {key: value}))
+        assert load(out, check_config=False).config.to_dict()[key] == value
+        says = f"{key} = .*, not "
+    with pytest.raises(ValueError, match=says):
+        load(out)

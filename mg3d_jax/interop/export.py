@@ -39,8 +39,11 @@ def write_hugging_face(run: Run, folder: Path, probe: Probe | None = None) -> li
     """Writes what `AutoModel.from_pretrained(folder, trust_remote_code=True)` loads. Returns lines to print."""
     from safetensors.numpy import save_file
 
+    from mg3d_jax.interop.torch_template.modeling_mg3d import SETTINGS, vocabulary_hash
+
     params, left_out = export_format.split_params(run.params)
     arguments = export_format.torch_config(run.config, params, run.spacing, run.grid.policy)
+    arguments["vocabulary_hash"] = vocabulary_hash(run.tokenizer.tokenizer.get_vocab())
     arguments |= export_format.head_arguments(run.config, params, run.label_names)
     tasks = export_format.task_arguments(run.config, params, run.mask_names)
     arguments |= tasks | (probe.arguments() if probe else {})
@@ -50,7 +53,7 @@ def write_hugging_face(run: Run, folder: Path, probe: Probe | None = None) -> li
     write_json(folder / "config.json", content)
     write_json(folder / "preprocessor_config.json", export_preparation.preprocessor_config(run))
     state = export_format.torch_state(params, run.config) | (probe.state() if probe else {})
-    save_file(state, folder / "model.safetensors", metadata={"format": "pt"})
+    save_file(state, folder / "model.safetensors", metadata={"format": "pt", SETTINGS: json.dumps(arguments)})
     for template in (TEMPLATE, TASKS_TEMPLATE) if tasks else (TEMPLATE,):
         shutil.copyfile(template, folder / template.name)
     export_preparation.write(folder)

@@ -14,21 +14,27 @@ T tokens, S sentences, d width of a tower, k width of the shared space.
 
 from __future__ import annotations
 
+import hashlib
+import json
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from math import prod
 
 import numpy as np
 import torch
 import torch.nn.functional as F
+from safetensors import safe_open
 from torch import Tensor, nn
 from transformers import PretrainedConfig, PreTrainedModel
-from transformers.utils import ModelOutput
+from transformers.utils import ModelOutput, cached_file
 
 AIR_HU, HIGHEST_HU = -1024, 3071
 STRAIGHTEN_DEGREES = 10.0  # as the preparation of the training data
 MAX_LOGIT_SCALE = 100.0
+SETTINGS = (
+    "mg3d_settings"  # key of the file's metadata: JSON of the arguments of `MG3DConfig` that belong to the weights
+)
 
 
 class MG3DConfig(PretrainedConfig):
@@ -41,6 +47,8 @@ class MG3DConfig(PretrainedConfig):
     probe_classes: what `probe_logits` scores, a linear head that was fitted to embeddings; head_classes: what
     `classification_logits` scores, the head that the encoder was trained with. Without classes there is no such head.
     Kinds: "multi_label", a sigmoid for each class, or "multi_class", a softmax over them.
+
+    vocabulary_hash: of the tokenizer that the model was trained with (`vocabulary_hash`); "": not known.
 
     segmentation_classes (background first) and decoder_depth > 0: decoders of `modeling_mg3d_tasks.py`, which the export
     of a model that was trained to segment or to write reports has beside this file.
@@ -88,6 +96,7 @@ class MG3DConfig(PretrainedConfig):
         probe_kind: str = "multi_label",
         head_classes: Sequence[str] = (),
         head_kind: str = "multi_label",
+        vocabulary_hash: str = "",
         segmentation_classes: Sequence[str] = (),
         segmentation_width: int = 16,
         decoder_width: int = 512,
@@ -114,6 +123,7 @@ class MG3DConfig(PretrainedConfig):
         self.projection_dim, self.logit_bias, self.direction_bias = projection_dim, logit_bias, direction_bias
         self.probe_classes, self.probe_kind = list(probe_classes), probe_kind
         self.head_classes, self.head_kind = list(head_classes), head_kind
+        self.vocabulary_hash = vocabulary_hash
         self.segmentation_classes, self.segmentation_width = list(segmentation_classes), segmentation_width
         self.decoder_width, self.decoder_depth = decoder_width, decoder_depth
         self.decoder_heads, self.decoder_mlp_dim = decoder_heads, decoder_mlp_dim
@@ -303,6 +313,26 @@ def sentence_means(tokens: Tensor, sentence_index: Tensor, max_sentences: int) -
     return means, count > 0
 
 
+def vocabulary_hash(vocabulary: Mapping[str, int]) -> str:
+    """The first 16 hex digits of the SHA-256 of token -> id."""
+    return hashlib.sha256(json.dumps(sorted(vocabulary.items())).encode()).hexdigest()[:16]
+
+
+def _check_settings(config: MG3DConfig, folder: str) -> None:
+    """`ValueError` where `config` differs from the settings that the file of the weights carries, if it does."""
+    file = cached_file(folder, "model.safetensors", _raise_exceptions_for_missing_entries=False)
+    if file is None:
+        return
+    with safe_open(file, framework="pt") as weights:
+        told = json.loads((weights.metadata() or {}).get(SETTINGS, "{}"))
+    ours = json.loads(json.dumps({key: getattr(config, key, None) for key in told}))
+    if wrong := [f"{key} = {ours[key]!r}, not {value!r}" for key, value in told.items() if ours[key] != value]:
+        raise ValueError(
+            f"config.json says other settings than the weights were trained with: {'; '.join(wrong)}. Take config.json and "
+            "weights of one export, or pass check_config=False if you mean it."
+        )
+
+
 def tokenize(tokenizer, sentences: Sequence[str], max_tokens: int, max_sentences: int = 32) -> dict[str, Tensor]:
     """The sentences of ONE report -> `input_ids, attention_mask, sentence_index`, each [1, max_tokens].
 
@@ -396,6 +426,7 @@ class MG3DModel(PreTrainedModel):
     main_input_name = "hu"
     base_model_prefix = ""
     _no_split_modules = ("Block",)
+    _checked_tokenizer = 0  # id of the one that `tokenize` knows to be the model's
 
     def __init__(self, config: MG3DConfig):
         super().__init__(config)
@@ -421,8 +452,10 @@ class MG3DModel(PreTrainedModel):
                 nn.init.zeros_(module.bias)
 
     @classmethod
-    def from_pretrained(cls, *args, output_loading_info: bool = False, **kwargs):
-        """As in transformers, but a missing, unknown or misshapen tensor is an error, not a layer of random numbers."""
+    def from_pretrained(cls, *args, output_loading_info: bool = False, check_config: bool = True, **kwargs):
+        """As in transformers, but a missing, unknown or misshapen tensor is an error, not a layer of random numbers; so are
+        numbers that are not finite, and settings other than those that the weights were exported with (windows, heads, ...),
+        unless `check_config` is False."""
         kwargs["ignore_mismatched_sizes"] = True  # collected here, to name them all at once
         model, info = super().from_pretrained(*args, output_loading_info=True, **kwargs)
         problems = {
@@ -435,6 +468,12 @@ class MG3DModel(PreTrainedModel):
             raise ValueError(
                 f"the weights do not belong to this configuration: {'; '.join(lines)}. Export the model again."
             )
+        if broken := [name for name, tensor in model.state_dict().items() if not tensor.isfinite().all()]:
+            raise ValueError(
+                f"weights that are not finite: {', '.join(broken[:8])}. The file is damaged: get it again."
+            )
+        if check_config:
+            _check_settings(model.config, args[0] if args else kwargs["pretrained_model_name_or_path"])
         return (model, info) if output_loading_info else model
 
     def prepare_volume(self, hu: np.ndarray, affine: np.ndarray) -> tuple[Tensor, np.ndarray]:
@@ -514,6 +553,12 @@ class MG3DModel(PreTrainedModel):
 
     def tokenize(self, tokenizer, reports: Sequence[Sequence[str]]) -> dict[str, Tensor]:
         """Reports, each a list of sentences -> the inputs of `encode_report`, on the model's device."""
+        if id(tokenizer) != self._checked_tokenizer:
+            if self.config.vocabulary_hash not in ("", vocabulary_hash(tokenizer.get_vocab())):
+                raise ValueError(
+                    "the tokenizer has another vocabulary than the model's: take the one of the model's folder"
+                )
+            self._checked_tokenizer = id(tokenizer)
         length = self.config.report_tokens or self.config.max_tokens
         rows = [tokenize(tokenizer, report, length, self.config.max_sentences) for report in reports]
         return {name: torch.cat([row[name] for row in rows]).to(self.device) for name in rows[0]}
