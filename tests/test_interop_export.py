@@ -392,6 +392,12 @@ found["array"] = processor((np.asarray(image.dataobj), image.affine))["volume"].
 both = AutoProcessor.from_pretrained(folder, trust_remote_code=True)(images=f"{data}/lps.nii.gz", text=["No nodule."])
 found["both"], found["ids"] = both["volume"].numpy(), both["input_ids"].numpy()
 np.savez(f"{data}/outputs.npz", **found)
+sys.path.insert(0, folder)
+import verify_mg3d
+assert verify_mg3d.main() == 0
+with open(f"{folder}/mg3d_resample.py", "a") as file:
+    file.write("# changed")
+assert verify_mg3d.main() == 1
 try:
     processor((np.where(image.get_fdata() > 100, np.nan, 0.0), image.affine))
 except Exception as error:
@@ -421,6 +427,7 @@ def test_the_exported_processor_gives_the_voxels_of_prepare(make_run, tmp_path, 
     done = subprocess.run(command, env=environ, capture_output=True, text=True, timeout=240, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert "the array given: cannot be used" in done.stdout and "finite" in done.stdout
+    assert "verified" in done.stdout and "not as exported: mg3d_resample.py" in done.stdout
     found = np.load(data / "outputs.npz")
     for name in cases:
         np.testing.assert_array_equal(found[name][0], prepare_volume(data / name, run.grid).volume, err_msg=name)

@@ -11,6 +11,7 @@ from mg3d_jax.evaluation.probes import load_head
 from mg3d_jax.interop.export import FORMATS, check_out, export, torch_module
 from mg3d_jax.interop.export_format import Probe
 from mg3d_jax.interop.export_run import Run, load_run
+from mg3d_jax.prepare.geometry import POLICIES
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -37,6 +38,10 @@ def _parser() -> argparse.ArgumentParser:
         "--spacing", nargs=3, type=float, metavar=("X", "Y", "Z"),
         help="mm per voxel of the training volumes; needed only where neither checkpoint nor data says it",
     )  # fmt: skip
+    parser.add_argument(
+        "--policy", choices=sorted(POLICIES), help="how the training volumes were placed on the grid; needed only where the "
+        "folders of the data differ",
+    )  # fmt: skip
     return parser
 
 
@@ -55,7 +60,7 @@ def main(argv: list[str]) -> int:
     args = _parser().parse_args(argv)
     torch_module()
     check_out(args.out)
-    run = load_run(args.workdir, args.step, tuple(args.spacing) if args.spacing else None)
+    run = load_run(args.workdir, args.step, tuple(args.spacing) if args.spacing else None, args.policy)
     lines = export(run, args.out, args.format, _probe(args.probe, run) if args.probe else None)
     print("\n".join([f"{args.out}: step {run.step} of {args.workdir}", *lines]))
     for file in sorted(args.out.iterdir()):

@@ -6,6 +6,7 @@ PyTorch one, both in float32, and the embeddings must agree.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import logging
 import os
@@ -32,6 +33,7 @@ SHARES_TOLERANCE = 1e-3
 SHARES = "shares of the classes of voxels"
 FILES = "files.txt"  # what an export wrote, by which a later one into the same folder takes its place
 TEMPLATE = Path(__file__).parent / "torch_template" / "modeling_mg3d.py"
+VERIFY_TEMPLATE = TEMPLATE.with_name("verify_mg3d.py")
 TASKS_TEMPLATE = TEMPLATE.with_name("modeling_mg3d_tasks.py")
 
 
@@ -62,6 +64,7 @@ def write_hugging_face(run: Run, folder: Path, probe: Probe | None = None) -> li
     inputs = phantom_inputs(run.model_grid)
     check_processor(run, folder, inputs)
     differences = compare(run, folder, inputs, probe)
+    write_verification(run, folder, inputs)
     (folder / "README.md").write_text(export_card.model_card(run, differences, left_out, arguments))
     lines = [f"{name}: JAX and PyTorch differ by at most {value:.1e}" for name, value in differences.items()]
     if left_out:
@@ -86,6 +89,24 @@ def check_processor(run: Run, folder: Path, inputs: Inputs) -> None:
                 f"nothing was exported: on phantom {number} the exported preprocessing gives {differs.mean():.1%} other voxels "
                 f"than a preparation by {run.grid}: report the run's config.json and the manifest.json of its data"
             )
+
+
+def write_verification(run: Run, folder: Path, inputs: Inputs) -> None:
+    """`example.nii.gz` and `verification.json`: what the Linen model makes of the first phantom, for `verify_mg3d.py`."""
+    content, sentences = phantom_scans()[0]
+    (folder / "example.nii.gz").write_bytes(content)
+    shutil.copyfile(VERIFY_TEMPLATE, folder / VERIFY_TEMPLATE.name)
+    texts = [[sentence] for sentence in sentences[:2]]
+    expected = reference_features(run, np.repeat(inputs.volumes[:1], len(texts), 0), texts)
+    files = sorted(file for file in folder.iterdir() if file.is_file())
+    told = {
+        "sha256": {file.name: hashlib.sha256(file.read_bytes()).hexdigest() for file in files},
+        "texts": texts,
+        "volume_embedding": expected["volume_embedding"][:1].tolist(),
+        "text_embeddings": expected["report_embedding"].tolist(),
+        "tolerance": TOLERANCE,
+    }
+    write_json(folder / "verification.json", told)
 
 
 def compare(run: Run, folder: Path, inputs: Inputs, probe: Probe | None = None) -> dict[str, float]:
@@ -257,5 +278,8 @@ def torch_module() -> ModuleType:
     try:
         import torch
     except ImportError as error:
-        raise UserError("an export is checked with PyTorch, which is not installed here: pip install torch") from error
+        raise UserError(
+            "an export is checked with PyTorch, which is not installed here: pip install torch (without a GPU, the CPU build: "
+            "pytorch.org says how)"
+        ) from error
     return torch

@@ -153,6 +153,7 @@ prompts = model.encode_texts(tokenizer, [["Emphysema is present."], ["Emphysema 
 probability = (model.logit_scale.exp() * volume @ prompts.T).softmax(-1)[0, 0]
 ```
 
+`python verify_mg3d.py` in this folder tells whether it is whole and computes here what it computed where it was made.
 `model.encode_texts` takes texts as lists of sentences; `model.tokenize` and `model.encode_report` are its two halves.
 `model.encode_volume(hu, return_tokens=True)` also gives the patch features. The model is {_code(arguments or {})}; the
 other `.py` files are those that brought the training volumes to the grid. `AutoProcessor` takes `images` and `text`.

@@ -1,0 +1,62 @@
+"""Is this folder whole, and does it compute here what it computed where it was made?
+
+    python verify_mg3d.py
+
+Compares the SHA-256 of every file, then reads `example.nii.gz`, a synthetic chest, and two texts, and compares their embeddings
+with those in `verification.json`. Exit code 0: all agree.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import sys
+from pathlib import Path
+
+FOLDER = Path(__file__).resolve().parent
+
+
+def damaged(expected: dict[str, str]) -> list[str]:
+    """Files that are missing or differ."""
+    found = {name: FOLDER / name for name in expected}
+    return [name for name, path in found.items() if not path.is_file() or sha256(path) != expected[name]]
+
+
+def sha256(path: Path) -> str:
+    """Of the content of a file."""
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def main() -> int:
+    """Prints what was compared."""
+    told = json.loads((FOLDER / "verification.json").read_text())
+    if wrong := damaged(told["sha256"]):
+        print(f"not as exported: {', '.join(wrong)}: get the folder again")
+        return 1
+    print(f"{len(told['sha256'])} files are as exported")
+    import torch
+    from transformers import AutoImageProcessor, AutoModel, AutoTokenizer
+
+    model = AutoModel.from_pretrained(FOLDER, trust_remote_code=True).eval()
+    processor = AutoImageProcessor.from_pretrained(FOLDER, trust_remote_code=True)
+    tokenizer = AutoTokenizer.from_pretrained(FOLDER)
+    with torch.no_grad():
+        found = {
+            "volume_embedding": model.encode_volume(processor(str(FOLDER / "example.nii.gz"))["volume"]),
+            "text_embeddings": model.encode_texts(tokenizer, told["texts"]),
+        }
+    differs = False
+    for name, values in found.items():
+        difference = float((values - torch.tensor(told[name])).abs().max())
+        differs |= not difference <= told["tolerance"]
+        print(f"{name}: differs by {difference:.1e} (at most {told['tolerance']:.0e})")
+    print("not what was exported: report the versions of torch and transformers" if differs else "verified")
+    return int(differs)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
