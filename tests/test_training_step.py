@@ -1,11 +1,14 @@
 """The compiled step: the same loss and gradients on every mesh, accumulation, freezing, averaging, skipped updates."""
 
+from types import SimpleNamespace
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from scipy.optimize import minimize_scalar
 from support import (
     SPECIAL,
     quick_state,
@@ -97,6 +100,31 @@ def test_a_learned_temperature_stops_at_its_limit_and_comes_back():
     assert float(jax.grad(scale)(limit["logit_scale"])) == pytest.approx(100.0)
 
 
+def test_a_balance_by_uncertainty_is_each_objective_with_its_best_noise():
+    on = tuple(
+        SimpleNamespace(
+            name=name,
+            options=SimpleNamespace(weight=weight),
+            objective=SimpleNamespace(loss=lambda features, batch, options: (features["loss"], {})),
+        )
+        for name, weight in (("large", 0.5), ("small", 2.0))
+    )
+
+    def total(values):
+        features = {"large": {"loss": values[0]}, "small": {"loss": values[1]}}
+        return multitask_loss(features, {}, {}, on, "uncertainty")
+
+    losses = jnp.array([7.0, 0.03])
+    (loss, metrics), gradient = jax.value_and_grad(total, has_aux=True)(losses)
+    # The loss of the paper with the noise that minimises it, found by search.
+    best = [minimize_scalar(lambda s, x=x: x * np.exp(-s) + s, bracket=(-5, 5)).fun for x in (7.0, 0.03)]
+    np.testing.assert_allclose(loss, 0.5 * best[0] + 2.0 * best[1], rtol=1e-5)
+    np.testing.assert_allclose(gradient, [0.5 / 7.0, 2.0 / 0.03], rtol=1e-5)
+    np.testing.assert_allclose([metrics["large"], metrics["small"]], losses)  # the curves stay those of the losses
+    np.testing.assert_array_equal(jax.grad(total, has_aux=True)(jnp.array([1.0, 0.0]))[0], [0.5, 0.0])
+    assert np.isnan(total(jnp.array([1.0, jnp.nan]))[0])
+
+
 def test_accumulation_averages_the_gradients_of_its_micro_batches():
     """Two micro-batches with the same rows have the same loss; with report view "report" nothing random differs."""
     config = small_config(objectives__alignment__report_view="report", optimizer__accumulation=2)
@@ -117,8 +145,8 @@ def test_accumulation_averages_the_gradients_of_its_micro_batches():
 NAN_LOSS, NAN_GRADIENT = -32768, -32767  # HU values of the first voxel that make `poisoned_loss` misbehave
 
 
-def poisoned_loss(features, logits, batch, on):
-    loss, metrics = multitask_loss(features, logits, batch, on)
+def poisoned_loss(features, logits, batch, on, balance):
+    loss, metrics = multitask_loss(features, logits, batch, on, balance)
     voxel = batch["volume"][0, 0, 0, 0]
     spike = voxel == NAN_GRADIENT  # the root of 0 is 0, its derivative times 0 is not
     root = jnp.sqrt(jnp.where(spike, 0.0 * jnp.sum(features["alignment"]["volume_embedding"]), 1.0)) - jnp.where(

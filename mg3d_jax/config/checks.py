@@ -14,6 +14,7 @@ DTYPES = ("float32", "bfloat16")
 REMAT_POLICIES = ("none", "minimal", "full", "offload")
 SCHEDULES = ("linear", "cosine", "constant")
 OPTIMIZERS = ("adamw", "muon")
+BALANCES = ("fixed", "uncertainty")
 LENGTH_UNITS = ("steps", "epochs", "samples")
 REPORT_INPUTS = ("tokens", "sentences")
 WRITERS = ("jsonl", "tensorboard", "wandb")
@@ -218,6 +219,7 @@ def _training_problems(config: Config) -> list[str]:
     training = config.training
     problems = _range_problems(config) + choice("schedule.kind", config.schedule.kind, SCHEDULES)
     problems += choice("optimizer.name", config.optimizer.name, OPTIMIZERS)
+    problems += choice("optimizer.balance", config.optimizer.balance, BALANCES)
     problems += choice("training.best_mode", training.best_mode, ("min", "max"))
     for writer in training.writers:
         problems += choice("training.writers", writer, WRITERS)

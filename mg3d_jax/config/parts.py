@@ -258,6 +258,12 @@ class OptimizerConfig:
     b1: float = key(0.9, "decay of Adam's first moment")
     b2: float = key(0.98, "decay of Adam's second moment")
     weight_decay: float = key(0.05, "decoupled weight decay")
+    balance: str = key(
+        "fixed",
+        "fixed: objectives count by their weights; uncertainty: by their weights over their loss at each step, so that none "
+        "counts for more by its scale",
+        neutral="fixed",
+    )
     clip_norm: float = key(1.0, "largest norm of the gradient; 0: no clipping")
     accumulation: int = key(1, "micro-batches that a batch is split into, one after another")
     gradient_cache: bool = key(

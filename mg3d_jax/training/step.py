@@ -51,6 +51,7 @@ class Losses:
 
     def __init__(self, setup: Setup, special: dict[str, int], *, train: bool):
         self.model, self.special, self.train = setup.model, special, train
+        self.balance = setup.config.optimizer.balance
 
     def features(self, params: Any, batch: Batch, key: jax.Array) -> dict[str, Any]:
         """What the losses need to know of each patient, by the name of the objective or task."""
@@ -61,7 +62,7 @@ class Losses:
     def objectives(self, params: Any, features: dict[str, Any], batch: Batch) -> tuple[jax.Array, dict]:
         """Loss and metrics of the whole batch."""
         logits = self.model.apply({"params": params}, method="logits")
-        return multitask_loss(features, logits, batch, self.model.on)
+        return multitask_loss(features, logits, batch, self.model.on, self.balance)
 
     def __call__(self, params: Any, batch: Batch, key: jax.Array) -> tuple[jax.Array, dict]:
         return self.objectives(params, self.features(params, batch, key), batch)
