@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
@@ -32,6 +33,17 @@ class Chart:
     whole: bool = False
 
 
+@contextmanager
+def plain_text() -> Iterator[None]:
+    """What is drawn in here shows a "$" as it is, not as the beginning of a formula: names of runs, labels and files of users
+    may have some. Also a decorator. Ticks of log axes need a formatter of their own, as matplotlib writes formulas there."""
+    import matplotlib
+
+    with matplotlib.rc_context({"text.parse_math": False}):
+        yield
+
+
+@plain_text()
 def svg(chart: Chart) -> str:
     """The chart as an SVG document without a background. The same input gives the same bytes."""
     import matplotlib

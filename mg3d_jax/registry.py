@@ -13,7 +13,7 @@ import importlib
 from collections.abc import Iterator, Mapping
 from typing import Any, Generic, TypeVar
 
-from mg3d_jax.errors import UserError
+from mg3d_jax.errors import UserError, in_code_of_users
 
 T = TypeVar("T")
 
@@ -83,6 +83,8 @@ def load_plugins(modules: tuple[str, ...] | list[str]) -> None:
                 f"the plugin {name!r} cannot be imported ({error}): plugins are names of Python modules; put the folder that "
                 "holds it on PYTHONPATH or install its package"
             ) from error
+        except Exception as error:
+            raise UserError(f"the plugin {name!r} cannot be imported: {in_code_of_users(error)}") from error
 
 
 OBJECTIVES: Registry[Any] = Registry("objective", home="mg3d_jax.objectives")

@@ -47,14 +47,14 @@ def main(argv: list[str]) -> int:
     tasks = [name for name, options in config.tasks.items() if options.weight > 0]
     if not tasks:
         raise UserError(f"{args.config} trains no task: set e.g. tasks.classification.weight=1.0, or use `mg3d train`")
-    distributed.initialize(args)
-    from mg3d_jax.trainer import Trainer  # after the processes have joined: nothing may look for devices before
-    from mg3d_jax.training.stopping import DONE
+    with distributed.joined(args):
+        from mg3d_jax.trainer import Trainer  # after the processes have joined: nothing may look for devices before
+        from mg3d_jax.training.stopping import DONE
 
-    code = Trainer(config, args.workdir).run()
-    if code == DONE:
-        evaluate_tasks(config, tasks, args.workdir, args.test or list(config.data.valid), args.batch_size)
-    return code
+        code = Trainer(config, args.workdir).run()
+        if code == DONE:
+            evaluate_tasks(config, tasks, args.workdir, args.test or list(config.data.valid), args.batch_size)
+        return code
 
 
 def recipe_with(config: str, source: str | None) -> str:

@@ -6,10 +6,13 @@ import argparse
 import importlib
 import logging
 import os
+import select
 import sys
+from contextlib import suppress
 
 from mg3d_jax import __version__, arithmetic, log
-from mg3d_jax.errors import UserError, storage_problem
+from mg3d_jax.errors import translated
+from mg3d_jax.progress import leave_terminal
 from mg3d_jax.registry import COMMANDS, load_plugins
 
 logger = logging.getLogger(__name__)
@@ -43,18 +46,26 @@ def main(argv: list[str] | None = None) -> int:
         if name == "--version":
             print(f"mg3d {__version__}")
             return 0
-        return importlib.import_module(COMMANDS[name].module).main(rest) or 0
-    except UserError as error:
-        logger.error("mg3d%s: %s", f" {name}" if name in COMMANDS else "", error)
-        return 2
-    except OSError as error:
-        if (problem := storage_problem(error)) is None:
+        code = importlib.import_module(COMMANDS[name].module).main(rest) or 0
+        sys.stdout.flush()  # here, where an error can be told
+        return code
+    except Exception as error:
+        if isinstance(error, BrokenPipeError) and _nobody_reads():
+            leave_terminal(pipes=True)  # what is left to print goes nowhere, as whoever closed the pipe wanted it
+            return 0
+        if (known := translated(error)) is None:
             raise
-        where = f"{error.filename}: " if error.filename else ""
-        logger.error(
-            "mg3d %s: %s%s. Make room or change the permissions; the same command goes on", name, where, problem
-        )
-        return 2
+        logger.error("mg3d%s: %s", f" {name}" if name in COMMANDS else "", known)
+        return known.code
+
+
+def _nobody_reads() -> bool:
+    """Has the reader of our output left, as `head` does?"""
+    with suppress(OSError, ValueError, AttributeError):  # a stream without a descriptor
+        poll = select.poll()
+        poll.register(sys.stdout.fileno(), select.POLLERR)
+        return bool(poll.poll(0))
+    return False
 
 
 def _split(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:

@@ -36,7 +36,7 @@ def main(argv: list[str]) -> int:
     args = parser.parse_args(own)
     start = [f"--config.init_from.path={args.init_from}"] if args.init_from else []
     config = config_lib.load(args.config, overrides + start)
-    distributed.initialize(args)
-    from mg3d_jax.trainer import Trainer  # after the processes have joined: nothing may look for devices before
+    with distributed.joined(args):
+        from mg3d_jax.trainer import Trainer  # after the processes have joined: nothing may look for devices before
 
-    return Trainer(config, args.workdir, profile_steps=args.profile).run()
+        return Trainer(config, args.workdir, profile_steps=args.profile).run()

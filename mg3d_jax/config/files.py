@@ -16,7 +16,7 @@ from mg3d_jax import config_files
 from mg3d_jax import options as options_lib
 from mg3d_jax.config import migrations
 from mg3d_jax.config.parts import Config, assemble
-from mg3d_jax.errors import UserError
+from mg3d_jax.errors import UserError, in_code_of_users
 from mg3d_jax.files import read_json
 from mg3d_jax.registry import load_plugins
 
@@ -94,7 +94,7 @@ def load_file(path: str, overrides: list[str] | None = None) -> ConfigDict:
     config_flags.DEFINE_config_file("config", flag_values=values, sys_argv=argv)
     try:
         values(argv)
-        return values.config
+        found = values.config
     except (AttributeError, KeyError) as error:
         # Of the file itself (a wrong ARG, a mistyped group), or of an override.
         if not overrides:
@@ -102,6 +102,15 @@ def load_file(path: str, overrides: list[str] | None = None) -> ConfigDict:
         raise UserError(_unknown_key(path, overrides, error)) from error
     except (flags.Error, TypeError, ValueError) as error:
         raise UserError(f"config {path}: {error}") from error
+    except UserError:
+        raise
+    except Exception as error:
+        raise UserError(f"config {path}: {in_code_of_users(error)}") from error
+    if not isinstance(found, ConfigDict):
+        raise UserError(
+            f"config {path}: get_config returns a {type(found).__name__}, not a ConfigDict: does it `return config`?"
+        )
+    return found
 
 
 def _unknown_key(path: str, overrides: list[str], error: Exception) -> str:

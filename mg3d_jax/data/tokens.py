@@ -6,7 +6,8 @@ reports or came from the hub, so that training, evaluation and the exported PyTo
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -14,10 +15,11 @@ import numpy as np
 from tokenizers import Encoding, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 
 from mg3d_jax.errors import UserError
-from mg3d_jax.files import write_json
+from mg3d_jax.files import write_json, write_text
 
 # Roles of special tokens. They have BERT's names here, however the tokenizer calls them ("<s>", "<pad>", ...).
 SPECIAL_TOKENS = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
+_UNKNOWN = "a \u2695 \u4e00"  # with what few vocabularies have
 MAX_LENGTH = 512  # tokens; written into `tokenizer_config.json`, where transformers looks for it
 
 
@@ -56,21 +58,39 @@ def load_tokenizer(name_or_folder: str) -> Tokenizer:
     Many published files carry the padding and truncation of some application. They are dropped: texts are padded and cut to
     the limits of the configuration, and what is cut is counted.
     """
-    tokenizer = _read_tokenizer(name_or_folder)
-    tokenizer.no_padding()
-    tokenizer.no_truncation()
+    with _named(name_or_folder):
+        tokenizer = _read_tokenizer(name_or_folder)
+        tokenizer.no_padding()
+        tokenizer.no_truncation()
+        tokenizer.encode(
+            _UNKNOWN
+        )  # a vocabulary without the parts that the file refers to fails at the first text only
     return tokenizer
+
+
+@contextmanager
+def _named(name_or_folder: str) -> Iterator[None]:
+    """What the library raises becomes a `UserError` with the file. It raises bare `Exception`s, and for what its Rust code
+    does not expect a `PanicException`, which is none."""
+    path = Path(name_or_folder) / "tokenizer.json"
+    where = str(path) if path.is_file() else f"data.tokenizer = {name_or_folder!r}"
+    try:
+        yield
+    except UserError:
+        raise
+    except BaseException as error:
+        if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
+            raise
+        raise UserError(
+            f"{where} is no tokenizer that this version of `tokenizers` can use: {error}. Copy its files "
+            "again, or name another one in data.tokenizer"
+        ) from error
 
 
 def _read_tokenizer(name_or_folder: str) -> Tokenizer:
     folder = Path(name_or_folder)
     if (folder / "tokenizer.json").is_file():
-        try:
-            return Tokenizer.from_file(str(folder / "tokenizer.json"))
-        except Exception as error:  # the library raises nothing more specific
-            raise UserError(
-                f"{folder / 'tokenizer.json'} is no tokenizer that this version of `tokenizers` reads: {error}"
-            ) from error
+        return Tokenizer.from_file(str(folder / "tokenizer.json"))
     from transformers import AutoTokenizer, BertTokenizerFast  # slow import, needed only here
 
     # CXR-BERT names a class of its own, which is BERT's; its repository's code is never run.
@@ -85,9 +105,12 @@ def _read_tokenizer(name_or_folder: str) -> Tokenizer:
 
 
 def save_tokenizer(tokenizer: Tokenizer, folder: Path) -> None:
-    """Writes `tokenizer.json` and the `tokenizer_config.json` that makes `AutoTokenizer.from_pretrained(folder)` work."""
+    """Writes `tokenizer.json` and the `tokenizer_config.json` that makes `AutoTokenizer.from_pretrained(folder)` work.
+
+    The first one not by the library, whose errors do not say what the disk refused.
+    """
     folder.mkdir(parents=True, exist_ok=True)
-    tokenizer.save(str(folder / "tokenizer.json"))
+    write_text(folder / "tokenizer.json", tokenizer.to_str(pretty=True))
     names = {f"{role.strip('[]').lower()}_token": token for role, token in special_tokens(tokenizer).items()}
     config = {"tokenizer_class": "PreTrainedTokenizerFast", "model_max_length": MAX_LENGTH} | names
     write_json(folder / "tokenizer_config.json", config)

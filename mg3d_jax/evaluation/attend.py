@@ -17,6 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 import scipy  # its parts come on first use
 
+from mg3d_jax import charts
 from mg3d_jax.errors import UserError
 from mg3d_jax.models.mg3d import text_embedding, volume_embedding
 from mg3d_jax.models.patches import patchify, unpatchify
@@ -164,6 +165,7 @@ def in_scan_space(
     return np.where(seen > 0.5, smooth, 0).astype(np.float32)
 
 
+@charts.plain_text()
 def write_overlay(path: Path, found: Relevance) -> None:
     """Axial, coronal and sagittal slices through the strongest patch, the patient's right on the left.
 

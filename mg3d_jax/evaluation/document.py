@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 
+from mg3d_jax import charts
 from mg3d_jax import options as options_lib
 from mg3d_jax.errors import UserError
 from mg3d_jax.evaluation import examples, page
@@ -131,6 +132,7 @@ def short_forms(values: Mapping[str, str | None], only: Iterable[str] | None = N
     return found
 
 
+@charts.plain_text()
 def plot(document: Mapping[str, Any], path: Path) -> bool:
     """Draws a panel for each evaluation that has one into a PNG; False where none has."""
     from matplotlib.figure import Figure

@@ -92,7 +92,7 @@ class Settings:
 
     def check(self) -> None:
         """Raises `UserError` for settings that cannot work, before anything is read."""
-        if min(self.size) < 1 or min(self.spacing) <= 0:
+        if min(self.size) < 1 or not all(0 < mm < float("inf") for mm in self.spacing):
             raise UserError(f"--size {self.size} and --spacing {self.spacing} must be positive")
         if self.policy not in POLICIES:
             raise UserError(f"--policy {self.policy!r}: there are {sorted(POLICIES)}")

@@ -199,7 +199,7 @@ def _thinned(steps: np.ndarray, values: np.ndarray) -> tuple[np.ndarray, np.ndar
 
 
 def _axes(axes: Any, panel: Panel, series: Sequence[Series]) -> None:
-    from matplotlib.ticker import EngFormatter, MaxNLocator, PercentFormatter
+    from matplotlib.ticker import EngFormatter, FuncFormatter, MaxNLocator, PercentFormatter
 
     charts.plain_axes(axes)
     axes.xaxis.set_major_locator(MaxNLocator(5, integer=True))
@@ -210,6 +210,7 @@ def _axes(axes: Any, panel: Panel, series: Sequence[Series]) -> None:
     values = np.concatenate([_finite(one)[1] for one in series])
     if _is_log(panel.scale, values):
         axes.set_yscale("log")
+        axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
         axes.yaxis.set_minor_formatter("")
     elif panel.scale == "share":
         axes.yaxis.set_major_formatter(PercentFormatter(1.0))

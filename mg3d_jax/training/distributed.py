@@ -16,7 +16,8 @@ import os
 import re
 import socket
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from itertools import takewhile
 from typing import Any, TypeVar, cast
@@ -25,8 +26,8 @@ import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
-from mg3d_jax.errors import UserError
-from mg3d_jax.training import storage
+from mg3d_jax.errors import TryAgainError, UserError, translated
+from mg3d_jax.training import joining, storage
 
 logger = logging.getLogger(__name__)
 CLUSTERS = ("slurm", "jobset", "tpu", "ompi")
@@ -83,17 +84,31 @@ def initialize(args: argparse.Namespace) -> None:
                 "to mpirun, HOST being that of rank 0; rank and size are Open MPI's"
             )
         try:
-            jax.distributed.initialize(**_arguments(place))
+            joining.join(_arguments(place))
         except (RuntimeError, ValueError) as error:
-            raise UserError(
-                f"this process cannot join the run (as {place.cluster}): {error}. Is the coordinator's host reachable, "
-                "and do all processes run the same command?"
+            kind = TryAgainError if "DEADLINE_EXCEEDED" in str(error) else UserError
+            raise kind(
+                f"this process cannot join the run (as {place.cluster}): {str(error).splitlines()[0]}. Is the coordinator's "
+                "host reachable, and do all processes run the same command?"
             ) from error
         if place.alone and place.local_device_ids is None:
             # Where the scheduler does not say how many GPUs a task has, JAX has just decided on one.
             for name in ("jax_cuda_visible_devices", "jax_rocm_visible_devices"):
                 jax.config.update(name, "all")
     check_devices(args.expected_devices, os.environ, place.cluster if place else None)
+
+
+@contextmanager
+def joined(args: argparse.Namespace) -> Iterator[None]:
+    """`initialize`; when the block fails, this process of several leaves without waiting for the others."""
+    try:
+        initialize(args)
+        yield
+    except BaseException as error:
+        if jax.distributed.is_initialized():
+            known = translated(error)
+            joining.leave(known.code if known else 1, str(known or type(error).__name__))
+        raise
 
 
 def _arguments(place: Place) -> dict[str, Any]:

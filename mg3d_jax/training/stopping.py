@@ -18,7 +18,7 @@ from typing import Any
 
 import jax
 
-from mg3d_jax.errors import UserError
+from mg3d_jax.errors import AGAIN, UserError
 from mg3d_jax.progress import leave_terminal
 from mg3d_jax.training import run_folder
 from mg3d_jax.training.checkpoints import Checkpoints
@@ -26,7 +26,7 @@ from mg3d_jax.training.hooks import AfterStep, Hook, TrainingRun
 from mg3d_jax.training.writers import keep_lines
 
 logger = logging.getLogger(__name__)
-DONE, PREEMPTED = 0, 75  # 75 is EX_TEMPFAIL: launchers understand it as "run me again"
+DONE, PREEMPTED = 0, AGAIN
 SKIPPED_FILE = "skipped.jsonl"
 
 

@@ -13,6 +13,7 @@ from matplotlib.colors import LogNorm
 from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, FuncFormatter, LogLocator, MaxNLocator, NullFormatter, NullLocator
 
+from mg3d_jax import charts
 from mg3d_jax.scaling.fit import table
 from mg3d_jax.scaling.fit.bootstrap import Bootstrap
 from mg3d_jax.scaling.fit.certified import Fit
@@ -25,6 +26,7 @@ CURVE_POINTS = 100
 COLOURS = matplotlib.colormaps["viridis"]
 
 
+@charts.plain_text()
 def draw_all(out: Path, rows: Sequence[Row], fit: Fit, drawn: Bootstrap | None, names: Mapping[str, str]) -> list[str]:
     """Writes the plots and their CSV files into `out`; returns the names. Without a law only the data are drawn."""
     for stem in STEMS:

@@ -16,6 +16,7 @@ from pathlib import Path
 import numpy as np
 from scipy import stats
 
+from mg3d_jax import charts
 from mg3d_jax.errors import UserError
 from mg3d_jax.files import write_json
 from mg3d_jax.scaling.sweep import collect, states
@@ -175,6 +176,7 @@ def _numbers(estimate: Estimate) -> dict[str, float | int | None]:
     return {k: v if math.isfinite(v) else None for k, v in values.items()} | {"seeds": estimate.n}
 
 
+@charts.plain_text()
 def _plot(path: Path, rows: Sequence[dict], metrics: Sequence[str]) -> None:
     """One panel per metric, one line per variant: the mean with its interval, the reference as a dashed line."""
     from matplotlib.figure import Figure
