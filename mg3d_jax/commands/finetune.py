@@ -51,7 +51,7 @@ def main(argv: list[str]) -> int:
         from mg3d_jax.trainer import Trainer  # after the processes have joined: nothing may look for devices before
         from mg3d_jax.training.stopping import DONE
 
-        code = Trainer(config, args.workdir).run()
+        code = distributed.ended(Trainer(config, args.workdir).run())
         if code == DONE:
             evaluate_tasks(config, tasks, args.workdir, args.test or list(config.data.valid), args.batch_size)
         return code

@@ -39,4 +39,4 @@ def main(argv: list[str]) -> int:
     with distributed.joined(args):
         from mg3d_jax.trainer import Trainer  # after the processes have joined: nothing may look for devices before
 
-        return Trainer(config, args.workdir, profile_steps=args.profile).run()
+        return distributed.ended(Trainer(config, args.workdir, profile_steps=args.profile).run())

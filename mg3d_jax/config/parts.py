@@ -72,6 +72,12 @@ class DataConfig:
     )
     workers: int = key(0, "grain worker processes per host; 0 reads in the main process", resume_free=True)
     read_threads: int = key(4, "threads that read and decode ahead", resume_free=True)
+    stall_minutes: float = key(
+        60.0,
+        "a batch that does not come for so long ends the run, saved and with exit code 75; 0: never",
+        neutral=0.0,
+        resume_free=True,
+    )
     augment: AugmentConfig = key(None, "", factory=AugmentConfig)
 
 

@@ -25,6 +25,7 @@ from jax.sharding import Mesh
 from mg3d_jax import sharding
 from mg3d_jax.batch import AIR_HU, UNKNOWN_LABEL
 from mg3d_jax.config.parts import DataConfig
+from mg3d_jax.data import feed
 from mg3d_jax.data.bad_records import BadRecords
 from mg3d_jax.data.order import RecordOrder, reports_of_others
 from mg3d_jax.data.record import Record, RecordText
@@ -360,7 +361,8 @@ def train_batches(
     The order follows from `seed`; the folders mix by `data.weights`. A batch must be divisible by the devices of the mesh's
     batch axis times `accumulation`, the parts in which the step takes it. Damaged records are skipped (`valid = False`) and
     named in a warning and in `bad_records.jsonl` of `log_folder`, which all processes of the run share; more than
-    `data.max_bad_records`, or more than half of all records, raise `UserError`.
+    `data.max_bad_records`, or more than half of all records, raise `UserError`. What `feed` notices while a batch is waited for
+    is raised, too.
     """
     size, parts = options.batch_size, sharding.batch_shards(mesh) * accumulation
     if size % parts:
@@ -375,6 +377,7 @@ def train_batches(
         report_of=reports_of_others(data.records_of_patients, seed=seed) if options.shuffle_reports else None,
     )  # fmt: skip
     batches = host_batches(source, threads=options.read_threads, workers=options.workers)
+    batches = feed.watched(batches, 60 * options.stall_minutes)
     try:
         for local in batches:
             yield sharding.to_global(local, mesh, size)
@@ -385,19 +388,21 @@ def train_batches(
 def evaluation_batches(
     data: PreparedData, tokenizer: ReportTokenizer, mesh: Mesh, batch_size: int, *, threads: int,
     log_folder: Path | None = None, max_bad_records: int = 0, start: int = 0, more_text: MoreText = no_more_text,
+    stall_minutes: float = 0.0,
 ) -> Iterator[dict]:  # fmt: skip
     """Every record once, in order, from batch number `start` on; the last batch is padded with `valid = False` rows. Read
     ahead in `threads` threads.
 
     A damaged record is a `UserError`: results are of all records. With `max_bad_records` as many are skipped as in
-    `train_batches`, for the held-out loss during training.
+    `train_batches`, for the held-out loss during training. What `feed` notices while a batch is waited for is raised.
     """
     bad = BadRecords(log_folder, max_bad_records) if max_bad_records else None
     reader = BatchReader(data, tokenizer, bad, more_text)
     source = EvaluationBatches(reader, sharding.local_rows(mesh, batch_size), batch_size, start)
-    batches = host_batches(source, threads=threads, workers=0)
+    batches = feed.watched(host_batches(source, threads=threads, workers=0), 60 * stall_minutes)
     try:
         for local in batches:
+            feed.look_up()
             yield sharding.to_global(local, mesh, batch_size)
     finally:
         batches.close()

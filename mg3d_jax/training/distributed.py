@@ -26,6 +26,7 @@ import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
+from mg3d_jax.data import feed
 from mg3d_jax.errors import TryAgainError, UserError, translated
 from mg3d_jax.training import joining, storage
 
@@ -109,6 +110,13 @@ def joined(args: argparse.Namespace) -> Iterator[None]:
             known = translated(error)
             joining.leave(known.code if known else 1, str(known or type(error).__name__))
         raise
+
+
+def ended(code: int) -> int:
+    """The exit code of a run that has ended. Where a disk holds a thread of it, the process ends here: Python would wait."""
+    if feed.hangs():
+        joining.go(code)
+    return code
 
 
 def _arguments(place: Place) -> dict[str, Any]:

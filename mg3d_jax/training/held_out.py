@@ -56,5 +56,5 @@ class HeldOut:
         return evaluation_batches(
             self.data, self.tokenizer, self.setup.mesh, options.batch_size, threads=threads,
             log_folder=self._log_folder, max_bad_records=options.max_bad_records,
-            more_text=self.more_text,
+            more_text=self.more_text, stall_minutes=options.stall_minutes,
         )  # fmt: skip

@@ -40,6 +40,7 @@ from mg3d_jax.training.state import Setup, State, evaluated_parameters
 from mg3d_jax.training.writers import Writers
 
 logger = logging.getLogger(__name__)
+UNMEASURED = "unmeasured"  # in the JSON of a checkpoint: see `AfterStep`
 
 
 @dataclass(frozen=True)
@@ -77,6 +78,7 @@ class AfterStep:
         writers: sinks of metrics and images.
         measured: what the hooks before this one have measured after this step, "valid/loss", ...
         waits: a hook of this step needs everything up to here to be finished: the host waits before they are called.
+        unmeasured: a measurement is under way, or was when the run was asked to stop: a resumed run measures again.
     """
 
     step: int
@@ -86,6 +88,7 @@ class AfterStep:
     writers: Writers
     measured: dict[str, float] = field(default_factory=dict)
     waits: bool = True
+    unmeasured: bool = False
 
     @property
     def params(self) -> Any:
@@ -251,6 +254,7 @@ class Save(Hook):
             "samples_seen": after.step * self._run.setup.config.data.batch_size,
             "trained_seconds": self._run.clock.trained,
             **self._facts,
+            **({UNMEASURED: True} if after.unmeasured else {}),
         }
         self.checkpoints.save(after.state, meta, after.step, metrics=after.measured)
 

@@ -171,7 +171,7 @@ def awaited(whom: str, seconds: float) -> Iterator[None]:
                 logger.error(
                     "waited %.0f s for %s in vain: not all processes run; start all of them again", seconds, whom
                 )
-                _go(AGAIN)
+                go(AGAIN)
             logger.info("waiting for %s, for %.0f s at most", whom, left)
             wait = min(SAY_EVERY, left)
 
@@ -204,7 +204,7 @@ def watch_others() -> None:
         host, number, code, what = json.loads(text)
         time.sleep(2 * WATCH_SECONDS)  # it may be an end that all come to, each with its own words
         logger.error("process %d on %s has ended: %s", number, host, what)
-        _go(code if code in (2, AGAIN) else AGAIN)
+        go(code if code in (2, AGAIN) else AGAIN)
 
     threading.Thread(target=watch, name="others", daemon=True).start()
 
@@ -217,7 +217,7 @@ def leave(code: int, what: str) -> None:
         _client().key_value_set(LEFT, json.dumps(known), allow_overwrite=True)
         if jax.process_index() == 0:
             time.sleep(4 * WATCH_SECONDS)  # what it said goes with it
-    atexit.register(_go, code)
+    atexit.register(go, code)
 
 
 def _client() -> Any:
@@ -232,7 +232,8 @@ def _left() -> str | None:
         return None
 
 
-def _go(code: int) -> None:
+def go(code: int) -> None:
+    """Ends this process now, with this exit code."""
     for stream in (sys.stdout, sys.stderr):
         with suppress(Exception):
             stream.flush()

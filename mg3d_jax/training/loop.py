@@ -6,9 +6,10 @@ ones in the order of their calls.
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, nullcontext
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ import jax
 from mg3d_jax import config as config_lib
 from mg3d_jax import sharding
 from mg3d_jax.config import Config, checks
+from mg3d_jax.data import feed
 from mg3d_jax.data.pipeline import PreparedData, train_batches
 from mg3d_jax.flops import Flops
 from mg3d_jax.objectives.base import check_data, enabled, reads_masks
@@ -26,7 +28,7 @@ from mg3d_jax.training import step as step_lib
 from mg3d_jax.training.checkpoints import Checkpoints, check_writable
 from mg3d_jax.training.clock import Clock
 from mg3d_jax.training.cost import StepCost
-from mg3d_jax.training.hooks import AfterStep, Hook, TrainingRun
+from mg3d_jax.training.hooks import UNMEASURED, AfterStep, Hook, TrainingRun
 from mg3d_jax.training.ownership import Ownership
 from mg3d_jax.training.report_texts import report_texts
 from mg3d_jax.training.schedule import total_steps
@@ -82,6 +84,7 @@ class Trainer:
             self.state, meta, self.resume_step = restored
             run_folder.check_same_records(meta, self.data)
             logger.info("%s: resuming after step %d of %d", workdir, self.resume_step, self.steps)
+        self._unmeasured = bool(meta.get(UNMEASURED))
         self.more_text = report_texts(
             self.setup, self.state["params"], self.tokenizer, [one for one in (self.data, self.valid) if one], workdir
         )
@@ -145,27 +148,54 @@ class Trainer:
             What the hooks measured after the last step, `{"SPLIT/NAME": value}`; None where the run was asked to stop
             before.
         """
+        if self._unmeasured:
+            drop_evaluations(self.workdir, self.resume_step)
         compiled, batch_size = None, self.config.data.batch_size
         tokens_per_patient = self.cost.volume_tokens + self.cost.report_tokens
         with ExitStack() as stack:  # every clean-up runs, last first, whatever one of them raises
             stop = StopRequest(self.checkpoints, self.resume_step)
             stack.callback(stop.restore_handler)
             writers = self._open_writers(stack, resume_step=self.resume_step)
-            batches = self._open_batches(stack)
+            batches = self._open_batches(stack, self.resume_step)
             self._start_hooks(stack, self.hooks, writers)
-            for step in range(self.resume_step + 1, self.steps + 1):
-                with self.clock.waiting():
-                    batch = next(batches)
-                compiled = compiled or self._compile(batch)  # the first batch gives the shapes
-                self.state, metrics = compiled(self.state, batch)
-                self.clock.count(batch_size, batch_size * tokens_per_patient)
-                after = AfterStep(step, self.steps, self.state, metrics, writers)
-                self._call_hooks(after)
-                if step < self.steps and stop.asked(step):
-                    for hook in self.hooks:
-                        hook.stop(after)
-                    return None
+            after = AfterStep(self.resume_step, self.steps, self.state, {}, writers)
+            stack.enter_context(feed.heeding(stop.now))
+            try:
+                if self._unmeasured:
+                    self._call_measuring(after)
+                for step in range(self.resume_step + 1, self.steps + 1):
+                    with self.clock.waiting():
+                        batch, batches = self._next(batches, step, stop, stack)
+                    compiled = compiled or self._compile(batch)  # the first batch gives the shapes
+                    self.state, metrics = compiled(self.state, batch)
+                    self.clock.count(batch_size, batch_size * tokens_per_patient)
+                    after = AfterStep(step, self.steps, self.state, metrics, writers)
+                    self._call_hooks(after)
+                    if step < self.steps and stop.asked(step):
+                        raise feed.StopAskedError
+            except (feed.StopAskedError, feed.NoDataError) as why:
+                if isinstance(why, feed.NoDataError):
+                    if not stop.alone:  # the others are in the next step, and cannot save
+                        raise
+                    logger.error("%s", why)
+                for hook in self.hooks if after.metrics else ():  # else nothing has changed since the start
+                    hook.stop(after)
+                return None
         return after.measured
+
+    def _next(
+        self, batches: Iterator[Any], step: int, stop: StopRequest, stack: ExitStack
+    ) -> tuple[dict[str, Any], Iterator[Any]]:
+        """The batch of `step` and the iterator that gives the next one: another one, without workers, where one of them is
+        lost. The run then stops after this step, since what has killed a worker would come again."""
+        try:
+            return next(batches), batches
+        except feed.LostWorkerError as error:
+            logger.error("process %d: %s. The run saves and stops: start it again", jax.process_index(), error)
+            stop.request()
+            batches = self._open_batches(stack, step - 1, workers=0)
+            with feed.unheeded():
+                return next(batches), batches
 
     def _call_hooks(self, after: AfterStep) -> None:
         """Calls the hooks that are due, in the order of their list.
@@ -177,23 +207,32 @@ class Trainer:
         for hook in self.hooks:
             if hook.due(after):
                 # Held-out losses and evaluations do not lower the logged samples per second; saving does.
-                with self.clock.paused() if hook.measures else nullcontext():
+                after.unmeasured = hook.measures  # until it has
+                with self.clock.paused() if hook.measures else nullcontext(), self._whole_measurements():
                     after.record(hook(after))
+                after.unmeasured = False
+
+    def _whole_measurements(self) -> AbstractContextManager[None]:
+        """With `training.best_metric` a checkpoint has the measurements of its step: requests to stop wait for them."""
+        return feed.unheeded() if self.config.training.best_metric else nullcontext()
 
     def _measure_again(self) -> dict[str, float]:
         """Measures the last step again, without training: for a run that was killed between its last checkpoint and its
         summary. What the killed run wrote of that step may be incomplete and is dropped first.
         """
         drop_evaluations(self.workdir, self.steps)
-        measuring = [hook for hook in self.hooks if hook.measures]
         with ExitStack() as stack:
             writers = self._open_writers(stack, resume_step=self.steps)
-            self._start_hooks(stack, measuring, writers)
+            self._start_hooks(stack, [hook for hook in self.hooks if hook.measures], writers)
             after = AfterStep(step=self.steps, last=self.steps, state=self.state, metrics={}, writers=writers)
-            for hook in measuring:
-                if hook.due(after):
-                    after.record(hook(after))
+            self._call_measuring(after)
         return after.measured
+
+    def _call_measuring(self, after: AfterStep) -> None:
+        """The measurements that are due after this step, of which a kill or a request to stop left a part."""
+        for hook in self.hooks:
+            if hook.measures and hook.due(after):
+                after.record(hook(after))
 
     def _open_writers(self, stack: ExitStack, *, resume_step: int) -> Writers:
         writers = open_writers(
@@ -203,9 +242,11 @@ class Trainer:
         stack.callback(writers.close)
         return writers
 
-    def _open_batches(self, stack: ExitStack) -> Iterator[dict[str, Any]]:
+    def _open_batches(self, stack: ExitStack, start: int, **changes: Any) -> Iterator[dict[str, Any]]:
+        """Of the steps after `start`; `changes` of `config.data`."""
+        options = dataclasses.replace(self.config.data, **changes)
         batches = train_batches(
-            self.data, self.tokenizer, self.config.data, self.setup.mesh, seed=self.config.seed, start=self.resume_step,
+            self.data, self.tokenizer, options, self.setup.mesh, seed=self.config.seed, start=start,
             stop=self.steps, accumulation=self.config.optimizer.accumulation, log_folder=self.workdir,
             more_text=self.more_text,
         )  # fmt: skip

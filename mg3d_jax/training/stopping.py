@@ -49,12 +49,12 @@ class StopRequest:
 
     def __init__(self, checkpoints: Checkpoints, first: int):
         self._checkpoints, self._requested, self._old = checkpoints, False, dict[signal.Signals, Any]()
-        self._alone = jax.process_count() == 1
+        self.alone = jax.process_count() == 1
         if threading.current_thread() is threading.main_thread():
-            for number in SIGNALS if self._alone else SIGNALS[1:]:  # SIGTERM of several processes is JAX's
+            for number in SIGNALS if self.alone else SIGNALS[1:]:  # SIGTERM of several processes is JAX's
                 if signal.getsignal(number) is not signal.SIG_IGN:
                     self._old[number] = signal.signal(number, self._on_signal)
-        if not self._alone:  # told during the start: all processes see it at the same step
+        if not self.alone:  # told during the start: all processes see it at the same step
             self._requested = any(checkpoints.reached_preemption(step) for step in range(1, first + 1))
 
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
@@ -63,10 +63,18 @@ class StopRequest:
         self._interrupted |= number == signal.SIGINT
         if number == signal.SIGHUP:
             leave_terminal()
-        if self._alone:
+        self.request()
+
+    def request(self) -> None:
+        """As one of the signals does."""
+        if self.alone:
             self._requested = True
         else:  # they agree on a step by what JAX makes of SIGTERM
             os.kill(os.getpid(), signal.SIGTERM)
+
+    def now(self) -> bool:
+        """Whether to stop in the middle of waiting or measuring: where no other process is in the next step already."""
+        return self.alone and self._requested
 
     def asked(self, step: int) -> bool:
         """Whether to stop after `step`; to be called after each. All processes get the same answer."""
