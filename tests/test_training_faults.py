@@ -1,29 +1,23 @@
-"""Real runs with real faults: kills at random moments, a full and a read-only disk, processes told to stop or stopped dead.
-
-`zygote` imports everything once and forks a process per run before JAX has touched a device, so that a run starts at once.
-"""
+"""Real runs with real faults: kills at random moments, a full and a read-only disk, processes told to stop or stopped dead."""
 
 import json
 import os
-import random
 import re
 import shutil
 import signal
 import subprocess
 import sys
 import time
-from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
-import orbax.checkpoint as ocp
 import pytest
+from soak import MOMENTS, Soak, Zygote, arrays, command, lines, losses, wait_until, write_config
 from support import TESTS, environment, free_port, mg3d
 
 from mg3d_jax.data.bad_records import read_bad_records
 from mg3d_jax.data.shard_reader import open_shard
 from mg3d_jax.training.checkpoints import Checkpoints
-from mg3d_jax.training.writers import read_metrics
 
 pytestmark = [
     pytest.mark.processes,
@@ -31,161 +25,30 @@ pytestmark = [
     pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="needs Linux: fork, /proc, mounts"),
 ]
 
-CONFIG = """
-from support import slow_steps, tiny_builder, with_plain_towers
-
-def get_config(arg=""):
-    if arg == "slow":
-        slow_steps(0.1)
-    config = with_plain_towers(tiny_builder({train!r}), "heavy" if arg == "heavy" else "plain")
-    config.training.writers = ("jsonl",)
-    return config
-"""
-
-ZYGOTE = """
-import json, os, sys, warnings
-import mg3d_jax.api, mg3d_jax.commands.train
-from mg3d_jax.commands.main import main
-
-warnings.filterwarnings("ignore", message=".*os.fork")  # no device has been touched yet
-for line in sys.stdin:
-    arguments, log = json.loads(line)
-    process = os.fork()
-    if process == 0:
-        log = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
-        os.dup2(log, 1)
-        os.dup2(log, 2)
-        code = 1
-        try:
-            code = main(arguments)
-        finally:
-            sys.stderr.flush()
-            os._exit(code)
-    print(process, flush=True)
-    print(os.waitstatus_to_exitcode(os.waitpid(process, 0)[1]), flush=True)
-"""
-
-
-class Zygote:
-    """Starts one run at a time. `start` -> process id; `wait` -> exit code, negative for a signal."""
-
-    def __init__(self):
-        env = environment(1, **TESTS, JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS="0")
-        env["MALLOC_ARENA_MAX"] = "2"  # else malloc's own pools for the threads that come and go hide what grows
-        pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
-        self.process = subprocess.Popen([sys.executable, "-c", ZYGOTE], env=env, text=True, **pipes)
-        self.running = None
-
-    def start(self, arguments, log):
-        if self.running is not None:  # left by a test that failed
-            with suppress(ProcessLookupError):
-                os.kill(self.running, signal.SIGKILL)
-            self.wait()
-        self.process.stdin.write(json.dumps([arguments, str(log)]) + "\n")
-        self.process.stdin.flush()
-        self.running = int(self.process.stdout.readline())
-        return self.running
-
-    def wait(self):
-        code, self.running = int(self.process.stdout.readline()), None
-        return code
-
-    def run(self, arguments, log):
-        self.start(arguments, log)
-        return self.wait()
-
 
 @pytest.fixture(scope="module")
 def zygote():
     started = Zygote()
     yield started
-    started.process.stdin.close()
-    started.process.wait(60)
+    started.close()
 
 
 @pytest.fixture(scope="module")
 def config_file(tiny_data, tmp_path_factory):
-    path = tmp_path_factory.mktemp("faults") / "tiny.py"
-    path.write_text(CONFIG.format(train=tiny_data["train"]))
-    return path
+    return write_config(tmp_path_factory.mktemp("faults"), tiny_data["train"])
 
 
-def command(config_file, workdir, form="", **settings):
-    """`form`: "slow" has steps of 0.1 s or more, "heavy" a state of several MiB; "" neither."""
-    words = [f"--config.{key.replace('__', '.')}={value}" for key, value in settings.items()]
-    return ["train", "--config", f"{config_file}:{form}", "--workdir", str(workdir), *words]
-
-
-def lines(workdir):
-    path = workdir / "metrics.jsonl"
-    return path.read_bytes().count(b"\n") if path.exists() else 0
-
-
-def wait_until(condition, seconds=300, pause=0.02):
-    """Looks again after each `pause`, in seconds: looking takes the time of the process that is waited for."""
-    end = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < end, "waited in vain"
-        time.sleep(pause)
-
-
-def losses(workdir):
-    return {line["step"]: line["loss"] for line in read_metrics(workdir, "train")}
-
-
-def arrays(workdir):
-    """The newest checkpoint as orbax alone reads it, one line per array."""
-    step = Checkpoints(workdir).latest()
-    tree = ocp.PyTreeCheckpointer().restore(workdir / "checkpoints" / str(step) / "state")
-    flat = ocp.tree.to_flat_dict(tree)
-    return step, {name: np.asarray(value).tobytes() for name, value in flat.items()}
-
-
-KILLS, STEPS = 20, 80
-MOMENTS = ("while it starts", "after a step", "while it saves", "after a save")
-
-
-def wait_for_moment(moment, rng, run, starting):
-    """Returns somewhere in a moment of `MOMENTS`; `starting`: seconds that the start takes."""
-
-    def seen():
-        folders = [path.name for path in (run / "checkpoints").glob("*")]
-        saving = [name for name in folders if not name.isdecimal()]
-        return {"after a step": lines(run), "while it saves": saving, "after a save": set(folders) - set(saving)}
-
-    if moment == "while it starts":
-        end, logged = time.monotonic() + rng.uniform(0, starting), lines(run)
-        wait_until(lambda: time.monotonic() > end or lines(run) > logged)  # it may start faster than the first one
-        return
-    before = seen()[moment]
-    wait_until(lambda: seen()[moment] not in (before, 0, [], set()), pause=0.003)  # a save is over soon
-    time.sleep(rng.uniform(0, 0.05))
-
-
-def test_twenty_kills_at_random_moments_change_nothing(zygote, config_file, tmp_path):
-    """Each attempt goes on after the last checkpoint that was complete, and the end is that of an uninterrupted run."""
-    rng, settings = random.Random(0), {"training__steps": STEPS, "training__checkpoint_every": 4}
-    whole, run, log = tmp_path / "whole", tmp_path / "run", tmp_path / "log"
-    began = time.monotonic()
-    zygote.start(command(config_file, whole, **settings), tmp_path / "whole.log")  # compiles for the others
-    wait_until(lambda: lines(whole) > 0)
-    starting = (time.monotonic() - began) / 2
-    assert zygote.wait() == 0
-    for kill in range(KILLS):
-        complete = Checkpoints(run).latest()
-        process = zygote.start(command(config_file, run, **settings), log)
-        wait_for_moment(MOMENTS[kill % len(MOMENTS)], rng, run, starting)
-        os.kill(process, signal.SIGKILL)
-        assert zygote.wait() == -signal.SIGKILL, "the run ended before it was killed: give it more steps"
-        assert (Checkpoints(run).latest() or 0) >= (complete or 0)
-    complete = Checkpoints(run).latest()
-    assert zygote.run(command(config_file, run, **settings), log) == 0, log.read_text()
-    text = log.read_text()
+def test_kills_of_all_kinds_change_nothing(zygote, config_file, tmp_path):
+    """A short form of `python tests/soak.py --kills 100`. Each attempt goes on after the last checkpoint that was complete."""
+    soak = Soak(zygote, config_file, tmp_path)
+    plan = [("trainer", signal.SIGKILL, moment) for moment in MOMENTS]
+    plan += [("trainer", signal.SIGHUP, "after a save"), ("worker", signal.SIGKILL, "after a step")]
+    plan += [("one of two", signal.SIGKILL, "after a step")]
+    assert soak.episode("run", plan), soak.said
+    text = soak.log.read_text()
+    assert "the data worker" in text and "was killed (signal 9" in text, text
     resumed = [int(step) for step in re.findall(r"resuming after step (\d+) of", text)]
-    assert resumed == sorted(resumed) and resumed[-1] == complete >= 4 * (KILLS // 4) and "is damaged" not in text
-    assert losses(run) == losses(whole)
-    assert arrays(run) == arrays(whole)
-    assert not list((run / "checkpoints").glob("*tmp*"))
+    assert len(set(resumed)) >= 4, resumed
 
 
 def memory_and_files(process):

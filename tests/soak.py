@@ -1,0 +1,311 @@
+"""Runs that are killed again and again at random moments, and end bit for bit as one that was left alone.
+
+    python tests/soak.py --kills 100
+
+KILL, TERM, INT or HUP goes to the trainer, to a worker process that reads its data, or to one of two processes. Each run is
+killed `PER_RUN` times and then trains to its end. `Zygote` imports everything once and forks a process per start, before JAX
+has touched a device, so that a run starts at once.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections import Counter
+from contextlib import suppress
+from pathlib import Path
+
+import numpy as np
+import orbax.checkpoint as ocp
+from support import TESTS, environment, free_port
+
+from mg3d_jax.training.checkpoints import Checkpoints
+from mg3d_jax.training.writers import read_metrics
+
+CONFIG = """
+from support import slow_steps, tiny_builder, with_plain_towers
+
+def get_config(arg=""):
+    if arg == "slow":
+        slow_steps(0.1)
+    config = with_plain_towers(tiny_builder({train!r}), "heavy" if arg == "heavy" else "plain")
+    config.training.writers = ("jsonl",)
+    return config
+"""
+
+ZYGOTE = """
+import json, os, sys, warnings
+import mg3d_jax.api, mg3d_jax.commands.train
+from mg3d_jax.commands.main import main
+
+warnings.filterwarnings("ignore", message=".*os.fork")  # no device has been touched yet
+for line in sys.stdin:
+    request = json.loads(line)
+    if isinstance(request, int):
+        print(os.waitstatus_to_exitcode(os.waitpid(request, 0)[1]), flush=True)
+        continue
+    arguments, log, flags = request
+    process = os.fork()
+    if process == 0:
+        log = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+        os.dup2(log, 1)
+        os.dup2(log, 2)
+        os.environ["XLA_FLAGS"] = flags
+        code = 1
+        try:
+            sys.exit(main(arguments))
+        except SystemExit as end:
+            code = end.code
+        finally:
+            import atexit
+            atexit._run_exitfuncs()  # of jax.distributed, and what stands in for it after a failure
+            sys.stderr.flush()
+            os._exit(code)
+    print(process, flush=True)
+"""
+
+
+class Zygote:
+    """Starts runs. `start` -> process id; `wait` -> exit code, negative for a signal."""
+
+    def __init__(self) -> None:
+        env = environment(1, **TESTS, JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS="0")
+        env["MALLOC_ARENA_MAX"] = "2"  # else malloc's own pools for the threads that come and go hide what grows
+        pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
+        self.process = subprocess.Popen([sys.executable, "-c", ZYGOTE], env=env, text=True, **pipes)
+        self.running: list[int] = []
+
+    def _ask(self, request: object) -> int:
+        self.process.stdin.write(json.dumps(request) + "\n")
+        self.process.stdin.flush()
+        return int(self.process.stdout.readline())
+
+    def start(self, arguments: list[str], log: Path, devices: int = 1, *, beside: bool = False) -> int:
+        """`beside`: another one may be running."""
+        while self.running and not beside:  # left by a test that failed
+            self.kill(self.running[-1])
+        self.running.append(self._ask([arguments, str(log), environment(devices)["XLA_FLAGS"]]))
+        return self.running[-1]
+
+    def wait(self, process: int | None = None) -> int:
+        """Of the last one that was started, or of `process`."""
+        process = self.running[-1] if process is None else process
+        self.running.remove(process)
+        return self._ask(process)
+
+    def wait_for(self, process: int, seconds: float) -> int:
+        """As `wait`, but after so many seconds it is killed, and the code is that of a SIGKILL."""
+        end = time.monotonic() + seconds
+        while time.monotonic() < end and state_of(process) != "Z":
+            time.sleep(0.02)
+        return self.kill(process) if state_of(process) != "Z" else self.wait(process)
+
+    def kill(self, process: int) -> int:
+        send(process, signal.SIGKILL)
+        return self.wait(process)
+
+    def run(self, arguments: list[str], log: Path, devices: int = 1) -> int:
+        self.start(arguments, log, devices)
+        return self.wait()
+
+    def close(self) -> None:
+        self.process.stdin.close()
+        self.process.wait(60)
+
+
+def send(process: int, number: int) -> None:
+    with suppress(ProcessLookupError):
+        os.kill(process, number)
+
+
+def state_of(process: int) -> str:
+    """As `/proc` says it: "R" for running, "Z" for one that has ended."""
+    try:
+        return Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[0]
+    except OSError:
+        return "Z"
+
+
+def workers_of(process: int) -> list[int]:
+    """The processes below it that read data: those that have no others below them."""
+    below, found = [process], []
+    while below:
+        parent = below.pop()
+        with suppress(OSError):
+            threads = Path(f"/proc/{parent}/task").iterdir()
+            children = [int(child) for thread in threads for child in (thread / "children").read_text().split()]
+            below += children
+            if parent != process and not children and "resource_tracker" not in _words(parent):
+                found.append(parent)
+    return found
+
+
+def _words(process: int) -> str:
+    return Path(f"/proc/{process}/cmdline").read_text().replace("\0", " ")
+
+
+def write_config(folder: Path, train: str) -> Path:
+    path = folder / "tiny.py"
+    path.write_text(CONFIG.format(train=train))
+    return path
+
+
+def command(config_file: Path, workdir: Path, form: str = "", **settings: object) -> list[str]:
+    """`form`: "slow" has steps of 0.1 s or more, "heavy" a state of several MiB; "" neither."""
+    words = [f"--config.{key.replace('__', '.')}={value}" for key, value in settings.items()]
+    return ["train", "--config", f"{config_file}:{form}", "--workdir", str(workdir), *words]
+
+
+def lines(workdir: Path) -> int:
+    path = workdir / "metrics.jsonl"
+    return path.read_bytes().count(b"\n") if path.exists() else 0
+
+
+def wait_until(condition, seconds: float = 300, pause: float = 0.02) -> None:
+    """Looks again after each `pause`, in seconds: looking takes the time of the process that is waited for."""
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end, "waited in vain"
+        time.sleep(pause)
+
+
+def losses(workdir: Path) -> dict[int, float]:
+    return {line["step"]: line["loss"] for line in read_metrics(workdir, "train")}
+
+
+def arrays(workdir: Path) -> tuple[int | None, dict[tuple, bytes]]:
+    """The newest checkpoint as orbax alone reads it, one line per array."""
+    step = Checkpoints(workdir).latest()
+    tree = ocp.PyTreeCheckpointer().restore(workdir / "checkpoints" / str(step) / "state")
+    flat = ocp.tree.to_flat_dict(tree)
+    return step, {name: np.asarray(value).tobytes() for name, value in flat.items()}
+
+
+SETTINGS = {"training__steps": 60, "training__checkpoint_every": 4}
+PER_RUN = 10
+SIGNALS = (signal.SIGKILL, signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
+TARGETS = ("trainer", "trainer", "trainer", "worker", "one of two")
+MOMENTS = ("while it starts", "after a step", "while it saves", "after a save")
+PATIENCE = 60.0  # seconds that a process may take to save and leave
+
+
+class Soak:
+    """Kills runs of `config_file` in `folder`. `said`: what happened, a line per kill."""
+
+    def __init__(self, zygote: Zygote, config_file: Path, folder: Path, seed: int = 0):
+        self.zygote, self.config_file, self.folder = zygote, config_file, folder
+        self.rng, self.said, self.whole = random.Random(seed), list[str](), folder / "whole"
+        self.log = folder / "log"
+        began = time.monotonic()
+        zygote.start(command(config_file, self.whole, **SETTINGS), folder / "whole.log", 2)  # compiles for the others
+        wait_until(lambda: lines(self.whole) > 0)
+        self.starting = (time.monotonic() - began) / 2
+        assert zygote.wait() == 0, (folder / "whole.log").read_text()
+
+    def episode(self, name: str, plan: list[tuple[str, int, str]]) -> bool:
+        """A run that is killed by `plan`, (target, signal, moment) each, and then ends: as the one left alone?"""
+        run = self.folder / name
+        for target, number, moment in plan:
+            complete = Checkpoints(run).latest() or 0
+            codes = self._killed(run, target, number, moment)
+            self.said.append(f"{name}: {signal.Signals(number).name} to {target} {moment}: exit codes {codes}")
+            assert (Checkpoints(run).latest() or 0) >= complete, self.said[-1]
+            expected = {0, 75, *([-signal.SIGKILL] if number == signal.SIGKILL else ())}
+            assert set(codes) <= expected, (self.said[-1], self.log.read_text()[-5000:])
+        code = self.zygote.run(command(self.config_file, run, **SETTINGS), self.log, 2)
+        assert code == 0 and "is damaged" not in self.log.read_text(), self.log.read_text()
+        assert not list((run / "checkpoints").glob("*tmp*"))
+        return losses(run) == losses(self.whole) and arrays(run) == arrays(self.whole)
+
+    def plan(self, kills: int) -> list[tuple[str, int, str]]:
+        draw = self.rng.choice
+        return [(draw(TARGETS), draw(SIGNALS), draw(MOMENTS)) for _ in range(kills)]
+
+    def _killed(self, run: Path, target: str, number: int, moment: str) -> list[int]:
+        """Starts it, sends the signal, and waits for the end: the exit codes of its processes."""
+        words = command(self.config_file, run, **SETTINGS, data__workers=int(target == "worker"))
+        if target == "one of two":
+            place = ["--num-processes", "2", "--coordinator", f"localhost:{free_port()}", "--process-id"]
+            started = [self.zygote.start([*words, *place, str(n)], self.log, 1, beside=n > 0) for n in range(2)]
+        else:
+            started = [self.zygote.start(words, self.log, 2)]
+        self._wait_for_moment(run, moment, started)
+        victim = self.rng.choice(started)
+        if target == "worker":
+            workers: list[int] = []
+            with suppress(AssertionError):
+                wait_until(lambda: workers.extend(workers_of(victim)) or workers or state_of(victim) == "Z", 20)
+            for worker in workers[-1:]:
+                send(worker, number)
+            time.sleep(self.rng.uniform(0, 2))
+            send(victim, signal.SIGTERM)  # a worker that lives on, or whose end comes after that of the run
+        else:
+            send(victim, number)
+        return [self.zygote.wait_for(process, PATIENCE) for process in started]
+
+    def _wait_for_moment(self, run: Path, moment: str, started: list[int]) -> None:
+        """Returns somewhere in a moment of `MOMENTS`, or when a process has ended."""
+        end = time.monotonic() + self.rng.uniform(0, self.starting) if moment == MOMENTS[0] else float("inf")
+
+        def seen() -> object:
+            folders = [path.name for path in (run / "checkpoints").glob("*")]
+            saving = [name for name in folders if not name.isdecimal()]
+            return {
+                "while it starts": lines(run), "after a step": lines(run), "while it saves": saving,
+                "after a save": set(folders) - set(saving),
+            }[moment]  # fmt: skip
+
+        before = seen()
+        wait_until(  # a save is over soon
+            lambda: (
+                time.monotonic() > end
+                or seen() not in (before, 0, [], set())
+                or any(state_of(process) == "Z" for process in started)
+            ),
+            pause=0.003,
+        )
+        if moment != MOMENTS[0]:
+            time.sleep(self.rng.uniform(0, 0.05))
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--kills", type=int, default=100, help="default: %(default)s")
+    parser.add_argument("--seed", type=int, default=0, help="of the kills (default: %(default)s)")
+    parser.add_argument("--train", help="a prepared folder on a 16^3 grid (default: phantoms are made)")
+    args = parser.parse_args()
+    from conftest import make_tiny_data
+
+    same, done, faults = 0, 0, []
+    with tempfile.TemporaryDirectory() as folder:
+        if not args.train:
+            make_tiny_data(Path(folder))
+        zygote = Zygote()
+        soak = Soak(
+            zygote, write_config(Path(folder), args.train or str(Path(folder) / "train")), Path(folder), args.seed
+        )
+        while done < args.kills:
+            plan = soak.plan(min(PER_RUN, args.kills - done))
+            try:
+                good = soak.episode(f"run{done}", plan)
+            except AssertionError as error:
+                good = False
+                faults.append(f"{soak.said[-1:]}: {error}")
+            done, same = done + len(plan), same + good * len(plan)
+            print(f"{same} of {done} kills: bit-identical at the end", flush=True)
+        zygote.close()
+        print("\n".join(soak.said))
+        print(Counter(line.partition(": ")[2].partition(" to ")[0] for line in soak.said))
+    print("\n".join(faults) or f"{same} of {done} kills left nothing different")
+    return 0 if same == done else 1
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
