@@ -26,10 +26,8 @@ from mg3d_jax.files import write_json
 from mg3d_jax.progress import Progress
 from mg3d_jax.training import state as state_lib
 from mg3d_jax.training import step as step_lib
+from mg3d_jax.training.memory import GIB, SPARE
 from mg3d_jax.training.tables import mesh_text
-
-GIB = 2**30
-SPARE = 0.08  # of a device's memory: what the driver, the libraries and fragmentation take
 
 
 def devices_of(topology: str) -> Sequence[jax.Device]:

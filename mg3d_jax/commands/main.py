@@ -49,6 +49,9 @@ def main(argv: list[str] | None = None) -> int:
         code = importlib.import_module(COMMANDS[name].module).main(rest) or 0
         sys.stdout.flush()  # here, where an error can be told
         return code
+    except KeyboardInterrupt:
+        logger.error("mg3d%s: interrupted; the same command goes on", f" {name}" if name in COMMANDS else "")
+        return 130  # as of a shell
     except Exception as error:
         if isinstance(error, BrokenPipeError) and _nobody_reads():
             leave_terminal(pipes=True)  # what is left to print goes nowhere, as whoever closed the pipe wanted it

@@ -22,7 +22,7 @@ from mg3d_jax.data import feed
 from mg3d_jax.data.pipeline import PreparedData, train_batches
 from mg3d_jax.flops import Flops
 from mg3d_jax.objectives.base import check_data, enabled, reads_masks
-from mg3d_jax.training import distributed, run_folder, tables, wiring
+from mg3d_jax.training import distributed, memory, run_folder, tables, wiring
 from mg3d_jax.training import state as state_lib
 from mg3d_jax.training import step as step_lib
 from mg3d_jax.training.checkpoints import Checkpoints, check_writable
@@ -85,6 +85,7 @@ class Trainer:
             run_folder.check_same_records(meta, self.data)
             logger.info("%s: resuming after step %d of %d", workdir, self.resume_step, self.steps)
         self._unmeasured = bool(meta.get(UNMEASURED))
+        self._needs: memory.StepMemory | None = None  # until it is compiled
         self.more_text = report_texts(
             self.setup, self.state["params"], self.tokenizer, [one for one in (self.data, self.valid) if one], workdir
         )
@@ -167,7 +168,8 @@ class Trainer:
                     with self.clock.waiting():
                         batch, batches = self._next(batches, step, stop, stack)
                     compiled = compiled or self._compile(batch)  # the first batch gives the shapes
-                    self.state, metrics = compiled(self.state, batch)
+                    with memory.explained(self.setup, self._needs):
+                        self.state, metrics = compiled(self.state, batch)
                     self.clock.count(batch_size, batch_size * tokens_per_patient)
                     after = AfterStep(step, self.steps, self.state, metrics, writers)
                     self._call_hooks(after)
@@ -264,14 +266,16 @@ class Trainer:
 
     def _compile(self, batch: dict[str, Any]) -> jax.stages.Compiled:
         """Compiles the step ahead of time; process 0 prints the table of the run: sizes, data, FLOPs, memory."""
-        with self.clock.paused():
+        with self.clock.paused(), memory.explained(self.setup):
             compiled = step_lib.train_step(self.setup, self.tokenizer.special).compile(
                 self.setup.abstract, batch, look=self.cost.count_in
             )
+            self._needs = memory.step_memory(compiled)
             flops = self._flops_per_step  # in all processes: where the step does not say, counting takes seconds
             if jax.process_index() == 0:
                 rows = tables.data_rows(self.data, self.tokenizer, self.config.objectives["alignment"])
                 tables.start_table(self.setup, compiled, data=rows, flops=flops)
+            memory.check_fits(self.setup, self._needs, memory.device_limit())
             # Some processes compile much longer than others; the first collective would not wait for them that long.
             distributed.barrier("compiled")
         return compiled

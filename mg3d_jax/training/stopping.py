@@ -23,6 +23,7 @@ from mg3d_jax.progress import leave_terminal
 from mg3d_jax.training import run_folder
 from mg3d_jax.training.checkpoints import Checkpoints
 from mg3d_jax.training.hooks import AfterStep, Hook, TrainingRun
+from mg3d_jax.training.spikes import LossSpikes
 from mg3d_jax.training.writers import keep_lines
 
 logger = logging.getLogger(__name__)
@@ -97,11 +98,13 @@ class SkippedUpdates(Hook):
     Attributes:
         limit: so many in a row end the run.
         total: since the first step of the run. `in_a_row`: up to the last step that was checked.
+        spikes: of the losses that are finite; see there.
     """
 
     limit: int
     total: int = field(default=0, init=False)
     in_a_row: int = field(default=0, init=False)
+    spikes: LossSpikes = field(default_factory=LossSpikes, init=False)
     _in_flight: deque[tuple[int, jax.Array, jax.Array]] = field(default_factory=deque, init=False)
     measures = waits = False
 
@@ -113,6 +116,7 @@ class SkippedUpdates(Hook):
     def resume(self, workdir: Path, first: int, records: Callable[[int], list[str]]) -> None:
         """Counts what `workdir` tells of the steps up to `first`. `records`: names of those in the batch of a step."""
         self._path, self._records = workdir / SKIPPED_FILE, records
+        self.spikes.resume(workdir, first, records)
         before = keep_lines(self._path, lambda entry: entry.get("step", math.inf) <= first)
         steps = {entry["step"] for entry in before}
         self.total = len(steps)
@@ -136,6 +140,7 @@ class SkippedUpdates(Hook):
         """Takes note of one step. `UserError` when the limit is reached: nothing is saved after it."""
         if finite:
             self.in_a_row = 0
+            self.spikes.see(step, loss)
             return
         self.total, self.in_a_row = self.total + 1, self.in_a_row + 1
         records = self._records(step)
