@@ -247,8 +247,10 @@ class Soak:
                 wait_until(lambda: workers.extend(workers_of(victim)) or workers or state_of(victim) == "Z", 20)
             for worker in workers[-1:]:
                 send(worker, number)
-            time.sleep(self.rng.uniform(0, 2))
-            send(victim, signal.SIGTERM)  # a worker that lives on, or whose end comes after that of the run
+            if number != signal.SIGTERM:  # which workers do not get: it is for the trainer
+                with suppress(AssertionError):
+                    wait_until(lambda: state_of(victim) == "Z", 20)
+            send(victim, signal.SIGTERM)
         else:
             send(victim, number)
         return [self.zygote.wait_for(process, PATIENCE) for process in started]

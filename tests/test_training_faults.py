@@ -46,7 +46,7 @@ def test_kills_of_all_kinds_change_nothing(zygote, config_file, tmp_path):
     plan += [("one of two", signal.SIGKILL, "after a step")]
     assert soak.episode("run", plan), soak.said
     text = soak.log.read_text()
-    assert "the data worker" in text and "was killed (signal 9" in text, text
+    assert "data worker" in text and "was killed (signal 9" in text, text
     resumed = [int(step) for step in re.findall(r"resuming after step (\d+) of", text)]
     assert len(set(resumed)) >= 4, resumed
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 import multiprocessing
 import os
 import queue
+import re
 import signal
 import threading
 import time
@@ -102,8 +103,8 @@ def watched(batches: Generator[T], seconds: float) -> Generator[T]:
             element, error = _wait(found, seconds)
             idle = True
             if error is not None:
-                if _worker_died(error):
-                    raise LostWorkerError(str(error)) from error
+                if died := _worker_died(error):
+                    raise LostWorkerError(f"a data worker {_ended(died)}") from error
                 raise error
             if element is _END:
                 return
@@ -163,9 +164,11 @@ def _is_stopped(process: int) -> bool:
         return False
 
 
-def _worker_died(error: BaseException) -> bool:
-    """Grain says it in words."""
-    return isinstance(error, RuntimeError) and "was terminated unexpectedly" in str(error)
+def _worker_died(error: BaseException) -> int:
+    """The exit code of a worker process of which grain says in words that it has ended; 0 for another error."""
+    text = str(error) if isinstance(error, RuntimeError) else ""
+    found = re.search(r"terminated unexpectedly with exit code (-?\d+)", text)
+    return int(found[1]) if found else 0
 
 
 def _abandon(thread: threading.Thread) -> None:
