@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import signal
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -64,31 +66,25 @@ def _until(condition: Any) -> None:
         time.sleep(0.01)
 
 
-def _stopped_child() -> int:
-    child = os.fork()
-    if child == 0:
-        os.kill(os.getpid(), signal.SIGSTOP)
-        os._exit(0)
-    return child
-
-
 @pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="needs Linux")
 def test_workers_that_are_stopped_or_dead_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
     class Worker:
         def __init__(self, pid: int, code: int | None):
             self.pid, self.exitcode = pid, code
 
-    child = _stopped_child()
+    sleeper = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"])
+    child = sleeper.pid
     found: list[Worker] = [Worker(child, None)]
     monkeypatch.setattr(feed.multiprocessing, "active_children", lambda: found)
     monkeypatch.setattr(feed, "STOPPED_SECONDS", 0.0)
+    sleeper.send_signal(signal.SIGSTOP)
     try:
         _until(lambda: feed._is_stopped(child))
         with pytest.raises(feed.LostWorkerError, match=rf"data worker {child} is stopped"):
             feed._Workers().look()
     finally:
-        os.kill(child, signal.SIGKILL)
-        os.waitpid(child, 0)
+        sleeper.kill()
+        sleeper.wait()
     found[:] = [Worker(1234567, -9)]
     with pytest.raises(feed.LostWorkerError, match=r"1234567 was killed \(signal 9"):
         feed._Workers().look()

@@ -88,10 +88,9 @@ def test_a_plugin_that_fails_is_named(tmp_path: Path, monkeypatch: pytest.Monkey
 
 
 def test_a_manifest_without_its_parts_is_named(tmp_path: Path) -> None:
-    whole = {"format_version": 1, "patients": [], "grid": [1], "spacing": [1], "label_names": []}
-    for more, lacks in (({}, "shards"), ({"shards": [{"file": "x"}]}, "counts of shards")):
-        (tmp_path / "manifest.json").write_text(json.dumps(whole | more))
-        with pytest.raises(UserError, match=rf"manifest\.json lacks .*{lacks}; prepare the folder again"):
+    for parts in ({}, {"shards": [{"file": "x"}]}):
+        (tmp_path / "manifest.json").write_text(json.dumps({"format_version": 1} | parts))
+        with pytest.raises(UserError, match=r"manifest\.json lacks its shards.*; prepare the folder again"):
             read_manifest(tmp_path)
 
 

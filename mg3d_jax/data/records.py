@@ -61,9 +61,6 @@ def file_digest(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-_NEEDED = ("shards", "patients", "grid", "spacing", "label_names")  # of a manifest
-
-
 def read_manifest(folder: Path) -> dict[str, Any]:
     """`manifest.json` of a prepared folder. Raises `UserError` where there is none, or of a newer format."""
     path = Path(folder) / MANIFEST_NAME
@@ -75,9 +72,9 @@ def read_manifest(folder: Path) -> dict[str, Any]:
         raise UserError(
             f"{path}: format_version {version!r}, this code reads {FORMAT_VERSION}; prepare the folder again"
         )
-    lacking = [name for name in _NEEDED if name not in manifest]
-    if lacking or not all({"file", "records"} <= shard.keys() for shard in manifest["shards"]):
-        raise UserError(f"{path} lacks {', '.join(lacking) or 'files or counts of shards'}; prepare the folder again")
+    shards = manifest.get("shards")
+    if not isinstance(shards, list) or not all({"file", "records"} <= shard.keys() for shard in shards):
+        raise UserError(f"{path} lacks its shards, or their files and counts; prepare the folder again")
     return manifest
 
 
