@@ -192,3 +192,10 @@ def test_a_windowed_scan_is_said_to_be_cut_off(tmp_path):
     hu = np.clip(benchmark.noisy(benchmark.trunk((48, 40, 24)), 10), -160, 240).astype(np.int16)
     got = prepare_volume(write(tmp_path / "v.nii.gz", hu), GRID)
     assert "cut off below -160" in " ".join(got.quality["warnings"])
+
+
+def test_with_air_around_only_small_shifts_are_silent(monkeypatch):
+    """As docs/preparation.md has it: up to 30 HU, and no scale."""
+    monkeypatch.setattr(benchmark, "SMALL_SHIFTS", (-40, -20, 50))
+    monkeypatch.setattr(benchmark, "SMALL_SCALES", (0.9, 1.1))
+    assert benchmark.silent(benchmark.noisy(benchmark.trunk(), 10)) == ([-20], [])

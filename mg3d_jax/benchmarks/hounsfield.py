@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import argparse
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -147,9 +147,30 @@ def bases(files: list[Path]) -> dict[str, np.ndarray]:
     return found
 
 
+SMALL_SHIFTS = (*range(-100, 0, 10), *range(10, 101, 10))  # HU
+SMALL_SCALES = (0.6, 0.67, 0.75, 0.8, 0.85, 0.9, 0.95, 1.05, 1.1, 1.15, 1.2, 1.25, 1.33, 1.5)
+
+
+def silent(hu: np.ndarray) -> tuple[list[int], list[float]]:
+    """Of `SMALL_SHIFTS` and `SMALL_SCALES`, those that the reader takes without a word."""
+    shifts = [
+        by for by in SMALL_SHIFTS if _answer(hu, (_shifted(by), None, None), np.zeros(hu.shape, bool))[0] == "wrong"
+    ]
+    scales = [
+        by for by in SMALL_SCALES if _answer(hu, (_scaled(by), None, None), np.zeros(hu.shape, bool))[0] == "wrong"
+    ]
+    return shifts, scales
+
+
 def answer(hu: np.ndarray, way: str) -> tuple[str, list[str]]:
     """One of `ANSWERS`, and the warnings. True HU outside of what the way keeps count as lost, not as right."""
-    store, header, table = WAYS[way]
+    return _answer(hu, WAYS[way], _lost(hu, way))
+
+
+def _answer(
+    hu: np.ndarray, way: tuple[Callable[[np.ndarray], np.ndarray], Scaling, Scaling], lost: np.ndarray
+) -> tuple[str, list[str]]:
+    store, header, table = way
     stored = StoredVolume(np.asfortranarray(store(hu)), np.eye(4), header, has_orientation=True)
     warnings: list[str] = []
     try:
@@ -157,7 +178,7 @@ def answer(hu: np.ndarray, way: str) -> tuple[str, list[str]]:
     except VolumeError as error:
         return "refused", [str(error)]
     got = to_hounsfield(mapping)(data)
-    expected = np.clip(np.where(_lost(hu, way), -1024, hu), -1024, 3071)
+    expected = np.clip(np.where(lost, -1024, hu), -1024, 3071)
     off = np.mean(np.abs(got - expected) > _TOLERANCE_HU)
     if off < 0.002:
         return "right", warnings
@@ -191,14 +212,25 @@ def _print(found: dict[str, dict[str, tuple[str, list[str]]]]) -> None:
         console.print(table)
 
 
+def _span(values: Sequence[float]) -> str:
+    """The smallest and the largest, "none" where there are none."""
+    return f"{min(values):+g} to {max(values):+g}" if values else "none"
+
+
 def main(argv: list[str]) -> int:
     """The command; 1 where one answer is wrong in silence."""
     parser = argparse.ArgumentParser(prog="mg3d bench hounsfield", description=__doc__.split("\n")[0])
     parser.add_argument("--ct", type=Path, nargs="+", default=[], help="NIfTI files whose stored numbers are HU")
+    parser.add_argument("--limits", action="store_true", help="instead: which small shifts and scales are not noticed")
     parser.add_argument("--json", type=Path, help="write every answer with its warnings to this file")
     args = parser.parse_args(argv)
     if missing := [path for path in args.ct if not path.is_file()]:
         raise UserError(f"--ct {missing[0]}: there is no such file")
+    if args.limits:
+        for name, hu in bases(args.ct).items():
+            shifts, scales = silent(hu)
+            print(f"{name:28} shifts {_span(shifts):16} scales {_span(scales)}", flush=True)
+        return 0
     found = measure(bases(args.ct))
     _print(found)
     if args.json:
