@@ -42,7 +42,7 @@ def get_config(arg=""):
 
 ZYGOTE = """
 import json, os, sys, warnings
-import mg3d_jax.api, mg3d_jax.commands.train
+import mg3d_jax.commands.train, mg3d_jax.trainer
 from mg3d_jax.commands.main import main
 
 warnings.filterwarnings("ignore", message=".*os.fork")  # no device has been touched yet
