@@ -70,6 +70,10 @@ def translated(error: BaseException) -> UserError | None:
     where = f"{error.filename}: " if isinstance(error, OSError) and error.filename else ""
     if problem := storage_problem(error):
         return UserError(f"{where}{problem}. Make room or change the permissions; the same command goes on")
+    if os.strerror(errno.EMFILE) in str(error):  # tensorstore says it as it says that memory is used up
+        return UserError(
+            f"{where}too many open files for the limit of this process: raise it (ulimit -n 65536); the same command goes on"
+        )
     if isinstance(error, OSError) and error.errno in _PATH and where:
         return UserError(f"{where}{error.strerror or error}. Correct the path, or remove what is in the way")
     if isinstance(error, MemoryError):

@@ -60,6 +60,8 @@ def test_what_is_translated_and_what_is_a_mistake_of_the_program() -> None:
     assert isinstance(gone, TryAgainError) and gone.code == AGAIN
     assert "host is used up" in str(translated(MemoryError("Unable to allocate 9 GiB")))
     assert "no/such: No such file" in str(translated(FileNotFoundError(2, "No such file or directory", "no/such")))
+    files = 'RESOURCE_EXHAUSTED: Failed to open: "x" [OS error 24: EMFILE Too many open files]'
+    assert "ulimit -n" in str(translated(ValueError(files)))
     assert translated(ValueError("shapes differ")) is None and translated(KeyError("x")) is None
 
 
