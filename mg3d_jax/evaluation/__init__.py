@@ -5,6 +5,7 @@ from mg3d_jax.evaluation.classification import Classification
 from mg3d_jax.evaluation.generation import Generation
 from mg3d_jax.evaluation.negation import Negation
 from mg3d_jax.evaluation.probe import Probe
+from mg3d_jax.evaluation.rescoring import Rescoring
 from mg3d_jax.evaluation.retrieval import Retrieval
 from mg3d_jax.evaluation.segmentation import Segmentation
 from mg3d_jax.evaluation.sides import Sides
@@ -14,6 +15,7 @@ from mg3d_jax.registry import EVALUATIONS, LABELLERS
 
 EVALUATIONS.register("zero_shot", ZeroShot)
 EVALUATIONS.register("retrieval", Retrieval)
+EVALUATIONS.register("rescoring", Rescoring)
 EVALUATIONS.register("sides", Sides)
 EVALUATIONS.register("negation", Negation)
 EVALUATIONS.register("volume_retrieval", VolumeRetrieval)

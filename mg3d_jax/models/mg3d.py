@@ -239,6 +239,16 @@ class MG3D(nn.Module):
         names = ("report_tokens", "sentences", "sentence_mask", "report_embedding")
         return self.compute({"report": report}, names)
 
+    def fuse(self, volume_tokens: jax.Array, report: dict[str, jax.Array]) -> dict[str, jax.Array]:
+        """Tokens [B, N, d] and reports -> `fused_volume` [B, d], `fused_report` [B, e] of each report with its volume,
+        and `fused_embedding` [B, 2k] where an objective reads it."""
+        tokens, _ = self._encode_report(report, train=False)
+        volume, words = self._fused(volume_tokens, tokens, report, train=False)
+        found = {"fused_volume": volume, "fused_report": words}
+        if "fused_embedding" in self._needed():
+            found["fused_embedding"] = self._fused_embedding(volume, words, train=False)[0]
+        return found
+
     def start_report(self, volume: jax.Array, texts: int, length: int) -> Cache:
         """Windowed volume [B, X, Y, Z, C] -> the cache for `texts` reports of at most `length` tokens of each."""
         return self.report_decoder.start(

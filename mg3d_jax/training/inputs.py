@@ -90,9 +90,13 @@ def sentences_as_tokens(batch: dict[str, jax.Array]) -> dict[str, jax.Array]:
     `token_mask` and `sentence_index` [B, S], and `sentence_features` [B, S, e]: of the first wording of the sentences that
     the alignment adds to a batch.
     """
-    there = batch["sentence_lengths"][..., 0] > 0
+    return features_as_tokens(batch["sentences"][:, :, 0], batch["sentence_lengths"][..., 0] > 0)
+
+
+def features_as_tokens(features: jax.Array, there: jax.Array) -> dict[str, jax.Array]:
+    """The same, of the features of sentences [B, S, e] and which there are [B, S]."""
     numbers = jnp.where(there, jnp.arange(1, there.shape[1] + 1), 0)
-    return {"token_mask": there, "sentence_index": numbers, SENTENCE_FEATURES: batch["sentences"][:, :, 0]}
+    return {"token_mask": there, "sentence_index": numbers, SENTENCE_FEATURES: features}
 
 
 def model_inputs(

@@ -1,0 +1,225 @@
+"""Retrieval in two passes: embeddings find the candidates, the fused pair of report and volume puts the best in order.
+
+Only runs that train the fused pair (`objectives.alignment.fused_weight`) have what is read here. A fusion of every report with
+every volume would cost as much as the product of both; of the nearest few it does not.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from mg3d_jax import sharding
+from mg3d_jax.data.tokens import ReportTokenizer
+from mg3d_jax.errors import UserError
+from mg3d_jax.evaluation import galleries
+from mg3d_jax.evaluation.base import Embedded, Evaluation, EvaluationOptions, Model
+from mg3d_jax.evaluation.bootstrap import PatientDraws, interval, weighted_mean
+from mg3d_jax.evaluation.embed import TEXT_FIELDS, Embedder
+from mg3d_jax.evaluation.galleries import GALLERIES, Pairs
+from mg3d_jax.evaluation.ranking import ranks_by_group, similarity_blocks
+from mg3d_jax.html import Section, Table
+from mg3d_jax.objectives.alignment import FUSED_HEAD
+from mg3d_jax.options import key
+from mg3d_jax.training import inputs as step_inputs
+
+KS = (1, 5, 10)
+Scores = dict[tuple[int, int], float]  # (row of the volume, row of the report) -> score
+
+
+@dataclass(frozen=True)
+class RescoringOptions(EvaluationOptions):
+    """How many are looked at again."""
+
+    top: int = key(0, "nearest candidates of each query that the fused pair puts in order; 0: off", neutral=0)
+
+
+class Rescoring(Evaluation):
+    """Recall at k before and after the nearest candidates were put in order by their fused pairs, in the gallery `distinct`."""
+
+    options = RescoringOptions
+
+    @property
+    def needs(self) -> tuple[str, ...]:  # type: ignore[override]
+        return ("volumes", "reports", "model") if self.settings.top else ()
+
+    @staticmethod
+    def problems(options: RescoringOptions, config: Any) -> list[str]:
+        if options.top < 0:
+            return [f"evaluations.rescoring.top = {options.top}: must be at least 0"]
+        alignment = config.objectives["alignment"] if config is not None else None
+        if options.top and alignment is not None and not alignment.fused_weight:
+            return [
+                f"evaluations.rescoring.top = {options.top}: nothing trains the fused pair; set "
+                "objectives.alignment.fused_weight above 0"
+            ]
+        return []
+
+    def metrics(self, found: Embedded) -> dict[str, float]:
+        """`report_to_volume/recall@K` after the second pass, and the same in the other direction."""
+        return {
+            name: value for name, value in self.full(found).items() if "/recall@" in name and not name.endswith("_95")
+        }
+
+    def full(self, found: Embedded) -> dict[str, Any]:
+        if not self.settings.top:
+            return {}
+        if found.model is None or not found.model.embedder.config.objectives["alignment"].fused_weight:
+            raise UserError(
+                f"rescoring.top = {self.settings.top}: this run did not train the fused pair "
+                "(objectives.alignment.fused_weight = 0): leave rescoring off"
+            )
+        pairs = galleries.select(found, GALLERIES["distinct"])
+        volumes, reports = found.volumes[pairs.volumes], found.reports[pairs.reports]
+        to_volume, to_report = (
+            _nearest(*sides, self.settings.top) for sides in ((reports, volumes), (volumes, reports))
+        )
+        wanted = {(int(v), r) for r, row in enumerate(to_volume) for v in row}
+        wanted |= {(v, int(r)) for v, row in enumerate(to_report) for r in row}
+        scores = _scores(found, found.model, pairs, sorted(wanted))
+        protocol = (
+            f"{GALLERIES['distinct'].protocol}; the nearest {self.settings.top} put in order by their fused pairs"
+        )
+        result: dict[str, Any] = {"protocol": protocol, "top": self.settings.top}
+        of_report, of_volume = pairs.report_groups, pairs.volume_groups
+        for direction, near, correct, before, patients in (
+            ("report_to_volume", to_volume, of_report[:, None] == of_volume[to_volume],
+             ranks_by_group(reports, volumes, of_report, of_volume), found.patients[pairs.owners]),
+            ("volume_to_report", to_report, of_volume[:, None] == of_report[to_report],
+             ranks_by_group(volumes, reports, of_volume, of_report), found.patients[pairs.volumes]),
+        ):  # fmt: skip
+            to_reports = direction == "volume_to_report"
+            queries = range(len(near))
+            table = np.array([[scores[(q, int(c)) if to_reports else (int(c), q)] for c in near[q]] for q in queries])
+            result |= _numbers(direction, before, second_ranks(table, correct, before), patients)
+        return result
+
+    def flat(self, result: Mapping[str, Any]) -> dict[str, float | list[float]]:
+        return {f"rescoring/top={result['top']}/{name}": value for name, value in result.items() if "/" in name}
+
+    def sections(self, result: Mapping[str, Any]) -> Sequence[Section]:
+        rows = []
+        for name, value in result.items():
+            direction, _, measure = name.partition("/")
+            if measure.startswith("recall@") and not measure.endswith("_95"):
+                low, high = result[f"{name}_95"]
+                first = result[f"{direction}/first_pass/{measure}"]
+                words = [direction.replace("_", " "), measure.replace("@", " at "), f"{first:.3f}"]
+                rows.append([*words, f"{value:.3f}", f"{low:.3f} to {high:.3f}"])
+        columns = ["direction", "", "embeddings alone", "with the second pass", "95 % over patients"]
+        return [Section("Retrieval in two passes", result["protocol"], Table(columns, rows))]
+
+
+def second_ranks(scores: np.ndarray, correct: np.ndarray, before: np.ndarray) -> np.ndarray:
+    """Ranks [q] after the second pass: where a correct one is among the candidates, its place by score (ties and what is not
+    a number count against it), else the rank before.
+
+    Args:
+        scores, correct: [q, top] of the candidates of each query.
+        before: [q], ranks of the first pass, 1 is first.
+    """
+    best = np.where(correct, scores, -np.inf).max(1)
+    ahead = (~(scores < best[:, None]) & ~correct).sum(1)
+    return np.where(correct.any(1), 1 + ahead, before)
+
+
+def _nearest(queries: np.ndarray, candidates: np.ndarray, top: int) -> np.ndarray:
+    """[q, top]: the nearest candidates of each query, nearest first; as many as there are where `top` is more."""
+    found = [np.argsort(-block, axis=1, kind="stable")[:, :top] for _, block in similarity_blocks(queries, candidates)]
+    return np.concatenate(found)
+
+
+def _numbers(direction: str, before: np.ndarray, after: np.ndarray, patients: np.ndarray) -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    draws = PatientDraws(patients)
+    weights = draws.weights(patients)
+    for k in KS:
+        found[f"{direction}/recall@{k}"] = float(np.mean(after <= k))
+        found[f"{direction}/recall@{k}_95"] = interval(weighted_mean((after <= k).astype(np.float64), weights))
+        found[f"{direction}/first_pass/recall@{k}"] = float(np.mean(before <= k))
+    return found
+
+
+def _scores(found: Embedded, model: Model, pairs: Pairs, wanted: Sequence[tuple[int, int]]) -> Scores:
+    """The fused score of each (volume, report), places in `pairs`, by ascending volume."""
+    embedder, texts = model.embedder, [found.report_texts[row] for row in pairs.reports]
+    fields = _tokenized(embedder, texts)
+    score = embedder.compiled(lambda params, batch: _pair_scores(embedder, params, batch))
+    of_volume: dict[int, list[int]] = {}
+    for volume, report in wanted:
+        of_volume.setdefault(volume, []).append(report)
+    place = {int(row): number for number, row in enumerate(pairs.volumes)}
+    scores: Scores = {}
+    for row, tokens in _volume_tokens(model):
+        if (volume := place.get(row, -1)) not in of_volume:
+            continue
+        reports = of_volume[volume]
+        for start in range(0, len(reports), embedder.batch_size):
+            some = np.array(reports[start : start + embedder.batch_size])
+            rows = np.resize(some, embedder.batch_size)  # the last batch is filled with copies
+            batch = {name: array[rows] for name, array in fields.items()}
+            batch |= {
+                "volume_tokens": np.broadcast_to(tokens, (len(rows), *tokens.shape)),
+                "volume_embedding": np.broadcast_to(found.volumes[row], (len(rows), found.volumes.shape[1])),
+                "report_embedding": found.reports[pairs.reports[rows]],
+            }
+            local = np.array(sharding.local_rows(embedder.setup.mesh, len(rows)))
+            batch = sharding.to_global({n: a[local] for n, a in batch.items()}, embedder.setup.mesh, len(rows))
+            with sharding.in_mesh(embedder.setup.mesh):
+                values = jax.device_get(jax.block_until_ready(score(model.params, batch)))
+            scores |= {(volume, int(report)): float(value) for report, value in zip(some, values, strict=False)}
+    return scores
+
+
+def _volume_tokens(model: Model) -> Iterator[tuple[int, np.ndarray]]:
+    """(row of the volume, its tokens [N, d]), volume by volume."""
+    embedder = model.embedder
+
+    def program(params: Any, batch: dict[str, jax.Array]) -> dict[str, jax.Array]:
+        windowed = step_inputs.window(batch["volume"], embedder.config.data.windows)
+        tokens = embedder.setup.model.apply({"params": params}, windowed, method="embed_volume")["volume_tokens"]
+        return {"tokens": tokens} | {name: array for name, array in batch.items() if name != "volume"}
+
+    row = 0
+    for batch in embedder.walk(embedder.compiled(program), model.params, model.data):
+        for tokens in batch["tokens"]:
+            yield row, tokens
+            row += 1
+
+
+def _tokenized(embedder: Embedder, texts: Sequence[Sequence[str]]) -> dict[str, np.ndarray]:
+    """What the fusion reads of reports: their tokens, or with `model.report_input` = "sentences" those of each sentence."""
+    config = embedder.config
+    if config.model.report_input != "sentences":
+        rows = [embedder.tokenizer(text) for text in texts]
+        return {name: np.stack([row[name] for row in rows]) for name in TEXT_FIELDS}
+    tokenizer = ReportTokenizer(embedder.tokenizer.tokenizer, config.text_tokens(), config.data.max_sentences)
+    count = config.objectives["alignment"].report_sentences or config.data.max_sentences
+    empty = tokenizer([])
+    sentences = [[tokenizer([s]) for s in text[:count]] + [empty] * (count - len(text[:count])) for text in texts]
+    there = np.array([[number < len(text) for number in range(count)] for text in texts])
+    fields = {name: np.stack([np.stack([one[name] for one in row]) for row in sentences]) for name in TEXT_FIELDS}
+    fields["token_mask"] = fields["token_mask"] & there[..., None]
+    return fields
+
+
+def _pair_scores(embedder: Embedder, params: Any, batch: dict[str, jax.Array]) -> jax.Array:
+    """[P], by the head of the form "same_words" where the run has it, else the cosine of the fused embedding with the two
+    embeddings side by side, which is what the published form brings together."""
+    model, config = embedder.setup.model, embedder.config
+    report = {name: batch[name] for name in TEXT_FIELDS}
+    if config.model.report_input == "sentences":
+        features, there = model.apply({"params": params}, report, method="sentence_features")
+        report = step_inputs.features_as_tokens(features, there)
+    fused = model.apply({"params": params}, batch["volume_tokens"], report, method="fuse")
+    if FUSED_HEAD in params:
+        both = jnp.concatenate([fused["fused_volume"], fused["fused_report"]], axis=-1).astype(jnp.float32)
+        return (both @ params[FUSED_HEAD]["kernel"])[:, 0]
+    single = jnp.concatenate([batch["report_embedding"], batch["volume_embedding"]], axis=-1)
+    lengths = jnp.linalg.norm(fused["fused_embedding"], axis=-1) * jnp.linalg.norm(single, axis=-1)
+    return jnp.sum(fused["fused_embedding"] * single, axis=-1) / jnp.maximum(lengths, 1e-6)
