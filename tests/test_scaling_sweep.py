@@ -63,7 +63,8 @@ def prepared(folder: Path, patients: list[str]) -> Path:
     """A prepared folder as far as a sweep looks: two records per patient."""
     folder.mkdir()
     patients_of = [[name, 2] for name in patients]
-    manifest = {"format_version": FORMAT_VERSION, "patients": patients_of, "shards": [{"sha256": repr(patients)}]}
+    shard = {"file": "records.array_record", "records": len(patients_of), "sha256": repr(patients)}
+    manifest = {"format_version": FORMAT_VERSION, "patients": patients_of, "shards": [shard]}
     (folder / "manifest.json").write_text(json.dumps(manifest))
     return folder
 
