@@ -11,6 +11,7 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -103,6 +104,18 @@ def test_a_folder_that_goes_away_in_mid_run_ends_it(tiny_data: dict[str, str], t
         assert trainer(tiny_data, run).resume_step == 2
 
 
+@pytest.fixture
+def heeded() -> Iterator[None]:
+    """SIGINT and SIGHUP as in a terminal: whoever started the tests may ignore them (`nohup`, a job in the background)."""
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGHUP)}
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
+
+
+@pytest.mark.usefixtures("heeded")
 @pytest.mark.parametrize("number", SIGNALS)
 def test_every_signal_that_asks_saves_the_step(
     tiny_data: dict[str, str], tmp_path: Path, number: signal.Signals
@@ -113,6 +126,7 @@ def test_every_signal_that_asks_saves_the_step(
     assert signal.getsignal(number) == before
 
 
+@pytest.mark.usefixtures("heeded")
 def test_signals_that_are_ignored_stay_so_and_a_second_interrupt_ends_at_once(tmp_path: Path) -> None:
     before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
     stop = StopRequest(Checkpoints(tmp_path), 0)
