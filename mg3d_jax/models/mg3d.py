@@ -244,6 +244,7 @@ class MG3D(nn.Module):
         and `fused_embedding` [B, 2k] where an objective reads it."""
         tokens, _ = self._encode_report(report, train=False)
         volume, words = self._fused(volume_tokens, tokens, report, train=False)
+        assert volume is not None and words is not None, "no objective that is on reads both"
         found = {"fused_volume": volume, "fused_report": words}
         if "fused_embedding" in self._needed():
             found["fused_embedding"] = self._fused_embedding(volume, words, train=False)[0]
