@@ -6,7 +6,6 @@ PyTorch one, both in float32, and the embeddings must agree.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import logging
 import os
@@ -19,6 +18,7 @@ from types import ModuleType
 import numpy as np
 
 from mg3d_jax import config as config_lib
+from mg3d_jax.data.records import file_digest
 from mg3d_jax.errors import UserError
 from mg3d_jax.files import read_json, write_json
 from mg3d_jax.interop import export_card, export_format, export_monai, export_preparation
@@ -100,7 +100,7 @@ def write_verification(run: Run, folder: Path, inputs: Inputs) -> None:
     expected = reference_features(run, np.repeat(inputs.volumes[:1], len(texts), 0), texts)
     files = sorted(file for file in folder.iterdir() if file.is_file())
     told = {
-        "sha256": {file.name: hashlib.sha256(file.read_bytes()).hexdigest() for file in files},
+        "sha256": {file.name: file_digest(file) for file in files},
         "texts": texts,
         "volume_embedding": expected["volume_embedding"][:1].tolist(),
         "text_embeddings": expected["report_embedding"].tolist(),

@@ -31,8 +31,8 @@ def copied_name(module: str) -> str:
     return f"mg3d_{module.rsplit('.', 1)[-1]}"
 
 
-def write(folder: Path) -> list[str]:
-    """Writes the processors and all that they import. Returns the names of the files."""
+def write(folder: Path) -> None:
+    """Writes the processors and all that they import."""
     todo = {name: TEMPLATES / f"{name}.py" for name in PROCESSORS}
     done: dict[str, str] = {}
     while todo:
@@ -44,7 +44,6 @@ def write(folder: Path) -> list[str]:
         done[name] = _standing_alone(text)
     for name, text in done.items():
         (folder / f"{name}.py").write_text(text)
-    return sorted(f"{name}.py" for name in done)
 
 
 def _standing_alone(text: str) -> str:
@@ -52,14 +51,14 @@ def _standing_alone(text: str) -> str:
     return _INDENTED.sub(r"\1try:\n\1    \2\n\1except ImportError:\n\1    raise", text)
 
 
-def load(folder: Path, name: str = "image_processing_mg3d") -> ModuleType:
-    """A written module, as a receiver would import it."""
+def load(folder: Path) -> ModuleType:
+    """The written module of the image processor, as a receiver would import it."""
     package = f"mg3d_exported_{abs(hash(str(folder)))}"
     spec = ModuleSpec(package, None, is_package=True)
     spec.submodule_search_locations = [str(folder)]
     sys.modules[package] = importlib.util.module_from_spec(spec)
     try:
-        return importlib.import_module(f"{package}.{name}")
+        return importlib.import_module(f"{package}.{PROCESSORS[0]}")
     finally:
         for key in [key for key in sys.modules if key.split(".")[0] == package]:
             del sys.modules[key]

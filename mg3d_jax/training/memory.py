@@ -14,9 +14,9 @@ import jax
 
 from mg3d_jax import sharding
 from mg3d_jax.errors import UserError
+from mg3d_jax.training.clock import GIB
 from mg3d_jax.training.state import Setup
 
-GIB = 2**30
 SPARE = 0.08  # of a device's memory: what the driver, the libraries and fragmentation take
 
 
