@@ -11,12 +11,17 @@ from support import tiny_builder, tiny_config, with_plain_towers
 from mg3d_jax import config as config_lib
 from mg3d_jax.config import checks
 from mg3d_jax.data.abnormalities import ABNORMALITIES
+from mg3d_jax.data.order import RecordOrder
 from mg3d_jax.data.pipeline import PreparedData
 from mg3d_jax.errors import UserError
-from mg3d_jax.objectives.base import Context
+from mg3d_jax.evaluation.embed import Embedder
+from mg3d_jax.interop import finetune
+from mg3d_jax.interop.warm_start import load_initial
+from mg3d_jax.objectives.base import DIRECTION_BIASES, Context
 from mg3d_jax.options import Group
 from mg3d_jax.tasks.vocabulary import VOCABULARY, VocabularyOptions
 from mg3d_jax.training import loop
+from mg3d_jax.training.restore import restore_run
 from mg3d_jax.training.writers import read_metrics
 
 NAMES = ("Nodule", "Effusion", "Hernia")
@@ -67,12 +72,13 @@ def test_the_loss_is_the_cross_entropy_of_a_softmax_over_the_two_prompts():
     rng = np.random.default_rng(0)
     volume, texts = rng.normal(size=(3, 5)), rng.normal(size=(3, 2, 2, 5))
     kind, valid = np.array([[1, 2], [0, 1], [2, 2]]), np.array([True, True, False])
-    features = {"volume_embedding": volume, "statement_embeddings": texts, "statement_kind": kind}
+    volume /= np.linalg.norm(volume, axis=-1, keepdims=True)
+    texts /= np.linalg.norm(texts, axis=-1, keepdims=True)
+    features = {"volume_direction": volume, "statement_directions": texts, "statement_kind": kind}
     found, metrics = VOCABULARY.loss(jax.tree.map(jnp.asarray, features), {"valid": jnp.asarray(valid)}, OPTIONS)
     losses, right = [], []
     for row, place in [(0, 0), (0, 1), (1, 1)]:
-        unit = volume[row] / np.linalg.norm(volume[row])
-        logits = [unit @ (text / np.linalg.norm(text)) / 0.1 for text in texts[row, place]]
+        logits = [volume[row] @ text / 0.1 for text in texts[row, place]]
         side = {1: 0, 2: 1}[kind[row, place]]
         losses.append(np.log(np.exp(logits).sum()) - logits[side])
         right.append(logits[side] == max(logits))
@@ -94,16 +100,52 @@ def test_what_cannot_be():
         VOCABULARY.texts.make((), words, VocabularyOptions(1.0, NAMES, tokens=4), context())
 
 
-def test_a_run_learns_to_answer(tiny_data, tmp_path):
-    """Against the loss of a coin, with which it begins."""
-    config = with_plain_towers(tiny_builder(
-        tiny_data["train"], data__patients_percent=34.0, objectives__alignment__weight=0.0, tasks__vocabulary__weight=1.0,
-        tasks__vocabulary__labels=ABNORMALITIES, tasks__vocabulary__labels_per_step=18, training__steps=100,
-        training__checkpoint_every=100, training__log_every=1, optimizer__learning_rate=0.05, tasks__vocabulary__tokens=32,
+def zero_shot_loss(source, run):
+    """Of the first batch of `run`, from what evaluations of the `source` compare; and the source's mean directions."""
+    restored = restore_run(source)
+    embedder = Embedder.of_run(restored, 8)
+    order = RecordOrder([len(run.data)], seed=run.config.seed)
+    records = [run.data.read(order[position]) for position in range(run.config.data.batch_size)]
+    volumes = np.stack([embedder.volume(restored.params, record.volume) for record in records])
+    entries = [
+        [[pattern.format(name)]] for pattern in ("{} is present.", "{} is not present.") for name in ABNORMALITIES
+    ]
+    present, absent = np.split(embedder.texts(restored.params, embedder.tokenize(entries)), 2)
+    margin = volumes @ (present - absent).T / run.config.tasks["vocabulary"].temperature
+    labels = np.stack([record.labels for record in records])
+    losses = np.log1p(np.exp(np.where(labels == 1, -margin, margin)))
+    return losses[labels != -1].mean(), {name: restored.params[name] for name in DIRECTION_BIASES}
+
+
+def test_it_starts_at_the_zero_shot_scores_of_the_run_and_learns(tiny_data, tmp_path):
+    """The loss of step 0 is that of the source's zero-shot similarities, whose embeddings are less the mean directions that
+    the centred run keeps; 100 steps later it is smaller."""
+    source, data = tmp_path / "source", {"data__patients_percent": 34.0, "training__log_every": 1}
+    pretrain = with_plain_towers(tiny_builder(
+        tiny_data["train"], objectives__alignment__report_view="subsets", training__steps=3, optimizer__learning_rate=0.05,
+        training__checkpoint_every=3, **data,
     ))  # fmt: skip
-    assert loop.Trainer(config_lib.typed(config), tmp_path).run() == 0
-    rows = read_metrics(tmp_path, "train")
-    assert np.mean([row["loss"] for row in rows[-10:]]) < 0.75 * rows[0]["loss"]
+    assert loop.Trainer(config_lib.typed(pretrain), source).run() == 0
+    config = with_plain_towers(tiny_builder(
+        tiny_data["train"], objectives__alignment__weight=0.0, tasks__vocabulary__weight=1.0,
+        tasks__vocabulary__labels=ABNORMALITIES, tasks__vocabulary__labels_per_step=18, training__steps=100,
+        training__checkpoint_every=100, optimizer__learning_rate=0.05, tasks__vocabulary__tokens=32, **data,
+    ))  # fmt: skip
+    finetune.start_from(config, str(source), reports=True, volume_size=(16, 16, 16))
+    config.optimizer.freeze = (".*_direction_bias",)
+    run = loop.Trainer(config_lib.typed(config), tmp_path / "run", initialize=load_initial)
+    assert run.run() == 0
+    rows = read_metrics(tmp_path / "run", "train")
+    expected, biases = zero_shot_loss(source, run)
+    assert rows[0]["loss"] == pytest.approx(expected, abs=1e-5)
+    kept = jax.device_get(restore_run(tmp_path / "run").params)
+    for name, bias in biases.items():
+        assert np.linalg.norm(bias) > 0.05
+        np.testing.assert_array_equal(kept[name], bias)
+    assert np.mean([row["loss"] for row in rows[-10:]]) < 0.85 * rows[0]["loss"]
+
+
+def test_records_of_other_labels(tiny_data, tmp_path):
     wrong = tiny_config(
         tiny_data["train"],
         tasks__vocabulary__weight=1.0,

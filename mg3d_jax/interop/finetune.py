@@ -22,7 +22,9 @@ from mg3d_jax.files import read_json
 from mg3d_jax.interop import export_format
 from mg3d_jax.interop.sources import folder_and_step
 from mg3d_jax.interop.tower import load_tower
+from mg3d_jax.objectives.base import enabled
 from mg3d_jax.registry import VOLUME_TOWERS
+from mg3d_jax.training.state import has_direction_bias
 
 SMALL = "small"  # of a recipe's argument: the size of its miniature
 PROBE = "probe"  # the same: the volume encoder is frozen
@@ -143,7 +145,8 @@ def like_run(
     Args:
         volume_size: as for `start_from`; None: the run's own.
     """
-    theirs = config_lib.to_dict(config_lib.read(folder / "config.json"))
+    source = config_lib.read(folder / "config.json")
+    theirs = config_lib.to_dict(source)
     theirs["model"]["volume_encoder"]["pooling"] = _pooling(
         theirs["model"]["volume_encoder"]["pooling"], theirs["model"]["volume_size"], volume_size
     )
@@ -161,6 +164,7 @@ def like_run(
     alignment = theirs["objectives"]["alignment"]
     for name in ("form", "temperature", "report_view", "sentence_tokens"):
         config.objectives.alignment[name] = alignment[name]
+    config.tasks.vocabulary.direction_bias = any(map(has_direction_bias, enabled(source.objectives, source.tasks)))
     config.data.tokenizer = str(folder / "tokenizer")
 
 

@@ -40,11 +40,12 @@ class Step:
 # Axes: B patients, N volume tokens, T report tokens, S sentences, V sentence views of a report, M predicted tokens; d, e the
 # widths of volume and report tower; k = projection_dim, m = matching_dim; P voxel values of a token's cell.
 #   volume_tokens [B, N, d]; report_tokens, reconstructed_tokens [B, T, e]; sentences [B, S, e]; view_embeddings [B, V, k];
-#   volume_embedding, report_embedding [B, k]; fused_volume_embedding [B, m]; fused_embedding [B, 2k]; z, the sentence-
-#   conditioned volume, and *_sentences [B, S, m]; z_others [B, K, S, m], fused_*_others [B, K, d or e]: the words of a patient
-#   with the volumes of K others (`objectives.same_words`); patches, voxel_prediction* [B, N, P]; token_logits [B, M, vocab];
-#   crops [B, K, x, y, z, C], crop_mask [B, K, x, y, z], crop_features [B, K, x, y, z, f] of K crops of each volume, of the
-#   size that the tower takes; next_token_logits [B, T - 1, vocab].
+#   volume_embedding, report_embedding [B, k]; volume_direction [B, k], statement_directions [B, V, 2, k], of length 1;
+#   fused_volume_embedding [B, m]; fused_embedding [B, 2k]; z, the sentence-conditioned volume, and *_sentences [B, S, m];
+#   z_others [B, K, S, m], fused_*_others [B, K, d or e]: the words of a patient with the volumes of K others
+#   (`objectives.same_words`); patches, voxel_prediction* [B, N, P]; token_logits [B, M, vocab]; crops [B, K, x, y, z, C],
+#   crop_mask [B, K, x, y, z], crop_features [B, K, x, y, z, f] of K crops of each volume, of the size that the tower takes;
+#   next_token_logits [B, T - 1, vocab].
 # Computed in this order: a module that is called twice draws its dropout by the number of the call. Inputs are those of
 # `training.inputs.model_inputs`: `volume`, `report`, and what the objectives draw.
 STEPS: tuple[Step, ...] = (
@@ -57,6 +58,8 @@ STEPS: tuple[Step, ...] = (
     Step("_sentence_words", ("sentence_words",), ("report",)),
     Step("_volume", ("volume_tokens", "volume_pooled"), ("volume",)),
     Step("_volume_embedding", ("volume_embedding",), ("volume_pooled",)),
+    Step("_volume_direction", ("volume_direction",), ("volume_embedding",)),
+    Step("_statement_directions", ("statement_directions",), ("statement_embeddings",)),
     Step("_sentence_conditioned", ("z",), ("sentences", "volume_tokens")),
     Step("_sentence_conditioned_others", ("z_others",), ("sentences", "volume_tokens")),
     Step("_fused", ("fused_volume", "fused_report"), ("volume_tokens", "report_tokens", "report")),
@@ -280,6 +283,17 @@ class MG3D(nn.Module):
     def _embed_statements(self, statements: dict[str, jax.Array], train: bool) -> tuple[jax.Array, ...]:
         """Statements and their opposites, token arrays [B, V, 2, L] -> [B, V, 2, k], and what they say [B, V]."""
         return self._embed_sentences(statements, train)[0], statements["kind"]
+
+    def _volume_direction(self, embedding: jax.Array, train: bool) -> tuple[jax.Array, ...]:
+        """[B, k]: what evaluations compare volumes by."""
+        return (volume_embedding(self._direction_biases(), embedding),)
+
+    def _statement_directions(self, embeddings: jax.Array, train: bool) -> tuple[jax.Array, ...]:
+        """[B, V, 2, k]: what evaluations compare texts by."""
+        return (text_embedding(self._direction_biases(), l2_normalize(embeddings)),)
+
+    def _direction_biases(self) -> dict[str, jax.Array]:
+        return {name: getattr(self, name) for name in DIRECTION_BIASES} if self.direction_bias else {}
 
     def _embed_sentences(self, texts: dict[str, jax.Array], train: bool) -> tuple[jax.Array, jax.Array]:
         """Single sentences [..., L], each encoded as a report of its own, or their features [..., e] -> embeddings [..., k],

@@ -2,7 +2,9 @@
 
 A volume is compared with "X is present." and "X is not present." for a few of its known labels; the loss is the cross-entropy
 of the softmax over the two, `softplus(-+(cos(v, present) - cos(v, absent)) / temperature)`. So CT-CLIP's "VocabFine" is
-fine-tuned (arXiv 2403.17834). No head is added: `mg3d evaluate --only zero_shot` with the same prompts says what was learned.
+fine-tuned (arXiv 2403.17834). Both sides are compared as zero-shot classification compares them, so that the first step has
+the class scores of the run that it starts from. No head is added: `mg3d evaluate --only zero_shot` with the same prompts says
+what was learned.
 """
 
 from __future__ import annotations
@@ -18,7 +20,7 @@ import numpy as np
 from mg3d_jax.batch import Field, zeros
 from mg3d_jax.errors import UserError
 from mg3d_jax.objectives.base import Batch, Context, Encode, Features, Metrics, Objective, TextFields, single_texts
-from mg3d_jax.objectives.pairwise import l2_normalize, masked_mean
+from mg3d_jax.objectives.pairwise import masked_mean
 from mg3d_jax.options import key
 
 PRESENT, ABSENT = 1, 2  # what a label says, in `statement_kind`; 0: unknown
@@ -35,6 +37,12 @@ class VocabularyOptions:
     labels_per_step: int = key(6, "labels of a volume that a step asks about", neutral=6)
     tokens: int = key(16, "length of a prompt, [CLS] and [SEP] included", neutral=16)
     temperature: float = key(0.1, "divides the difference of the two cosines", neutral=0.1)
+    direction_bias: bool = key(
+        False,
+        "does the model keep the mean directions of a centred run, which its zero-shot classification subtracts? The recipe "
+        "does as the run that it starts from",
+        neutral=False,
+    )
 
     @property
     def num_labels(self) -> int:
@@ -112,8 +120,7 @@ def draw(rng: jax.Array, batch: Batch, options: VocabularyOptions, context: Cont
 
 def loss(features: Features, batch: Batch, options: VocabularyOptions) -> tuple[jax.Array, Metrics]:
     """Mean over the labels that were asked about in the global batch; `accuracy` is the share that was answered rightly."""
-    volume = l2_normalize(features["volume_embedding"].astype(jnp.float32))
-    texts, kind = l2_normalize(features["statement_embeddings"].astype(jnp.float32)), features["statement_kind"]
+    volume, texts, kind = features["volume_direction"], features["statement_directions"], features["statement_kind"]
     margin = jnp.einsum("bk,bvk->bv", volume, texts[:, :, 0] - texts[:, :, 1]) / options.temperature
     known = (kind > 0) & batch["valid"][:, None]
     signed = jnp.where(kind == PRESENT, margin, -margin)
@@ -128,7 +135,7 @@ def loss(features: Features, batch: Batch, options: VocabularyOptions) -> tuple[
 
 VOCABULARY = Objective(
     options=VocabularyOptions,
-    needs=lambda options: ("volume_embedding", "statement_embeddings", "statement_kind"),
+    needs=lambda options: ("volume_direction", "statement_directions", "statement_kind"),
     loss=loss,
     draw=draw,
     problems=problems,

@@ -17,7 +17,7 @@ from mg3d_jax.config import Config
 from mg3d_jax.config.parts import InitConfig, ModelConfig
 from mg3d_jax.data.tokens import ReportTokenizer
 from mg3d_jax.models.mg3d import MG3D
-from mg3d_jax.objectives.base import Context, enabled
+from mg3d_jax.objectives.base import Context, Enabled, enabled
 from mg3d_jax.options import Group
 from mg3d_jax.training import optimizer
 from mg3d_jax.training.inputs import dummy_inputs
@@ -53,15 +53,23 @@ Initializer = Callable[[Setup, State, ReportTokenizer], State]
 
 def build_model(config: Config, vocab_size: int) -> MG3D:
     """The model of a configuration. `vocab_size` is that of the run's tokenizer."""
-    alignment = config.objectives["alignment"]
+    alignment, on = config.objectives["alignment"], enabled(config.objectives, config.tasks)
     return MG3D(
         Context(config.data, config.model, vocab_size, special=Group({})),
-        enabled(config.objectives, config.tasks),
+        on,
         temperature=alignment.temperature,
         learn_temperature=alignment.learn_temperature,
         sigmoid=alignment.form == "sigmoid",
-        direction_bias=alignment.weight > 0 and alignment.center and alignment.report_view == "subsets",
+        direction_bias=any(has_direction_bias(one) for one in on),
     )
+
+
+def has_direction_bias(one: Enabled) -> bool:
+    """Does an objective or task want the model to keep mean directions (`objectives.base.DIRECTION_BIASES`)? The alignment of
+    a centred run, and a task that goes on with one (an option `direction_bias`)."""
+    if one.name == "alignment":
+        return one.options.center and one.options.report_view == "subsets"
+    return getattr(one.options, "direction_bias", False)
 
 
 def random_parameters(model: MG3D) -> Callable[[jax.Array], Any]:
