@@ -3,19 +3,15 @@
     python tests/soak.py --kills 100
 
 KILL, TERM, INT or HUP goes to the trainer, to a worker process that reads its data, or to one of two processes. Each run is
-killed `PER_RUN` times and then trains to its end. `Zygote` imports everything once and forks a process per start, before JAX
-has touched a device, so that a run starts at once.
+killed `PER_RUN` times and then trains to its end.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import random
 import signal
-import subprocess
-import sys
 import tempfile
 import time
 from collections import Counter
@@ -24,7 +20,8 @@ from pathlib import Path
 
 import numpy as np
 import orbax.checkpoint as ocp
-from support import TESTS, environment, free_port
+from support import free_port
+from zygote import Zygote, send, state_of
 
 from mg3d_jax.training.checkpoints import Checkpoints
 from mg3d_jax.training.writers import read_metrics
@@ -39,98 +36,6 @@ def get_config(arg=""):
     config.training.writers = ("jsonl",)
     return config
 """
-
-ZYGOTE = """
-import json, os, sys, warnings
-import mg3d_jax.commands.train, mg3d_jax.trainer
-from mg3d_jax.commands.main import main
-
-warnings.filterwarnings("ignore", message=".*os.fork")  # no device has been touched yet
-for line in sys.stdin:
-    request = json.loads(line)
-    if isinstance(request, int):
-        print(os.waitstatus_to_exitcode(os.waitpid(request, 0)[1]), flush=True)
-        continue
-    arguments, log, flags = request
-    process = os.fork()
-    if process == 0:
-        log = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
-        os.dup2(log, 1)
-        os.dup2(log, 2)
-        os.environ["XLA_FLAGS"] = flags
-        code = 1
-        try:
-            sys.exit(main(arguments))
-        except SystemExit as end:
-            code = end.code
-        finally:
-            import atexit
-            atexit._run_exitfuncs()  # of jax.distributed, and what stands in for it after a failure
-            sys.stderr.flush()
-            os._exit(code)
-    print(process, flush=True)
-"""
-
-
-class Zygote:
-    """Starts runs. `start` -> process id; `wait` -> exit code, negative for a signal."""
-
-    def __init__(self) -> None:
-        env = environment(1, **TESTS, JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS="0")
-        env["MALLOC_ARENA_MAX"] = "2"  # else malloc's own pools for the threads that come and go hide what grows
-        pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
-        self.process = subprocess.Popen([sys.executable, "-c", ZYGOTE], env=env, text=True, **pipes)
-        self.running: list[int] = []
-
-    def _ask(self, request: object) -> int:
-        self.process.stdin.write(json.dumps(request) + "\n")
-        self.process.stdin.flush()
-        return int(self.process.stdout.readline())
-
-    def start(self, arguments: list[str], log: Path, devices: int = 1, *, beside: bool = False) -> int:
-        """`beside`: another one may be running."""
-        while self.running and not beside:  # left by a test that failed
-            self.kill(self.running[-1])
-        self.running.append(self._ask([arguments, str(log), environment(devices)["XLA_FLAGS"]]))
-        return self.running[-1]
-
-    def wait(self, process: int | None = None) -> int:
-        """Of the last one that was started, or of `process`."""
-        process = self.running[-1] if process is None else process
-        self.running.remove(process)
-        return self._ask(process)
-
-    def wait_for(self, process: int, seconds: float) -> int:
-        """As `wait`, but after so many seconds it is killed, and the code is that of a SIGKILL."""
-        end = time.monotonic() + seconds
-        while time.monotonic() < end and state_of(process) != "Z":
-            time.sleep(0.02)
-        return self.kill(process) if state_of(process) != "Z" else self.wait(process)
-
-    def kill(self, process: int) -> int:
-        send(process, signal.SIGKILL)
-        return self.wait(process)
-
-    def run(self, arguments: list[str], log: Path, devices: int = 1) -> int:
-        self.start(arguments, log, devices)
-        return self.wait()
-
-    def close(self) -> None:
-        self.process.stdin.close()
-        self.process.wait(60)
-
-
-def send(process: int, number: int) -> None:
-    with suppress(ProcessLookupError):
-        os.kill(process, number)
-
-
-def state_of(process: int) -> str:
-    """As `/proc` says it: "R" for running, "Z" for one that has ended."""
-    try:
-        return Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[0]
-    except OSError:
-        return "Z"
 
 
 def workers_of(process: int) -> list[int]:

@@ -12,8 +12,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from soak import MOMENTS, Soak, Zygote, arrays, command, lines, losses, wait_until, write_config
-from support import TESTS, environment, free_port, mg3d
+from soak import MOMENTS, Soak, arrays, command, lines, losses, wait_until, write_config
+from support import TESTS, environment, free_port
+from zygote import Forked, Zygote, mg3d, of_session
 
 from mg3d_jax.data.bad_records import read_bad_records
 from mg3d_jax.data.shard_reader import open_shard
@@ -28,6 +29,7 @@ pytestmark = [
 
 @pytest.fixture(scope="module")
 def zygote():
+    """One of its own: the tests here look at what its processes hold in memory."""
     started = Zygote()
     yield started
     started.close()
@@ -58,34 +60,34 @@ def memory_and_files(process):
     return int(re.search(r"RssAnon:\s+(\d+) kB", status)[1]) / 1024, len(os.listdir(f"/proc/{process}/fd"))
 
 
-def test_two_thousand_steps_do_not_grow(zygote, config_file, tmp_path):
+def test_a_thousand_steps_do_not_grow(zygote, config_file, tmp_path):
     run, log = tmp_path / "run", tmp_path / "log"
-    settings = {"training__steps": 2000, "training__log_every": 20, "training__checkpoint_every": 200}
+    settings = {"training__steps": 1000, "training__log_every": 10, "training__checkpoint_every": 100}
     settings |= {"data__batch_size": 2, "data__max_tokens": 16, "objectives__alignment__report_sentences": 1}
     settings |= {"objectives__alignment__sentence_tokens": 8}
     process, samples = zygote.start(command(config_file, run, "heavy", **settings), log), {}
-    while (now := lines(run)) < 99:  # of 20 steps
+    while (now := lines(run)) < 99:  # of 10 steps
         try:
             found = memory_and_files(process)
         except (OSError, TypeError):  # it has ended early: the log says why
             break
         if not list((run / "checkpoints").glob("*tmp*")):  # a save holds files for a while
-            samples[20 * now] = found
+            samples[10 * now] = found
         time.sleep(0.01)
     assert zygote.wait() == 0, log.read_text()
-    steps = [step for step in sorted(samples) if step >= 200]
+    steps = [step for step in sorted(samples) if step >= 100]
     # Between two checkpoints nothing grows, step for step.
-    between = [[samples[s][0] for s in steps if save + 60 < s < save + 200] for save in range(200, 1800, 200)]
+    between = [[samples[s][0] for s in steps if save + 30 < s < save + 100] for save in range(100, 900, 100)]
     growths = [values[-1] - values[0] for values in between if len(values) > 1]  # a busy machine may leave out some
     assert len(growths) >= 5
     growth = np.median(growths)
-    assert growth < 0.5, f"{1024 * growth / 100:.1f} KiB per step: {between}"
+    assert growth < 0.25, f"{1024 * growth / 50:.1f} KiB per step: {between}"
     # Over all, the pools below the checkpoint library may come to hold some more copies of the state, but not one for
     # every save, of which there are seven.
-    later, copy = [step for step in steps if step >= 500], sum(map(len, arrays(run)[1].values())) / 2**20
+    later, copy = [step for step in steps if step >= 250], sum(map(len, arrays(run)[1].values())) / 2**20
     grown = samples[later[-1]][0] - samples[later[0]][0]
     assert grown < 5 * copy, (grown, copy, samples)
-    early, late = ([samples[s][1] for s in steps if lowest <= s < lowest + 400] for lowest in (200, 1500))
+    early, late = ([samples[s][1] for s in steps if lowest <= s < lowest + 200] for lowest in (100, 750))
     assert min(late) <= min(early) and max(late) <= max(early) + 5, (early, late)
 
 
@@ -154,21 +156,20 @@ def test_a_read_only_and_a_full_disk_are_said_and_the_run_goes_on_when_mended(zy
 
 def alone(devices, *words):
     """`mg3d ...` as one process."""
-    done = mg3d(*words, devices=devices, **TESTS)
+    done = mg3d(*words, devices=devices)
     assert done.returncode == 0, done.stderr
     return done.stderr
 
 
-def together(devices, logs, *words, last=("-m", "mg3d_jax")):
-    """`mg3d ...` as two processes with so many devices each; the last one runs `python LAST ...`."""
+def together(devices, logs, *words, last=""):
+    """`mg3d ...` as two processes with so many devices each; the last one runs the program `last`, if given."""
     place = ["--num-processes", "2", "--coordinator", f"localhost:{free_port()}", "--process-id"]
-    started = []
-    for number, log in enumerate(logs):
-        with log.open("a") as stream:
-            program = last if number else ("-m", "mg3d_jax")
-            line = [sys.executable, *program, *words, *place, str(number)]
-            started.append(subprocess.Popen(line, env=environment(devices, **TESTS), stdout=stream, stderr=stream))
-    return started
+    started = [Forked(of_session(), [*words, *place, "0"], logs[0], devices)]
+    if not last:
+        return [*started, Forked(of_session(), [*words, *place, "1"], logs[1], devices)]
+    with logs[1].open("a") as stream:
+        line = [sys.executable, "-c", last, *words, *place, "1"]
+        return [*started, subprocess.Popen(line, env=environment(devices, **TESTS), stdout=stream, stderr=stream)]
 
 
 def test_two_processes_of_four_devices_train_as_one_of_eight(config_file, tmp_path):
@@ -229,7 +230,7 @@ def test_sigterm_to_one_of_two_saves_both_and_one_process_goes_on_bit_for_bit(co
     assert "MainThread" in (run / "stacks" / "process-0.txt").read_text()
     # Again two processes, told to stop while one is ready and the other one starts: they stop after their first step.
     first = int(step)
-    processes = together(1, logs, *command(config_file, run, "slow", **settings), last=("-c", STARTS_LATE))
+    processes = together(1, logs, *command(config_file, run, "slow", **settings), last=STARTS_LATE)
     try:
         wait_until(lambda: "late\n" in logs[1].read_text(), 120)
         time.sleep(2)  # until process 0 is ready; a signal before that is heeded too

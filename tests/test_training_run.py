@@ -9,7 +9,8 @@ import time
 from pathlib import Path
 
 import pytest
-from support import TESTS, environment, mg3d, tiny_config
+from support import TESTS, environment, tiny_config
+from zygote import mg3d
 
 from mg3d_jax import config as config_lib
 from mg3d_jax.commands.main import COMMANDS, main
@@ -55,7 +56,7 @@ def arguments(config_file, workdir, data, *extra, form=""):
 def finished(config_file, tiny_data, tmp_path_factory) -> Path:
     """An uninterrupted run."""
     workdir = tmp_path_factory.mktemp("runs") / "whole"
-    done = mg3d(*arguments(config_file, workdir, tiny_data, form="default writers"), **TESTS)
+    done = mg3d(*arguments(config_file, workdir, tiny_data, form="default writers"))
     assert done.returncode == 0, done.stderr
     return workdir
 
@@ -74,7 +75,7 @@ def test_a_run_writes_what_it_promises(finished):
 
 
 def test_the_same_seed_gives_the_same_losses_bit_for_bit(finished, config_file, tiny_data, tmp_path):
-    done = mg3d(*arguments(config_file, tmp_path / "again", tiny_data), **TESTS)
+    done = mg3d(*arguments(config_file, tmp_path / "again", tiny_data))
     assert done.returncode == 0, done.stderr
     assert losses(tmp_path / "again") == losses(finished)
 
@@ -93,7 +94,7 @@ def test_sigterm_saves_exits_75_and_resumes_bit_for_bit(finished, config_file, t
         pytest.fail("the run ended before the signal reached it")
     assert process.returncode == 75, errors
     assert "asked to stop" in errors
-    done = mg3d(*arguments(config_file, workdir, tiny_data), **TESTS)
+    done = mg3d(*arguments(config_file, workdir, tiny_data))
     assert done.returncode == 0 and "resuming after step" in done.stderr, done.stderr
     assert losses(workdir) == losses(finished)
     final = [json.loads((w / "summary.json").read_text())["final"] for w in (workdir, finished)]
@@ -101,9 +102,9 @@ def test_sigterm_saves_exits_75_and_resumes_bit_for_bit(finished, config_file, t
 
 
 def test_a_finished_run_says_so_and_another_config_is_refused(finished, config_file, tiny_data):
-    again = mg3d(*arguments(config_file, finished, tiny_data), **TESTS)
+    again = mg3d(*arguments(config_file, finished, tiny_data))
     assert again.returncode == 0 and "already done" in again.stderr
-    other = mg3d(*arguments(config_file, finished, tiny_data, "--config.optimizer.learning_rate=0.5"), **TESTS)
+    other = mg3d(*arguments(config_file, finished, tiny_data, "--config.optimizer.learning_rate=0.5"))
     assert other.returncode == 2 and "optimizer.learning_rate: 0.0001 -> 0.5" in other.stderr
     assert "Traceback" not in other.stderr
 
@@ -199,7 +200,7 @@ def test_skipped_updates_after_the_checkpoint_are_counted_again(tmp_path):
 
 
 def test_evaluate_writes_numbers_and_picture(finished, tiny_data):
-    done = mg3d("evaluate", "--workdir", str(finished), "--data", tiny_data["valid"], devices=2, **TESTS)
+    done = mg3d("evaluate", "--workdir", str(finished), "--data", tiny_data["valid"], devices=2)
     assert done.returncode == 0, done.stderr
     result = json.loads((finished / "evaluation" / "evaluation.json").read_text())
     assert 0 <= result["zero_shot"]["auroc_macro"] <= 1

@@ -7,6 +7,7 @@ each distinct report once, and the evaluations' own prompts and texts.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -21,7 +22,7 @@ from mg3d_jax.data.record import RecordText
 from mg3d_jax.data.tokens import ReportTokenizer
 from mg3d_jax.errors import UserError
 from mg3d_jax.evaluation.base import Embedded, Evaluation, Model, Phrasings, Prompts, Text
-from mg3d_jax.models.mg3d import MAX_LOGIT_SCALE, text_embedding, volume_embedding
+from mg3d_jax.models.mg3d import MAX_LOGIT_SCALE, MG3D, text_embedding, volume_embedding
 from mg3d_jax.objectives.base import REPORT_BIAS
 from mg3d_jax.objectives.pairwise import l2_normalize
 from mg3d_jax.progress import Progress
@@ -48,6 +49,34 @@ class TokenizedTexts:
     count: int  # of entries
 
 
+Program = Callable[[Any, dict[str, jax.Array]], Any]  # `(params, batch) -> arrays`
+
+
+# Kept, so that all embedders of one model in a process share what JAX has traced.
+@functools.lru_cache(maxsize=8)
+def volume_program(model: MG3D, windows: tuple[tuple[float, float], ...]) -> Program:
+    """Volumes of a batch to `embedding`, with all else that the batch holds."""
+
+    def features(params: Any, batch: dict[str, jax.Array]) -> dict[str, jax.Array]:
+        windowed = step_inputs.window(batch["volume"], windows)
+        found = model.apply({"params": params}, windowed, method="embed_volume")
+        passed_through = {name: array for name, array in batch.items() if name != "volume"}
+        return {"embedding": volume_embedding(params, found["volume_embedding"])} | passed_through
+
+    return features
+
+
+@functools.lru_cache(maxsize=8)
+def text_program(model: MG3D) -> Program:
+    """Tokenised texts (`TEXT_FIELDS`) to their directions `[n, k]`."""
+
+    def features(params: Any, text: dict[str, jax.Array]) -> jax.Array:
+        found = model.apply({"params": params}, text, method="embed_report")
+        return l2_normalize(found["report_embedding"])
+
+    return features
+
+
 class Embedder:
     """Embeds volumes and texts with whatever parameters it is given. Embeddings are `[., k]` float32, l2-normalised.
 
@@ -72,8 +101,8 @@ class Embedder:
         }
         self.width = self.config.model.projection_dim  # k
         self._shardings = shardings
-        self._compiled_volumes = self.compiled(self._volume_features)
-        self._compiled_texts = self.compiled(self._text_features)
+        self._compiled_volumes = self.compiled(volume_program(setup.model, self.config.data.windows))
+        self._compiled_texts = self.compiled(text_program(setup.model))
 
     @classmethod
     def of_run(cls, run: RestoredRun, batch_size: int) -> Embedder:
@@ -82,19 +111,9 @@ class Embedder:
         tokenizer = ReportTokenizer(run.tokenizer, options.max_tokens, options.max_sentences)
         return cls(run.setup, tokenizer, batch_size)
 
-    def compiled(self, program: Callable[[Any, dict[str, jax.Array]], Any]) -> Callable[..., Any]:
+    def compiled(self, program: Program) -> Callable[..., Any]:
         """`(params, batch) -> arrays`, jitted for the mesh; every device gets the whole result."""
         return jax.jit(program, **self._shardings)
-
-    def _volume_features(self, params: Any, batch: dict[str, jax.Array]) -> dict[str, jax.Array]:
-        windowed = step_inputs.window(batch["volume"], self.config.data.windows)
-        features = self.setup.model.apply({"params": params}, windowed, method="embed_volume")
-        passed_through = {name: array for name, array in batch.items() if name != "volume"}
-        return {"embedding": volume_embedding(params, features["volume_embedding"])} | passed_through
-
-    def _text_features(self, params: Any, text: dict[str, jax.Array]) -> jax.Array:
-        features = self.setup.model.apply({"params": params}, text, method="embed_report")
-        return l2_normalize(features["report_embedding"])
 
     def volumes(
         self,

@@ -298,6 +298,9 @@ class MG3D(nn.Module):
     def _embed_sentences(self, texts: dict[str, jax.Array], train: bool) -> tuple[jax.Array, jax.Array]:
         """Single sentences [..., L], each encoded as a report of its own, or their features [..., e] -> embeddings [..., k],
         and which there are [...]."""
+        if self.is_initializing():  # a report goes through the same modules, and each pass takes a while to trace
+            axes = texts["there"].shape if "features" in texts else texts["token_ids"].shape[:-1]
+            return jnp.zeros((*axes, self.context.model.projection_dim)), jnp.zeros(axes, bool)
         if "features" in texts:
             features, there = texts["features"], texts["there"]
         else:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -73,8 +74,14 @@ def has_direction_bias(one: Enabled) -> bool:
 
 
 def random_parameters(model: MG3D) -> Callable[[jax.Array], Any]:
-    """`key -> parameters` with their logical axis names (boxed). Jitted: who asks for shapes first and for values later
-    traces the model once."""
+    """`key -> parameters` with their logical axis names (boxed). Jitted and kept: who asks for shapes first and for values
+    later, or opens several runs of one model, traces the model once."""
+    return _random_parameters(model, tuple(encoder.sizes for encoder in model.context.model.encoders().values()))
+
+
+@functools.lru_cache(maxsize=8)
+def _random_parameters(model: MG3D, sizes: tuple[Any, ...]) -> Callable[[jax.Array], Any]:
+    """`sizes`: those that the presets stand for, which a plug-in may set."""
     return jax.jit(lambda key: model.init(key, dummy_inputs(model))["params"])
 
 
