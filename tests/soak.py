@@ -9,7 +9,6 @@ killed `PER_RUN` times and then trains to its end.
 from __future__ import annotations
 
 import argparse
-import os
 import random
 import signal
 import tempfile

@@ -142,6 +142,27 @@ def test_subsets_are_nested_by_patient(tiny_data):
     assert len({r.patient for r in records_of(subsets[0])}) == 4
 
 
+def test_a_seed_draws_other_patients_nested_and_whole(tiny_data):
+    def names(patients, seed):
+        data = PreparedData((tiny_data["train"],), max_patients=patients, subset_seed=seed)
+        found = [data.text(index) for index in range(len(data))]
+        assert data.patients == patients == len({one.patient for one in found})
+        return {one.name for one in found}, {one.patient for one in found}
+
+    everything = PreparedData((tiny_data["train"],))
+    texts = [everything.text(index) for index in range(len(everything))]
+    subsets = {seed: [names(patients, seed) for patients in (3, 6, 12, 24)] for seed in (0, 1, 2)}
+    for one in subsets.values():
+        for (small, few), (large, many) in itertools.pairwise(one):
+            assert small < large and few < many
+        for records, patients in one:  # all volumes of a patient
+            assert records == {text.name for text in texts if text.patient in patients}
+    assert len({frozenset(one[1][1]) for one in subsets.values()}) == 3
+    assert subsets[1][3] == subsets[0][3]
+    percent = PreparedData((tiny_data["train"],), percent=25.0, subset_seed=1)
+    assert {percent.text(index).patient for index in range(len(percent))} == subsets[1][1][1]
+
+
 def test_shuffled_reports_pair_volumes_with_other_patients(data, tokenizer, mesh):
     config = tiny_config(data__shuffle_reports=True)
     batches = [jax.device_get(b) for b in train_batches(data, tokenizer, config.data, mesh, seed=0, start=0, stop=6)]

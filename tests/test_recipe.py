@@ -51,7 +51,17 @@ def prepare_train_resume_evaluate_export(tmp_path: Path) -> None:
     phantoms = str(tmp_path / "phantoms")
     assert main(["phantom", phantoms, "--patients", "4", "--valid", "3", "--seed", "0"]) == 0
     for split in ("train", "valid"):
-        command = ["prepare", "--source", "ctrate", "--root", phantoms, "--split", split, "--out", str(tmp_path / split)]
+        command = [
+            "prepare",
+            "--source",
+            "ctrate",
+            "--root",
+            phantoms,
+            "--split",
+            split,
+            "--out",
+            str(tmp_path / split),
+        ]
         command += ["--qa-samples", "0"]
         assert main([*command, "--size", "48", "48", "32", "--spacing", "7", "7", "9"]) == 0
     values = {
@@ -69,7 +79,10 @@ def prepare_train_resume_evaluate_export(tmp_path: Path) -> None:
     assert resumed.resume_step == 1 and resumed.run() == DONE
     records = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     assert any(record["step"] == 2 and "negation/accuracy" in record for record in records)
-    assert main(["evaluate", "--workdir", str(run), "--data", str(tmp_path / "valid"), "--only", "zero_shot", "negation"]) == 0
+    assert (
+        main(["evaluate", "--workdir", str(run), "--data", str(tmp_path / "valid"), "--only", "zero_shot", "negation"])
+        == 0
+    )
     result = json.loads((run / "evaluation" / "evaluation.json").read_text())
     # The encoder is real: it tells presence from absence before it has seen a volume.
     assert result["negation"]["texts"] > 0.9

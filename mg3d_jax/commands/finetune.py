@@ -85,7 +85,7 @@ def evaluate_tasks(config: Config, tasks: list[str], workdir: Path, folders: lis
     best = Checkpoints(workdir, best_metric=config.training.best_metric, best_mode=config.training.best_mode).best()
     evaluated = evaluate(
         restore_run(workdir, best), folders, only=only, batch_size=batch_size, train_folders=config.data.train,
-        train_patients={"max_patients": config.data.max_patients, "percent": config.data.patients_percent},
+        train_patients=config.data.subset(),
     )  # fmt: skip
     written = evaluated.write(workdir / TEST)
     print_tables(evaluated.document)

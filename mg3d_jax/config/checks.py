@@ -62,7 +62,7 @@ def _data_problems(config: Config) -> list[str]:
         )
     if data.grid:
         problems += _grid_problems(config)
-    for key in ("max_patients", "workers", "read_threads", "max_bad_records"):
+    for key in ("max_patients", "subset_seed", "workers", "read_threads", "max_bad_records"):
         if getattr(data, key) < 0:
             problems.append(f"data.{key} = {getattr(data, key)}: must not be negative")
     return problems

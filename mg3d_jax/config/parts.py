@@ -48,6 +48,10 @@ class DataConfig:
     )
     batch_size: int = key(64, "patients per step, all devices of all processes together")
     max_patients: int = key(0, "train on the first K patients only (nested subsets); 0: all")
+    subset_seed: int = key(
+        0, "which patients max_patients and patients_percent take: the first (0), or a draw of this seed (nested, too)",
+        neutral=0,
+    )  # fmt: skip
     patients_percent: float = key(
         0.0, "train on the first so many percent of the patients of each folder (nested subsets), at least one; 0: all",
         neutral=0.0,
@@ -79,6 +83,10 @@ class DataConfig:
         resume_free=True,
     )
     augment: AugmentConfig = key(None, "", factory=AugmentConfig)
+
+    def subset(self) -> dict[str, Any]:
+        """Which patients of `train` are trained on, as `PreparedData` is told."""
+        return {"max_patients": self.max_patients, "percent": self.patients_percent, "subset_seed": self.subset_seed}
 
 
 @dataclass(frozen=True)

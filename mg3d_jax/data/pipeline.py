@@ -14,6 +14,7 @@ import math
 import signal
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext, suppress
+from dataclasses import dataclass
 from multiprocessing import resource_tracker
 from pathlib import Path
 from typing import Any
@@ -53,12 +54,14 @@ class PreparedData:
         folders: outputs of `mg3d prepare` with the same grid and label names.
         max_patients: keep the records of the first K patients of each folder only (nested subsets); 0 = all.
         percent: keep the first so many percent of the patients of each folder, at least one, in the same nesting; 0 = all.
+        subset_seed: which patients come first: as prepared (0), or in an order drawn from this seed and their names, so that
+            subsets of one seed are nested, and patients that join a folder leave the order of the others as it was.
         volume_size: what the model expects; a folder with another grid is an error. None accepts any.
         masks: batches get the field "mask": a folder without masks is an error. False leaves masks out.
     """
 
     def __init__(
-        self, folders: tuple[str, ...], *, max_patients: int = 0, percent: float = 0.0,
+        self, folders: tuple[str, ...], *, max_patients: int = 0, percent: float = 0.0, subset_seed: int = 0,
         volume_size: tuple[int, int, int] | None = None, masks: bool = False,
     ):  # fmt: skip
         if isinstance(folders, str):
@@ -85,16 +88,14 @@ class PreparedData:
                 raise UserError(f"{folder} has no masks, which a task needs: prepare a data set that has some")
             if masks and manifest["mask_names"] != self.mask_names:
                 raise UserError(f"{folder} and {folders[0]} differ in the classes of their masks: they cannot be mixed")
-        patients = [manifest["patients"][: max_patients or None] for manifest in manifests]
-        if percent:
-            patients = [of_folder[: max(1, round(len(of_folder) * percent / 100))] for of_folder in patients]
-        if max_patients > max(map(len, patients)):
-            raise UserError(
-                f"data.max_patients = {max_patients}, but there are only {max(map(len, patients))} patients in {folders}"
-            )
-        self.patients = sum(map(len, patients))
-        self.records_of_patients = [[count for _, count in of_folder] for of_folder in patients]
+        most = max(len(manifest["patients"]) for manifest in manifests)
+        if max_patients > most:
+            raise UserError(f"data.max_patients = {max_patients}, but there are only {most} patients in {folders}")
+        kept = [subset_of(manifest["patients"], max_patients, percent, subset_seed) for manifest in manifests]
+        self.patients = sum(len(one.counts) for one in kept)
+        self.records_of_patients = [one.counts for one in kept]
         self.lengths = [sum(counts) for counts in self.records_of_patients]
+        self._numbers = [one.numbers for one in kept]
 
     def __len__(self) -> int:
         return sum(self.lengths)
@@ -106,9 +107,9 @@ class PreparedData:
     def locate(self, index: int) -> tuple[RecordReader, int]:
         """(reader of the folder, index in that folder) of record `index`."""
         rest = int(index)
-        for reader, length in zip(self.readers, self.lengths, strict=True):
+        for reader, length, numbers in zip(self.readers, self.lengths, self._numbers, strict=True):
             if 0 <= rest < length:
-                return reader, rest
+                return reader, int(numbers[rest])
             rest -= length
         raise IndexError(f"record {index} of {len(self)}")
 
@@ -136,6 +137,32 @@ class PreparedData:
         """Tells `bad` that record `index` is damaged."""
         reader, number = self.locate(index)
         bad.add(reader.folder, number, reader.name(number), str(error))
+
+
+@dataclass(frozen=True)
+class Subset:
+    """Patients of one folder: how many records each has, and the numbers of these in the folder, ascending."""
+
+    counts: list[int]
+    numbers: Sequence[int] | np.ndarray
+
+
+def subset_of(patients: Sequence[tuple[str, int]], max_patients: int, percent: float, subset_seed: int) -> Subset:
+    """Args:
+    patients: name and number of records of each, in the order of the records, as the manifest has them.
+    max_patients, percent, subset_seed: as for `PreparedData`.
+    """
+    wanted = max_patients or len(patients)
+    if percent:
+        wanted = max(1, round(len(patients) * percent / 100))
+    counts = [count for _, count in patients]
+    if not subset_seed or wanted >= len(patients):
+        return Subset(counts[:wanted], range(sum(counts[:wanted])))
+    drawn = [hashlib.sha256(f"{subset_seed}:{name}".encode()).digest() for name, _ in patients]
+    places = sorted(sorted(range(len(patients)), key=drawn.__getitem__)[:wanted])
+    ends = np.cumsum(counts)
+    numbers = np.concatenate([np.arange(ends[k] - counts[k], ends[k]) for k in places])
+    return Subset([counts[k] for k in places], numbers)
 
 
 def record_names(data: PreparedData, indices: Iterable[int]) -> list[str]:

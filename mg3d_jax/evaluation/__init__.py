@@ -4,6 +4,7 @@ from mg3d_jax.evaluation import clinical_efficacy
 from mg3d_jax.evaluation.classification import Classification
 from mg3d_jax.evaluation.generation import Generation
 from mg3d_jax.evaluation.negation import Negation
+from mg3d_jax.evaluation.pool_loss import PoolLoss
 from mg3d_jax.evaluation.probe import Probe
 from mg3d_jax.evaluation.rescoring import Rescoring
 from mg3d_jax.evaluation.retrieval import Retrieval
@@ -16,6 +17,7 @@ from mg3d_jax.registry import EVALUATIONS, LABELLERS
 EVALUATIONS.register("zero_shot", ZeroShot)
 EVALUATIONS.register("retrieval", Retrieval)
 EVALUATIONS.register("rescoring", Rescoring)
+EVALUATIONS.register("pool_loss", PoolLoss)
 EVALUATIONS.register("sides", Sides)
 EVALUATIONS.register("negation", Negation)
 EVALUATIONS.register("volume_retrieval", VolumeRetrieval)

@@ -33,7 +33,7 @@ def evaluate(
     Args:
         overrides: options of the evaluations as text, by `NAME.KEY`; the others are those of the run's configuration.
         train_folders: labelled volumes of other patients, for the evaluations that need some.
-        train_patients: which patients of these folders, as `PreparedData` is told: `max_patients`, `percent`; None: all.
+        train_patients: which patients of these folders, as `DataConfig.subset` has it; None: all.
     """
     config = run.config
     evaluations = document.configured(only, config.evaluations, overrides)

@@ -29,9 +29,7 @@ class OnlineEvaluation:
         kept = {name: one for name, one in evaluations.items() if one.settings.every != NEVER}
         train = None
         if config.data.train and any("train" in one.needs for one in kept.values()):
-            train = PreparedData(
-                config.data.train, max_patients=config.data.max_patients, percent=config.data.patients_percent
-            )
+            train = PreparedData(config.data.train, **config.data.subset())
         self._embed = DataEmbedder(embedder, data, kept, train=train, **bad_records)
 
     @property

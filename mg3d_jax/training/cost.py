@@ -29,7 +29,7 @@ from mg3d_jax.training.step import GRADIENTS, Losses
 # Keys of the configuration, or beginnings of keys, that change neither the model nor its losses.
 IRRELEVANT = (
     "name", "seed", "training.", "schedule.", "mesh.", "data.train", "data.valid", "data.weights", "data.max_patients",
-    "optimizer.learning_rate", "optimizer.weight_decay",
+    "data.subset_seed", "optimizer.learning_rate", "optimizer.weight_decay",
 )  # fmt: skip
 RECOMPUTED = "rematted_computation"  # in the path of what is computed again in the backward pass
 FUSION, DECODER = ("fusion", "sentence_conditioned_volume"), ("voxel_decoder", "token_head", "report_decoder")

@@ -107,9 +107,7 @@ class Trainer:
         data, size = self.config.data, self.config.grid
         on = enabled(self.config.objectives, self.config.tasks)
         masks = reads_masks(on)
-        train = PreparedData(
-            data.train, max_patients=data.max_patients, percent=data.patients_percent, volume_size=size, masks=masks
-        )
+        train = PreparedData(data.train, **data.subset(), volume_size=size, masks=masks)
         valid = PreparedData(data.valid, volume_size=size, masks=masks) if data.valid else None
         for one in filter(None, (train, valid)):
             check_data(on, one)

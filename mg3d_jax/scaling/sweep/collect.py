@@ -57,7 +57,7 @@ COMPARABLE = (
 )
 NEGATIVES = "negatives of a pair"  # one of them too, though no key of the config
 IN_TABLE = (
-    "model", "patients", "seed", "n_total", "n_active", "n_vision", "n_text", "n_heads",
+    "model", "patients", "seed", "subset_seed", "n_total", "n_active", "n_vision", "n_text", "n_heads",
     "unique_patients", "unique_records", "samples_seen", "steps", "training_flops",
     "batch_size", "learning_rate", "schedule", "config_hash", "code_version",
 )  # fmt: skip
@@ -83,6 +83,7 @@ def build_record(run: Run, summary: dict[str, Any], evaluations: list[dict[str, 
         "model": run.model,
         "patients": run.patients,
         "seed": run.seed,
+        "subset_seed": run.subset,
         "state": summary["state"],
         "config_hash": summary["config_hash"],
         "code_version": summary["code_version"],

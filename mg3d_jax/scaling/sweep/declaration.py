@@ -2,7 +2,8 @@
 
 A sweep file is Python with `get_config(arg)` returning a `ConfigDict` with the keys of `KEYS`. Each cell of the grid
 becomes a `Run` whose id is its name and a hash of its resolved training config: the same cell keeps its id, another
-setting gets another. Data sets are nested: `data.max_patients` takes the first K patients of one fixed order.
+setting gets another. Data sets are nested: `data.max_patients` takes the first K patients of an order, which
+`subset_seeds` makes another one for every seed; else what is special about K patients looks like what K does.
 
 A run may start from the weights of another one, of the same seed: of this sweep, so that one method is trained in stages, or of
 an earlier sweep, which is then fine-tuned. Length in FLOPs gives every run the steps that it has for them.
@@ -40,6 +41,8 @@ KEYS = {
     "data_size": "what D is: unique_patients, unique_records or samples_seen",
 }
 OPTIONAL_KEYS = {
+    "subset_seeds": "(data.subset_seed, ...), one for each of the seeds: which patients are drawn; without it all seeds share "
+    "the first ones",
     "shares": "((name of a model, share), ...): of the length, where a run does not train for all of it",
     "starts_from": "((name of a model, name of the one whose runs its runs start from), ...)",
     "starts_in": "folder of an earlier sweep, which the latter names are of; without it they are earlier models of this one",
@@ -48,7 +51,9 @@ LENGTHS = ("epochs", "steps", "samples")
 FLOPS = "flops"
 MODEL_SIZES = ("n_active", "n_total", "n_vision", "n_text")
 DATA_SIZES = ("unique_patients", "unique_records", "samples_seen")
-AXES = {"data.max_patients": "patients", "seed": "seeds"} | {f"training.{kind}": "length" for kind in LENGTHS}
+AXES = {"data.max_patients": "patients", "data.subset_seed": "subset_seeds", "seed": "seeds"} | {
+    f"training.{kind}": "length" for kind in LENGTHS
+}
 DECLARATION_FILE = "sweep.json"
 RUNS_FOLDER = "runs"
 TRAINED_HERE = "train"  # `data.tokenizer` for one that is trained on the reports, of about `data.vocab_size` tokens
@@ -66,6 +71,7 @@ class Run:
     overrides: tuple[str, ...]
     config_hash: str
     after: str = ""  # folder of the run that this one starts from
+    subset: int = 0  # `data.subset_seed`
 
     def config(self) -> config_lib.Config:
         return config_lib.load(self.base, list(self.overrides))
@@ -101,11 +107,15 @@ def load(path: str, settings: Sequence[str] = (), workdir: Path = Path()) -> Swe
     last = dict(setting.split("=", 1) for setting in settings)  # of one key given twice, the later counts
     starts = _Starts(path, declared, workdir)
     runs: list[Run] = []
-    for seed in declared.seeds:  # outermost: a sweep that is cut short has the whole grid for its first seeds
+    subsets = declared.get("subset_seeds") or (0,) * len(declared.seeds)
+    # Seeds outermost: a sweep that is cut short has the whole grid for its first seeds.
+    for seed, subset in zip(declared.seeds, subsets, strict=True):
         for patients in declared.patients:
             for model, changes in declared.models:
                 first = starts.of(runs, model, int(patients), int(seed))
-                runs.append(_run(base, declared, model, dict(changes), int(patients), int(seed), last, first))
+                runs.append(
+                    _run(base, declared, model, dict(changes), int(patients), int(seed), int(subset), last, first)
+                )
     ids = [run.id for run in runs]
     if repeated := sorted({one for one in ids if ids.count(one) > 1}):
         raise UserError(f"{path}: the grid declares {', '.join(repeated)} more than once")
@@ -133,6 +143,8 @@ def _check(path: str, declared: ConfigDict) -> None:
             raise UserError(f"{path}: {key!r} names {', '.join(strangers)}, which 'models' does not declare")
     if wrong := [share for _, share in declared.get("shares", ()) if not 0 < share <= 1]:
         raise UserError(f"{path}: shares = {wrong[0]}; a share of the length is above 0 and up to 1")
+    if (subsets := declared.get("subset_seeds")) and len(subsets) != len(declared.seeds):
+        raise UserError(f"{path}: subset_seeds = {subsets}: give one for each of the seeds {declared.seeds}")
     if any(patients < 1 for patients in declared.patients):
         raise UserError(f"{path}: patients = {declared.patients}; each must be at least 1")
 
@@ -175,6 +187,7 @@ def _run(
     changes: dict,
     patients: int,
     seed: int,
+    subset: int,
     settings: dict[str, str],
     first: tuple[str, str] | None,
 ) -> Run:
@@ -186,6 +199,8 @@ def _run(
     if (share := dict(declared.get("shares", ())).get(model, 1)) != 1:
         value = value * share if kind in (FLOPS, "epochs") else max(1, round(value * share))
     values = common | changes | {"data.max_patients": patients, "seed": seed} | settings
+    if subset:  # else not named: sweeps from before there were subsets keep their ids
+        values["data.subset_seed"] = subset
     if kind == FLOPS:
         one_step = _arguments(values | {f"training.{name}": int(name == "steps") for name in LENGTHS})
         kind, value = "steps", _steps_for(value, config_lib.load(base, one_step))
@@ -198,7 +213,7 @@ def _run(
     digest = config_lib.config_hash(config_lib.load(base, _arguments(values | named)))
     name = f"{model}-p{patients}-s{seed}-{digest[:8]}"
     after = "" if first is None else first[1]
-    return Run(name, model, patients, seed, base, tuple(overrides), config_lib.config_hash(config), after)
+    return Run(name, model, patients, seed, base, tuple(overrides), config_lib.config_hash(config), after, subset)
 
 
 def _steps_for(wanted: float, config: config_lib.Config) -> int:

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from mg3d_jax.config import Config
+from mg3d_jax.data.pipeline import subset_of
 from mg3d_jax.data.records import MANIFEST_NAME, read_manifest
 from mg3d_jax.errors import UserError
 from mg3d_jax.files import read_json
@@ -69,8 +70,8 @@ def data_size(config: Config) -> tuple[int, int | None]:
             f"{len(shared)} patients are in data.train and in data.valid, e.g. {shared[0]}: that loss would not be "
             "held out; prepare splits that share no patient"
         )
-    used = [one[:wanted] for one in listed]
-    return sum(map(len, used)), sum(count for one in used for _, count in one)
+    used = [subset_of(one, **config.data.subset()) for one in listed]
+    return sum(len(one.counts) for one in used), sum(len(one.numbers) for one in used)
 
 
 def _flops_per_second(workdir: Path, sweep: Sweep) -> float | None:
