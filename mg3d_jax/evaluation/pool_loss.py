@@ -130,16 +130,14 @@ def _pools(found: Embedded, wanted: int) -> Pools:
 
 def losses(similarity: np.ndarray, scale: float) -> np.ndarray:
     """InfoNCE of both directions `[2, pools, P]`, nats, of cosines `[pools, P, P]`, volumes by reports."""
-    from scipy.special import logsumexp  # here: who trains without this evaluation does not wait for SciPy
-
     logits = scale * similarity
     own = np.diagonal(logits, axis1=1, axis2=2)
-    return np.stack([logsumexp(logits, axis=2) - own, logsumexp(logits, axis=1) - own])
+    return np.stack([np.logaddexp.reduce(logits, axis=axis) - own for axis in (2, 1)])
 
 
 def best_scale(similarity: np.ndarray) -> float:
     """1 / temperature with the smallest mean loss of these pools."""
-    from scipy.optimize import minimize_scalar
+    from scipy.optimize import minimize_scalar  # here: who trains without this evaluation does not wait for SciPy
 
     grid = np.linspace(*LOG_SCALES, 37)
     values = [losses(similarity, math.exp(one)).mean() for one in grid]
