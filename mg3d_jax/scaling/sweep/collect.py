@@ -13,7 +13,7 @@ from mg3d_jax.config import Config
 from mg3d_jax.files import read_json, whole_lines, write_json
 from mg3d_jax.scaling.fit import table
 from mg3d_jax.scaling.fit.table import Row
-from mg3d_jax.scaling.sweep import states
+from mg3d_jax.scaling.sweep import rate_check, states
 from mg3d_jax.scaling.sweep.declaration import Run, Sweep
 from mg3d_jax.training import cost as step_cost
 
@@ -55,6 +55,7 @@ COMPARABLE = (
     "data.tokenizer",
     "data.vocab_size",
 )
+WEIGHTED_SUM = "valid/loss"
 NEGATIVES = "negatives of a pair"  # one of them too, though no key of the config
 IN_TABLE = (
     "model", "patients", "seed", "subset_seed", "n_total", "n_active", "n_vision", "n_text", "n_heads",
@@ -151,6 +152,8 @@ def _row(workdir: Path, run: Run, sweep: Sweep, loss: str) -> Row:
     record = write_record(workdir, run)
     row.n, row.d = float(record[sweep.model_size]), float(record[sweep.data_size])
     final = record["final"]
+    if run.factor != 1:
+        row.exclude(f"checks {sweep.checked_key} times {run.factor:g}; not part of the law")
     row.extra |= {key: record[key] for key in IN_TABLE} | final
     if loss not in final:
         row.exclude(f"no metric {loss!r} in {states.SUMMARY_FILE}; it has {', '.join(final) or 'none'}")
@@ -163,9 +166,9 @@ def _row(workdir: Path, run: Run, sweep: Sweep, loss: str) -> Row:
     return row
 
 
-def incomparable(sweep: Sweep, found: Sequence[Row]) -> str | None:
-    """Why the losses of the used runs must not share a law, or None."""
-    used = {row.label for row in table.used(found)}
+def incomparable(sweep: Sweep, found: Sequence[Row], loss: str = "") -> str | None:
+    """Why the losses of the used runs must not share a law, or None. `loss`: the metric, if not the declared one."""
+    loss, used = loss or sweep.loss, {row.label for row in table.used(found)}
     settings: dict[str, dict[str, list[str]]] = {key: {} for key in (*COMPARABLE, NEGATIVES)}
     for run in sweep.runs:
         if run.id in used:
@@ -175,7 +178,20 @@ def incomparable(sweep: Sweep, found: Sequence[Row]) -> str | None:
             for key in settings:
                 settings[key].setdefault(repr(flat[key]), []).append(run.id)
     mixed = [f"{key} ({', '.join(values)})" for key, values in settings.items() if len(values) > 1]
-    return f"the runs differ in {'; '.join(mixed)}: their losses are not comparable" if mixed else None
+    if mixed:
+        return f"the runs differ in {'; '.join(mixed)}: their losses are not comparable"
+    if loss == WEIGHTED_SUM and used and len(terms := _terms(sweep, used)) > 1:
+        return (
+            f"{loss} is the weighted sum of {', '.join(terms)}, each of which has a law and a floor of its own: fit them "
+            f"apart, e.g. --loss valid/{terms[0]}"
+        )
+    return rate_check.refusal(rate_check.checks(sweep, found, loss, sweep.model_size))
+
+
+def _terms(sweep: Sweep, used: set[str]) -> list[str]:
+    """The objectives that the used runs train, by name."""
+    configs = (run.config() for run in sweep.runs if run.id in used)
+    return sorted({name for config in configs for name, one in config.objectives.items() if one.weight > 0})
 
 
 def versions_warning(found: Sequence[Row]) -> list[str]:

@@ -1,6 +1,6 @@
 """A sweep as it is declared: a grid of model sizes, unique patients and seeds over one training config.
 
-A sweep file is Python with `get_config(arg)` returning a `ConfigDict` with the keys of `KEYS`. Each cell of the grid
+A sweep file is Python with `get_config(arg)` returning a `ConfigDict` with the keys of `sweep.keys`. Each cell of the grid
 becomes a `Run` whose id is its name and a hash of its resolved training config: the same cell keeps its id, another
 setting gets another. Data sets are nested: `data.max_patients` takes the first K patients of an order, which
 `subset_seeds` makes another one for every seed; else what is special about K patients looks like what K does.
@@ -13,8 +13,8 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -26,31 +26,10 @@ from mg3d_jax.data.records import read_manifest
 from mg3d_jax.data.tokens import load_tokenizer
 from mg3d_jax.errors import UserError
 from mg3d_jax.files import read_json, write_json
+from mg3d_jax.scaling.sweep import keys
+from mg3d_jax.scaling.sweep.keys import FLOPS, LENGTHS, lengths
 from mg3d_jax.training import cost as step_cost
 
-KEYS = {
-    "name": "of the sweep",
-    "base": "training config FILE[:ARG]; a relative path starts at the sweep file",
-    "models": "((name, {training config key: value, ...}), ...): the model sizes",
-    "patients": "(K, ...): numbers of unique patients, nested",
-    "seeds": "(seed, ...)",
-    "overrides": "((training config key, value), ...) for every run",
-    "length": "(kind, value): kind is epochs, steps, samples or flops; how long each run trains",
-    "loss": "metric of summary.json that the law describes, e.g. valid/alignment",
-    "model_size": "what N is: n_active, n_total, n_vision or n_text",
-    "data_size": "what D is: unique_patients, unique_records or samples_seen",
-}
-OPTIONAL_KEYS = {
-    "subset_seeds": "(data.subset_seed, ...), one for each of the seeds: which patients are drawn; without it all seeds share "
-    "the first ones",
-    "shares": "((name of a model, share), ...): of the length, where a run does not train for all of it",
-    "starts_from": "((name of a model, name of the one whose runs its runs start from), ...)",
-    "starts_in": "folder of an earlier sweep, which the latter names are of; without it they are earlier models of this one",
-}
-LENGTHS = ("epochs", "steps", "samples")
-FLOPS = "flops"
-MODEL_SIZES = ("n_active", "n_total", "n_vision", "n_text")
-DATA_SIZES = ("unique_patients", "unique_records", "samples_seen")
 AXES = {"data.max_patients": "patients", "data.subset_seed": "subset_seeds", "seed": "seeds"} | {
     f"training.{kind}": "length" for kind in LENGTHS
 }
@@ -61,7 +40,7 @@ TRAINED_HERE = "train"  # `data.tokenizer` for one that is trained on the report
 
 @dataclass(frozen=True)
 class Run:
-    """One cell of the grid. `overrides` are `--config.KEY=VALUE` arguments on top of `base`."""
+    """A run of the grid or of a check. `overrides` are `--config.KEY=VALUE` arguments on top of `base`."""
 
     id: str
     model: str
@@ -72,6 +51,9 @@ class Run:
     config_hash: str
     after: str = ""  # folder of the run that this one starts from
     subset: int = 0  # `data.subset_seed`
+    length: float = 0.0  # of the values of `length`, the one of this run
+    factor: float = 1.0  # of the key of `check`; a run with another one than 1 is not part of the law
+    check: str = ""  # of a run that a check compares: the name of its model; "" for all others
 
     def config(self) -> config_lib.Config:
         return config_lib.load(self.base, list(self.overrides))
@@ -87,6 +69,7 @@ class Sweep:
     data_size: str
     runs: tuple[Run, ...]
     data: str = ""  # `data_fingerprint` when it was last run
+    checked_key: str = ""  # the training config key that `check` varies
 
 
 def load(path: str, settings: Sequence[str] = (), workdir: Path = Path()) -> Sweep:
@@ -99,7 +82,7 @@ def load(path: str, settings: Sequence[str] = (), workdir: Path = Path()) -> Swe
     Raises `UserError` for a missing file, an unknown or missing key, a value out of range, or two equal cells.
     """
     declared = config_lib.load_file(path)
-    _check(path, declared)
+    keys.check(path, declared)
     base = _base_path(path, declared.base)
     for setting in settings:
         if "=" not in setting:
@@ -107,46 +90,76 @@ def load(path: str, settings: Sequence[str] = (), workdir: Path = Path()) -> Swe
     last = dict(setting.split("=", 1) for setting in settings)  # of one key given twice, the later counts
     starts = _Starts(path, declared, workdir)
     runs: list[Run] = []
+
+    def add(cell: Cell) -> None:
+        first = starts.of(runs, cell)
+        runs.append(_run(base, declared, cell, last, first))
+
+    for cell in _grid(declared):
+        add(cell)
+    for cell in _checks(base, declared, runs, last):
+        add(cell)
+    runs = _compared(declared, runs)
+    ids = [run.id for run in runs]
+    if repeated := sorted({one for one in ids if ids.count(one) > 1}):
+        raise UserError(f"{path}: the grid declares {', '.join(repeated)} more than once")
+    checked = declared.check[0] if declared.get("check") else ""
+    return Sweep(
+        declared.name, declared.loss, declared.model_size, declared.data_size, tuple(runs), checked_key=checked
+    )
+
+
+@dataclass(frozen=True)
+class Cell:
+    """A cell of the grid, and the factor of a check. `changes`: what the model of that name changes in the configuration."""
+
+    model: str
+    changes: dict[str, Any]
+    patients: int
+    seed: int
+    subset: int
+    length: float
+    factor: float = 1.0
+
+
+def _grid(declared: ConfigDict) -> Iterator[Cell]:
     subsets = declared.get("subset_seeds") or (0,) * len(declared.seeds)
     # Seeds outermost: a sweep that is cut short has the whole grid for its first seeds.
     for seed, subset in zip(declared.seeds, subsets, strict=True):
         for patients in declared.patients:
-            for model, changes in declared.models:
-                first = starts.of(runs, model, int(patients), int(seed))
-                runs.append(
-                    _run(base, declared, model, dict(changes), int(patients), int(seed), int(subset), last, first)
-                )
-    ids = [run.id for run in runs]
-    if repeated := sorted({one for one in ids if ids.count(one) > 1}):
-        raise UserError(f"{path}: the grid declares {', '.join(repeated)} more than once")
-    return Sweep(declared.name, declared.loss, declared.model_size, declared.data_size, tuple(runs))
+            for length in lengths(declared):
+                for model, changes in declared.models:
+                    yield Cell(model, dict(changes), int(patients), int(seed), int(subset), length)
 
 
-def _check(path: str, declared: ConfigDict) -> None:
-    given = set(declared.keys())
-    if unknown := sorted(given - KEYS.keys() - OPTIONAL_KEYS.keys()):
-        raise UserError(f"{path}: unknown keys {', '.join(unknown)}. Keys: {', '.join((*KEYS, *OPTIONAL_KEYS))}")
-    if absent := [name for name in KEYS if name not in given]:
-        raise UserError(f"{path}: no " + "; no ".join(f"{name!r} ({KEYS[name]})" for name in absent))
-    for name in ("models", "patients", "seeds"):
-        if not declared[name]:
-            raise UserError(f"{path}: {name!r} is empty ({KEYS[name]})")
-    for name, choices in (("model_size", MODEL_SIZES), ("data_size", DATA_SIZES)):
-        if declared[name] not in choices:
-            raise UserError(f"{path}: {name} = {declared[name]!r}; choose one of {', '.join(choices)}")
-    kinds = (*LENGTHS, FLOPS)
-    if len(declared.length) != 2 or declared.length[0] not in kinds or declared.length[1] <= 0:
-        raise UserError(f"{path}: length = {declared.length}; write (kind, value), kind one of {', '.join(kinds)}")
-    names = {name for name, _ in declared.models}
-    for key in ("shares", "starts_from"):
-        if strangers := sorted({name for name, _ in declared.get(key, ())} - names):
-            raise UserError(f"{path}: {key!r} names {', '.join(strangers)}, which 'models' does not declare")
-    if wrong := [share for _, share in declared.get("shares", ()) if not 0 < share <= 1]:
-        raise UserError(f"{path}: shares = {wrong[0]}; a share of the length is above 0 and up to 1")
-    if (subsets := declared.get("subset_seeds")) and len(subsets) != len(declared.seeds):
-        raise UserError(f"{path}: subset_seeds = {subsets}: give one for each of the seeds {declared.seeds}")
-    if any(patients < 1 for patients in declared.patients):
-        raise UserError(f"{path}: patients = {declared.patients}; each must be at least 1")
+def _checks(base: str, declared: ConfigDict, runs: Sequence[Run], settings: dict[str, str]) -> list[Cell]:
+    """Cells of the smallest and the largest model with the factors of `check` other than 1, which the grid has."""
+    if not declared.get("check"):
+        return []
+    most = max(map(int, declared.patients)), max(lengths(declared))
+    grid = [cell for cell in _grid(declared) if (cell.patients, cell.length) == most and cell.seed == declared.seeds[0]]
+    sizes = [_model_size(base, declared, cell, settings) for cell in grid]
+    ends = {sizes.index(min(sizes)), sizes.index(max(sizes))}
+    return [replace(grid[k], factor=float(factor)) for k in sorted(ends) for factor in declared.check[1] if factor != 1]
+
+
+def _compared(declared: ConfigDict, runs: Sequence[Run]) -> list[Run]:
+    """The runs, those of a check with the name of its model: those with a factor, and the run of the grid that they vary."""
+    varied = {(run.model, run.patients, run.seed) for run in runs if run.factor != 1}
+    longest = max(lengths(declared))
+    return [
+        replace(run, check=run.model)
+        if (run.model, run.patients, run.seed) in varied and run.length == longest
+        else run
+        for run in runs
+    ]
+
+
+def _model_size(base: str, declared: ConfigDict, cell: Cell, settings: dict[str, str]) -> int:
+    """N of a cell, as `model_size` counts it."""
+    steps = {f"training.{name}": int(name == "steps") for name in LENGTHS}
+    config = config_lib.load(base, _arguments(dict(declared.overrides) | cell.changes | steps | settings))
+    return int(getattr(step_cost.of_config(config, _vocabulary(config)).sizes, declared.model_size))
 
 
 def _base_path(sweep_file: str, base: str) -> str:
@@ -163,44 +176,36 @@ class _Starts:
         self._other = Path(declared.starts_in) if declared.get("starts_in") else None
         self._folder = (workdir if self._other is None else self._other) / RUNS_FOLDER
 
-    def of(self, before: Sequence[Run], model: str, patients: int, seed: int) -> tuple[str, str] | None:
+    def of(self, before: Sequence[Run], cell: Cell) -> tuple[str, str] | None:
         """Id and folder of that run; None where it starts from nothing. `UserError` where there is not just one."""
-        if (wanted := self._names.get(model)) is None:
+        if (wanted := self._names.get(cell.model)) is None:
             return None
         if self._other is None:
-            among = [run for run in before if run.patients == patients]
+            among = [run for run in before if (run.patients, run.length) == (cell.patients, cell.length)]
         else:
             among = list(read_declaration(self._other).runs)
-        found = [run.id for run in among if (run.model, run.seed) == (wanted, seed)]
+        found = [run.id for run in among if (run.model, run.seed, run.factor) == (wanted, cell.seed, 1.0)]
         if len(found) != 1:
             where = "earlier in this sweep" if self._other is None else f"in {self._other}"
             raise UserError(
-                f"{self._path}: {model} with seed {seed} starts from the run of {wanted!r}, but {where} there are {len(found)}"
+                f"{self._path}: {cell.model} with seed {cell.seed} starts from the run of {wanted!r}, but {where} there are "
+                f"{len(found)}"
             )
         return found[0], str(self._folder / found[0])
 
 
-def _run(
-    base: str,
-    declared: ConfigDict,
-    model: str,
-    changes: dict,
-    patients: int,
-    seed: int,
-    subset: int,
-    settings: dict[str, str],
-    first: tuple[str, str] | None,
-) -> Run:
+def _run(base: str, declared: ConfigDict, cell: Cell, settings: dict[str, str], first: tuple[str, str] | None) -> Run:
     """`first`: id and folder of the run that this one starts from."""
     common = dict(declared.overrides)
-    if clash := sorted(AXES.keys() & {*common, *changes, *settings}):
+    if clash := sorted(AXES.keys() & {*common, *cell.changes, *settings}):
         raise UserError(f"{clash[0]} is an axis of the sweep: change {AXES[clash[0]]!r} in the sweep file")
-    kind, value = declared.length
-    if (share := dict(declared.get("shares", ())).get(model, 1)) != 1:
+    kind, value = declared.length[0], cell.length
+    if (share := dict(declared.get("shares", ())).get(cell.model, 1)) != 1:
         value = value * share if kind in (FLOPS, "epochs") else max(1, round(value * share))
-    values = common | changes | {"data.max_patients": patients, "seed": seed} | settings
-    if subset:  # else not named: sweeps from before there were subsets keep their ids
-        values["data.subset_seed"] = subset
+    values = common | cell.changes | {"data.max_patients": cell.patients, "seed": cell.seed} | settings
+    if cell.subset:  # else not named: sweeps from before there were subsets keep their ids
+        values["data.subset_seed"] = cell.subset
+    values |= _by_rule(base, declared, cell, settings, values)
     if kind == FLOPS:
         one_step = _arguments(values | {f"training.{name}": int(name == "steps") for name in LENGTHS})
         kind, value = "steps", _steps_for(value, config_lib.load(base, one_step))
@@ -209,20 +214,48 @@ def _run(
     named, placed = ({} if first is None else {"init_from.path": where} for where in first or ("", ""))
     overrides = _arguments(values | placed)
     config = config_lib.load(base, overrides)
-    _check_run(config, model, patients, seed)
+    _check_run(config, cell.model, cell.patients, cell.seed)
     digest = config_lib.config_hash(config_lib.load(base, _arguments(values | named)))
-    name = f"{model}-p{patients}-s{seed}-{digest[:8]}"
-    after = "" if first is None else first[1]
-    return Run(name, model, patients, seed, base, tuple(overrides), config_lib.config_hash(config), after, subset)
+    name = f"{cell.model}-p{cell.patients}-s{cell.seed}-{digest[:8]}"
+    return Run(
+        name, cell.model, cell.patients, cell.seed, base, tuple(overrides), config_lib.config_hash(config),
+        after="" if first is None else first[1], subset=cell.subset, length=cell.length, factor=cell.factor,
+    )  # fmt: skip
+
+
+def _by_rule(
+    base: str, declared: ConfigDict, cell: Cell, settings: dict[str, str], values: dict[str, Any]
+) -> dict[str, Any]:
+    """What `rule` and the factor of `check` make of their keys."""
+    found: dict[str, Any] = {}
+    rules = declared.get("rule", ())
+    size = _model_size(base, declared, cell, settings) if rules else 0
+    for key, reference, at, exponent in rules:
+        if key in values:
+            raise UserError(f"{key} follows the rule of the sweep: leave it out of models, overrides and --set")
+        scaled = reference * (size / at) ** exponent
+        found[key] = max(1, round(scaled)) if isinstance(reference, int) else float(f"{scaled:.4g}")
+    if cell.factor != 1:
+        key = declared.check[0]
+        before = (values | found).get(key)
+        if before is None:
+            steps = {f"training.{name}": int(name == "steps") for name in LENGTHS}
+            before = config_lib.flatten(config_lib.load(base, _arguments(values | steps)))[key]
+        scaled = float(before) * cell.factor
+        found[key] = max(1, round(scaled)) if isinstance(before, int) else float(f"{scaled:.4g}")
+    return found
 
 
 def _steps_for(wanted: float, config: config_lib.Config) -> int:
     """Whole steps of the configuration for that many FLOPs, at least 1."""
-    tokenizer, vocabulary = config.data.tokenizer, None
-    if tokenizer != TRAINED_HERE:
-        vocabulary = load_tokenizer(tokenizer).get_vocab_size()
-    per_step = step_cost.of_config(config, vocabulary).training.total * config.data.batch_size
+    per_step = step_cost.of_config(config, _vocabulary(config)).training.total * config.data.batch_size
     return max(1, round(wanted / per_step))
+
+
+def _vocabulary(config: config_lib.Config) -> int | None:
+    """Size of the tokenizer; None for one that a run trains, of about the size that it is told."""
+    tokenizer = config.data.tokenizer
+    return None if tokenizer == TRAINED_HERE else load_tokenizer(tokenizer).get_vocab_size()
 
 
 def _arguments(values: dict[str, Any]) -> list[str]:
