@@ -130,3 +130,42 @@ def test_a_weighted_sum_has_no_law(project, tmp_path):  # noqa: F811
     found = change(project, 'sweep.loss = "valid/loss"', 'sweep.overrides += (("objectives.matching.weight", 0.1),)')
     refused = collect.incomparable(found, rows_of(found, tmp_path, lambda run: 1.0))
     assert refused is not None and "weighted sum of alignment, matching" in refused
+
+
+TRUNKS = (
+    'sweep.length = ("samples", (80, 160, 320))', "sweep.trunks = True", "sweep.patients = (20,)",
+    'sweep.overrides += (("schedule.kind", "constant"), ("schedule.warmup_steps", 2), ("schedule.warmup_percent", 0.0))',
+)  # fmt: skip
+
+
+def test_shorter_runs_are_branches_of_the_longest(project):  # noqa: F811
+    found = change(project, *TRUNKS)
+    trunks = {run.model: run for run in found.runs if run.length == 320}
+    assert [run.model for run in found.runs[:3]] == list(trunks) and not any(run.after for run in trunks.values())
+    for run in found.runs[3:]:
+        config, trunk = run.config(), trunks[run.model]
+        steps = int(run.length) // 8
+        assert run.begins == steps - round(0.2 * steps)  # the cooldown is a fifth of each run
+        assert run.after.endswith(trunk.id) and config.init_from.path == f"{run.after}@{run.begins}"
+        assert config.init_from.whole and trunk.config().training.keep_steps == (8, 16)
+    costs = {run.run.id: run for run in plan.plan(found, project / "work")}
+    for run in found.runs:
+        assert (
+            costs[run.id].training_flops == (costs[run.id].steps - run.begins) * 8 * costs[run.id].cost.training.total
+        )
+    elsewhere = declared(project)
+    assert [run.id for run in elsewhere.runs] == [run.id for run in found.runs]
+
+
+@pytest.mark.parametrize(
+    ("replaced", "says"),
+    [
+        (('("schedule.kind", "constant")', '("schedule.kind", "cosine")'), r'need schedule\.kind = "constant"'),
+        (('("schedule.warmup_percent", 0.0)', '("schedule.cooldown_percent", 0.0)'), "need schedule"),
+        (('("schedule.warmup_steps", 2)', '("schedule.warmup_steps", 8)'), "is over before its warm-up of 8 steps"),
+        (('"samples", (80, 160, 320)', '"epochs", (1, 2)'), "a length in steps or samples"),
+    ],
+)
+def test_what_is_no_trunk_is_said(project, replaced, says):  # noqa: F811
+    with pytest.raises(UserError, match=says):
+        change(project, *(line.replace(*replaced) for line in TRUNKS))

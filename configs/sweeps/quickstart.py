@@ -42,9 +42,13 @@ def get_config(arg: str = "") -> ConfigDict:
     sweep.models = tuple((name, MODELS[name]) for name in models)
     sweep.patients = patients
     sweep.seeds = seeds
-    sweep.overrides = ()
+    sweep.subset_seeds = tuple(seed + 1 for seed in seeds)  # each draws patients of its own
+    if arg == "grid":
+        sweep.check = ("optimizer.learning_rate", (0.5, 1, 2))
+    # One loss for all runs, whatever their batches: over pools of 128 held-out patients, after the last step.
+    sweep.overrides = (("evaluations.pool_loss.every", 1_000_000),)
     sweep.length = ("epochs", 8.0)
-    sweep.loss = "valid/alignment"
+    sweep.loss = "evaluation/pool_loss"
     sweep.model_size = "n_active"
     sweep.data_size = "unique_patients"
     return sweep

@@ -266,6 +266,10 @@ def _training_problems(config: Config) -> list[str]:
             f"training.steps = {training.steps}, training.epochs = {training.epochs}, training.samples = {training.samples}: "
             "set exactly one of them to a positive number"
         )
+    if config.init_from.whole and not config.init_from.path:
+        problems.append("init_from.whole = True: give the run in init_from.path, e.g. RUN@STEP")
+    if min(training.keep_steps, default=1) < 1:
+        problems.append(f"training.keep_steps = {training.keep_steps}: steps are counted from 1")
     problems += _positive(config, "training.log_every", "training.checkpoint_every", "training.keep_checkpoints")
     problems += _positive(config, "training.max_skipped", "mesh.slices")
     try:

@@ -329,6 +329,12 @@ class TrainingConfig:
     evaluate_every: int = key(0, "steps between evaluations of data.valid; 0: never", resume_free=True)
     checkpoint_every: int = key(100, "steps between checkpoints", resume_free=True)
     keep_checkpoints: int = key(2, "how many of the newest are kept", resume_free=True)
+    keep_steps: tuple[int, ...] = key(
+        (),
+        "steps that are saved and stay, whatever keep_checkpoints says: other runs go on from them",
+        neutral=(),
+        resume_free=True,
+    )
     best_metric: str = key(
         "",
         'the checkpoint with the best value of this metric is kept, too: "valid/loss", "evaluation/auroc_macro", ...',
@@ -355,6 +361,11 @@ class InitConfig:
     path: str = key("", "a run, a folder written by `mg3d import`, or an exported folder", neutral="")
     take: tuple[str, ...] = key((".*",), "regexes of the parameters to take; each must match some", neutral=(".*",))
     leave: tuple[str, ...] = key((), "regexes of parameters not to take, of those that `take` matches", neutral=())
+    whole: bool = key(
+        False,
+        "take all of the state of a run: optimizer, average, step and place in the data, too (RUN@STEP; training.keep_steps)",
+        neutral=False,
+    )
 
 
 @dataclass(frozen=True)

@@ -20,10 +20,10 @@ from mg3d_jax.config.parts import VolumeEncoderConfig, options_of
 from mg3d_jax.errors import UserError
 from mg3d_jax.files import read_json
 from mg3d_jax.interop import export_format
-from mg3d_jax.interop.sources import folder_and_step
 from mg3d_jax.interop.tower import load_tower
 from mg3d_jax.objectives.base import enabled
 from mg3d_jax.registry import VOLUME_TOWERS
+from mg3d_jax.training.branch import folder_and_step
 from mg3d_jax.training.state import has_direction_bias
 
 SMALL = "small"  # of a recipe's argument: the size of its miniature

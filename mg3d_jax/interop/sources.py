@@ -22,6 +22,7 @@ from mg3d_jax.files import read_json
 from mg3d_jax.interop import export_format
 from mg3d_jax.interop.hugging_face import check_vocabulary, load_checkpoint
 from mg3d_jax.interop.tower import Tower, at_volume_size, check_fields, load_tower
+from mg3d_jax.training.branch import folder_and_step
 from mg3d_jax.training.restore import restore_run
 from mg3d_jax.training.run_folder import CONFIG_FILE, TOKENIZER_FOLDER
 from mg3d_jax.training.state import Setup
@@ -73,14 +74,6 @@ def open_source(path: str, setup: Setup, tokenizer: ReportTokenizer) -> Source:
         f"init_from.path = {path!r} is no run of `mg3d train` (RUN or RUN@STEP), no folder written by `mg3d import`, and no "
         "folder written by `mg3d export`"
     )
-
-
-def folder_and_step(path: str) -> tuple[Path, int | None]:
-    """`RUN@STEP -> (RUN, STEP)`; the step is None where the path names none."""
-    before, at, step = path.rpartition("@")
-    if at and step.isdecimal() and not Path(path).exists():
-        return Path(before), int(step)
-    return Path(path), None
 
 
 def _from_run(folder: Path, step: int | None, config: Config, vocab_size: int) -> Source:

@@ -44,14 +44,17 @@ class Checkpoints:
     Args:
         workdir: the run; checkpoints lie in `workdir/checkpoints/STEP`.
         keep: how many of the newest to keep.
+        always: steps that are kept, too, once they are saved.
         best_metric: name among the metrics given to `save`; the checkpoint that is best by it is kept too. Empty: none.
         best_mode: "min" or "max".
     """
 
-    def __init__(self, workdir: Path, *, keep: int = 2, best_metric: str = "", best_mode: str = "min"):
+    def __init__(
+        self, workdir: Path, *, keep: int = 2, always: Sequence[int] = (), best_metric: str = "", best_mode: str = "min"
+    ):
         self.folder = (workdir / FOLDER).absolute()
         self._aside = (workdir / DAMAGED_FOLDER).absolute()
-        self._policy = _NewestAndBest(keep, best_metric, best_mode)
+        self._policy = _NewestAndBest(keep, best_metric, best_mode, frozenset(always))
         self._storage = Storage(self.folder)
         self._damaged: dict[int, str] = {}  # step -> reason, of those that `newest` passed over
         self._failed = False
@@ -259,12 +262,13 @@ class Checkpoints:
 
 @dataclass
 class _NewestAndBest:
-    """Keeps the newest `keep`, and the one with the smallest or largest ("min", "max") value of `metric` if that has a
-    name."""
+    """Keeps the newest `keep`, those of `always`, and the one with the smallest or largest ("min", "max") value of `metric`
+    if that has a name."""
 
     keep: int
     metric: str
     mode: str
+    always: frozenset[int] = frozenset()
     _values: dict[int, float] = field(default_factory=dict, init=False)
 
     def add(self, step: int, metrics: Mapping[str, float] | None) -> None:
@@ -280,7 +284,7 @@ class _NewestAndBest:
     def kept(self, steps: Sequence[int]) -> set[int]:
         """Those of `steps` that stay."""
         best = self.best(steps)
-        return set(sorted(steps)[-self.keep :]) | (set() if best is None else {best})
+        return set(sorted(steps)[-self.keep :]) | (self.always & set(steps)) | (set() if best is None else {best})
 
     def best(self, steps: Sequence[int]) -> int | None:
         """The best of `steps`, the later of equals; None where none has a value."""

@@ -17,7 +17,7 @@ of those that every run gets.
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -223,18 +223,20 @@ class Save(Hook):
 
     None is saved, and so none goes for it, while updates are being skipped.
 
-    `best_metric`: of `checkpoints`; empty for none. `skipping`: is the last update that was looked at one that was skipped?
+    `best_metric`: of `checkpoints`; empty for none. `steps`: further ones to save. `skipping`: is the last update that was
+    looked at one that was skipped?
     """
 
     checkpoints: Checkpoints
     best_metric: str = ""
     every: int = 1
     skipping: Callable[[], bool] = bool  # never
+    steps: Sequence[int] = ()
     _step: int = field(default=0, init=False)  # the last one that was to be saved
     measures = False
 
     def due(self, after: AfterStep) -> bool:
-        wanted = super().due(after) or self.best_metric in after.measured
+        wanted = super().due(after) or self.best_metric in after.measured or after.step in self.steps
         return wanted and (after.step == after.last or not self.skipping())
 
     def start(self, run: TrainingRun) -> None:

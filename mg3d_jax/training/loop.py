@@ -22,7 +22,7 @@ from mg3d_jax.data import feed
 from mg3d_jax.data.pipeline import PreparedData, train_batches
 from mg3d_jax.flops import Flops
 from mg3d_jax.objectives.base import check_data, enabled, reads_masks
-from mg3d_jax.training import distributed, memory, run_folder, tables, wiring
+from mg3d_jax.training import branch, distributed, memory, run_folder, tables, wiring
 from mg3d_jax.training import state as state_lib
 from mg3d_jax.training import step as step_lib
 from mg3d_jax.training.checkpoints import Checkpoints, check_writable
@@ -73,10 +73,11 @@ class Trainer:
         self.checkpoints = Checkpoints(
             workdir,
             keep=config.training.keep_checkpoints,
+            always=config.training.keep_steps,
             best_metric=config.training.best_metric,
             best_mode=config.training.best_mode,
         )
-        restored = self.checkpoints.newest(self.setup)
+        restored = self.checkpoints.newest(self.setup) or branch.whole_state(self.setup, self.tokenizer)
         if restored is None:
             self.state, self.resume_step = state_lib.first(self.setup, self.tokenizer, initialize), 0
             meta: dict[str, Any] = {}  # what the checkpoint has beside it (`hooks.Save`)

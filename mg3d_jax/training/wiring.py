@@ -31,7 +31,13 @@ def standard_hooks(
     """
     best, skipped = training.best_metric, SkippedUpdates(training.max_skipped)
     log = Log(skipped, every=training.log_every)
-    save = Save(checkpoints, best, every=training.checkpoint_every, skipping=lambda: skipped.in_a_row > 0)
+    save = Save(
+        checkpoints,
+        best,
+        every=training.checkpoint_every,
+        skipping=lambda: skipped.in_a_row > 0,
+        steps=training.keep_steps,
+    )
     return [
         skipped,
         log,

@@ -29,6 +29,7 @@ from mg3d_jax.files import read_json, write_json
 from mg3d_jax.scaling.sweep import keys
 from mg3d_jax.scaling.sweep.keys import FLOPS, LENGTHS, lengths
 from mg3d_jax.training import cost as step_cost
+from mg3d_jax.training.schedule import part_steps, total_steps
 
 AXES = {"data.max_patients": "patients", "data.subset_seed": "subset_seeds", "seed": "seeds"} | {
     f"training.{kind}": "length" for kind in LENGTHS
@@ -52,6 +53,7 @@ class Run:
     after: str = ""  # folder of the run that this one starts from
     subset: int = 0  # `data.subset_seed`
     length: float = 0.0  # of the values of `length`, the one of this run
+    begins: int = 0  # the step of that run that it goes on from with all of its state; 0: not so
     factor: float = 1.0  # of the key of `check`; a run with another one than 1 is not part of the law
     check: str = ""  # of a run that a check compares: the name of its model; "" for all others
 
@@ -91,14 +93,8 @@ def load(path: str, settings: Sequence[str] = (), workdir: Path = Path()) -> Swe
     starts = _Starts(path, declared, workdir)
     runs: list[Run] = []
 
-    def add(cell: Cell) -> None:
-        first = starts.of(runs, cell)
-        runs.append(_run(base, declared, cell, last, first))
-
-    for cell in _grid(declared):
-        add(cell)
-    for cell in _checks(base, declared, runs, last):
-        add(cell)
+    for cell in (*_grid(declared), *_checks(base, declared, last)):
+        runs.append(_run(base, declared, cell, last, starts.of(runs, cell)))
     runs = _compared(declared, runs)
     ids = [run.id for run in runs]
     if repeated := sorted({one for one in ids if ids.count(one) > 1}):
@@ -121,18 +117,22 @@ class Cell:
     length: float
     factor: float = 1.0
 
+    def like(self, run: Run) -> bool:
+        """Differs a run of the grid from this cell at most in its length?"""
+        return (run.model, run.patients, run.seed, run.factor) == (self.model, self.patients, self.seed, 1.0)
+
 
 def _grid(declared: ConfigDict) -> Iterator[Cell]:
     subsets = declared.get("subset_seeds") or (0,) * len(declared.seeds)
     # Seeds outermost: a sweep that is cut short has the whole grid for its first seeds.
     for seed, subset in zip(declared.seeds, subsets, strict=True):
         for patients in declared.patients:
-            for length in lengths(declared):
+            for length in sorted(lengths(declared), reverse=True) if declared.get("trunks") else lengths(declared):
                 for model, changes in declared.models:
                     yield Cell(model, dict(changes), int(patients), int(seed), int(subset), length)
 
 
-def _checks(base: str, declared: ConfigDict, runs: Sequence[Run], settings: dict[str, str]) -> list[Cell]:
+def _checks(base: str, declared: ConfigDict, settings: dict[str, str]) -> list[Cell]:
     """Cells of the smallest and the largest model with the factors of `check` other than 1, which the grid has."""
     if not declared.get("check"):
         return []
@@ -174,10 +174,16 @@ class _Starts:
     def __init__(self, path: str, declared: ConfigDict, workdir: Path):
         self._path, self._names = path, dict(declared.get("starts_from", ()))
         self._other = Path(declared.starts_in) if declared.get("starts_in") else None
+        self._trunks, self._longest = declared.get("trunks", False), max(lengths(declared))
         self._folder = (workdir if self._other is None else self._other) / RUNS_FOLDER
 
     def of(self, before: Sequence[Run], cell: Cell) -> tuple[str, str] | None:
         """Id and folder of that run; None where it starts from nothing. `UserError` where there is not just one."""
+        if self._trunks:
+            if cell.length == self._longest or cell.factor != 1:
+                return None
+            trunk = next(run for run in before if run.length == self._longest and cell.like(run))
+            return trunk.id, str(self._folder / trunk.id)
         if (wanted := self._names.get(cell.model)) is None:
             return None
         if self._other is None:
@@ -210,8 +216,13 @@ def _run(base: str, declared: ConfigDict, cell: Cell, settings: dict[str, str], 
         one_step = _arguments(values | {f"training.{name}": int(name == "steps") for name in LENGTHS})
         kind, value = "steps", _steps_for(value, config_lib.load(base, one_step))
     values = {f"training.{name}": 0 for name in LENGTHS} | {f"training.{kind}": value} | values
+    begins, at = 0, ""
+    if declared.get("trunks"):
+        trunk_values, begins = _trunk(base, declared, cell, values)
+        values |= trunk_values
+        at = f"@{begins}"
     # The id names the run that it starts from by its own, wherever the folder is.
-    named, placed = ({} if first is None else {"init_from.path": where} for where in first or ("", ""))
+    named, placed = ({} if first is None else {"init_from.path": where + at} for where in first or ("", ""))
     overrides = _arguments(values | placed)
     config = config_lib.load(base, overrides)
     _check_run(config, cell.model, cell.patients, cell.seed)
@@ -219,8 +230,39 @@ def _run(base: str, declared: ConfigDict, cell: Cell, settings: dict[str, str], 
     name = f"{cell.model}-p{cell.patients}-s{cell.seed}-{digest[:8]}"
     return Run(
         name, cell.model, cell.patients, cell.seed, base, tuple(overrides), config_lib.config_hash(config),
-        after="" if first is None else first[1], subset=cell.subset, length=cell.length, factor=cell.factor,
+        after="" if first is None else first[1], begins=begins, subset=cell.subset, length=cell.length, factor=cell.factor,
     )  # fmt: skip
+
+
+def _trunk(base: str, declared: ConfigDict, cell: Cell, values: dict[str, Any]) -> tuple[dict[str, Any], int]:
+    """What the config of a trunk or branch has beside, and where the branch begins (0 for a trunk). `UserError` where the runs
+    of a cell would not have the same rate up to there."""
+
+    def cools(length: float) -> int:
+        """The step after which the cooldown of a run of this length begins."""
+        config = config_lib.load(base, _arguments(values | {f"training.{declared.length[0]}": length}))
+        schedule, size = config.schedule, config.data.batch_size
+        steps = total_steps(config.training, size, records=0)
+        (warmup, unit), (cooldown, _) = (
+            part_steps(schedule, part, steps, batch_size=size) for part in ("warmup", "cooldown")
+        )
+        if schedule.kind != "constant" or (unit == "schedule.warmup_percent" and warmup) or cooldown < 1:
+            raise UserError(
+                'trunks need schedule.kind = "constant" with a cooldown, and a warm-up in steps or samples: one in percent is '
+                f"another one for each length (here {schedule.kind!r}, {unit} of {warmup} steps, {cooldown} steps of cooldown)"
+            )
+        if steps - cooldown <= warmup:
+            raise UserError(
+                f"length = {length}: a run of {steps} steps is over before its warm-up of {warmup} steps is"
+            )
+        return steps - cooldown
+
+    longest = max(lengths(declared))
+    if cell.factor != 1:
+        return {}, 0
+    if cell.length != longest:
+        return {"init_from.whole": True}, cools(cell.length)
+    return {"training.keep_steps": tuple(sorted({cools(one) for one in lengths(declared) if one != longest}))}, 0
 
 
 def _by_rule(

@@ -25,12 +25,15 @@ OPTIONAL_KEYS = {
     "of another model_size N is value * (N / reference) ** exponent",
     "check": "(training config key, (factor, ...)): further runs of the smallest and the largest model, with the most patients "
     "and the first seed, with that key times each factor; no law where the largest is best at an end of them",
+    "trunks": "True: with several lengths in steps or samples, and a constant rate with a cooldown, the runs of a cell share "
+    "the constant part: the longest is trained first, and the others go on from it with their cooldown",
     "shares": "((name of a model, share), ...): of the length, where a run does not train for all of it",
     "starts_from": "((name of a model, name of the one whose runs its runs start from), ...)",
     "starts_in": "folder of an earlier sweep, which the latter names are of; without it they are earlier models of this one",
 }
 LENGTHS = ("epochs", "steps", "samples")
 FLOPS = "flops"
+TRUNK_LENGTHS = ("steps", "samples")  # that are known before the data are prepared
 MODEL_SIZES = ("n_active", "n_total", "n_vision", "n_text")
 DATA_SIZES = ("unique_patients", "unique_records", "samples_seen")
 
@@ -57,6 +60,8 @@ def check(path: str, declared: ConfigDict) -> None:
     kinds = (*LENGTHS, FLOPS)
     if len(declared.length) != 2 or declared.length[0] not in kinds or min(lengths(declared), default=0) <= 0:
         raise UserError(f"{path}: length = {declared.length}; write (kind, value), kind one of {', '.join(kinds)}")
+    if declared.get("trunks") and (declared.length[0] not in TRUNK_LENGTHS or declared.get("starts_from")):
+        raise UserError(f"{path}: trunks need a length in {' or '.join(TRUNK_LENGTHS)}, and no 'starts_from'")
     names = {name for name, _ in declared.models}
     for key in ("shares", "starts_from"):
         if strangers := sorted({name for name, _ in declared.get(key, ())} - names):

@@ -46,7 +46,9 @@ def plan(sweep: Sweep, workdir: Path) -> list[Planned]:
         patients, count = data_size(config)
         steps = None if count is None else total_steps(config.training, config.data.batch_size, count)
         samples = None if steps is None else steps * config.data.batch_size
-        work = None if samples is None else samples * cost.training.total
+        # A branch begins where its trunk is.
+        own = None if steps is None else (steps - run.begins) * config.data.batch_size
+        work = None if own is None else own * cost.training.total
         seconds = work / speed if work and speed else None
         planned.append(Planned(run, cost, states.status(workdir, run), patients, count, steps, samples, work, seconds))
     return planned
@@ -108,9 +110,28 @@ def plan_table(sweep: Sweep, planned: Sequence[Planned]) -> str:
     if None not in seconds and open_runs:
         text[-1] += f", about {format_seconds(sum(seconds))}"
     text.append(f"N is {sweep.model_size}, D is {sweep.data_size}, the law describes {sweep.loss}")
+    text += notes(sweep)
     if any(one.records is None for one in planned):
         text.append("records, samples and FLOPs are not known: data.train or data.valid is not prepared yet")
     return "\n".join(text)
+
+
+def notes(sweep: Sweep) -> list[str]:
+    """What about the declaration will be hard to believe afterwards."""
+    found, seeds = [], {run.seed for run in sweep.runs}
+    if len(seeds) > 1 and len({run.subset for run in sweep.runs}) == 1:
+        found.append(
+            "! all seeds train on the same patients of each number: what is special about them cannot be told from what their "
+            "number does. Give subset_seeds"
+        )
+    if sweep.loss == "valid/alignment":
+        found.append(
+            "! valid/alignment is measured over batches: its floor and its noise are those of the batch. The loss over fixed "
+            "pools is evaluation/pool_loss, with evaluations.pool_loss.every"
+        )
+    if not sweep.checked_key and len({run.model for run in sweep.runs}) > 1:
+        found.append("! nothing checks the learning rate at the smallest and the largest model: give 'check'")
+    return found
 
 
 def status_table(workdir: Path, sweep: Sweep) -> str:
