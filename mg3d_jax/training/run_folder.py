@@ -175,5 +175,6 @@ def write_summary(
         "parameters": parameters,
         "flops_per_step": flops_per_step,
         "trained_seconds": trained_seconds,
+        "devices": jax.device_count(),
     }
     write_json(workdir / SUMMARY_FILE, summary | identity(config), allow_nan=True)

@@ -6,9 +6,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import jax
+
 from mg3d_jax.config import Config
 from mg3d_jax.data.pipeline import subset_of
 from mg3d_jax.data.records import MANIFEST_NAME, read_manifest
+from mg3d_jax.devices import PEAK_BFLOAT16, known_peak
 from mg3d_jax.errors import UserError
 from mg3d_jax.files import read_json
 from mg3d_jax.progress import format_seconds
@@ -19,6 +22,23 @@ from mg3d_jax.scaling.sweep.states import Status
 from mg3d_jax.training import cost as step_cost
 from mg3d_jax.training.cost import StepCost
 from mg3d_jax.training.schedule import total_steps
+
+
+@dataclass(frozen=True)
+class Speed:
+    """FLOP/s of a run on all of its devices, and where the figure comes from."""
+
+    flops_per_second: float
+    devices: int | None
+    source: str
+
+    @classmethod
+    def named(cls, device: str, utilisation: float, devices: int) -> Speed:
+        """The share of a published peak (`devices.PEAK_BFLOAT16`) that is expected. `UserError` for an unknown name."""
+        if (peak := known_peak(device, "bfloat16")) is None:
+            raise UserError(f"--device {device}: known are {', '.join(name for name, _ in PEAK_BFLOAT16)}")
+        source = f"{devices} x {device} at {100 * utilisation:g} % of {peak / 1e12:g} TFLOP/s"
+        return cls(peak * utilisation * devices, devices, source)
 
 
 @dataclass(frozen=True)
@@ -33,12 +53,17 @@ class Planned:
     steps: int | None
     samples: int | None
     training_flops: float | None
-    seconds: float | None  # estimated from the finished runs of this sweep
+    seconds: float | None  # at the given speed, or that of the finished runs of this sweep
+    state_bytes: int  # of parameters, moments and average, on all devices together
+    storage_bytes: int  # of the checkpoints that stay
 
 
-def plan(sweep: Sweep, workdir: Path) -> list[Planned]:
-    """Every run with its cost and what `mg3d sweep run` would do with it. `UserError` if the data do not allow it."""
-    speed = _flops_per_second(workdir, sweep)
+def plan(sweep: Sweep, workdir: Path, speed: Speed | None = None) -> list[Planned]:
+    """Every run with its cost and what `mg3d sweep run` would do with it. `UserError` if the data do not allow it.
+
+    `speed`: that of the finished runs of this sweep by default.
+    """
+    speed = speed or measured_speed(workdir, sweep)
     planned = []
     for run in sweep.runs:
         config = run.config()
@@ -49,8 +74,11 @@ def plan(sweep: Sweep, workdir: Path) -> list[Planned]:
         # A branch begins where its trunk is.
         own = None if steps is None else (steps - run.begins) * config.data.batch_size
         work = None if own is None else own * cost.training.total
-        seconds = work / speed if work and speed else None
-        planned.append(Planned(run, cost, states.status(workdir, run), patients, count, steps, samples, work, seconds))
+        seconds = work / speed.flops_per_second if work and speed else None
+        state = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(cost.setup.abstract))
+        kept = config.training.keep_checkpoints + len(config.training.keep_steps)
+        status = states.status(workdir, run)
+        planned.append(Planned(run, cost, status, patients, count, steps, samples, work, seconds, state, kept * state))
     return planned
 
 
@@ -76,17 +104,36 @@ def data_size(config: Config) -> tuple[int, int | None]:
     return sum(len(one.counts) for one in used), sum(len(one.numbers) for one in used)
 
 
-def _flops_per_second(workdir: Path, sweep: Sweep) -> float | None:
-    """Training speed of the finished runs of this sweep; None before the first."""
+def measured_speed(workdir: Path, sweep: Sweep) -> Speed | None:
+    """Of the finished runs of this sweep; None before the first."""
     done = [states.run_folder(workdir, run) / collect.RECORD_FILE for run in sweep.runs]
     found = [read_json(path) for path in done if path.is_file()]
     seconds = sum(one["trained_seconds"] or 0.0 for one in found)
-    return sum(one["training_flops"] for one in found) / seconds if seconds else None
+    if not seconds:
+        return None
+    devices = {one.get("devices") for one in found}
+    return Speed(
+        sum(one["training_flops"] for one in found) / seconds, devices.pop() if len(devices) == 1 else None,
+        f"{len(found)} finished runs",
+    )  # fmt: skip
 
 
-def plan_table(sweep: Sweep, planned: Sequence[Planned]) -> str:
-    """The plan as text, with totals and what is missing."""
-    head = ["run", "N", "vision", "text", "patients", "records", "samples", "steps", "FLOPs", "time", "action"]
+def plan_table(sweep: Sweep, planned: Sequence[Planned], speed: Speed | None = None) -> str:
+    """The plan as text, with totals and what is missing. `speed`: that of `plan`, to say where times come from."""
+    head = [
+        "run",
+        "N",
+        "vision",
+        "text",
+        "patients",
+        "records",
+        "samples",
+        "steps",
+        "FLOPs",
+        "time",
+        "memory",
+        "action",
+    ]
     lines = [head]
     for one in planned:
         counted = one.cost.sizes
@@ -99,6 +146,7 @@ def plan_table(sweep: Sweep, planned: Sequence[Planned]) -> str:
                 *("?" if value is None else f"{value:,}" for value in data),
                 "?" if one.training_flops is None else f"{one.training_flops:.3g}",
                 "?" if one.seconds is None else format_seconds(one.seconds),
+                f"{one.state_bytes / 2**30:.3g} GiB",
                 one.status.action,
             ]
         )
@@ -108,7 +156,15 @@ def plan_table(sweep: Sweep, planned: Sequence[Planned]) -> str:
     if None not in work and open_runs:
         text[-1] += f", {sum(work):.3g} FLOPs"
     if None not in seconds and open_runs:
-        text[-1] += f", about {format_seconds(sum(seconds))}"
+        text[-1] += f", about {format_seconds(sum(seconds))} one after another"
+        if speed is not None and speed.devices:
+            text[-1] += f", {sum(seconds) * speed.devices / 3600:,.3g} device-hours"
+        text[-1] += f" ({speed.source})" if speed is not None else ""
+    stored = sum(one.storage_bytes for one in open_runs)
+    text.append(
+        f"memory is that of parameters, moments and average; gradients and activations come on top (mg3d bench memory). "
+        f"Checkpoints to come: {stored / 2**30:.3g} GiB"
+    )
     text.append(f"N is {sweep.model_size}, D is {sweep.data_size}, the law describes {sweep.loss}")
     text += notes(sweep)
     if any(one.records is None for one in planned):
