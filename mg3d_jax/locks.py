@@ -20,6 +20,7 @@ from typing import Any, Self, TextIO
 from mg3d_jax.errors import UserError
 
 TRIES, TRY_SECONDS = 20, 0.05  # a glance of `holder` holds it for a moment
+DESCRIPTOR_VARIABLE = "MG3D_LOCK_DESCRIPTOR"  # tells a process that it has inherited the lock of a file, open there
 
 
 def holder(path: Path) -> dict[str, Any] | None:
@@ -53,6 +54,17 @@ class HeldLock:
             time.sleep(TRY_SECONDS)
         file.close()
         return None
+
+    @classmethod
+    def inherited(cls, path: Path) -> Self | None:
+        """The lock where whoever started this process has it and hands it on (`DESCRIPTOR_VARIABLE`); else None."""
+        try:
+            given = int(os.environ.get(DESCRIPTOR_VARIABLE, ""))
+            if not os.path.samestat(os.fstat(given), path.stat()):
+                return None
+            return cls(os.fdopen(os.dup(given), "a+", encoding="utf-8"))
+        except (ValueError, OSError):  # none, or one of a process further up that was closed on the way
+            return None
 
     @property
     def descriptor(self) -> int:

@@ -2,21 +2,12 @@
 
 import csv
 import dataclasses
-import errno
-import fcntl
 import json
-import os
 import shutil
-import signal
-import socket
-import subprocess
 import sys
-import threading
-import time
 from pathlib import Path
 
 import pytest
-from support import TESTS, environment
 
 from mg3d_jax import config as config_lib
 from mg3d_jax.commands.main import main
@@ -27,6 +18,7 @@ from mg3d_jax.scaling.sweep import collect, compare, states
 from mg3d_jax.scaling.sweep import declaration as sweep
 from mg3d_jax.scaling.sweep import plan as planning
 from mg3d_jax.scaling.sweep import runner as runs
+from mg3d_jax.scaling.sweep.executors.local import Local
 from mg3d_jax.training import cost as step_cost
 
 FAKE = Path(__file__).parent / "reference" / "fake_trainer.py"
@@ -113,7 +105,7 @@ def fake(**options):
     def command(run: sweep.Run, folder: Path) -> list[str]:
         own = {k: v.get(run.id) if isinstance(v, dict) else v for k, v in options.items()}
         own = {k: v for k, v in own.items() if v is not None}
-        return [sys.executable, str(FAKE), "--workdir", str(folder), "--outcome", json.dumps(outcome(run, **own))]
+        return [sys.executable, "-S", str(FAKE), "--workdir", str(folder), "--outcome", json.dumps(outcome(run, **own))]
 
     return command
 
@@ -130,9 +122,15 @@ def collected(workdir: Path, out: Path) -> tuple[list[dict], dict]:
         return list(csv.DictReader(file)), json.loads((out / "fit.json").read_text())
 
 
-def run_all(one: sweep.Sweep, workdir: Path, **options) -> int:
+@pytest.fixture(autouse=True)
+def impatient(monkeypatch):
+    monkeypatch.setattr(runs, "POLL_SECONDS", 0.02)
+    monkeypatch.setattr(Local, "look_seconds", 0.05)
+
+
+def run_all(one: sweep.Sweep, workdir: Path, *, executor=None, retries: int = 0, **options) -> int:
     sweep.write_declaration(workdir, one)
-    return runs.run_all(one, workdir, fake(**options))
+    return runs.run_all(one, workdir, fake(**options), executor, retries=retries)
 
 
 def test_ids_are_stable_and_follow_the_configuration(project):
@@ -225,7 +223,7 @@ def test_a_run_starts_from_another_once_that_is_done(project, capsys):
     assert run_all(one, workdir, fail={first.id: True}) == 1
     assert [states.status(workdir, run).state for run in one.runs] == ["failed", "not started", "done"]
     assert f"left for later, it starts from {first.id}, which is not done" in capsys.readouterr().err
-    with states.HeldLease.acquire(states.run_folder(workdir, first)):
+    with states.acquire(states.run_folder(workdir, first)):
         assert states.waits_for(second).state == "running"  # by somebody else
     assert run_all(one, workdir) == 0
     assert [starts(workdir, run) for run in one.runs] == [[0, 3], [0], [0]]
@@ -284,128 +282,6 @@ def test_success_without_a_summary_is_a_failure(project):
     one, workdir = declared(project), project / "work"
     assert run_all(one, workdir, silent={one.runs[0].id: True}) == 1
     assert "exit code 0 but no summary.json" in states.status(workdir, one.runs[0]).detail
-
-
-def start_process(project: Path, workdir: Path, seconds: float | dict[str, float]) -> subprocess.Popen:
-    """`run_all` with the fake trainer in a process of its own, which can be killed."""
-    code = (
-        f"import sys; sys.path.insert(0, {str(Path(__file__).parent)!r})\n"
-        "from pathlib import Path\n"
-        "from test_scaling_sweep import declared, run_all\n"
-        f"project, workdir = Path({str(project)!r}), Path({str(workdir)!r})\n"
-        f"raise SystemExit(run_all(declared(project), workdir, seconds={seconds!r}))"
-    )
-    return subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.DEVNULL, env=environment(**TESTS))
-
-
-def wait_for(condition, seconds: float = 90.0) -> None:
-    deadline = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < deadline, "waited too long"
-        time.sleep(0.02)
-
-
-@pytest.mark.processes
-@pytest.mark.skipif(not runs._told_when_we_die(), reason="the trainer follows a killed sweep on Linux only")
-def test_sigkill_in_the_middle_gives_the_same_table(project, capsys):
-    one, whole, killed = declared(project), project / "whole", project / "killed"
-    assert run_all(one, whole) == 0
-    process = start_process(project, killed, seconds={one.runs[1].id: 1.5})
-    wait_for(lambda: states.last_step(states.run_folder(killed, one.runs[1])) >= 2)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
-    rows, fit = collected(killed, project / "out")
-    assert [row["status"] for row in rows] == ["used", "missing", "missing", "missing"]
-    assert fit["missing"][2]["reason"] == "not started"
-    assert run_all(one, killed) == 0
-    first, second = starts(killed, one.runs[0]), starts(killed, one.runs[1])
-    assert first == [0] and len(second) == 2 and second[1] >= 2
-    wanted, found = collected(whole, project / "a"), collected(killed, project / "b")
-    assert found == wanted
-    assert (project / "a" / "runs.csv").read_bytes() == (project / "b" / "runs.csv").read_bytes()
-    capsys.readouterr()
-
-
-@pytest.mark.processes
-def test_sigterm_saves_and_the_same_command_goes_on(project):
-    one, workdir = declared(project), project / "work"
-    process = start_process(project, workdir, seconds=1.5)
-    wait_for(lambda: states.last_step(states.run_folder(workdir, one.runs[0])) >= 2)
-    process.send_signal(signal.SIGTERM)
-    assert process.wait(timeout=120) == 75
-    status = states.status(workdir, one.runs[0])
-    assert (status.state, status.action) == ("interrupted", "resume")
-    assert run_all(one, workdir) == 0
-    assert starts(workdir, one.runs[0])[1] >= 2
-
-
-@pytest.mark.processes
-def test_two_sweeps_share_the_work_and_never_a_run(project):
-    one, workdir = declared(project), project / "work"
-    sweep.write_declaration(workdir, one)
-    processes = [start_process(project, workdir, seconds=0.1) for _ in range(2)]
-    assert [process.wait(timeout=120) for process in processes] == [0, 0]
-    assert run_all(one, workdir) == 0  # what one left to the other
-    assert [starts(workdir, run) for run in one.runs] == [[0]] * 4
-
-
-HOLD = """
-import subprocess, sys, time
-from pathlib import Path
-from mg3d_jax.scaling.sweep.states import HeldLease
-
-lease = HeldLease.acquire(Path(sys.argv[1]))
-trainer = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"], pass_fds=(lease.descriptor,))
-lease.name_trainer(trainer.pid)
-print(trainer.pid, flush=True)
-time.sleep(60)
-"""
-
-
-def test_a_living_lease_is_respected_and_a_dead_one_taken_over(tmp_path):
-    """By a sweep in another process: it holds its lease as long as its trainer lives, also when it is itself dead."""
-    folder = tmp_path / "run"
-    held = states.HeldLease.acquire(folder)
-    assert states.HeldLease.acquire(folder) is None and states.holder(folder).pid == os.getpid()
-    with held:
-        pass
-    assert states.holder(folder) is None
-    command = [sys.executable, "-c", HOLD, str(folder)]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment()) as other:
-        trainer = int(other.stdout.readline())
-        assert states.HeldLease.acquire(folder) is None
-        assert states.holder(folder) == states.Lease(socket.gethostname(), other.pid, trainer)
-        assert states.holder(folder).orphan() is None
-        other.send_signal(signal.SIGSTOP)  # Ctrl-Z
-        assert states.HeldLease.acquire(folder) is None
-        other.kill()
-        other.wait()
-    assert states.HeldLease.acquire(folder) is None
-    assert states.holder(folder).orphan() == trainer
-    os.kill(trainer, signal.SIGKILL)
-    wait_for(lambda: states.holder(folder) is None)
-    with states.HeldLease.acquire(folder):
-        assert not list(folder.glob(".*"))
-
-
-def test_a_glance_at_a_lease_does_not_keep_others_from_it(tmp_path):
-    with states.HeldLease.acquire(tmp_path):
-        pass
-    with (tmp_path / states.LEASE_FILE).open() as file:
-        fcntl.flock(file, fcntl.LOCK_SH)
-        timer = threading.Timer(0.2, file.close)
-        timer.start()
-        with states.HeldLease.acquire(tmp_path):
-            timer.join()
-
-
-def test_a_disk_without_locks_is_a_clear_error(tmp_path, monkeypatch):
-    def refuse(*_: object) -> None:
-        raise OSError(errno.ENOLCK, "No locks available")
-
-    monkeypatch.setattr(fcntl, "flock", refuse)
-    with pytest.raises(UserError, match=r"sweep_lease\.json cannot be locked.*Put --workdir on a disk"):
-        states.HeldLease.acquire(tmp_path)
 
 
 def test_a_sweep_goes_on_only_with_the_data_it_was_started_with(project):

@@ -1,5 +1,7 @@
 """A miniature sweep with the real trainer: planned, run, killed in the middle, resumed, collected."""
 
+import contextlib
+import io
 import json
 import os
 import shutil
@@ -7,10 +9,11 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from support import TESTS, environment, mg3d, tiny_builder, with_plain_towers
+from support import TESTS, environment, tiny_builder, with_plain_towers
 
 from mg3d_jax import config as config_lib
 from mg3d_jax.commands.main import main
@@ -50,7 +53,7 @@ def get_config(arg=""):
 
 
 @pytest.fixture(scope="module")
-def project(tiny_data, tmp_path_factory) -> dict:
+def project(tiny_data, tmp_path_factory) -> Iterator[dict]:
     """The declaration, its arguments, and the sweep run without interruption."""
     folder = tmp_path_factory.mktemp("sweep")
     base = config_lib.typed(with_plain_towers(tiny_builder(tiny_data["train"], tiny_data["valid"])))
@@ -62,11 +65,14 @@ def project(tiny_data, tmp_path_factory) -> dict:
         "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
         **TESTS,
     }
-    command = ["sweep", "run", "--config", str(folder / "sweep.py"), "--workdir", str(folder / "whole")]
-    done = mg3d(*command, timeout=PATIENCE, **compiled)
-    assert done.returncode == 0, done.stdout + done.stderr
-    declared = sweep.load(str(folder / "sweep.py"))
-    return {"folder": folder, "sweep": declared, "environment": compiled, "output": done.stderr}
+    with pytest.MonkeyPatch.context() as patch:  # the runner in this process, its trainers in their own
+        for name, value in environment(**compiled).items():
+            patch.setenv(name, value)
+        command = ["sweep", "run", "--config", str(folder / "sweep.py"), "--at-once", "2", "--workdir"]
+        with contextlib.redirect_stderr(io.StringIO()) as output:
+            assert main([*command, str(folder / "whole")]) == 0
+        declared = sweep.load(str(folder / "sweep.py"))
+        yield {"folder": folder, "sweep": declared, "command": command, "output": output.getvalue()}
 
 
 def fit(workdir: Path) -> tuple[bytes, dict]:
@@ -90,20 +96,20 @@ def test_every_run_leaves_a_record(project):
 
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="finds the trainer's process as Linux shows it")
-def test_sigkill_of_sweep_and_trainer_gives_the_same_table(project):
+def test_sigkill_of_sweep_and_trainer_gives_the_same_table(project, capsys):
     """The second run is killed after a checkpoint, with the sweep; the other is that of the whole sweep."""
     whole, killed, runs = project["folder"] / "whole", project["folder"] / "killed", project["sweep"].runs
     shutil.copytree(whole, killed)
     folder = states.run_folder(killed, runs[1])
     shutil.rmtree(folder)
-    command = [sys.executable, "-m", "mg3d_jax", "sweep", "run", "--workdir", str(killed)]
-    command += ["--config", str(project["folder"] / "sweep.py")]
-    process = subprocess.Popen(command, env=environment(**project["environment"]), stdout=subprocess.DEVNULL)
+    command = [sys.executable, "-m", "mg3d_jax", *project["command"], str(killed)]
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL)
     deadline = time.monotonic() + PATIENCE
     while states.last_step(folder) < 8:
         assert process.poll() is None and time.monotonic() < deadline
         time.sleep(0.01)
-    trainer = states.holder(folder).trainer
+    trainer = states.holder(folder).pid
+    assert trainer != process.pid  # it has the lock from its sweep, and says who it is
     os.kill(trainer, signal.SIGSTOP)  # or it might save and leave when the sweep dies
     os.kill(process.pid, signal.SIGKILL)
     os.kill(trainer, signal.SIGKILL)
@@ -113,8 +119,8 @@ def test_sigkill_of_sweep_and_trainer_gives_the_same_table(project):
         time.sleep(0.05)
     before = states.status(killed, runs[1])
     assert (before.state, before.action) == ("interrupted", "resume") and before.step < 24
-    again = mg3d(*command[3:], timeout=PATIENCE, **project["environment"])
-    assert again.returncode == 0, again.stdout + again.stderr
-    assert again.stderr.count("skipped") == 1 and "goes on after step" in again.stderr
+    assert main(command[3:]) == 0
+    said = capsys.readouterr().err
+    assert said.count("skipped") == 1 and "goes on after step" in said
     assert "resuming after step" in (folder / "train.log").read_text()
     assert fit(killed) == fit(whole)

@@ -3,11 +3,17 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import dataclasses
 import sys
+import time
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from mg3d_jax.errors import UserError
+
+if TYPE_CHECKING:
+    from mg3d_jax.scaling.sweep.declaration import Sweep
 
 DEFAULT_DRAWS = 1000
 
@@ -20,21 +26,49 @@ def parser() -> argparse.ArgumentParser:
         "plan",
         "print the runs, what they cost, and what `run` would do; changes nothing",
     )
-    _add_declared(
-        commands,
-        "run",
-        "train the runs on this machine, one after another; the same command goes on after any interruption",
-    )
+    _add_run(commands)
     status = commands.add_parser(
         "status", help="where every declared run stands", description="Where every run stands."
     )
     status.add_argument("--workdir", type=Path, required=True, help="the sweep's folder")
+    status.add_argument(
+        "--watch",
+        nargs="?",
+        type=float,
+        const=5.0,
+        metavar="SECONDS",
+        help="look again every so many seconds (5) until all are done: a live table on a terminal, lines elsewhere",
+    )
     _add_fit(commands)
     _add_compare(commands)
     return top
 
 
-def _add_declared(commands: argparse._SubParsersAction, name: str, summary: str) -> None:
+def _add_run(commands: argparse._SubParsersAction) -> None:
+    run = _add_declared(
+        commands,
+        "run",
+        "train the runs until all are done; the same command goes on after any interruption, also beside another one. "
+        "Exit code 0 when all are done, 1 when some failed for good, 75 when asked to stop",
+    )
+    run.add_argument(
+        "--executor", default="local", metavar="NAME", help="where they are trained: local (default), slurm, command"
+    )
+    run.add_argument("--at-once", type=int, default=1, metavar="K", help="runs that are trained at a time (default 1)")
+    run.add_argument(
+        "--option",
+        action="append",
+        default=[],
+        metavar="KEY=VALUE",
+        help="of the executor; may be repeated. slurm: parameters of submitit, e.g. partition=gpu, nodes=2; command: "
+        "command='LINE OF SHELL with {command}', detached=true, alive='LINE OF SHELL'",
+    )
+    run.add_argument(
+        "--retries", type=int, default=1, metavar="N", help="how often a run that fails is tried again (default 1)"
+    )
+
+
+def _add_declared(commands: argparse._SubParsersAction, name: str, summary: str) -> argparse.ArgumentParser:
     command = commands.add_parser(name, help=summary, description=f"{summary[0].upper()}{summary[1:]}.")
     command.add_argument(
         "--config", required=True, metavar="FILE[:ARG]", help="sweep file, e.g. configs/sweeps/quickstart.py"
@@ -48,6 +82,7 @@ def _add_declared(commands: argparse._SubParsersAction, name: str, summary: str)
         dest="settings",
         help="overrides a key of every run's training config, e.g. --set data.train=RUN/train; may be repeated",
     )
+    return command
 
 
 def _add_fit(commands: argparse._SubParsersAction) -> None:
@@ -115,8 +150,15 @@ def _plan(args: argparse.Namespace) -> int:
 
 def _run(args: argparse.Namespace) -> int:
     _leave_accelerators_alone()
+    from mg3d_jax.registry import EXECUTORS
     from mg3d_jax.scaling.sweep import declaration, plan, runner
 
+    if args.retries < 0:
+        raise UserError(f"--retries {args.retries}: it must be 0 or more")
+    if wrong := [option for option in args.option if "=" not in option]:
+        raise UserError(f"--option {wrong[0]}: write KEY=VALUE")
+    options = dict(option.split("=", 1) for option in args.option)
+    executor = EXECUTORS[args.executor](options, at_once=args.at_once)
     declared = declaration.load(args.config, args.settings, args.workdir)
     planned = plan.plan(declared, args.workdir)
     print(plan.plan_table(declared, planned), flush=True)
@@ -124,14 +166,43 @@ def _run(args: argparse.Namespace) -> int:
         raise UserError("data.train or data.valid is not a prepared folder (no manifest.json): run mg3d prepare first")
     declared = dataclasses.replace(declared, data=declaration.data_fingerprint(declared))
     declaration.write_declaration(args.workdir, declared)
-    return runner.run_all(declared, args.workdir)
+    return runner.run_all(declared, args.workdir, executor=executor, retries=args.retries)
 
 
 def _status(args: argparse.Namespace) -> int:
-    from mg3d_jax.scaling.sweep import declaration, plan
+    from mg3d_jax.scaling.sweep import board, declaration
 
-    print(plan.status_table(args.workdir, declaration.read_declaration(args.workdir)))
+    declared = declaration.read_declaration(args.workdir)
+    if args.watch is None:
+        print(board.text(args.workdir, declared, board.look(args.workdir, declared)))
+        return 0
+    if args.watch <= 0:
+        raise UserError(f"--watch {args.watch}: seconds above 0")
+    with contextlib.suppress(KeyboardInterrupt):
+        _watch(args.workdir, declared, args.watch)
     return 0
+
+
+def _watch(workdir: Path, declared: Sweep, seconds: float) -> None:
+    """Shows where the runs stand until all are done."""
+    from rich.console import Console
+    from rich.live import Live
+
+    from mg3d_jax.scaling.sweep import board, states
+
+    console, before = Console(), ""
+    live = Live(console=console, auto_refresh=False) if console.is_terminal else None
+    with live or contextlib.nullcontext():
+        while True:
+            lines = board.look(workdir, declared)
+            if live is not None:
+                live.update(board.table(declared, lines), refresh=True)
+            elif (now := board.log_line(lines)) != before:
+                print(now, flush=True)
+                before = now
+            if all(line.state == states.DONE for line in lines):
+                return
+            time.sleep(seconds)
 
 
 def _compare(args: argparse.Namespace) -> int:

@@ -31,7 +31,7 @@ class Ownership:
         if jax.process_index() != 0 or (self._lock is not None and not self._lock.given_back):
             return
         path = self.workdir.resolve() / LOCK_FILE
-        self._lock = _held.get(path) or locks.HeldLock.acquire(path)
+        self._lock = _held.get(path) or locks.HeldLock.inherited(path) or locks.HeldLock.acquire(path)
         if self._lock is None:
             owner = locks.holder(path) or {"pid": "?", "host": "?"}
             raise UserError(

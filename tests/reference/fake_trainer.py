@@ -1,14 +1,17 @@
 """Stands in for `mg3d train` in tests of sweeps: writes the same files, resumes by the step, trains nothing.
 
 Usage: fake_trainer.py --workdir DIR --outcome JSON. The outcome holds the summary to end with, the number of steps, the
-seconds per step, and what goes wrong: `fail` (exit code 3 at the half), `again` (exit code 75 at the half, once),
-`silent` (ends without a summary). SIGTERM saves and exits with 75, as the real one does.
+seconds per step, and what goes wrong: `fail` (exit code 3 at the half, once), `broken` (exit code 3 at the start),
+`again` (exit code 75 at the half, once), `stuck` (exit code 75 at the start), `silent` (ends without a summary). `beside` names
+a folder whose run it waits for to start. SIGTERM saves and exits with 75, and the folder is locked, as with the real one.
 """
 
 import argparse
+import fcntl
 import json
 import os
 import signal
+import socket
 import sys
 import time
 from pathlib import Path
@@ -21,10 +24,32 @@ def main() -> int:
     args = parser.parse_args()
     outcome, checkpoint = args.outcome, args.workdir / "checkpoint"
     stopped = []
+    args.workdir.mkdir(parents=True, exist_ok=True)
+    lock = (args.workdir / "run.lock").open("a+")
+    if "MG3D_LOCK_DESCRIPTOR" not in os.environ:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            print("it is being trained already", flush=True)
+            return 2
+    lock.truncate(0)
+    lock.write(json.dumps({"host": socket.gethostname(), "pid": os.getpid()}))
+    lock.flush()
     signal.signal(signal.SIGTERM, lambda *_: stopped.append(True))
     first = int(checkpoint.read_text()) if checkpoint.exists() else 0
+    alone = (args.workdir / "alone").open("a")  # whatever the locks say: never two at a time
+    try:
+        fcntl.flock(alone, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        (args.workdir / "clash").touch()
+        return 9
     with (args.workdir / "starts").open("a") as file:
         file.write(f"{first}\n")
+    if outcome.get("broken") or outcome.get("stuck"):
+        print("ValueError: the loss is nan", flush=True)
+        return 3 if outcome.get("broken") else 75
+    while not stopped and outcome.get("beside") and not (Path(outcome["beside"]) / "starts").exists():
+        time.sleep(0.01)
     for step in range(first + 1, outcome["steps"] + 1):
         time.sleep(outcome["seconds"])
         with (args.workdir / "metrics.jsonl").open("a") as file:

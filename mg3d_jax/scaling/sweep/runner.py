@@ -1,54 +1,64 @@
-"""Trains the runs of a sweep on this machine, one after another, so that it can be stopped and started at any moment.
+"""Trains the runs of a sweep until all are done, so that it can be stopped and started at any moment and on several hosts.
 
-Each run is a subprocess `mg3d train` in its own folder, which resumes by itself. Runs that are done are skipped, runs
-that somebody else is at are left alone, a run that fails does not stop the others. If this process is killed, its
-trainer is told to save and stop (on Linux, by `setpriv` of util-linux); the next start waits for it and goes on.
+Each run is a training of its own in its own folder, which resumes by itself; an executor (`executors`) starts it. What has
+become of the others is read from their folders again and again: runs that are done are skipped, runs that somebody else is at
+are waited for, and taken over where that one dies; a run that fails is tried again, and does not stop the others.
 """
 
 from __future__ import annotations
 
 import logging
-import shutil
 import signal
-import subprocess
 import sys
+import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
 
+from mg3d_jax import locks
+from mg3d_jax.errors import AGAIN, UserError
 from mg3d_jax.progress import format_seconds
 from mg3d_jax.scaling.sweep import collect, states
 from mg3d_jax.scaling.sweep.declaration import Run, Sweep
-from mg3d_jax.scaling.sweep.states import HeldLease
+from mg3d_jax.scaling.sweep.executors.base import LOG_FILE, Executor, Job, Start
+from mg3d_jax.scaling.sweep.executors.local import Local
 
 logger = logging.getLogger(__name__)
 
-LOG_FILE = "train.log"
-RUN_ME_AGAIN = 75  # exit code of a trainer that was asked to stop and has saved everything
-MOST_RESTARTS = 5
+DONE, FAILED = 0, 1  # exit codes; and AGAIN, when asked to stop
+MOST_RESTARTS = 5  # of a trainer that asks for it and does not get on
+RETRIES = 1
 POLL_SECONDS = 0.2
-ORPHAN_SECONDS = 120.0  # how long a trainer may take to save after its sweep was killed
 
 Trainer = Callable[[Run, Path], list[str]]
+VERBS = {
+    states.NOT_STARTED: "starts",
+    states.INTERRUPTED: "goes on after step {step}",
+    states.FAILED: "is tried again",
+}
 
 
-def train_command(run: Run, folder: Path) -> list[str]:
+def train_command(run: Run, folder: Path, python: str = sys.executable) -> list[str]:
     """The command line that trains `run` in `folder`."""
-    return [sys.executable, "-m", "mg3d_jax", "train", "--config", run.base, "--workdir", str(folder), *run.overrides]
+    return [python, "-m", "mg3d_jax", "train", "--config", run.base, "--workdir", str(folder), *run.overrides]
 
 
 class Stop:
-    """SIGTERM and SIGINT ask the trainer to save and stop; a second one kills it."""
+    """SIGTERM and SIGINT ask the trainers to save and stop; a second one kills them."""
 
-    def __init__(self) -> None:
+    def __init__(self, jobs: Mapping[str, Active]) -> None:
         self.asked = False
-        self.trainer: subprocess.Popen[bytes] | None = None
-        self._old = {number: signal.signal(number, self._on_signal) for number in (signal.SIGTERM, signal.SIGINT)}
+        self._jobs = jobs
+        main = threading.current_thread() is threading.main_thread()  # Python hears no signals elsewhere
+        signals = (signal.SIGTERM, signal.SIGINT) if main else ()
+        self._old = {number: signal.signal(number, self._on_signal) for number in signals}
 
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
-        if self.trainer is not None and self.trainer.poll() is None:
-            self.trainer.send_signal(signal.SIGKILL if self.asked else signal.SIGTERM)
+        for one in self._jobs.values():
+            if not one.job.outlives:
+                one.job.stop(now=self.asked)
         self.asked = True
 
     def restore(self) -> None:
@@ -56,126 +66,220 @@ class Stop:
             signal.signal(number, handler)
 
 
-def run_all(sweep: Sweep, workdir: Path, trainer: Trainer = train_command) -> int:
-    """Trains every run that is not done. Returns 0 when none failed, 1 when some did, 75 when asked to stop."""
-    stop = Stop()
-    outcomes: dict[str, states.Status] = {}
-    try:
-        for number, run in enumerate(sweep.runs, start=1):
-            label = f"[{number}/{len(sweep.runs)}] {run.id}"
-            outcomes[run.id] = _one(sweep, run, workdir, trainer, stop, label)
-            if stop.asked:
-                logger.info(f"asked to stop at {label}; the same command goes on")
-                return RUN_ME_AGAIN
-    finally:
-        stop.restore()
-    failed = [run for run, outcome in outcomes.items() if outcome.state != states.DONE]
-    held = [run for run in failed if outcomes[run].state == states.RUNNING]
-    logger.info(f"{len(outcomes) - len(failed)} of {len(outcomes)} runs done")
-    for name in failed:
-        logger.info(f"  {name}: {outcomes[name].state}, {outcomes[name].detail}")
-    return 1 if len(failed) > len(held) else 0
+@dataclass
+class Active:
+    """A run that this process has started."""
+
+    run: Run
+    job: Job
+    lock: locks.HeldLock | None
+    slot: int
+    since: float  # of `time.monotonic`
+    step: int  # the last one before it
 
 
-def _one(sweep: Sweep, run: Run, workdir: Path, trainer: Trainer, stop: Stop, label: str) -> states.Status:
-    """Brings one run to its end, unless it is there already or somebody else is at it."""
-    folder = states.run_folder(workdir, run)
-    before = _wait_for_orphan(workdir, run, stop, label)
-    if before.state == states.DONE:
-        collect.write_record(workdir, run)
-        logger.info(f"{label}: done before, skipped")
-        return before
-    if (waits := states.waits_for(run)) is not None:
-        logger.info(f"{label}: left for later, {waits.detail}")
-        return waits
-    lease = None if before.state == states.RUNNING or stop.asked else HeldLease.acquire(folder)
-    if lease is None:
-        logger.info(f"{label}: left alone, {before.detail or 'somebody else has just started it'}")
-        return states.Status(states.RUNNING, before.step, before.detail)
-    verb = {"run": "starts", "resume": f"goes on after step {before.step}", "retry": "is tried again"}[before.action]
-    logger.info(f"{label}: {verb}")
-    start = time.monotonic()
-    with lease:
-        if states.summary_problem(folder, run) is not None:  # else somebody has finished it since we looked
-            _train(run, folder, trainer, lease, stop)
-    after = states.status(workdir, run)
-    took = format_seconds(time.monotonic() - start)
-    if after.state == states.DONE:
-        final = collect.write_record(workdir, run)["final"].get(sweep.loss)
-        logger.info(f"{label}: done in {took}, {sweep.loss} {'absent' if final is None else f'{final:.5g}'}")
-    else:
-        logger.info(f"{label}: {after.state} after {took}: {after.detail}; see {folder / LOG_FILE}")
-    return after
+def run_all(
+    sweep: Sweep,
+    workdir: Path,
+    trainer: Trainer | None = None,
+    executor: Executor | None = None,
+    *,
+    retries: int = RETRIES,
+) -> int:
+    """Trains every run that is not done, and waits for those that others are at.
 
+    Args:
+        trainer: gives the command of a run; `train_command` unless said otherwise.
+        executor: where they are trained; one after another on this machine unless said otherwise.
+        retries: how often a run is tried again that fails while this process is at it.
 
-def _wait_for_orphan(workdir: Path, run: Run, stop: Stop, label: str) -> states.Status:
-    """The run's status, once a trainer that a killed sweep has left behind has saved and ended."""
-    folder = states.run_folder(workdir, run)
-    deadline = time.monotonic() + ORPHAN_SECONDS
-    told = False
-    while not stop.asked and time.monotonic() < deadline:
-        lease = states.holder(folder)
-        orphan = None if lease is None else lease.orphan()
-        if orphan is None:
-            break
-        if not told:
-            logger.info(f"{label}: waiting for process {orphan} of a killed sweep to save")
-            told = True
-        time.sleep(POLL_SECONDS)
-    return states.status(workdir, run)
-
-
-def _train(run: Run, folder: Path, trainer: Trainer, lease: HeldLease, stop: Stop) -> None:
-    """Runs the trainer, again when it asks for it, and writes the state that it ends in."""
-    attempt = states.last_attempt(folder)
-    for _ in range(MOST_RESTARTS):
-        attempt += 1
-        states.write_state(folder, run, states.RUNNING, attempt=attempt, message="killed while it ran")
-        code = _subprocess(trainer(run, folder), folder / LOG_FILE, lease, stop)
-        if code == 0 and (problem := states.summary_problem(folder, run)) is None:
-            states.write_state(folder, run, states.DONE, attempt=attempt, exit_code=0)
-            return
-        if stop.asked:
-            states.write_state(
-                folder, run, states.INTERRUPTED, attempt=attempt, message="asked to stop", exit_code=code
-            )
-            return
-        if code != RUN_ME_AGAIN:
-            message = (
-                f"exit code 0 but {problem}" if code == 0 else f"exit code {code}: {_last_line(folder / LOG_FILE)}"
-            )
-            states.write_state(folder, run, states.FAILED, attempt=attempt, message=message, exit_code=code)
-            return
-    message = f"asked {MOST_RESTARTS} times to be run again (exit code {RUN_ME_AGAIN})"
-    states.write_state(folder, run, states.FAILED, attempt=attempt, message=message, exit_code=RUN_ME_AGAIN)
-
-
-def _subprocess(command: list[str], log: Path, lease: HeldLease, stop: Stop) -> int:
-    """Exit code of `command`, its output appended to `log`. It inherits the lease."""
-    with log.open("a") as output:
-        output.write(f"\n$ {' '.join(command)}\n")
-        output.flush()
-        process = subprocess.Popen(
-            [*_told_when_we_die(), *command],
-            stdout=output,
-            stderr=subprocess.STDOUT,
-            stdin=subprocess.DEVNULL,
-            start_new_session=True,  # Ctrl-C reaches us only; we pass it on as a request to save
-            pass_fds=(lease.descriptor,),
+    Returns 0 when all are done, 1 when some failed for good, 75 when asked to stop.
+    """
+    executor = executor or Local({})
+    executor.prepare(workdir)
+    python = executor.python
+    with states.Runner(workdir) as me:
+        loop = _Loop(
+            sweep, workdir, trainer or (lambda run, folder: train_command(run, folder, python)), executor, me, retries
         )
-    stop.trainer = process
-    lease.name_trainer(process.pid)
-    if stop.asked:  # the signal came between the last check and the start
-        process.terminate()
-    while process.poll() is None:
-        time.sleep(POLL_SECONDS)
-    stop.trainer = None
-    return process.returncode
+        try:
+            while loop.turn() and not loop.stopped():
+                time.sleep(POLL_SECONDS)
+        finally:
+            loop.leave()
+        return loop.end()
 
 
-def _told_when_we_die() -> list[str]:
-    """Beginning of a command line whose process gets SIGTERM when this one dies, however it dies; empty where it cannot."""
-    return ["setpriv", "--pdeathsig", "TERM"] if sys.platform == "linux" and shutil.which("setpriv") else []
+class _Loop:
+    """The runs of a sweep as this process sees them."""
+
+    def __init__(
+        self, sweep: Sweep, workdir: Path, trainer: Trainer, executor: Executor, me: states.Runner, retries: int
+    ):
+        self.sweep, self.workdir, self.trainer, self.executor = sweep, workdir, trainer, executor
+        self.me, self.retries = me, retries
+        self.active: dict[str, Active] = {}
+        self.stop = Stop(self.active)
+        self._done: set[str] = set()
+        self._names = [run.id for run in sweep.runs]
+        self._failures = {run.id: self._failed(run) for run in sweep.runs}  # before us: they do not count
+        self._restarts: dict[str, int] = {}
+        self._said: dict[str, str] = {}
+        self._next_look = 0.0
+
+    def turn(self) -> bool:
+        """Takes note of what has ended and starts what can be. False once there is nothing to wait for."""
+        looks = time.monotonic() >= self._next_look
+        for one in list(self.active.values()):
+            if (looks or not one.job.outlives) and (code := one.job.poll()) is not None:
+                self._ended(one, code)
+                looks = True
+        if not looks or self.stop.asked:
+            return True
+        waits = self._look()
+        self._next_look = time.monotonic() + self.executor.look_seconds
+        return waits
+
+    def stopped(self) -> bool:
+        """Were we asked to stop, and has all ended that does not go on without us?"""
+        return self.stop.asked and all(one.job.outlives for one in self.active.values())
+
+    def leave(self) -> None:
+        """What does not go on without us is asked to save where we end by an error."""
+        self.stop.restore()
+        for one in self.active.values():
+            if not one.job.outlives:
+                one.job.stop()
+
+    def end(self) -> int:
+        """Says how it ended; the exit code."""
+        if self.stop.asked:
+            left = [one.job.label for one in self.active.values()]
+            goes_on = f", {', '.join(left)} meanwhile too" if left else ""
+            logger.info(f"asked to stop; the same command goes on{goes_on}")
+            return AGAIN
+        logger.info(f"{len(self._done)} of {len(self.sweep.runs)} runs done")
+        for run in self.sweep.runs:
+            if run.id not in self._done:
+                status = states.waits_for(run) or states.status(self.workdir, run)
+                logger.info(f"  {run.id}: {status.state}, {status.detail}")
+        return DONE if len(self._done) == len(self.sweep.runs) else FAILED
+
+    def _look(self) -> bool:
+        """Reads where the runs stand, starts as many as there is room for. True while any may still be done."""
+        ready, waited_for = list[Run](), len(self.active)
+        hopeless = set[str]()  # failed too often, or to start from such a one
+        for run in self.sweep.runs:  # a run comes after the one that it starts from
+            if run.id in self._done or run.id in self.active:
+                continue
+            status = states.status(self.workdir, run)
+            if status.state == states.DONE:
+                self._close(run, "done by another process" if run.id in self._said else "done before, skipped")
+            elif status.state in (states.RUNNING, states.QUEUED):
+                waited_for += 1
+                self._say(run, f"left to {status.detail}")
+            elif status.state == states.FAILED and self._failed_here(run) > self.retries:
+                hopeless.add(run.id)
+            elif (waits := states.waits_for(run)) is not None:
+                self._say(run, f"left for later, {waits.detail}")
+                first = Path(run.after).name
+                among = first in self._names and first not in hopeless
+                if among or waits.state == states.RUNNING:
+                    waited_for += 1
+                else:
+                    hopeless.add(run.id)
+            else:
+                ready.append(run)
+        for run in sorted(ready, key=self._failed_here):  # what has failed goes last
+            if len(self.active) < self.executor.at_once and not self.stop.asked:
+                self._start(run)
+        return bool(ready or waited_for)
+
+    def _start(self, run: Run) -> None:
+        """Starts a run, unless somebody else has just done so."""
+        folder = states.run_folder(self.workdir, run)
+        lock = states.acquire(folder)
+        if lock is None:
+            return
+        status = states.standing(self.workdir, run)  # it may have been queued or done since we looked
+        if status.action == "wait" or status.state == states.DONE:
+            lock.close()
+            return
+        slot = min(set(range(self.executor.at_once)) - {one.slot for one in self.active.values()})
+        elsewhere = self.executor.elsewhere
+        claim = {"executor": self.executor.name, "runner": self.me.name, "label": self.executor.name, "facts": {}}
+        message = "" if elsewhere else "killed while it ran"
+        states.write_state(folder, run, states.RUNNING, starts=True, message=message, job=claim if elsewhere else None)
+        if elsewhere:  # claimed: its trainer takes the lock itself, wherever it starts
+            lock.close()
+            kept = None
+        else:
+            kept = lock
+        self._say(run, VERBS[status.state].format(step=status.step))
+        try:
+            job = self.executor.start(Start(run, folder, self.trainer(run, folder), kept, slot))
+        except UserError as error:  # the queue is full, the host is not there: it may work later
+            states.write_state(folder, run, states.FAILED, message=str(error))
+            lock.close()
+            self._say(run, f"failed: {error}")
+            return
+        if elsewhere:
+            claim |= {"label": job.label, "facts": dict(job.facts)}
+            states.write_state(folder, run, states.RUNNING, message=f"{job.label} is gone", job=claim)
+        self.active[run.id] = Active(run, job, kept, slot, time.monotonic(), status.step)
+        if self.stop.asked and not job.outlives:  # the signal came between the last check and the start
+            job.stop()
+
+    def _ended(self, one: Active, code: int) -> None:
+        """Writes the state that a run has ended in."""
+        run, folder = one.run, states.run_folder(self.workdir, one.run)
+        state, message = self._outcome(one, code, folder)
+        states.write_state(folder, run, state, message=message, exit_code=code)
+        if one.lock is not None:
+            one.lock.close()
+        del self.active[run.id]
+        took = format_seconds(time.monotonic() - one.since)
+        if state == states.DONE:
+            self._close(run, f"done in {took}")
+        else:
+            self._say(run, f"{state} after {took}: {message}; see {folder / LOG_FILE}")
+
+    def _outcome(self, one: Active, code: int, folder: Path) -> tuple[str, str]:
+        """State and message for the exit code of a trainer."""
+        problem = states.summary_problem(folder, one.run)
+        if code == 0 or problem is None:
+            return (states.DONE, "") if problem is None else (states.FAILED, f"exit code 0 but {problem}")
+        if one.lock is None and (owner := states.holder(folder)) is not None:
+            return states.INTERRUPTED, f"process {owner.pid} on {owner.host} was faster"
+        if self.stop.asked:
+            return states.INTERRUPTED, "asked to stop"
+        if code != AGAIN:
+            return states.FAILED, f"exit code {code}: {_last_line(folder / LOG_FILE)}"
+        stuck = 1 if states.last_step(folder) > one.step else self._restarts.get(one.run.id, 0) + 1
+        if stuck < MOST_RESTARTS:
+            self._restarts[one.run.id] = stuck
+            return states.INTERRUPTED, f"exit code {AGAIN}: it is to be run again"
+        self._restarts.pop(one.run.id, None)
+        return states.FAILED, f"asked {MOST_RESTARTS} times to be run again (exit code {AGAIN}) without getting on"
+
+    def _close(self, run: Run, how: str) -> None:
+        """Notes that a run is done."""
+        final = collect.write_record(self.workdir, run)["final"].get(self.sweep.loss)
+        self._done.add(run.id)
+        self._say(run, f"{how}, {self.sweep.loss} {'absent' if final is None else f'{final:.5g}'}")
+
+    def _failed(self, run: Run) -> int:
+        return states.failures(states.read_state(states.run_folder(self.workdir, run)))
+
+    def _failed_here(self, run: Run) -> int:
+        """How often it has failed since this process started, whoever was at it."""
+        return self._failed(run) - self._failures[run.id]
+
+    def _say(self, run: Run, what: str) -> None:
+        """Logs it, once."""
+        if self._said.get(run.id) != what:
+            self._said[run.id] = what
+            logger.info(f"[{self._names.index(run.id) + 1}/{len(self._names)}] {run.id}: {what}")
 
 
 def _last_line(log: Path) -> str:

@@ -1,8 +1,10 @@
 """Where each run of a sweep stands, on disk, so that any later process can tell and go on.
 
-A run's folder holds, beside what `mg3d train` writes, `sweep_state.json` (what happened last), `sweep_lease.json` (who is
-at it) and `record.json` (the outcome). Whoever works on a run holds a lock (`mg3d_jax.locks`) on its
-lease file; the trainer inherits it, and keeps it if its sweep dies.
+A run's folder holds, beside what `mg3d train` writes, `sweep_state.json` (what happened last) and `record.json` (the outcome).
+Whoever works on a run on this machine holds the lock of its trainer (`run.lock`, `mg3d_jax.locks`), and hands it on to
+that; version 0.1.0 had `sweep_lease.json` for it. A run that was handed to a scheduler is claimed in `sweep_state.json`: by
+the sweep that waits for it, which holds a lock in `runners` as long as it lives, and by what the scheduler says of the job.
+No clock is asked.
 """
 
 from __future__ import annotations
@@ -10,30 +12,38 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-import socket
+import secrets
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Self
+from typing import Any
 
 from mg3d_jax import locks
 from mg3d_jax.errors import UserError
 from mg3d_jax.files import read_json, write_json
+from mg3d_jax.registry import EXECUTORS
 from mg3d_jax.scaling.sweep.declaration import RUNS_FOLDER, Run
+from mg3d_jax.training.ownership import LOCK_FILE
 
-STATE_FILE, LEASE_FILE, SUMMARY_FILE, METRICS_FILE = (
-    "sweep_state.json",
-    "sweep_lease.json",
-    "summary.json",
-    "metrics.jsonl",
+STATE_FILE, SUMMARY_FILE, METRICS_FILE = "sweep_state.json", "summary.json", "metrics.jsonl"
+OLD_LOCK_FILE = "sweep_lease.json"  # of version 0.1.0
+RUNNERS_FOLDER = "runners"
+TAIL_BYTES = 1 << 16  # of metrics.jsonl, in which the last step stands
+DONE, RUNNING, QUEUED, FAILED, INTERRUPTED, NOT_STARTED = (
+    "done",
+    "running",
+    "queued",
+    "failed",
+    "interrupted",
+    "not started",
 )
-DONE, RUNNING, FAILED, INTERRUPTED, NOT_STARTED = "done", "running", "failed", "interrupted", "not started"
-ACTIONS = {DONE: "skip", RUNNING: "wait", FAILED: "retry", INTERRUPTED: "resume", NOT_STARTED: "run"}
+ACTIONS = {DONE: "skip", RUNNING: "wait", QUEUED: "wait", FAILED: "retry", INTERRUPTED: "resume", NOT_STARTED: "run"}
 
 
 @dataclass(frozen=True)
 class Status:
-    """`state` is one of the five above; `step` the last one logged; `detail` why it failed or who is at it."""
+    """`state` is one of the six above; `step` the last one logged; `detail` why it failed or who is at it."""
 
     state: str
     step: int = 0
@@ -63,17 +73,40 @@ def waits_for(run: Run) -> Status | None:
 def status(workdir: Path, run: Run) -> Status:
     """Where `run` stands. A summary counts only if it is of the declared configuration."""
     folder = run_folder(workdir, run)
+    for _ in range(2):  # who is queued at the first look may have its lock and no longer be queued at the second
+        found = standing(workdir, run)
+        if found.state == DONE:
+            return found
+        if (owner := holder(folder)) is not None:
+            return Status(RUNNING, found.step, f"process {owner.pid} on {owner.host}")
+        if found.state in (QUEUED, NOT_STARTED):
+            break
+    return found
+
+
+def standing(workdir: Path, run: Run) -> Status:
+    """As `status`, for whoever holds the run's lock: all that its folder says but for that."""
+    folder = run_folder(workdir, run)
     if summary_problem(folder, run) is None:
         return Status(DONE, int(read_json(folder / SUMMARY_FILE)["step"]))
-    step = last_step(folder)
-    if (lease := holder(folder)) is not None:
-        return Status(RUNNING, step, f"process {lease.pid} on {lease.host}")
-    if not (folder / STATE_FILE).is_file():
+    if not (state := read_state(folder)):
         return Status(NOT_STARTED)
-    state = read_json(folder / STATE_FILE)
+    step, message = last_step(folder), state["message"]
     if state["state"] == FAILED:
-        return Status(FAILED, step, state["message"])
-    return Status(INTERRUPTED, step, state["message"])
+        return Status(FAILED, step, message)
+    if state["state"] == RUNNING and (claim := _claim(workdir, folder, state.get("job"))):
+        return Status(QUEUED, step, claim)
+    return Status(INTERRUPTED, step, message)
+
+
+def _claim(workdir: Path, folder: Path, job: Mapping[str, Any] | None) -> str:
+    """Who has handed the run to a scheduler that still has it; empty where nobody has."""
+    if not job:
+        return ""
+    runner = locks.holder(workdir / RUNNERS_FOLDER / job["runner"])
+    if runner is not None:
+        return f"{job['label']}, by process {runner['pid']} on {runner['host']}"
+    return job["label"] if job["facts"] and EXECUTORS[job["executor"]].alive(job["facts"], folder) else ""
 
 
 def summary_problem(folder: Path, run: Run) -> str | None:
@@ -97,80 +130,108 @@ def _finished(folder: Path) -> tuple[dict[str, Any], str | None]:
     return summary, None if state == "done" else f"{SUMMARY_FILE} says state {state!r}"
 
 
+def read_state(folder: Path) -> dict[str, Any]:
+    """What happened last; empty for a run that nobody has begun."""
+    path = folder / STATE_FILE
+    return read_json(path) if path.is_file() else {}
+
+
 def write_state(
-    folder: Path, run: Run, state: str, *, attempt: int, message: str = "", exit_code: int | None = None
+    folder: Path,
+    run: Run,
+    state: str,
+    *,
+    message: str = "",
+    exit_code: int | None = None,
+    starts: bool = False,
+    job: Mapping[str, Any] | None = None,
 ) -> None:
-    """Records what happened last. `state` is RUNNING, DONE, FAILED or INTERRUPTED."""
+    """Records what happened last.
+
+    Args:
+        state: RUNNING, DONE, FAILED or INTERRUPTED.
+        starts: this is the beginning of another attempt.
+        job: executor, runner, label and facts of a run that was handed to a scheduler.
+    """
+    before = read_state(folder)
     write_json(
         folder / STATE_FILE,
         {
             "run": run.id,
             "state": state,
-            "attempt": attempt,
+            "attempt": int(before.get("attempt", 0)) + starts,
+            "failures": failures(before) + (state == FAILED),
             "exit_code": exit_code,
             "message": message,
-            "updated": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+            "last_failure": message if state == FAILED else before.get("last_failure", ""),
+            "job": job,
+            "updated": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),  # for people: nobody decides by it
         },
     )
 
 
-def last_attempt(folder: Path) -> int:
-    """How often the run was started so far."""
-    path = folder / STATE_FILE
-    return int(read_json(path)["attempt"]) if path.is_file() else 0
+def failures(state: Mapping[str, Any]) -> int:
+    """How often the run has failed so far, by its `read_state`."""
+    return int(state.get("failures", state.get("state") == FAILED))
+
+
+def last_metrics(folder: Path, split: str = "") -> dict[str, Any]:
+    """The last line of `metrics.jsonl`, or of one `split` of it; empty if there is none. A line cut short is passed over."""
+    with contextlib.suppress(FileNotFoundError), (folder / METRICS_FILE).open("rb") as file:
+        file.seek(max(0, file.seek(0, os.SEEK_END) - TAIL_BYTES))
+        for line in reversed(file.read().decode(errors="replace").splitlines()):
+            with contextlib.suppress(ValueError, KeyError, TypeError):
+                found = json.loads(line)
+                if int(found["step"]) >= 0 and split in ("", found.get("split")):
+                    return dict(found)
+    return {}
 
 
 def last_step(folder: Path) -> int:
-    """The largest step in `metrics.jsonl`; 0 if there is none. A line cut short by a kill is passed over."""
-    steps = [0]
-    with contextlib.suppress(FileNotFoundError), (folder / METRICS_FILE).open(encoding="utf-8") as file:
-        for line in file:
-            with contextlib.suppress(ValueError, KeyError, TypeError):
-                steps.append(int(json.loads(line)["step"]))
-    return max(steps)
+    """The last step in `metrics.jsonl`; 0 if there is none."""
+    return int(last_metrics(folder).get("step", 0))
 
 
 @dataclass(frozen=True)
-class Lease:
-    """Who is at a run: a sweep, and the process that trains once it is started."""
+class Owner:
+    """Who is at a run: a sweep, and the process that trains once it has started."""
 
     host: str
     pid: int
-    trainer: int | None = None
-
-    def orphan(self) -> int | None:
-        """The process that still trains though its sweep, on this host, is dead."""
-        return None if self.host != socket.gethostname() or process_exists(self.pid) else self.trainer
 
 
-def process_exists(pid: int) -> bool:
-    """Is there a living process of that number on this host?"""
-    try:
-        os.kill(pid, 0)
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
-    except ProcessLookupError:
-        return False
-    except PermissionError:
-        return True
-    except OSError:  # no /proc on this system, or the process has just ended
-        return not Path("/proc/self").exists()
+def holder(folder: Path) -> Owner | None:
+    """Who holds the lock of a run; None if nobody does."""
+    for name in (LOCK_FILE, OLD_LOCK_FILE):
+        if (found := locks.holder(folder / name)) is not None:
+            return Owner(found["host"], found["pid"])
+    return None
 
 
-def holder(folder: Path) -> Lease | None:
-    """Who holds the lease of a run; None if nobody does."""
-    found = locks.holder(folder / LEASE_FILE)
-    return None if found is None else Lease(**found)
+def acquire(folder: Path) -> locks.HeldLock | None:
+    """The lock of a run, for this process and a trainer that inherits it; None while somebody else has it.
+
+    `UserError` where the disk has no locks.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    if locks.holder(folder / OLD_LOCK_FILE) is not None:
+        return None
+    return locks.HeldLock.acquire(folder / LOCK_FILE)
 
 
-class HeldLease(locks.HeldLock):
-    """The right to work on a run, for this process and the trainer that inherits it."""
+class Runner:
+    """One process that works on a sweep, known to others as long as it lives. A context manager."""
 
-    @classmethod
-    def acquire(cls, folder: Path) -> Self | None:
-        """The lease of `folder`, or None while somebody else has it. `UserError` where the disk has no locks."""
-        folder.mkdir(parents=True, exist_ok=True)
-        return super().acquire(folder / LEASE_FILE)
+    def __init__(self, workdir: Path):
+        self.name = f"{secrets.token_hex(6)}.lock"
+        self._path = workdir / RUNNERS_FOLDER / self.name
 
-    def name_trainer(self, pid: int | None) -> None:
-        """Notes which process trains."""
-        self.note(trainer=pid)
+    def __enter__(self) -> Runner:
+        self._path.parent.mkdir(parents=True, exist_ok=True)
+        self._lock = locks.HeldLock.acquire(self._path)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._path.unlink(missing_ok=True)
+        if self._lock is not None:
+            self._lock.close()
