@@ -15,10 +15,11 @@ from rich.table import Table
 from mg3d_jax import config_files
 from mg3d_jax import options as options_lib
 from mg3d_jax.config.files import OVERRIDE
-from mg3d_jax.errors import UserError
+from mg3d_jax.errors import AGAIN, UserError
 from mg3d_jax.evaluation import benchmark
 from mg3d_jax.evaluation.benchmark import Cell
-from mg3d_jax.scaling.sweep.runner import RUN_ME_AGAIN, Stop
+from mg3d_jax.scaling.sweep.executors.local import Process
+from mg3d_jax.scaling.sweep.runner import Stop
 
 logger = logging.getLogger(__name__)
 RECIPES = "downstream"  # folder of the configs
@@ -77,7 +78,7 @@ def main(argv: list[str]) -> int:
                 print(shlex.join(["mg3d", *words]))
         return 0
     code = 0 if args.summary else _run_all(commands, args.workdir)
-    if code != RUN_ME_AGAIN:
+    if code != AGAIN:
         _report(args.workdir, cells)
     return code
 
@@ -106,7 +107,8 @@ def _tasks(names: list[str], data: Path) -> list[str]:
 
 def _run_all(commands: dict[Cell, list[str]], workdir: Path) -> int:
     """Runs what is not done. A run that fails does not stop the others."""
-    stop, failed = Stop(), []
+    running: list[Process] = []
+    stop, failed = Stop(lambda: running), []
     try:
         for number, (cell, words) in enumerate(commands.items(), start=1):
             label = f"[{number}/{len(commands)}] {cell.folder}"
@@ -114,10 +116,10 @@ def _run_all(commands: dict[Cell, list[str]], workdir: Path) -> int:
                 logger.info(f"{label}: done before, skipped")
                 continue
             logger.info(f"{label}: starts, or goes on")
-            code = _run(words, workdir / cell.folder, stop)
-            if stop.asked or code == RUN_ME_AGAIN:
+            code = _run(words, workdir / cell.folder, running)
+            if stop.asked or code == AGAIN:
                 logger.info(f"asked to stop at {label}; the same command goes on")
-                return RUN_ME_AGAIN
+                return AGAIN
             if code:
                 failed.append(cell)
                 logger.warning(f"{label}: failed with exit code {code}, see {workdir / cell.folder / LOG_FILE}")
@@ -126,11 +128,12 @@ def _run_all(commands: dict[Cell, list[str]], workdir: Path) -> int:
     return 1 if failed else 0
 
 
-def _run(words: list[str], folder: Path, stop: Stop) -> int:
+def _run(words: list[str], folder: Path, running: list[Process]) -> int:
     folder.mkdir(parents=True, exist_ok=True)
     with (folder / LOG_FILE).open("ab") as log:
-        stop.trainer = subprocess.Popen([sys.executable, "-m", "mg3d_jax", *words], stdout=log, stderr=log)
-        return stop.trainer.wait()
+        process = subprocess.Popen([sys.executable, "-m", "mg3d_jax", *words], stdout=log, stderr=log)
+    running[:] = [Process(process)]
+    return process.wait()
 
 
 def _report(workdir: Path, cells: list[Cell]) -> None:

@@ -12,7 +12,7 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
@@ -46,9 +46,9 @@ def train_command(run: Run, folder: Path, python: str = sys.executable) -> list[
 
 
 class Stop:
-    """SIGTERM and SIGINT ask the trainers to save and stop; a second one kills them."""
+    """SIGTERM and SIGINT ask the trainers to save and stop; a second one kills them. `jobs` says which there are."""
 
-    def __init__(self, jobs: Mapping[str, Active]) -> None:
+    def __init__(self, jobs: Callable[[], Iterable[Job]]) -> None:
         self.asked = False
         self._jobs = jobs
         main = threading.current_thread() is threading.main_thread()  # Python hears no signals elsewhere
@@ -56,9 +56,9 @@ class Stop:
         self._old = {number: signal.signal(number, self._on_signal) for number in signals}
 
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
-        for one in self._jobs.values():
-            if not one.job.outlives:
-                one.job.stop(now=self.asked)
+        for job in self._jobs():
+            if not job.outlives:
+                job.stop(now=self.asked)
         self.asked = True
 
     def restore(self) -> None:
@@ -119,9 +119,10 @@ class _Loop:
         self.sweep, self.workdir, self.trainer, self.executor = sweep, workdir, trainer, executor
         self.me, self.retries = me, retries
         self.active: dict[str, Active] = {}
-        self.stop = Stop(self.active)
+        self.stop = Stop(lambda: [one.job for one in self.active.values()])
         self._done: set[str] = set()
         self._names = [run.id for run in sweep.runs]
+        self._hopeless = set[str]()  # at the last look
         self._failures = {run.id: self._failed(run) for run in sweep.runs}  # before us: they do not count
         self._restarts: dict[str, int] = {}
         self._said: dict[str, str] = {}
@@ -169,7 +170,7 @@ class _Loop:
         """Reads where the runs stand, starts as many as there is room for. True while any may still be done."""
         ready, waited_for = list[Run](), len(self.active)
         hopeless = set[str]()  # failed too often, or to start from such a one
-        for run in self.sweep.runs:  # a run comes after the one that it starts from
+        for run in self.sweep.runs:
             if run.id in self._done or run.id in self.active:
                 continue
             status = states.status(self.workdir, run)
@@ -183,13 +184,14 @@ class _Loop:
             elif (waits := states.waits_for(run)) is not None:
                 self._say(run, f"left for later, {waits.detail}")
                 first = Path(run.after).name
-                among = first in self._names and first not in hopeless
+                among = first in self._names and first not in hopeless | self._hopeless
                 if among or waits.state == states.RUNNING:
                     waited_for += 1
                 else:
                     hopeless.add(run.id)
             else:
                 ready.append(run)
+        self._hopeless = hopeless
         for run in sorted(ready, key=self._failed_here):  # what has failed goes last
             if len(self.active) < self.executor.at_once and not self.stop.asked:
                 self._start(run)

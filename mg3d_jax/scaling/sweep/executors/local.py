@@ -7,7 +7,6 @@ import shutil
 import signal
 import subprocess
 import sys
-from collections.abc import Mapping
 from pathlib import Path
 from typing import ClassVar
 
@@ -70,7 +69,7 @@ class Local(Executor):
                 )
             )
 
-    def share(self, slot: int) -> Mapping[str, str]:
+    def share(self, slot: int) -> dict[str, str]:
         """Environment of the run in that place."""
         return {DEVICES: self._devices[slot]} if self._devices else {}
 
