@@ -190,25 +190,6 @@ def notes(sweep: Sweep) -> list[str]:
     return found
 
 
-def status_table(workdir: Path, sweep: Sweep) -> str:
-    """Every declared run with its state and, where it is done, its loss; and folders that the sweep does not declare."""
-    lines = [["run", "state", "step", sweep.loss, "detail"]]
-    counts: dict[str, int] = {}
-    for run in sweep.runs:
-        status = states.status(workdir, run)
-        counts[status.state] = counts.get(status.state, 0) + 1
-        loss = None
-        if status.state == states.DONE:
-            loss = read_json(states.run_folder(workdir, run) / states.SUMMARY_FILE)["final"].get(sweep.loss)
-        lines.append([run.id, status.state, str(status.step), "" if loss is None else f"{loss:.5g}", status.detail])
-    text = [align(lines), ", ".join(f"{count} {state}" for state, count in counts.items())]
-    declared = {run.id for run in sweep.runs}
-    others = [folder.name for folder in sorted((workdir / "runs").glob("*")) if folder.name not in declared]
-    if others:
-        text.append(f"not declared by the sweep, so not part of the fit: {', '.join(others)}")
-    return "\n".join(text)
-
-
 def align(lines: Sequence[Sequence[str]]) -> str:
     """Columns padded to equal width; the first is left aligned, numbers right aligned."""
     widths = [max(len(line[k]) for line in lines) for k in range(len(lines[0]))]
