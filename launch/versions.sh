@@ -25,7 +25,7 @@ if [ -z "${INTERPRETERS:-}" ]; then
 fi
 
 # What the tests need beside the package itself: requirements-dev.txt without the linters and what compares with PyTorch.
-needed=$(grep -vE '^(#|-r|torch|monai|einops|SimpleITK|mypy|ruff|shellcheck|setuptools)' requirements-dev.txt)
+needed=$(grep -vE '^(#|-r|torch|monai|einops|onnx|SimpleITK|mypy|ruff|shellcheck|setuptools)' requirements-dev.txt)
 mkdir -p "$folder"
 failed=0
 table=$folder/table.md

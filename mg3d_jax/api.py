@@ -26,6 +26,7 @@ from mg3d_jax.evaluation.attend import Relevance, SentenceMaps
 from mg3d_jax.evaluation.embed import Embedder, logit_scale
 from mg3d_jax.evaluation.run_grid import run_grid
 from mg3d_jax.evaluation.segmenter import Segmented, Segmenter
+from mg3d_jax.prepare.reports import split_sentences
 from mg3d_jax.prepare.scans import Scan, ScanSource, Spacing, read_scan
 from mg3d_jax.trainer import Trainer
 from mg3d_jax.training.restore import RestoredRun, restore_run
@@ -102,7 +103,7 @@ class Run:
         """The embeddings of n texts: float32 `[n, k]`, each of length 1. Their products with a volume's are cosines.
 
         Args:
-            texts: a string is one sentence; a list of strings is a report, sentence by sentence. A run that was trained on
+            texts: strings, which are split as reports are in `mg3d prepare`, or lists of sentences. A run that was trained on
                 single sentences embeds a report as the mean direction of its sentences, as `mg3d evaluate` does.
 
         Raises:
@@ -112,7 +113,7 @@ class Run:
             raise UserError(f"embed_texts({texts!r}): give a list of at least one text")
         entries = []
         for number, text in enumerate(texts):
-            sentences = [text] if isinstance(text, str) else list(text)
+            sentences = (list(split_sentences(text)) or [text]) if isinstance(text, str) else list(text)
             if not sentences or not all(isinstance(sentence, str) and sentence.strip() for sentence in sentences):
                 raise UserError(f"embed_texts: text {number} is {text!r}: give a sentence, or a list of sentences")
             entries.append(self._embedder.report_texts(sentences))

@@ -100,6 +100,7 @@ def test_occlusion_equals_occluding_by_hand(run):
     occluded = volume.copy()
     occluded[8:, :8, 8:] = step_inputs.AIR_HU
     assert found.patches[1, 0, 1] == pytest.approx(float(cosine(volume) - cosine(occluded)), abs=1e-5)
+    assert found.similarity == pytest.approx(float(cosine(volume)), abs=1e-5)
 
 
 def test_attention_is_relative_to_even_attention(run):
@@ -130,8 +131,12 @@ def test_command_writes_map_and_overlay(run, tmp_path, monkeypatch, capsys):
     assert command.main(options) == 0
     found = nib.load(tmp_path / "o" / "map.nii.gz")
     np.testing.assert_allclose(found.affine, nib.load(path).affine)
-    assert found.shape == (32, 32, 32)
+    assert found.shape == (32, 32, 32) and found.header.get_xyzt_units()[0] == "mm"
+    scan = read_scan(path, Grid((16, 16, 16), SPACING))
+    drawn = read_scan(path, attend.own_grid(scan), whole=True)  # the slices, as they are in the file
+    np.testing.assert_array_equal(drawn.volume[::-1, ::-1], np.asarray(nib.load(path).dataobj))
     assert (tmp_path / "o" / "overlay.png").stat().st_size > 10_000
-    assert "mm (RAS+)" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "mm (RAS+)" in said and "similarity of the scan and the sentence" in said
     with pytest.raises(UserError, match="cannot be used"):
         command.main([*options[:3], str(tmp_path / "none.nii.gz"), *options[4:]])

@@ -1,7 +1,9 @@
 """Exported weights against the Linen model: Hugging Face folder, MONAI state dict, geometry and tokens without JAX."""
 
+import copy
 import dataclasses
 import json
+import shutil
 import subprocess
 import sys
 from functools import partial
@@ -10,20 +12,26 @@ import jax
 import numpy as np
 import pytest
 import torch
+import yaml
+from exported_runs import SPACING, random_run
 from safetensors.torch import load_file, save_file
-from support import environment, quick_state, tiny_config
+from support import ROOT, environment, quick_state, tiny_builder, tiny_config, with_smallest_towers
+from test_prepare_reading import write_dicom
+from transformers import PreTrainedTokenizerFast
 
 from mg3d_jax import config as config_lib
 from mg3d_jax import sharding
-from mg3d_jax.commands import main as cli
+from mg3d_jax.commands.main import main as cli
 from mg3d_jax.data.tokens import ReportTokenizer, load_tokenizer, save_tokenizer, train_wordpiece
 from mg3d_jax.errors import UserError
 from mg3d_jax.evaluation.embed import Embedder
+from mg3d_jax.evaluation.zero_shot import ZeroShot
 from mg3d_jax.interop import export as export_lib
 from mg3d_jax.interop.export_format import Probe
-from mg3d_jax.interop.export_run import Run
-from mg3d_jax.interop.torch_template import modeling_mg3d
+from mg3d_jax.interop.export_options import Extras
+from mg3d_jax.interop.torch_template import configuration_mg3d, modeling_mg3d, text_mg3d, volume_mg3d
 from mg3d_jax.models.mg3d import text_embedding, volume_embedding
+from mg3d_jax.models.towers import bert, vit
 from mg3d_jax.models.towers.vit.monai import to_monai
 from mg3d_jax.phantom import patients as phantoms
 from mg3d_jax.phantom.dataset import nifti_bytes
@@ -34,14 +42,10 @@ from mg3d_jax.training import inputs as step_inputs
 from mg3d_jax.training import state as state_lib
 from mg3d_jax.training.checkpoints import Checkpoints
 
-SPACING = (20.0, 18.0, 20.0)
 ENCODER = "model__volume_encoder__"
+TWO_WINDOWS = {"data__windows": ((-1000.0, 1000.0), (-150.0, 250.0))}
 VARIANTS = {
     "linear": {},
-    "conv, two windows, groups of sentences": {
-        ENCODER + "stem": "conv", "data__windows": ((-1000.0, 1000.0), (-150.0, 250.0)),
-        "objectives__alignment__report_view": "subsets",
-    },
     "everything else": {
         ENCODER + "positions": "learned", ENCODER + "pooling": "mean", ENCODER + "num_registers": 3,
         ENCODER + "qk_norm": True, ENCODER + "layer_scale": 0.1, ENCODER + "patch_size": (8, 4, 16),
@@ -52,13 +56,22 @@ VARIANTS = {
         ENCODER + "stem": "conv", ENCODER + "patch_size": (12, 8, 4), "model__volume_size": (24, 16, 8),
     },
 }  # fmt: skip
+SHARED = {ENCODER + "stem": "conv", "objectives__alignment__report_view": "subsets", **TWO_WINDOWS}
 FOR_MONAI = {
     "sincos": {},
-    "learned, mean, two windows": {
+    "learned, mean, two windows, layer scale": {
         ENCODER + "positions": "learned", ENCODER + "pooling": "mean", ENCODER + "patch_size": (8, 4, 16),
-        "data__windows": ((-1000.0, 1000.0), (-150.0, 250.0)),
+        ENCODER + "layer_scale": 0.1, **TWO_WINDOWS,
     },
 }  # fmt: skip
+LABELS = ("Emphysema", "Pleural effusion", "Cyst")
+# As `mg3d evaluate` and a run write them.
+EVALUATED = {
+    "step": 7, "data": ["somewhere/valid"], "volumes": 20, "patients": 12,
+    "zero_shot": {"protocol": "of prompts", "auroc_macro": 0.8123, "auroc_macro_95": [0.75, 0.87], "auroc/Cyst": 0.9},
+    "retrieval": {"protocol": "of reports", "report_to_volume/recall@5": 0.4, "report_to_volume/gallery": 20},
+}  # fmt: skip
+TRAINED = {"unique_records": 3210, "unique_patients": 1234, "samples_seen": 20000, "step": 7}
 
 
 def scans(count=3):
@@ -77,17 +90,40 @@ def tokenizer_folder(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def make_run(tokenizer_folder):
-    """A run with random weights, none of them zero or one: an untrained bias or scale would hide a mix-up."""
+    yield partial(random_run, tokenizer_folder)
+    del vit.PRESETS["smallest"], bert.PRESETS["smallest"]
 
-    def make(policy="center", **overrides):
-        config = tiny_config(**overrides)
-        model = state_lib.build_model(config, load_tokenizer(str(tokenizer_folder)).get_vocab_size())
-        shapes = jax.eval_shape(model.init, jax.random.key(0), step_inputs.dummy_inputs(model))["params"]
-        rng = np.random.default_rng(1)
-        params = jax.tree.map(lambda x: np.float32(0.15 * rng.standard_normal(x.shape)), state_lib.nn.unbox(shapes))
-        return Run(config, params, tokenizer_folder, 7, Grid(config.grid, SPACING, policy), ("ctrate",))
 
-    return make
+def asked(labels=LABELS):
+    return ZeroShot().exported(labels)
+
+
+@pytest.fixture(scope="module")
+def exported(make_run, tmp_path_factory):
+    """The run that most tests share, the folder that was exported of it, and what the export said."""
+    run = make_run("lung", tasks__classification__weight=1.0, tasks__classification__num_labels=2, **SHARED)
+    run = dataclasses.replace(run, label_names=("a", "b"))
+    rng, k = np.random.default_rng(3), run.config.model.projection_dim
+    probe = Probe(rng.normal(size=(3, k)).astype("f"), rng.normal(size=3).astype("f"), ("x", "y", "z"), "multi_class")
+    out = tmp_path_factory.mktemp("exported") / "out"
+    lines = export_lib.export(run, out, extras=Extras(probe, asked(), EVALUATED, TRAINED))
+    return run, out, lines, probe
+
+
+@pytest.fixture(scope="module")
+def model(exported):
+    return modeling_mg3d.MG3DModel.from_pretrained(exported[1]).eval()
+
+
+@pytest.fixture
+def copied(exported, tmp_path):
+    """A copy of the shared folder that a test may change."""
+    return shutil.copytree(exported[1], tmp_path / "copy")
+
+
+def volumes_of(run, count):
+    shape = (count, *run.config.model.volume_size)
+    return np.random.default_rng(0).integers(-1024, 1500, shape).astype(np.int16)
 
 
 def linen(run, volumes, text):
@@ -109,75 +145,95 @@ def linen(run, volumes, text):
 
 
 @pytest.mark.parametrize("overrides", VARIANTS.values(), ids=VARIANTS)
-def test_the_exported_model_gives_the_embeddings_of_the_linen_model(make_run, tmp_path, overrides):
-    run = make_run(**overrides)
-    export_lib.export(run, tmp_path / "out")
-    model = modeling_mg3d.MG3DModel.from_pretrained(tmp_path / "out").eval()
-    hf_tokenizer = modeling_tokenizer(tmp_path / "out")
-    text = model.tokenize(hf_tokenizer, [*scans()[1], ["Emphysema is present."], []])
-    rng = np.random.default_rng(0)
-    volumes = rng.integers(-1024, 1500, (5, *run.config.model.volume_size)).astype(np.int16)
+def test_the_exported_model_is_the_linen_model(make_run, tmp_path, overrides):
+    """By the export's own comparison; `test_embeddings_of_the_shared_folder` has one that is independent of it."""
+    lines = export_lib.export(make_run(**overrides), tmp_path / "out")
+    differences = [float(line.split()[-1]) for line in lines if "differ by" in line]
+    assert len(differences) == 2 and max(differences) < 1e-5
+
+
+def test_embeddings_of_the_shared_folder(exported, model):
+    run = exported[0]
+    text = model.tokenize([*scans()[1], ["Emphysema is present."], []])
+    volumes = volumes_of(run, 5)
     volume, report, tokens = linen(run, volumes, text)
     with torch.no_grad():
-        found = model(torch.from_numpy(volumes), **text)
-    np.testing.assert_allclose(found.volume_embedding.numpy(), volume, atol=1e-5)
-    np.testing.assert_allclose(found.report_embedding.numpy()[:4], report[:4], atol=1e-5)
-    assert np.isfinite(found.report_embedding.numpy()).all()  # also of a report without a sentence
-    np.testing.assert_allclose(found.volume_tokens.numpy(), tokens, atol=2e-4 * np.abs(tokens).max())
-    expected = np.exp(run.params["logit_scale"]) * (volume @ report[:4].T) + run.params.get("logit_bias", 0)
-    np.testing.assert_allclose(found.logits_per_volume.numpy()[:, :4], expected, atol=1e-4)
+        found = model(torch.from_numpy(volumes), **text, return_loss=True, output_hidden_states=True)
+    np.testing.assert_allclose(found.image_embeds.numpy(), volume, atol=1e-5)
+    np.testing.assert_allclose(found.text_embeds.numpy()[:4], report[:4], atol=1e-5)
+    assert np.isfinite(found.text_embeds.numpy()).all()  # also of a report without a sentence
+    last = found.vision_model_output.last_hidden_state.numpy()
+    np.testing.assert_allclose(last, tokens, atol=2e-4 * np.abs(tokens).max())
+    scaled = np.minimum(np.exp(run.params["logit_scale"]), 100) * (volume @ report[:4].T)
+    np.testing.assert_allclose(found.logits_per_image.numpy()[:, :4], scaled, atol=1e-4)
+    torch.testing.assert_close(found.logits_per_text, found.logits_per_image.T)
+    target = torch.arange(5)
+    sides = (torch.nn.functional.cross_entropy(x, target) for x in (found.logits_per_image, found.logits_per_text))
+    torch.testing.assert_close(found.loss, sum(sides) / 2)
+    assert len(found.vision_model_output.hidden_states) == 2 and len(found.text_model_output.hidden_states) == 3
+    assert model.config.hidden_size == run.config.model.volume_encoder.sizes.width
 
 
-def modeling_tokenizer(folder):
-    from transformers import PreTrainedTokenizerFast
-
-    return PreTrainedTokenizerFast.from_pretrained(folder)
-
-
-WITHOUT_JAX = """
-import sys
-for name in ("jax", "jaxlib", "flax", "orbax", "mg3d_jax"):
-    sys.modules[name] = None  # importing it raises ImportError
-import numpy as np, torch
-from transformers import AutoModel, AutoTokenizer
-folder, data = sys.argv[1:]
-model = AutoModel.from_pretrained(folder, trust_remote_code=True)
-tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=True)
-inputs = np.load(f"{data}/inputs.npz")
-hu, affine = model.prepare_volume(inputs["hu"], inputs["affine"])
-with torch.no_grad():
-    volume = model.encode_volume(hu[None])
-texts = model.encode_texts(tokenizer, [["Emphysema is present."], ["No pleural effusion.", "The heart is normal."]])
-np.savez(f"{data}/outputs.npz", hu=hu, volume=volume, texts=texts)
-assert not any(name.split(".")[0] in ("jax", "mg3d_jax") and m is not None for name, m in sys.modules.items())
-"""
+def test_a_tokenizers_own_output_and_plain_strings_are_one_sentence(model):
+    """What a pipeline of transformers gives, without `sentence_index`; right padding of any length."""
+    texts = ["Emphysema is present.", "The heart is normal."]
+    plain = model.tokenizer(texts, padding=True, return_tensors="pt", return_token_type_ids=False)
+    with torch.no_grad():
+        torch.testing.assert_close(model.get_text_features(**plain), model.encode_texts(texts), atol=1e-6, rtol=0)
+    torch.testing.assert_close(model.encode_texts(texts), model.encode_texts([[text] for text in texts]))
 
 
-def test_a_colleague_without_jax_loads_it_in_one_line(make_run, tmp_path):
-    run = make_run(**VARIANTS["conv, two windows, groups of sentences"])
-    out = tmp_path / "out"
-    export_lib.export(run, out)
-    reconstruction = scans(1)[0][0].reconstructions[0]
-    np.savez(tmp_path / "inputs.npz", hu=reconstruction.hu, affine=reconstruction.affine)
-    command = [sys.executable, "-c", WITHOUT_JAX, str(out), str(tmp_path)]
-    environ = environment(HF_MODULES_CACHE=str(tmp_path / "modules"), PYTHONPATH="")
-    done = subprocess.run(command, env=environ, capture_output=True, text=True, timeout=240, cwd=tmp_path)
-    assert done.returncode == 0, done.stderr
-    found = np.load(tmp_path / "outputs.npz")
-    tokenizer = ReportTokenizer(load_tokenizer(str(run.tokenizer_folder)), 24, 16)
-    rows = [tokenizer([text]) for text in ("Emphysema is present.", "No pleural effusion.", "The heart is normal.")]
-    names = {"input_ids": "token_ids", "attention_mask": "token_mask", "sentence_index": "sentence_index"}
-    text = {name: torch.from_numpy(np.stack([row[ours] for row in rows])) for name, ours in names.items()}
-    volume, report, _ = linen(run, found["hu"][None], text)
-    np.testing.assert_allclose(found["volume"], volume, atol=1e-5)
-    mean = report[1:].mean(0)  # it was trained on single sentences: a text of two is their mean direction
-    np.testing.assert_allclose(found["texts"], [report[0], mean / np.linalg.norm(mean)], atol=1e-5)
+def test_towers_alone_and_what_is_saved_loads_again(exported, model, tmp_path):
+    """A side of the whole folder; a tuned model with its code; activations computed again in the backward pass."""
+    run, out = exported[:2]
+    volumes, text = torch.from_numpy(volumes_of(run, 2)), model.tokenize(["A cyst.", "No mass."])
+    vision, words = (
+        kind.from_pretrained(out).eval() for kind in (modeling_mg3d.MG3DVisionModel, modeling_mg3d.MG3DTextModel)
+    )
+    with torch.no_grad():
+        torch.testing.assert_close(vision(volumes).image_embeds, model.get_image_features(volumes))
+        torch.testing.assert_close(words(**text).text_embeds, model.get_text_features(**text))
+    assert not any(name.startswith("report") for name in vision.state_dict())
+    gradients = {}
+    for checkpointing in (False, True):
+        tuned = modeling_mg3d.MG3DModel.from_pretrained(out, attn_implementation="sdpa").train()
+        if checkpointing:
+            tuned.gradient_checkpointing_enable()
+            assert tuned.volume_encoder.gradient_checkpointing and tuned.report_encoder.gradient_checkpointing
+        tuned(volumes, **text, return_loss=True).loss.backward()
+        gradients[checkpointing] = {name: x.grad for name, x in tuned.named_parameters() if x.grad is not None}
+    torch.testing.assert_close(gradients[True], gradients[False])
+    tuned.save_pretrained(tmp_path / "tuned")
+    assert (tmp_path / "tuned" / "layers_mg3d.py").exists()  # `AutoModel` finds all of the code
+    modeling_mg3d.MG3DModel.from_pretrained(tmp_path / "tuned")
 
 
-def test_wrong_or_missing_tensors_are_named(make_run, tmp_path):
-    out = tmp_path / "out"
-    export_lib.export(make_run(), out)
-    good = load_file(out / "model.safetensors")
+def test_zero_shot_is_the_evaluations(exported, model):
+    """Probabilities, to the last bits: whatever is computed from them (AUROC, thresholds) is the same."""
+    run, settings = exported[0], asked()
+    volumes = torch.from_numpy(volumes_of(run, 6))
+    mesh = sharding.make_mesh(sharding.MeshConfig(data=1, fsdp=1, tensor=1), jax.devices()[:1])
+    embedder = Embedder(state_lib.build(run.config, run.tokenizer.vocab_size, mesh, steps=0), run.tokenizer, 4)
+    report = list(scans(1)[1][0])[:6]  # as the mean direction of its sentences
+    asked_of = [[[p] for p in settings["classes"][one][side]] for side in ("present", "absent") for one in LABELS]
+    rows = embedder.texts(run.params, embedder.tokenize([*asked_of, embedder.report_texts(report)]))
+    np.testing.assert_allclose(model.encode_texts([report]).numpy()[0], rows[-1], atol=1e-5)
+    with torch.no_grad():
+        cosines = model.encode_volume(volumes).double().numpy() @ rows[:-1].astype(float).T
+    scale = min(float(np.exp(run.params["logit_scale"])), 100.0)
+    expected = 1 / (1 + np.exp(-scale * (cosines[:, :3] - cosines[:, 3:])))
+    found = model.zero_shot(volumes)
+    np.testing.assert_allclose([[*row.values()] for row in found], expected, atol=1e-5)
+    assert list(found[0]) == list(LABELS)
+    own = {"Mass": ("A mass.", ["No mass.", "There is no mass."])}
+    assert list(model.zero_shot(volumes[:1], own)[0]) == ["Mass"]
+    assert model.zero_shot(volumes[:1], ["Cyst"])[0]["Cyst"] == pytest.approx(found[0]["Cyst"], abs=1e-6)
+    with pytest.raises(ValueError, match="no prompts for Mass; it has Emphysema"):
+        model.zero_shot(volumes, ["Mass"])
+
+
+def test_wrong_or_missing_tensors_are_named(copied):
+    good = load_file(copied / "model.safetensors")
     assert all(tensor.is_contiguous() and tensor.dtype == torch.float32 for tensor in good.values())
     name = "volume_encoder.blocks.1.attention.key.weight"
     broken = {
@@ -186,9 +242,9 @@ def test_wrong_or_missing_tensors_are_named(make_run, tmp_path):
         "wrong shape": good | {name: torch.zeros(3, 3)},
     }
     for kind, state in broken.items():
-        save_file(state, out / "model.safetensors", metadata={"format": "pt"})
+        save_file(state, copied / "model.safetensors", metadata={"format": "pt"})
         with pytest.raises(ValueError, match=kind) as error:
-            modeling_mg3d.MG3DModel.from_pretrained(out)
+            modeling_mg3d.MG3DModel.from_pretrained(copied)
         assert ("volume_encoder.extra" if kind == "unknown" else name) in str(error.value)
 
 
@@ -210,8 +266,8 @@ def test_a_difference_between_the_frameworks_stops_the_export(make_run, tmp_path
         export_lib.export(run, tmp_path / "mine")
 
 
-def test_the_command_exports_a_checkpoint(tokenizer_folder, tiny_data, tmp_path, capsys):
-    config = tiny_config(tiny_data["train"], model__dtype="bfloat16")
+def test_the_command_exports_a_checkpoint(make_run, tokenizer_folder, tiny_data, tmp_path, capsys):
+    config = config_lib.typed(with_smallest_towers(tiny_builder(tiny_data["train"], model__dtype="bfloat16")))
     workdir, out = tmp_path / "run", tmp_path / "out"
     save_tokenizer(load_tokenizer(str(tokenizer_folder)), workdir / "tokenizer")
     (workdir / "config.json").write_text(config_lib.to_json(config))
@@ -222,8 +278,7 @@ def test_the_command_exports_a_checkpoint(tokenizer_folder, tiny_data, tmp_path,
     checkpoints.close()
     for form in ("hf", "monai"):
         command = ["export", "--workdir", str(workdir), "--out", str(out / form), "--format", form]
-        assert cli.main(command) == 0
-        assert cli.main(command) == 0  # an earlier export is replaced
+        assert cli(command) == 0
         assert "differ by at most" in capsys.readouterr().out
         preprocessing = json.loads((out / form / "preprocessor_config.json").read_text())
         assert preprocessing["spacing_mm"] == list(SPACING)  # of the manifest
@@ -231,9 +286,9 @@ def test_the_command_exports_a_checkpoint(tokenizer_folder, tiny_data, tmp_path,
         assert "CC-BY-NC-SA-4.0" in (out / form / "README.md").read_text()
     content = json.loads((out / "hf" / "config.json").read_text())
     assert (content["mg3d_jax"]["step"], content["spacing"], content["vocab_size"]) == (3, list(SPACING), vocab)
-    assert cli.main(["export", "--workdir", str(workdir), "--out", str(out / "hf"), "--step", "9"]) == 2
+    assert cli(["export", "--workdir", str(workdir), "--out", str(out / "hf"), "--step", "9"]) == 2
     assert "/9 cannot be restored" in capsys.readouterr().err
-    assert cli.main(["export", "--workdir", str(tmp_path), "--out", str(tmp_path / "new")]) == 2
+    assert cli(["export", "--workdir", str(tmp_path), "--out", str(tmp_path / "new")]) == 2
     assert "is not a training run" in capsys.readouterr().err
 
 
@@ -262,7 +317,7 @@ def test_settings_without_a_place_in_monais_vit_are_named():
     config = tiny_config(**VARIANTS["everything else"], model__volume_encoder__stem="conv")
     with pytest.raises(UserError) as error:
         to_monai({}, config.model)
-    for setting in ("stem = 'conv'", "num_registers = 3", "qk_norm = True", "layer_scale = 0.1"):
+    for setting in ("stem = 'conv'", "num_registers = 3", "qk_norm = True"):
         assert f"model.volume_encoder.{setting}" in str(error.value)
 
 
@@ -275,7 +330,7 @@ def test_prepare_volume_is_what_training_did(tmp_path, size, spacing):
         path = tmp_path / f"{number}.nii.gz"
         path.write_bytes(nifti_bytes(reconstruction.hu, reconstruction.affine))
         expected = prepare_volume(path, Grid(size, spacing))
-        found, affine = modeling_mg3d.prepare_volume(reconstruction.hu, reconstruction.affine, size, spacing)
+        found, affine = volume_mg3d.prepare_volume(reconstruction.hu, reconstruction.affine, size, spacing)
         assert found.dtype == torch.int16
         assert np.abs(found.numpy().astype(int) - expected.volume).max() <= 1
         np.testing.assert_allclose(affine, expected.affine, atol=1e-3)
@@ -283,116 +338,130 @@ def test_prepare_volume_is_what_training_did(tmp_path, size, spacing):
 
 
 def test_tokens_are_those_of_training(tokenizer_folder):
-    ours, theirs = load_tokenizer(str(tokenizer_folder)), modeling_tokenizer(tokenizer_folder)
+    ours, theirs = load_tokenizer(str(tokenizer_folder)), PreTrainedTokenizerFast.from_pretrained(tokenizer_folder)
     reports = [*scans(6)[1], ("Emphysema.",), (), ("x" * 300, "Unicode: Ödem, 5 µm."), ("One.",) * 40]
     for length, most in ((24, 3), (250, 32)):
         for report in reports:
             row = ReportTokenizer(ours, length, most)(report)
-            found = modeling_mg3d.tokenize(theirs, report, length, most)
+            found = text_mg3d.tokenize(theirs, report, length, most)
             np.testing.assert_array_equal(found["input_ids"][0], row["token_ids"])
             np.testing.assert_array_equal(found["attention_mask"][0], row["token_mask"])
             np.testing.assert_array_equal(found["sentence_index"][0], row["sentence_index"])
-    with pytest.raises(TypeError, match="list of sentences"):
-        modeling_mg3d.tokenize(theirs, "Emphysema.", 32)
-
-
-def test_a_report_is_the_mean_direction_of_its_sentences(make_run, tmp_path):
-    run = make_run(objectives__alignment__report_view="subsets")
-    export_lib.export(run, tmp_path / "out")
-    model = modeling_mg3d.MG3DModel.from_pretrained(tmp_path / "out").eval()
-    hf_tokenizer = modeling_tokenizer(tmp_path / "out")
-    report = list(scans(1)[1][0])[:6]
-    with torch.no_grad():
-        directions = model._direction(**model.tokenize(hf_tokenizer, [[sentence] for sentence in report]))[0]
-    expected = torch.nn.functional.normalize(directions.mean(0) + model.report_direction_bias, dim=0)
-    found = model.encode_texts(hf_tokenizer, [report])
-    torch.testing.assert_close(found[0], expected)
-    mesh = sharding.make_mesh(sharding.MeshConfig(data=1, fsdp=1, tensor=1), jax.devices()[:1])
-    setup = state_lib.build(run.config, run.tokenizer.vocab_size, mesh, steps=0)
-    ours = Embedder(setup, run.tokenizer, 4)
-    embedded = ours.texts(run.params, ours.tokenize([ours.report_texts(report)]))
-    np.testing.assert_allclose(found.numpy(), embedded, atol=1e-5)
-
-
-def test_encode_volume_says_what_it_wants(make_run):
-    config = modeling_mg3d.MG3DConfig(
-        volume_size=(16, 16, 16), patch_size=(8, 8, 8), volume_depth=1, report_depth=1, vocab_size=10
+    as_string, as_list = (
+        text_mg3d.tokenize(theirs, text, 32) for text in ("A cyst. No mass.", ["A cyst.", "No mass."])
     )
-    model = modeling_mg3d.MG3DModel(config)
+    for name, rows in as_list.items():
+        torch.testing.assert_close(as_string[name], rows)
+
+
+@pytest.fixture(scope="module")
+def blank():
+    """A model from nothing, of no folder."""
+    sizes = {f"{tower}_{name}": size for tower in ("volume", "report") for name, size in
+             {"width": 32, "depth": 1, "heads": 2, "mlp_dim": 32}.items()}  # fmt: skip
+    config = configuration_mg3d.MG3DConfig(volume_size=(16, 16, 16), patch_size=(8, 8, 8), vocab_size=10, **sizes)
+    return modeling_mg3d.MG3DModel(config)
+
+
+def test_encode_volume_says_what_it_wants(blank):
     with pytest.raises(ValueError, match=r"HU \[B, 16, 16, 16\] at 2.8 x 2.8 x 3.5 mm in RAS"):
-        model.encode_volume(torch.zeros(1, 16, 16, 8))
+        blank.encode_volume(torch.zeros(1, 16, 16, 8))
     with pytest.warns(UserWarning, match="takes HU and does the windowing itself"):
-        model.encode_volume(torch.rand(1, 16, 16, 16))
-    assert model.half().window(torch.zeros(1, 16, 16, 16, dtype=torch.int16)).dtype == torch.float16
+        blank.encode_volume(torch.rand(1, 16, 16, 16))
+    half = copy.deepcopy(blank).half()
+    assert half.window(torch.zeros(1, 16, 16, 16, dtype=torch.int16)).dtype == torch.float16
 
 
-def test_a_swin_is_refused(tokenizer_folder, tmp_path):
-    swin = {"kind": "swin", "preset": "swin-nano", "patch_size": (16, 16, 16)}
-    config = tiny_config(**{ENCODER + key: value for key, value in swin.items()})
-    for form in export_lib.FORMATS:
-        with pytest.raises(
-            UserError, match="is a swin, which cannot be exported: its PyTorch form is MONAI's SwinUNETR"
-        ):
-            export_lib.export(
-                Run(config, {}, tokenizer_folder, 7, Grid(config.grid, SPACING), ()), tmp_path / "out", form
-            )
-    assert not (tmp_path / "out").exists()
-
-
-def test_heads_go_with_the_export(make_run, tmp_path, capsys):
+def test_heads_go_with_the_export(exported, model, tmp_path):
     """A probe of the embeddings, and the head that a run was trained with, against NumPy; the card says how to call them."""
-    run = make_run(tasks__classification__weight=1.0, tasks__classification__num_labels=2)
-    run = dataclasses.replace(run, label_names=("a", "b"))
-    rng = np.random.default_rng(3)
-    k = run.config.model.projection_dim
-    probe = Probe(rng.normal(size=(3, k)).astype("f"), rng.normal(size=3).astype("f"), ("x", "y", "z"), "multi_class")
-    lines = export_lib.export(run, tmp_path / "out", probe=probe)
+    run, out, lines, probe = exported
     assert any("probability of the probe" in line for line in lines)
     assert any("probability of the trained head" in line for line in lines) and not any(
         "not exported" in x for x in lines
     )
-    model = modeling_mg3d.MG3DModel.from_pretrained(tmp_path / "out").eval()
     assert model.config.probe_classes == ["x", "y", "z"] and model.config.head_classes == ["a", "b"]
-    hu = torch.from_numpy(rng.integers(-1024, 1500, (2, *run.config.model.volume_size)).astype(np.int16))
+    hu = torch.from_numpy(volumes_of(run, 2))
     with torch.no_grad():
         expected = model.encode_volume(hu).numpy() @ probe.weight.T + probe.bias
         np.testing.assert_allclose(model.probe_logits(hu).numpy(), expected, atol=1e-4)
         assert model.classification_logits(hu).shape == (2, 2)
-    card = (tmp_path / "out" / "README.md").read_text()
+    card = (out / "README.md").read_text()
     assert (
         "model.probe_logits(hu[None]).softmax(-1)" in card and "model.classification_logits(hu[None]).sigmoid()" in card
     )
-    with pytest.raises(UserError, match=f"the run's have {k}"):
-        export_lib.export(run, tmp_path / "out", probe=dataclasses.replace(probe, weight=probe.weight[:, 1:]))
+    other = dataclasses.replace(probe, weight=probe.weight[:, 1:])
+    with pytest.raises(UserError, match=f"the run's have {run.config.model.projection_dim}"):
+        export_lib.export(run, tmp_path / "out", extras=Extras(probe=other))
     with pytest.raises(UserError, match="export it with hf"):
-        export_lib.export(run, tmp_path / "other", "monai", probe=probe)
+        export_lib.export(run, tmp_path / "other", "monai", Extras(probe=probe))
 
 
-def test_without_heads_their_methods_say_so(make_run, tmp_path):
-    export_lib.export(make_run(), tmp_path / "out")
-    model = modeling_mg3d.MG3DModel.from_pretrained(tmp_path / "out")
+def test_the_card_is_read_by_programs(exported):
+    """Front matter of the hub, with results and their intervals and protocols; licence and requirements beside it."""
+    out = exported[1]
+    _, front, text = (out / "README.md").read_text().split("---\n", 2)
+    about = yaml.safe_load(front)
+    assert (about["pipeline_tag"], about["license_name"]) == ("zero-shot-image-classification", "cc-by-nc-sa-4.0")
+    assert about["datasets"] == ["ibrahimhamamci/CT-RATE"] and about["language"] == ["en"]
+    zero_shot, retrieval = about["model-index"][0]["results"]
+    (metric,) = zero_shot["metrics"]
+    assert (metric["type"], metric["value"]) == ("auroc_macro", 0.8123) and zero_shot["dataset"]["name"].startswith(
+        "valid (20"
+    )
+    assert "95 % interval 0.7500 to 0.8700; of prompts" in metric["name"]
+    assert [one["type"] for one in retrieval["metrics"]] == ["report_to_volume/recall@5"]
+    assert "3,210 volumes of 1,234 patients" in text and "| auroc_macro | 0.812 | 0.750 to 0.870 |" in text
+    assert "CC-BY-NC-SA-4.0" in (out / "LICENSE").read_text() and "Intended use and limits" in text
+    ours = [*(ROOT / "requirements.txt").read_text().split("\n"), "torch>=2.6", "pydicom>=3.0,<4"]
+    assert {line.partition("  #")[0] for line in (out / "requirements.txt").read_text().split("\n")} <= {*ours}
+
+
+def test_without_heads_their_methods_say_so(blank):
+    model = blank
     for method, says in ((model.probe_logits, "mg3d export --probe"), (model.classification_logits, "without a class")):
         with pytest.raises(ValueError, match=says):
             method(torch.zeros(1, 16, 16, 16))
+    with pytest.raises(ValueError, match="not loaded from a folder"):
+        model.zero_shot(torch.zeros(1, 16, 16, 16))
 
 
 RECEIVES = """
-import json, os, sys
+import json, os, re, sys
 for name in ("jax", "jaxlib", "flax", "orbax", "mg3d_jax"):
     sys.modules[name] = None  # importing it raises ImportError
-import nibabel, numpy as np
-from transformers import AutoImageProcessor, AutoProcessor
+import nibabel, numpy as np, torch
+from transformers import AutoImageProcessor, AutoModel, AutoProcessor, AutoTokenizer, pipeline
 folder, data = sys.argv[1:]
 processor = AutoImageProcessor.from_pretrained(folder, trust_remote_code=True)
 found = {}
 for name in json.load(open(f"{data}/scans.json")):
-    found[name] = processor(f"{data}/{name}")["volume"].numpy()
-image = nibabel.load(f"{data}/lps.nii.gz")
-found["array"] = processor((np.asarray(image.dataobj), image.affine))["volume"].numpy()
-both = AutoProcessor.from_pretrained(folder, trust_remote_code=True)(images=f"{data}/lps.nii.gz", text=["No nodule."])
-found["both"], found["ids"] = both["volume"].numpy(), both["input_ids"].numpy()
+    found[name] = processor(f"{data}/{name}")["pixel_values"].numpy()
+scan = f"{data}/lps.nii.gz"
+image = nibabel.load(scan)
+found["array"] = processor((np.asarray(image.dataobj), image.affine))["pixel_values"].numpy()
+AutoTokenizer.from_pretrained(folder)  # asks nothing
+inputs = AutoProcessor.from_pretrained(folder, trust_remote_code=True)(images=scan, text=["No nodule.", ["A.", "B."]])
+found["both"] = inputs["pixel_values"].numpy()
+model = AutoModel.from_pretrained(folder, trust_remote_code=True)
+with torch.no_grad():
+    output = model(**inputs)
+found |= {"volume": output.image_embeds.numpy(), "texts": output.text_embeds.numpy()}
+found["volume again"] = model.encode_volume(inputs["pixel_values"]).detach().numpy()
+found["texts again"] = model.encode_texts(["No nodule."]).numpy()
+scores = model.zero_shot(scan)
+pipe = pipeline("zero-shot-image-classification", model=folder, trust_remote_code=True)
+piped = {one["label"]: one["score"] for one in pipe(scan)}
+assert piped.keys() == scores.keys() and all(abs(piped[one] - scores[one]) < 1e-6 for one in scores), (piped, scores)
+chosen = pipe(scan, candidate_labels=["Cyst", "Mass"], hypothesis_template="{} is present.")
+assert {one["label"] for one in chosen} == {"Cyst", "Mass"} and chosen[0]["score"] >= chosen[1]["score"], chosen
+assert abs({one["label"]: one["score"] for one in chosen}["Cyst"] - scores["Cyst"]) < 1e-6
 np.savez(f"{data}/outputs.npz", **found)
 sys.path.insert(0, folder)
+os.chdir(folder)
+blocks = re.findall(r"```python\\n(.*?)```", open("README.md").read(), re.DOTALL)
+for block in blocks:
+    exec(block, {})
+assert len(blocks) == 5 and AutoModel.from_pretrained("tuned", trust_remote_code=True).zero_shot(scan).keys() == scores.keys()
 import verify_mg3d
 assert verify_mg3d.main() == 0
 with open(f"{folder}/mg3d_resample.py", "a") as file:
@@ -402,15 +471,30 @@ try:
     processor((np.where(image.get_fdata() > 100, np.nan, 0.0), image.affine))
 except Exception as error:
     print(error)
+assert not any(name.split(".")[0] in ("jax", "mg3d_jax") and m is not None for name, m in sys.modules.items())
 """
 
 
-@pytest.mark.parametrize("policy", ["lung", "fraction"])
-def test_the_exported_processor_gives_the_voxels_of_prepare(make_run, tmp_path, policy):
-    """Without this package and without JAX: centred or not, stored as HU + 1024 or not, askew or not."""
-    run, out, data = make_run(policy), tmp_path / "out", tmp_path / "data"
-    export_lib.export(run, out)
+def received(out, tmp_path, cases):
+    """What a process without this package and without JAX makes of these scans and the folder: arrays, and its output."""
+    data = tmp_path / "data"
     data.mkdir()
+    for name, (voxels, place) in cases.items():
+        (data / name).write_bytes(nifti_bytes(voxels, place))
+    (data / "scans.json").write_text(json.dumps(sorted(cases)))
+    command = [sys.executable, "-c", RECEIVES, str(out), str(data)]
+    environ = environment(HF_MODULES_CACHE=str(tmp_path / "modules"), PYTHONPATH="")
+    done = subprocess.run(
+        command, env=environ, capture_output=True, text=True, timeout=400, cwd=tmp_path, stdin=subprocess.DEVNULL
+    )
+    assert done.returncode == 0, done.stderr
+    return data, np.load(data / "outputs.npz"), done.stdout
+
+
+def test_a_colleague_without_jax(exported, copied, tmp_path):
+    """Voxels as `mg3d prepare` makes them (centred or not, stored as HU + 1024 or not, askew or not), and what the model
+    makes of them, by every way that transformers has."""
+    run = exported[0]
     hu, affine = scans(1)[0][0].reconstructions[0].hu, scans(1)[0][0].reconstructions[0].affine
     hu = np.pad(hu, ((0, 30), (0, 0), (0, 0)), constant_values=-1024)
     turn = np.array([[0.97, -0.26, 0, 0], [0.26, 0.97, 0, 0], [0, 0, 1, 0], [0, 0, 0, 1]])
@@ -419,23 +503,28 @@ def test_the_exported_processor_gives_the_voxels_of_prepare(make_run, tmp_path, 
         "raised.nii.gz": (hu + 1024, affine),
         "askew.nii.gz": (hu, turn @ affine),
     }
-    for name, (voxels, place) in cases.items():
-        (data / name).write_bytes(nifti_bytes(voxels, place))
-    (data / "scans.json").write_text(json.dumps(sorted(cases)))
-    command = [sys.executable, "-c", RECEIVES, str(out), str(data)]
-    environ = environment(HF_MODULES_CACHE=str(tmp_path / "modules"), PYTHONPATH="")
-    done = subprocess.run(command, env=environ, capture_output=True, text=True, timeout=240, cwd=tmp_path)
-    assert done.returncode == 0, done.stderr
-    assert "the array given: cannot be used" in done.stdout and "finite" in done.stdout
-    assert "verified" in done.stdout and "not as exported: mg3d_resample.py" in done.stdout
-    found = np.load(data / "outputs.npz")
+    write_dicom(copied / "series")  # the card's snippets are executed, and one reads such a folder
+    data, found, said = received(copied, tmp_path, cases)
+    assert "the array given: cannot be used" in said and "finite" in said
+    assert "verified" in said and "zero_shot: differs" in said and "not as exported: mg3d_resample.py" in said
     for name in cases:
         np.testing.assert_array_equal(found[name][0], prepare_volume(data / name, run.grid).volume, err_msg=name)
     np.testing.assert_array_equal(found["array"], found["lps.nii.gz"])
     np.testing.assert_array_equal(found["both"], found["lps.nii.gz"])
-    assert found["ids"].shape[0] == 1
+    text = modeling_mg3d.MG3DModel.from_pretrained(exported[1]).tokenize([["No nodule."], ["A.", "B."]])
+    volume, report, _ = linen(run, found["both"], text)
+    np.testing.assert_allclose(found["volume"], volume, atol=1e-5)
+    np.testing.assert_allclose(found["volume again"], volume, atol=1e-5)
+    np.testing.assert_allclose(found["texts"], report, atol=1e-5)
+    np.testing.assert_allclose(found["texts again"], report[:1], atol=1e-5)
     with pytest.raises(ValueError, match="AutoImageProcessor"):
-        modeling_mg3d.MG3DModel.from_pretrained(out).prepare_volume(hu, affine)
+        modeling_mg3d.MG3DModel.from_pretrained(exported[1]).prepare_volume(hu, affine)
+
+
+def test_a_fixed_share_of_each_axis(make_run, tmp_path):
+    """Policy `fraction`, whose spacing varies: the export itself compares the processor with the preparation."""
+    export_lib.export(make_run("fraction"), tmp_path / "out")
+    assert json.loads((tmp_path / "out" / "preprocessor_config.json").read_text())["spacing_mm"] is None
 
 
 def test_preprocessing_that_is_not_the_preparations_is_refused(make_run, tmp_path, monkeypatch):
@@ -448,23 +537,20 @@ def test_preprocessing_that_is_not_the_preparations_is_refused(make_run, tmp_pat
         export_lib.export(run, tmp_path / "out")
 
 
-def test_an_export_takes_the_place_of_an_earlier_one(make_run, tmp_path):
-    out = tmp_path / "out"
-    export_lib.export(make_run(), out)
-    (out / "files.txt").write_text((out / "files.txt").read_text() + "stale.py\n")
-    (out / "stale.py").write_text("of an earlier version")
-    (out / "mine.txt").write_text("notes")
-    export_lib.export(make_run(), out)
-    assert not (out / "stale.py").exists() and (out / "mine.txt").exists()
-    written = (out / "files.txt").read_text().split()
-    assert {oct((out / name).stat().st_mode & 0o777) for name in written} == {"0o644"}
+def test_an_export_takes_the_place_of_an_earlier_one(exported, copied):
+    (copied / "files.txt").write_text((copied / "files.txt").read_text() + "stale.py\n")
+    (copied / "stale.py").write_text("of an earlier version")
+    (copied / "mine.txt").write_text("notes")
+    export_lib.export(exported[0], copied)
+    assert not (copied / "stale.py").exists() and (copied / "mine.txt").exists()
+    written = (copied / "files.txt").read_text().split()
+    assert {oct((copied / name).stat().st_mode & 0o777) for name in written} == {"0o644"}
 
 
 @pytest.mark.parametrize("fault", ["windows", "heads", "nan", "tokenizer"])
-def test_what_does_not_belong_together_is_an_error_at_load(make_run, tmp_path, fault):
+def test_what_does_not_belong_together_is_an_error_at_load(copied, tmp_path, fault):
     """None of these changes a shape, and each gave numbers without a word."""
-    run, out = make_run(**FOR_MONAI["learned, mean, two windows"]), tmp_path / "out"
-    export_lib.export(run, out)
+    out = copied
     config, load = json.loads((out / "config.json").read_text()), modeling_mg3d.MG3DModel.from_pretrained
     if fault == "nan":
         state = load_file(out / "model.safetensors")
@@ -475,7 +561,7 @@ def test_what_does_not_belong_together_is_an_error_at_load(make_run, tmp_path, f
         other = tmp_path / "other"
         save_tokenizer(train_wordpiece(["an entirely different vocabulary."], 60), other)
         with pytest.raises(ValueError, match="another vocabulary"):
-            load(out).encode_texts(modeling_tokenizer(other), [["Emphysema."]])
+            load(out).encode_texts([["Emphysema."]], PreTrainedTokenizerFast.from_pretrained(other))
         return
     else:
         key, value = ("windows", config["windows"][::-1]) if fault == "windows" else ("volume_heads", 1)

@@ -38,16 +38,19 @@ def main(argv: list[str]) -> int:
     )  # fmt: skip
     args = parser.parse_args(argv)
     from mg3d_jax.api import load  # imports JAX
-    from mg3d_jax.evaluation.attend import write_overlay
+    from mg3d_jax.evaluation.attend import own_grid, write_overlay
+    from mg3d_jax.prepare.scans import read_scan
 
     run = load(args.workdir, args.step, spacing=args.spacing, policy=args.policy)
     found = run.attend(args.volume, args.text, args.method)
     args.out.mkdir(parents=True, exist_ok=True)
     written = args.out / "map.nii.gz", args.out / "overlay.png"
     found.save(written[0])
-    write_overlay(written[1], found)
+    shown = read_scan(args.volume, own_grid(found.scan), whole=True)
+    write_overlay(written[1], found, shown, args.volume.name)
     low, high = found.patches.min(), found.patches.max()
     print(f"{found.method} map of {args.text!r} at step {run.step}: {low:.4g} to {high:.4g}")
+    print(f"similarity of the scan and the sentence: {found.similarity:.4f}")
     print(f"strongest around {found.peak} mm (RAS+)")
     print(f"written: {written[0]}, {written[1]}")
     return 0

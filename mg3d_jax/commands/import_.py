@@ -1,10 +1,16 @@
-"""`mg3d import`: published weights (MONAI SwinUNETR, MONAI ViT, BERT) -> a folder that a run can start from."""
+"""`mg3d import`: published weights (MONAI SwinUNETR, MONAI ViT, BERT), or a model that `mg3d export` wrote and PyTorch users
+have tuned -> a folder that a run can start from."""
 
 from __future__ import annotations
 
 import argparse
+import json
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
+from mg3d_jax import config as config_lib
+from mg3d_jax.interop.finetune import keys_of
 from mg3d_jax.interop.hugging_face import copy_tokenizer, load_checkpoint
 from mg3d_jax.interop.state_dict import read_state_dict
 from mg3d_jax.interop.tower import Tower, save_tower
@@ -12,6 +18,7 @@ from mg3d_jax.models.towers.base import Form
 from mg3d_jax.registry import REPORT_TOWERS, VOLUME_TOWERS
 
 MAX_LISTED = 20
+MODEL = "hf"
 
 
 def forms() -> dict[str, tuple[str, Form]]:
@@ -32,7 +39,13 @@ def parser() -> argparse.ArgumentParser:
         "on the printed list of parts that an encoder does not need. Start a run from the result with "
         "--config.model.volume_encoder.pretrained=DIR or --config.model.report_encoder.pretrained=DIR.",
     )
-    kinds = root.add_subparsers(dest="form", required=True, metavar=f"{{{','.join(forms())}}}")
+    kinds = root.add_subparsers(dest="form", required=True, metavar=f"{{{','.join((MODEL, *forms()))}}}")
+    whole = kinds.add_parser(
+        MODEL,
+        help="a whole model, as `mg3d export --format hf` or its save_pretrained wrote it: towers, projections, heads",
+    )
+    whole.add_argument("source", metavar="FOLDER", type=Path)
+    whole.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder to write, for init_from.path")
     for name, (_, form) in forms().items():
         sub = kinds.add_parser(name, help=form.help)
         for option, settings in form.arguments.items():
@@ -42,6 +55,12 @@ def parser() -> argparse.ArgumentParser:
             sub.add_argument("source", metavar="FOLDER|NAME", help=meaning)
         else:
             sub.add_argument("source", metavar="FILE", help=".pt, .pth or .safetensors file")
+            sub.add_argument(
+                "--prefix",
+                default="",
+                metavar="TEXT",
+                help='only the keys that begin with it, e.g. "student.backbone."',
+            )
         sub.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder to write")
     return root
 
@@ -49,17 +68,19 @@ def parser() -> argparse.ArgumentParser:
 def read(args: argparse.Namespace) -> Tower:
     """The tower that the arguments name."""
     kind, form = forms()[args.form]
-    given = {name: value for name, value in vars(args).items() if name not in ("form", "source", "out")}
+    given = {name: value for name, value in vars(args).items() if name not in ("form", "source", "out", "prefix")}
     if form.folder:
         imported = load_checkpoint(args.source, form)
     else:
-        imported = form.convert(read_state_dict(Path(args.source)), args.source, **given)
+        imported = form.convert(read_state_dict(Path(args.source), args.prefix), args.source, **given)
     return Tower(kind, imported.fields, imported.params, Path(args.source).name, imported.unused)
 
 
 def main(argv: list[str]) -> int:
     """Runs the command; prints what was read and which keys of the file were left out."""
     args = parser().parse_args(argv)
+    if args.form == MODEL:
+        return _whole(args.source, args.out)
     tower = read(args)
     save_tower(tower, args.out)
     if forms()[args.form][1].folder:
@@ -69,11 +90,45 @@ def main(argv: list[str]) -> int:
     print(f"{args.form} from {args.source}: {tower.parameter_count:,} parameters")
     for name, value in tower.encoder.items():
         print(f"  {name:<22} {value}")
-    if tower.unused:
-        print(f"left out, no part of the encoder: {len(tower.unused)} keys")
-        for key in sorted(tower.unused)[:MAX_LISTED]:
-            print(f"  {key}")
-        if len(tower.unused) > MAX_LISTED:
-            print(f"  ... and {len(tower.unused) - MAX_LISTED} more")
-    print(f"written to {args.out}")
+    _print_unused(tower.unused, "no part of the encoder")
+    print(f"written to {args.out}; a run starts from it with")
+    for key, value in keys_of(tower, args.out).items():
+        print(f"  --config.{key}={_word(value)}")
     return 0
+
+
+def _whole(source: Path, out: Path) -> int:
+    from mg3d_jax.interop.import_model import read_model, save_model
+
+    model = read_model(source)
+    save_model(model, source, out)
+    print(f"{source}: {sum(model.sizes().values()):,} parameters")
+    for name, size in model.sizes().items():
+        print(f"  {name:<24} {size:,}")
+    _print_unused(model.unused, "no part of a run; `mg3d probe` fits such a head anew")
+    print(f"written to {out}; a run starts from it with (default in brackets)")
+    defaults = config_lib.default()
+    for key, value in (model.keys | {"init_from.path": str(out), "data.tokenizer": str(out)}).items():
+        print(f"  --config.{key}={_word(value)}   ({_word(_at(defaults, key))})")
+    return 0
+
+
+def _print_unused(keys: Sequence[str], why: str) -> None:
+    if not keys:
+        return
+    print(f"left out, {why}: {len(keys)} keys")
+    for key in sorted(keys)[:MAX_LISTED]:
+        print(f"  {key}")
+    if len(keys) > MAX_LISTED:
+        print(f"  ... and {len(keys) - MAX_LISTED} more")
+
+
+def _at(config: Any, key: str) -> Any:
+    for part in key.split("."):
+        config = config[part]
+    return config
+
+
+def _word(value: Any) -> str:
+    """As the command line takes it."""
+    return f"'{json.dumps(value)}'".replace('"', "") if isinstance(value, list | tuple) else str(value)

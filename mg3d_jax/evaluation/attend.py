@@ -22,6 +22,7 @@ from mg3d_jax.errors import UserError
 from mg3d_jax.models.mg3d import text_embedding, volume_embedding
 from mg3d_jax.models.patches import patchify, unpatchify
 from mg3d_jax.objectives.pairwise import l2_normalize
+from mg3d_jax.prepare.geometry import Grid, ras_order, voxel_spacing
 from mg3d_jax.prepare.scans import Scan
 from mg3d_jax.training import inputs as step_inputs
 from mg3d_jax.training.restore import RestoredRun, exact_model
@@ -42,6 +43,7 @@ class Relevance:
     text: str
     scan: Scan
     cell: tuple[int, int, int]  # voxels of the grid in a patch
+    similarity: float  # cosine of the whole scan and the sentence
 
     @property
     def affine(self) -> np.ndarray:
@@ -60,10 +62,12 @@ class Relevance:
         return round(x), round(y), round(z)
 
     def save(self, path: str | Path) -> None:
-        """Writes `map` as a NIfTI file with the header geometry of the scan."""
+        """Writes `map` as a NIfTI file with the header geometry of the scan, in mm."""
         import nibabel as nib
 
-        nib.save(nib.Nifti1Image(self.map, self.scan.header_affine), path)
+        image = nib.Nifti1Image(self.map, self.scan.header_affine)
+        image.header.set_xyzt_units("mm")
+        nib.save(image, path)
 
 
 class SentenceMaps:
@@ -99,8 +103,15 @@ class SentenceMaps:
         row = self.tokenizer([text])
         fields = {name: jnp.asarray(row[name])[None] for name in ("token_ids", "token_mask", "sentence_index")}
         cell, grid = self.options.token_cell(), self.options.token_grid()
-        values = self._attention(scan, fields) if method == "attention" else self._occlusion(scan, fields, cell)
-        return Relevance(np.asarray(values, np.float32).reshape(grid), method, text, scan, cell)
+        whole = np.asarray(patchify(jnp.asarray(scan.volume)[None, ..., None], cell))[0]  # [N, voxels]
+        # As many at once as `_occlusion` takes: one shape to compile.
+        copies = np.repeat(whole[None], OCCLUSIONS_PER_CALL, axis=0)
+        similarity = float(self._similarity(self.params, copies, fields)[0])
+        if method == "attention":
+            values = self._attention(scan, fields)
+        else:
+            values = self._occlusion(whole, fields, similarity)
+        return Relevance(np.asarray(values, np.float32).reshape(grid), method, text, scan, cell, similarity)
 
     def _attention(self, scan: Scan, fields: dict[str, jax.Array]) -> np.ndarray:
         """[N], times N."""
@@ -120,11 +131,9 @@ class SentenceMaps:
         by_head = captured["intermediates"][ATTENTION_HEAD]["attention"]["attention"][0]  # [1, H, S, N]
         return by_head[0, :, 0].mean(axis=0)
 
-    def _occlusion(self, scan: Scan, fields: dict[str, jax.Array], cell: tuple[int, int, int]) -> np.ndarray:
-        """[N]: by how much the similarity falls without each patch."""
-        whole = np.asarray(patchify(jnp.asarray(scan.volume)[None, ..., None], cell))[0]  # [N, voxels]
+    def _occlusion(self, whole: np.ndarray, fields: dict[str, jax.Array], before: float) -> np.ndarray:
+        """[N]: by how much the similarity falls, from `before`, without each of the patches `whole` [N, voxels]."""
         count, values = len(whole), np.zeros(len(whole))
-        before = float(self._similarity(self.params, np.repeat(whole[None], OCCLUSIONS_PER_CALL, axis=0), fields)[0])
         for first in range(0, count, OCCLUSIONS_PER_CALL):
             # The last call repeats some: one shape to compile.
             chosen = np.arange(first, first + OCCLUSIONS_PER_CALL) % count
@@ -165,30 +174,42 @@ def in_scan_space(
     return np.where(seen > 0.5, smooth, 0).astype(np.float32)
 
 
+SIDES = (("L", "R"), ("P", "A"), ("I", "S"))  # where each axis of RAS+ comes from and goes to
+
+
+def own_grid(scan: Scan) -> Grid:
+    """A grid with the voxels of the scan itself, RAS+, on which `read_scan(..., whole=True)` shows it as it is."""
+    order, _ = ras_order(scan.scan_affine)
+    x, y, z = (float(voxel_spacing(scan.scan_affine)[axis]) for axis in order)
+    return Grid((1, 1, 1), (x, y, z))
+
+
 @charts.plain_text()
-def write_overlay(path: Path, found: Relevance) -> None:
-    """Axial, coronal and sagittal slices through the strongest patch, the patient's right on the left.
+def write_overlay(path: Path, found: Relevance, shown: Scan | None = None, name: str = "") -> None:
+    """Axial, coronal and sagittal slices through the strongest patch, with a cross there; the patient's right on the left.
 
     The colour fades where the map says nothing (occlusion: 0; attention: as much as even attention or less), so that the
     CT stays readable there.
+
+    Args:
+        shown: the scan to draw, e.g. on its `own_grid`; None: as the model saw it.
+        name: of the scan, for the title.
     """
     from matplotlib.figure import Figure
 
-    volume, spacing = found.scan.volume, np.sqrt((found.scan.affine[:3, :3] ** 2).sum(axis=0))
-    to_voxel = np.linalg.inv(patch_affine(np.eye(4), found.cell))
-    heat = scipy.ndimage.affine_transform(
-        found.patches, to_voxel[:3, :3], to_voxel[:3, 3], output_shape=volume.shape, order=1, mode="nearest"
-    )
+    shown = shown or found.scan
+    volume, spacing = shown.volume, np.sqrt((shown.affine[:3, :3] ** 2).sum(axis=0))
+    heat = in_scan_space(found.patches, found.affine, volume.shape, shown.affine)
+    seen = in_scan_space(np.ones_like(found.patches), found.affine, volume.shape, shown.affine) > 0
     colours, neutral = _colours(found)
-    strength = np.abs(heat - neutral) / max(colours.norm.vmax - neutral, 1e-12)
+    strength = np.where(seen, np.abs(heat - neutral) / max(colours.norm.vmax - neutral, 1e-12), 0)
     if found.method == "attention":
         strength = np.where(heat > neutral, strength, 0)
-    peak = np.unravel_index(np.argmax(found.patches), found.patches.shape)
-    centre = [int((index + 0.5) * side) for index, side in zip(peak, found.cell, strict=True)]
+    centre = _voxel(found, shown)
     extent = np.array(volume.shape) * spacing
-    figure = Figure(figsize=(12, 4.5), layout="constrained")
+    figure = Figure(figsize=(12, 4.8), layout="constrained")
     panels = figure.subplots(1, 3, width_ratios=[extent[0], extent[0], extent[1]])
-    for axis, panel, name in zip((2, 1, 0), panels, ("axial", "coronal", "sagittal"), strict=True):
+    for axis, panel, plane in zip((2, 1, 0), panels, ("axial", "coronal", "sagittal"), strict=True):
         across, up = (i for i in range(3) if i != axis)
         options = {"origin": "lower", "aspect": spacing[up] / spacing[across]}
         window = {"cmap": "gray", "vmin": DISPLAY_WINDOW[0], "vmax": DISPLAY_WINDOW[1]}
@@ -196,15 +217,38 @@ def write_overlay(path: Path, found: Relevance) -> None:
         coloured = colours.to_rgba(heat.take(centre[axis], axis).T)
         coloured[..., 3] = MAX_OPACITY * np.clip(strength.take(centre[axis], axis).T, 0, 1)
         panel.imshow(coloured, **options)
-        panel.set(title=name, xticks=[], yticks=[])
+        panel.axvline(centre[across], color="lime", linewidth=0.6, alpha=0.7)
+        panel.axhline(centre[up], color="lime", linewidth=0.6, alpha=0.7)
+        place = shown.affine[axis] @ [*centre, 1.0]
+        panel.set(
+            title=f"{plane}, {'xyz'[axis]} = {place:.0f} mm, slice {centre[axis] + 1} of {volume.shape[axis]}",
+            xticks=[], yticks=[],
+        )  # fmt: skip
+        panel.title.set_fontsize(9)
         if across == 0:  # x grows to the patient's right, which is shown on the left
             panel.invert_xaxis()
-        side = "R" if across == 0 else "P"
-        panel.text(0.01, 0.98, side, transform=panel.transAxes, color="white", va="top")
+        _name_sides(panel, SIDES[across][:: -1 if across == 0 else 1], SIDES[up])
     label = "attention / even attention" if found.method == "attention" else "fall of similarity without the patch"
     figure.colorbar(colours, ax=panels, label=label, shrink=0.8)
-    figure.suptitle(found.text)
+    figure.suptitle(f"{found.text}\n{name}{': ' if name else ''}similarity {found.similarity:.3f}", fontsize=10)
     figure.savefig(path, dpi=120)
+
+
+def _voxel(found: Relevance, shown: Scan) -> list[int]:
+    """The voxel of `shown` in the middle of the strongest patch; the nearest one where it ends before."""
+    peak = [*np.unravel_index(np.argmax(found.patches), found.patches.shape), 1.0]
+    place = np.linalg.inv(shown.affine) @ found.affine @ peak
+    return [int(np.clip(round(x), 0, side - 1)) for x, side in zip(place[:3], shown.volume.shape, strict=True)]
+
+
+def _name_sides(panel: Any, across: tuple[str, str], up: tuple[str, str]) -> None:
+    """Letters at the left and right, and at the bottom and top."""
+    places = {across[0]: (0.01, 0.5), across[1]: (0.99, 0.5), up[0]: (0.5, 0.01), up[1]: (0.5, 0.99)}
+    for letter, (x, y) in places.items():
+        panel.text(
+            x, y, letter, transform=panel.transAxes, color="white", fontsize=9,
+            ha={0.01: "left", 0.99: "right"}.get(x, "center"), va={0.01: "bottom", 0.99: "top"}.get(y, "center"),
+        )  # fmt: skip
 
 
 def _colours(found: Relevance) -> tuple[Any, float]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -10,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from mg3d_jax.evaluation.base import Text
+from mg3d_jax.prepare.cleaning import readable
 from mg3d_jax.prepare.reports import split_sentences
 
 if TYPE_CHECKING:
@@ -18,14 +18,6 @@ if TYPE_CHECKING:
     from mg3d_jax.models.sampling import Sampling
 
 DECODER = "report_decoder"  # among the parameters of a run that can write
-# What a tokenizer's decoder leaves apart: "0. 9", "ground - glass", "( a cyst )".
-_APART = (
-    (r"(?<=\d) ?([.,]) ?(?=\d)", r"\1"),
-    (r"(?<=\w) ?([-/]) ?(?=\w)", r"\1"),
-    (r"\( ", "("),
-    (r" \)", ")"),
-    (r" ([;:%])", r"\1"),
-)
 
 
 @dataclass(frozen=True)
@@ -43,13 +35,6 @@ class WrittenReports:
     def sentences(self) -> list[Text]:
         """The texts, sentence by sentence."""
         return [split_sentences(text) for text in self.texts]
-
-
-def readable(text: str) -> str:
-    """A decoded text as one writes it: numbers and words with a hyphen together."""
-    for pattern, together in _APART:
-        text = re.sub(pattern, together, text)
-    return text.strip()
 
 
 def sampling_of(embedder: Embedder, settings: Any) -> Sampling:

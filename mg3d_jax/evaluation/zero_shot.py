@@ -89,6 +89,22 @@ class ZeroShot(Evaluation):
         names = dict.fromkeys((self.settings.prompts, *self.settings.compare_prompts))
         return {_title(name): dict(prompts_lib.prompts_of(name, classes)) for name in names}
 
+    def exported(self, label_names: Sequence[str]) -> dict[str, Any]:
+        """How volumes are scored, for users of the weights alone: `classes` (label -> `present`, `absent`, lists of
+        sentences), `prompts`, `scoring` and a `protocol` in words. Labels without prompts are left out, as in an evaluation
+        of all labels."""
+        classes, title = class_sets.classes_of(self.settings.classes, label_names), _title(self.settings.prompts)
+        pairs = prompts_lib.prompts_of(self.settings.prompts, classes)
+        return {
+            "prompts": title,
+            "scoring": self.settings.scoring,
+            "protocol": f"zero-shot, {len(pairs)} classes ({class_sets.protocol_name(tuple(pairs))}), prompts {title}, "
+            f"{scoring_lib.SCORINGS[self.settings.scoring]}, per volume",
+            "classes": {
+                label: {"present": [*present], "absent": [*absent]} for label, (present, absent) in pairs.items()
+            },
+        }
+
     def metrics(self, found: Embedded) -> dict[str, float]:
         """`auroc_macro` and `auroc/CLASS` of the chosen protocol, without intervals, and under `zero_shot/` the means of the
         other metrics and of other prompts and scorings. A class without both outcomes has no AUROC and is not part of the

@@ -6,21 +6,15 @@ from collections.abc import Mapping
 from typing import Any
 
 from mg3d_jax import __version__
+from mg3d_jax.interop.export_front_matter import evaluated_data, front_matter, licence_note, measured
+from mg3d_jax.interop.export_options import Extras
 from mg3d_jax.interop.export_preparation import PLACEMENTS
 from mg3d_jax.interop.export_run import Run
-from mg3d_jax.models.towers.vit.monai import stream_scale
+from mg3d_jax.models.towers.base import MonaiNetwork
+from mg3d_jax.models.towers.vit.monai import UNETR_DEPTH, UNETR_PATCH, stream_scale
 from mg3d_jax.prepare.geometry import STRAIGHTEN_DEGREES
 
-_LICENCES = {
-    "ctrate": "The training data lay in CT-RATE's layout. If it was CT-RATE: that data set is gated and under "
-    "CC-BY-NC-SA-4.0, so these weights may only be used for non-commercial purposes, with attribution, and passed on "
-    "under the same licence. If it was phantoms (`mg3d phantom`), there is no such condition.",
-    "ctrg": "The training data lay in CTRG-Chest's layout. That data set states no licence: ask its authors before you "
-    "pass these weights on.",
-}
-_UNKNOWN = (
-    "Nothing is known about the licence of the training data: ask whoever trained the model before you pass it on."
-)
+EXAMPLE = "example.nii.gz"  # which every folder has
 
 _TANH_GELU = """\
 for block in {vit}.blocks:  # the GELU that the model was trained with
@@ -34,6 +28,23 @@ tokens, hidden = vit(volume)  # volume: [B, {channels}, X, Y, Z], windowed to 0.
 
 On phantom CT, loaded like this, the normalised tokens differ from the JAX model's by at most {difference:.1e}.
 """
+_MONAI_STAGES = """\
+stages = network.swinViT(volume, normalize=True)  # volume: [B, {channels}, X, Y, Z], windowed to 0..1; five stages
+logits = network(volume)  # the decoder is fresh: fine-tune it
+```
+
+On phantom CT, loaded like this, the last stage differs from the JAX model's tokens by at most {difference:.1e}.
+"""
+_IN_UNETR = """
+The encoder of a UNETR, whose decoder is fresh:
+
+```python
+from monai.networks.nets import UNETR
+
+arguments = {name: about["arguments"][name] for name in ("in_channels", "img_size", "hidden_size", "mlp_dim", "num_heads")}
+unetr = UNETR(**arguments, out_channels=2, feature_size=16, proj_type="conv", qkv_bias=True)
+unetr.vit.load_state_dict(load_file("model.safetensors"), strict=True)
+"""
 _MONAI_SEGMENTS = """\
 from monai.inferers import sliding_window_inference
 
@@ -45,11 +56,6 @@ classes = logits.argmax(1)  # {names}
 On phantom CT, loaded like this, the shares of the classes differ from the JAX model's by at most {difference:.1e}.
 Outside of a scan MONAI pads with 0, which is the lowest value of each window, as air here.
 """
-
-
-def licence_note(run: Run) -> str:
-    """What the origin of the data means for the weights."""
-    return "\n".join(_LICENCES.get(source, _UNKNOWN) for source in run.sources or ("",))
 
 
 def _modality(run: Run) -> str:
@@ -96,15 +102,9 @@ def _heads(arguments: Mapping[str, Any]) -> str:
         )
     if arguments.get("decoder_depth"):
         found.append(
-            "It writes reports: `model.write_reports(hu[None], tokenizer)`; `model.report_logits` are those of the next token."
+            "It writes reports: `model.write_reports(hu[None])`; `model.report_logits` are those of the next token."
         )
     return "".join(f"\n{text}\n" for text in found)
-
-
-def _code(arguments: Mapping[str, Any]) -> str:
-    if arguments.get("segmentation_classes") or arguments.get("decoder_depth"):
-        return "two files, `modeling_mg3d.py` and `modeling_mg3d_tasks.py`"
-    return "one file, `modeling_mg3d.py`"
 
 
 def _untrained(run: Run) -> str:
@@ -118,45 +118,112 @@ def _untrained(run: Run) -> str:
     )
 
 
+def _data(run: Run, trained: Mapping[str, Any] | None) -> str:
+    """What the model was trained on, as far as the run says it."""
+    layouts = ", ".join(run.sources) or "an unknown layout"
+    if not trained:
+        return f"Data in the layout of {layouts}. How much that was is not known: the run has no summary."
+    return (
+        f"{trained['unique_records']:,} volumes of {trained['unique_patients']:,} patients, in the layout of {layouts}; "
+        f"{trained['samples_seen']:,} samples in {trained['step']:,} steps."
+    )
+
+
+def _results(evaluated: Mapping[str, Any] | None) -> str:
+    """A table of what `mg3d evaluate` found; "" where the exported step was not evaluated."""
+    if not evaluated or not (rows := measured(evaluated)):
+        return "The exported step was not evaluated: `mg3d evaluate` before `mg3d export` puts its results here.\n"
+    lines = [f"On {evaluated_data(evaluated)}:\n", "| metric | value | 95 % interval |", "|---|---|---|"]
+    for name, value, interval, _ in rows:
+        within = f"{interval[0]:.3f} to {interval[1]:.3f}" if interval else ""
+        lines.append(f"| {name} | {value:.3f} | {within} |")
+    protocols = dict.fromkeys(protocol for *_, protocol in rows if protocol)
+    return "\n".join([*lines, "", *(f"- {protocol}" for protocol in protocols)]) + "\n"
+
+
 def model_card(
-    run: Run, differences: dict[str, float], left_out: list[str], arguments: Mapping[str, Any] | None = None
+    run: Run,
+    differences: dict[str, float],
+    left_out: list[str],
+    arguments: Mapping[str, Any] | None = None,
+    extras: Extras = Extras(),  # noqa: B008
 ) -> str:
     """README.md of the Hugging Face format. `arguments` are those of `MG3DConfig`."""
     compared = "\n".join(f"| {name} | {value:.1e} |" for name, value in differences.items())
     not_here = f"\nNot exported, because only pre-training needs it: {', '.join(left_out)}.\n" if left_out else ""
+    asked, width = extras.zero_shot or {}, run.config.model.projection_dim
+    protocol = f"Protocol: {asked['protocol']}. Labels and sentences stand in `zero_shot.json`.\n" if asked else ""
+    stored = ", rounded to bfloat16, of which both had the rounded values" if extras.dtype == "bf16" else ""
     return f"""\
----
-library_name: transformers
-license: other
-tags: [medical, ct, radiology, vision-language, zero-shot-classification]
----
+{front_matter(run, extras.evaluated)}
 
 # {run.config.name}: chest CT and report encoders (MG-3D)
 
-Step {run.step} of a run of mg3d_jax {__version__}. Needs torch, transformers and safetensors, and for scans nibabel, scipy and
-isal (DICOM: pydicom); JAX is not needed.
+Step {run.step} of a run of mg3d_jax {__version__}. `pip install -r requirements.txt`; JAX is not needed.
+
+## What is in a scan
+
+```python
+from transformers import AutoModel
+
+model = AutoModel.from_pretrained(".", trust_remote_code=True)  # this folder
+probabilities = model.zero_shot("{EXAMPLE}")  # label -> probability that it is present
+```
+
+A NIfTI file, a folder with the slices of a DICOM series, or `(array, affine)`; what its numbers mean in HU is decided by
+evidence. Any other finding: `model.zero_shot(scan, {{"Cyst": ("There is a cyst.", "There is no cyst.")}})`. The same as a
+pipeline: `pipeline("zero-shot-image-classification", model=".", trust_remote_code=True)`. {protocol}
+## Embeddings
 
 ```python
 import torch
-from transformers import AutoImageProcessor, AutoModel, AutoTokenizer
+from transformers import AutoModel, AutoProcessor
 
-folder = "."  # this folder
-model = AutoModel.from_pretrained(folder, trust_remote_code=True)
-processor = AutoImageProcessor.from_pretrained(folder, trust_remote_code=True)
-tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=True)
-
-# A NIfTI file, a folder with the slices of a DICOM series, or (array, affine); decides what its numbers mean in HU.
-inputs = processor("chest.nii.gz")
+model = AutoModel.from_pretrained(".", trust_remote_code=True)
+processor = AutoProcessor.from_pretrained(".", trust_remote_code=True)
+inputs = processor(images="{EXAMPLE}", text=["Emphysema is present.", "Emphysema is not present."])
 with torch.no_grad():
-    volume = model.encode_volume(inputs["volume"])  # [1, {run.config.model.projection_dim}], normalised; does the windowing
-prompts = model.encode_texts(tokenizer, [["Emphysema is present."], ["Emphysema is not present."]])
-probability = (model.logit_scale.exp() * volume @ prompts.T).softmax(-1)[0, 0]
+    output = model(**inputs)  # logits_per_image [1, 2], image_embeds [1, {width}], text_embeds [2, {width}]
+    volume = model.get_image_features(inputs["pixel_values"])  # of length 1; the model does the windowing
+    texts = model.encode_texts(["A long report. Each sentence counts.", "There is no cyst."])  # of any length
+    patches = output.vision_model_output.last_hidden_state  # [1, patches, {run.config.model.volume_encoder.sizes.width}]
+```
+
+DICOM, where `series` is a folder with the slices of one series:
+
+```python
+from transformers import AutoImageProcessor
+
+volume = AutoImageProcessor.from_pretrained(".", trust_remote_code=True)("series")["pixel_values"]  # HU [1, X, Y, Z]
+```
+
+## Fine-tuning
+
+```python
+import torch
+from transformers import AutoModel, AutoImageProcessor
+
+model = AutoModel.from_pretrained(".", trust_remote_code=True).float().train()
+model.gradient_checkpointing_enable()
+head = torch.nn.Linear(model.config.hidden_size, 2)
+hu = AutoImageProcessor.from_pretrained(".", trust_remote_code=True)("{EXAMPLE}")["pixel_values"]
+optimizer = torch.optim.AdamW([*model.volume_encoder.parameters(), *head.parameters()], lr=1e-5)
+loss = torch.nn.functional.cross_entropy(head(model.volume_encoder(model.window(hu))[1]), torch.tensor([1]))
+loss.backward()
+optimizer.step()
+model.save_pretrained("tuned")
+```
+
+`model(..., return_loss=True)` is the contrastive loss of pairs. `mg3d import hf` and `init_from` read a tuned folder back.
+One tower alone, a quarter of the memory:
+
+```python
+from transformers.dynamic_module_utils import get_class_from_dynamic_module
+
+vision = get_class_from_dynamic_module("modeling_mg3d.MG3DVisionModel", ".").from_pretrained(".")  # or MG3DTextModel
 ```
 
 `python verify_mg3d.py` in this folder tells whether it is whole and computes here what it computed where it was made.
-`model.encode_texts` takes texts as lists of sentences; `model.tokenize` and `model.encode_report` are its two halves.
-`model.encode_volume(hu, return_tokens=True)` also gives the patch features. The model is {_code(arguments or {})}; the
-other `.py` files are those that brought the training volumes to the grid. `AutoProcessor` takes `images` and `text`.
 {_heads(arguments or {})}{_untrained(run)}
 ## What it expects
 
@@ -166,47 +233,69 @@ The same is in `preprocessor_config.json`. Area averaging where an axis shrinks,
 are askew by more than {STRAIGHTEN_DEGREES:g} degrees are turned. The image processor gave exactly the voxels of the preparation
 on phantom files before this folder was written.
 {not_here}
+## Training data and results
+
+{_data(run, extras.trained)}
+
+{_results(extras.evaluated)}
 ## Checked
 
-Phantom CT through JAX and through this PyTorch module, both float32; largest absolute difference:
+Phantom CT through JAX and through this PyTorch module, both float32{stored}; largest absolute difference:
 
 | embedding | difference |
 |---|---|
 {compared}
 
-## Licence and data
+## Intended use and limits
+
+Research on chest CT: features for other models, search among scans and reports, first looks at findings. Not for diagnosis,
+triage or any decision about a patient: it is no medical device, and nobody has measured it on the patients whom you see.
+
+- It knows chests as its training data show them: other regions, children, contrast phases and scanners that these lack may give
+  confident nonsense. It does not notice that a scan is not of a chest.
+- A score is a comparison of two sentences, not a calibrated probability; thresholds need labelled scans of your own.
+- It sees {" x ".join(map(str, run.config.model.volume_size))} voxels: what is smaller than a few of them is not there for it.
+- Reports state what was asked for and seen: their habits and their biases are in the embeddings.
+
+## Licence
 
 {licence_note(run)}
-
-Research software: not a medical device, not for clinical decisions.
 """
 
 
-def monai_card(run: Run, network: str, classes: list[str], difference: float, tanh_gelu: bool) -> str:
-    """README.md of the MONAI format. `network` is the class, "ViT", "UNETR" or "SwinUNETR"; `classes` of the latter two."""
-    variable = "vit" if network == "ViT" else "network"
-    gelu = _TANH_GELU.format(vit=variable if network == "ViT" else f"{variable}.vit") if tanh_gelu else ""
-    use = _MONAI_SEGMENTS if classes else _MONAI_ENCODES
-    channels, size = len(run.config.data.windows), tuple(run.config.model.volume_size)
+def monai_card(run: Run, network: MonaiNetwork, classes: list[str], difference: float, tanh_gelu: bool) -> str:
+    """README.md of the MONAI format. `classes` are those of a network that segments."""
+    name, part = network.name, network.part
+    variable = "vit" if name == "ViT" else "network"
+    gelu = _TANH_GELU.format(vit=variable if name == "ViT" else f"{variable}.vit") if tanh_gelu else ""
+    use = _MONAI_SEGMENTS if classes else _MONAI_STAGES if part else _MONAI_ENCODES
+    model, channels = run.config.model, len(run.config.data.windows)
+    size = tuple(model.volume_size)
     text = use.format(channels=channels, size=size, names=", ".join(classes), difference=difference)
-    if network == "ViT":
+    if name == "ViT":
         text += (
-            f"`hidden` is {stream_scale(run.config.model):.4g} times that of the JAX model, to make up for the other epsilon\n"
+            f"`hidden` is {stream_scale(model):.4g} times that of the JAX model, to make up for the other epsilon\n"
             "of MONAI's norms. Pooling and projection are not part of MONAI's ViT.\n"
         )
-    what = "volume encoder" if network == "ViT" else "segmentation"
+        if (
+            tuple(model.volume_encoder.options.patch_size) == UNETR_PATCH
+            and model.volume_encoder.sizes.depth == UNETR_DEPTH
+        ):
+            text += _IN_UNETR + (_TANH_GELU.format(vit="unetr.vit") if tanh_gelu else "") + "```\n"
+    what = "segmentation" if classes else "volume encoder"
     return f"""\
-# {run.config.name}: {what} for MONAI's {network}
+# {run.config.name}: {what} for MONAI's {name}
 
 Step {run.step} of a run of mg3d_jax {__version__}.
 
 ```python
 import json, torch
-from monai.networks.nets import {network}
+from monai.networks.nets import {name}
 from safetensors.torch import load_file
 
-{variable} = {network}(**json.load(open("config.json"))["arguments"]).eval()
-{variable}.load_state_dict(load_file("model.safetensors"), strict=True)
+about = json.load(open("config.json"))
+{variable} = {name}(**about["arguments"]).eval()
+{variable}{"." + part if part else ""}.load_state_dict(load_file("model.safetensors"), strict=True)
 {gelu}{text}
 ## What it expects
 

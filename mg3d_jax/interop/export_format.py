@@ -5,10 +5,12 @@ Towers map their own (`models/towers`); what is exported is checked against PyTo
 
 from __future__ import annotations
 
+import inspect
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from math import prod
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -18,6 +20,7 @@ from mg3d_jax import __version__
 from mg3d_jax.config import Config
 from mg3d_jax.config.parts import ModelConfig
 from mg3d_jax.errors import UserError
+from mg3d_jax.files import read_json
 from mg3d_jax.models.towers.segmentation_weights import decoder_to_torch
 from mg3d_jax.models.towers.weights import torch_state as heads_state
 from mg3d_jax.objectives.base import DIRECTION_BIASES, VOLUME_BIAS
@@ -52,6 +55,20 @@ class Probe:
     def state(self) -> dict[str, np.ndarray]:
         """Under PyTorch's names."""
         return {f"{PROBE}.weight": self.weight.astype(np.float32), f"{PROBE}.bias": self.bias.astype(np.float32)}
+
+
+def is_export(content: dict[str, Any]) -> bool:
+    """Is this the `config.json` of an exported model with both towers, or of one that was fine-tuned and saved since?"""
+    return content.get("model_type") == "mg3d"
+
+
+def read_arguments(folder: Path) -> dict[str, Any]:
+    """The arguments of `MG3DConfig` of an exported folder, also of one that transformers has saved since, which leaves out
+    those that have their default."""
+    from mg3d_jax.interop.torch_template.configuration_mg3d import MG3DConfig  # imports transformers
+
+    found = MG3DConfig.from_dict(read_json(folder / "config.json")).to_dict()
+    return {name: found[name] for name in inspect.signature(MG3DConfig.__init__).parameters if name in found}
 
 
 def head_arguments(config: Config, params: dict[str, Any], label_names: Sequence[str]) -> dict[str, Any]:
@@ -122,6 +139,23 @@ def _renamed(params: dict[str, Any], config: Config) -> dict[str, np.ndarray]:
         found = getattr(config.model, name).tower.to_torch(params[name], config.model)
         state |= {f"{name}.{key}": array for key, array in found.items()}
     return state
+
+
+def unplaced(state: dict[str, np.ndarray], shapes: dict[str, Any], config: Config) -> list[str]:
+    """What keeps exported arrays from being the whole model of `config`: keys that are missing, unknown or of another shape,
+    with the shapes."""
+    kept, _ = split_params(shapes)
+    blanks = {name: np.zeros(leaf.shape, np.int8) for name, leaf in flatten_dict(kept, sep="/").items()}
+    expected = {key: array.shape for key, array in _renamed(unflatten_dict(blanks, sep="/"), config).items()}
+    return [
+        *(f"{key} {list(shape)}: missing in the file" for key, shape in expected.items() if key not in state),
+        *(f"{key} {list(state[key].shape)}: unknown to the model" for key in state if key not in expected),
+        *(
+            f"{key}: {list(state[key].shape)} in the file, {list(shape)} in the model"
+            for key, shape in expected.items()
+            if key in state and state[key].shape != shape
+        ),
+    ]
 
 
 def from_torch_state(
@@ -196,19 +230,32 @@ def torch_config(config: Config, params: dict[str, Any], spacing: Sequence[float
 
 
 def hugging_face_config(
-    arguments: dict[str, Any], *, step: int, config_hash: str, tasks: bool = False
+    arguments: dict[str, Any], *, step: int, config_hash: str, tasks: bool = False, dtype: str = "float32"
 ) -> dict[str, Any]:
     """`config.json`: the arguments, what transformers needs to find the code, and where the weights come from.
 
     Args:
         tasks: the model has decoders, whose module stands in a file of its own.
+        dtype: of the stored weights, "float32" or "bf16".
     """
     name, file = ("MG3DTaskModel", "modeling_mg3d_tasks") if tasks else ("MG3DModel", "modeling_mg3d")
     return {
         "model_type": "mg3d",
         "architectures": [name],
-        "auto_map": {"AutoConfig": "modeling_mg3d.MG3DConfig", "AutoModel": f"{file}.{name}"},
-        "torch_dtype": "float32",
+        "auto_map": {
+            "AutoConfig": "configuration_mg3d.MG3DConfig",
+            "AutoModel": f"{file}.{name}",
+            "AutoModelForZeroShotImageClassification": f"{file}.{name}",
+            "AutoModelForTextEncoding": "modeling_mg3d.MG3DTextModel",
+        },
+        "custom_pipelines": {
+            "zero-shot-image-classification": {
+                "impl": "pipeline_mg3d.MG3DZeroShotPipeline",
+                "pt": ["AutoModelForZeroShotImageClassification"],
+                "type": "multimodal",
+            }
+        },
+        "torch_dtype": "bfloat16" if dtype == "bf16" else "float32",
         **arguments,
         MARKER: {"version": __version__, "step": step, "config_hash": config_hash},
     }

@@ -13,18 +13,11 @@ from mg3d_jax.errors import UserError
 from mg3d_jax.files import write_json
 from mg3d_jax.interop.export_run import Run
 from mg3d_jax.models.towers.base import MonaiNetwork
-from mg3d_jax.models.towers.vit.monai import exact_gelu, monai_arguments, to_monai
+from mg3d_jax.models.towers.vit.monai import exact_gelu
 
 # Layers and tables that MONAI builds and that no weights of a run belong to: cross-attention that self-attention never runs,
 # and indices that follow from the size of a window. Which there are depends on MONAI's version.
 _OWN = ("cross_attn", "relative_position_index")
-
-
-def vit_network(run: Run) -> MonaiNetwork:
-    """The volume encoder as MONAI's `ViT`."""
-    model = run.config.model
-    arguments = monai_arguments(model, len(run.config.data.windows))
-    return MonaiNetwork("ViT", arguments, to_monai(run.params["volume_encoder"], model))
 
 
 def write(run: Run, folder: Path, network: MonaiNetwork, volumes: np.ndarray) -> np.ndarray:
@@ -34,8 +27,8 @@ def write(run: Run, folder: Path, network: MonaiNetwork, volumes: np.ndarray) ->
         volumes: int16 HU `[n, X, Y, Z]`.
 
     Returns:
-        What MONAI's network gives after a strict load, with the GELU that the model was trained with: tokens `[n, N, d]` of a
-        ViT, logits `[n, K, X, Y, Z]` of a segmentation network.
+        What MONAI's network gives after a strict load, with the GELU that the model was trained with: tokens `[n, N, d]` of an
+        encoder, logits `[n, K, X, Y, Z]` of a segmentation network.
     """
     try:
         import monai
@@ -47,13 +40,15 @@ def write(run: Run, folder: Path, network: MonaiNetwork, volumes: np.ndarray) ->
         ) from error
     from safetensors.torch import load_file, save_file
 
-    made = getattr(nets, network.name)(**network.arguments).eval()
+    whole = getattr(nets, network.name)(**network.arguments).eval()
+    made = whole.get_submodule(network.part)
     state = {name: torch.from_numpy(np.array(array, np.float32, order="C")) for name, array in network.state.items()}
     own = {
         name: tensor.contiguous() for name, tensor in made.state_dict().items() if any(part in name for part in _OWN)
     }
     save_file(state | own, folder / "model.safetensors", metadata={"format": "pt"})
     content: dict[str, Any] = {"monai_class": f"monai.networks.nets.{network.name}", "monai_version": monai.__version__}
+    content |= {"part": network.part} if network.part else {}
     content |= {"arguments": network.arguments, "mg3d_jax": {"version": __version__, "step": run.step}}
     write_json(folder / "config.json", content)
     made.load_state_dict(load_file(folder / "model.safetensors"), strict=True)
@@ -64,6 +59,8 @@ def write(run: Run, folder: Path, network: MonaiNetwork, volumes: np.ndarray) ->
     windowed = torch.stack([((hu - low) / (high - low)).clamp(0, 1) for low, high in run.config.data.windows], dim=1)
     with torch.no_grad():
         found = made(windowed)
+    if network.part:  # the stages of a Swin, channels first
+        return found[-1].flatten(2).transpose(1, 2).numpy()
     return (found[0] if network.name == "ViT" else found).numpy()
 
 

@@ -1,4 +1,5 @@
-"""The preparation that an exported folder carries: the modules of this package that read a scan, with imports of one another.
+"""The code that an exported folder carries: the modules of `torch_template`, and those of this package that read scans and
+reports, with imports of one another.
 
 They are copies, so what a receiver computes is what `mg3d prepare` computed. transformers loads code from one flat folder and
 follows `from .name import`; it wants every package that stands in an import outside of `try`, so the optional ones go inside.
@@ -9,6 +10,7 @@ from __future__ import annotations
 import importlib.util
 import re
 import sys
+from collections.abc import Iterable
 from importlib.machinery import ModuleSpec
 from pathlib import Path
 from types import ModuleType
@@ -21,8 +23,10 @@ from mg3d_jax.prepare.geometry import STRAIGHTEN_DEGREES
 
 ROOT = Path(mg3d_jax.__file__).parent
 TEMPLATES = Path(__file__).parent / "torch_template"
-PROCESSORS = ("image_processing_mg3d", "processing_mg3d")
+IMAGE_PROCESSOR = "image_processing_mg3d"
+MODULES = (IMAGE_PROCESSOR, "processing_mg3d", "modeling_mg3d", "pipeline_mg3d")  # with all that they import
 _OURS = re.compile(r"^from mg3d_jax(?:\.([\w.]+))? import ", re.MULTILINE)
+_BESIDE = re.compile(r"^ *from \.(\w+) import ", re.MULTILINE)
 _INDENTED = re.compile(r"^( +)(import \S+(?: as \w+)?|from [^.\s]\S* import [^(\n]+)$", re.MULTILINE)
 
 
@@ -31,17 +35,18 @@ def copied_name(module: str) -> str:
     return f"mg3d_{module.rsplit('.', 1)[-1]}"
 
 
-def write(folder: Path) -> None:
-    """Writes the processors and all that they import."""
-    todo = {name: TEMPLATES / f"{name}.py" for name in PROCESSORS}
+def write(folder: Path, modules: Iterable[str] = MODULES) -> None:
+    """Writes these modules of the template and all that they import."""
+    todo = {name: TEMPLATES / f"{name}.py" for name in modules}
     done: dict[str, str] = {}
     while todo:
         name, path = todo.popitem()
         text = path.read_text()
+        found = {beside: TEMPLATES / f"{beside}.py" for beside in _BESIDE.findall(text)}
         for module in _OURS.findall(text):
-            if copied_name(module) not in done:
-                todo[copied_name(module)] = ROOT.joinpath(*module.split(".")).with_suffix(".py")
+            found[copied_name(module)] = ROOT.joinpath(*module.split(".")).with_suffix(".py")
         done[name] = _standing_alone(text)
+        todo |= {one: place for one, place in found.items() if one not in done}
     for name, text in done.items():
         (folder / f"{name}.py").write_text(text)
 
@@ -58,12 +63,20 @@ def load(folder: Path) -> ModuleType:
     spec.submodule_search_locations = [str(folder)]
     sys.modules[package] = importlib.util.module_from_spec(spec)
     try:
-        return importlib.import_module(f"{package}.{PROCESSORS[0]}")
+        return importlib.import_module(f"{package}.{IMAGE_PROCESSOR}")
     finally:
         for key in [key for key in sys.modules if key.split(".")[0] == package]:
             del sys.modules[key]
 
 
+_LOADED_BY = {
+    "image_processor_type": "MG3DImageProcessor",
+    "processor_class": "MG3DProcessor",
+    "auto_map": {
+        "AutoImageProcessor": f"{IMAGE_PROCESSOR}.MG3DImageProcessor",
+        "AutoProcessor": "processing_mg3d.MG3DProcessor",
+    },
+}
 PLACEMENTS = {
     "center": "the centre of the volume on the centre of the grid; cropped or padded on all sides alike",
     "body": "the centre of the body's bounding box on the centre of the grid; cropped or padded around it",
@@ -72,9 +85,28 @@ PLACEMENTS = {
 }
 
 
-def preprocessor_config(run: Run) -> dict[str, Any]:
+def tokenizer_config(run: Run, content: dict[str, Any]) -> dict[str, Any]:
+    """`tokenizer_config.json` of the run's, with the length at which texts were cut in training."""
+    return content | {"model_max_length": run.config.text_tokens()}
+
+
+def processor_config(run: Run) -> dict[str, Any]:
+    """`processor_config.json`: the arguments of the exported processor of texts and scans."""
+    return {
+        "processor_class": "MG3DProcessor",
+        "auto_map": {"AutoProcessor": "processing_mg3d.MG3DProcessor"},
+        "max_tokens": run.config.text_tokens(),
+        "max_sentences": run.config.data.max_sentences,
+    }
+
+
+def preprocessor_config(run: Run, *, processor: bool = True) -> dict[str, Any]:
     """`preprocessor_config.json`: what the weights expect of a volume, so that nobody has to guess; the first keys are the
-    arguments of the exported image processor."""
+    arguments of the exported image processor.
+
+    Args:
+        processor: the folder has that image processor.
+    """
     grid, config = run.grid, run.config
     fraction = grid.policy == "fraction"
     return {
@@ -84,12 +116,7 @@ def preprocessor_config(run: Run) -> dict[str, Any]:
         "fraction": list(grid.fraction) if fraction else None,
         "modality": run.modality,
         "clip_hu": list(run.clip or (AIR_HU, HIGHEST_HU)),
-        "image_processor_type": "MG3DImageProcessor",
-        "processor_class": "MG3DProcessor",
-        "auto_map": {
-            "AutoImageProcessor": "image_processing_mg3d.MG3DImageProcessor",
-            "AutoProcessor": "processing_mg3d.MG3DProcessor",
-        },
+        **(_LOADED_BY if processor else {}),
         "input": "Hounsfield units, int16 or float, array [X, Y, Z]; rescale slope and intercept applied exactly once",
         "orientation": "RAS",
         "axes": "x to the patient's right, y anterior, z superior",
@@ -99,5 +126,5 @@ def preprocessor_config(run: Run) -> dict[str, Any]:
         "pad_value_hu": AIR_HU,
         "windows_hu": [list(window) for window in config.data.windows],
         "window_output": [0.0, 1.0],
-        "windowing": "done by encode_volume; one channel per window",
+        "windowing": "done by encode_volume; one channel per window" if processor else "one channel per window",
     }

@@ -20,15 +20,16 @@ from mg3d_jax.config.parts import VolumeEncoderConfig, options_of
 from mg3d_jax.errors import UserError
 from mg3d_jax.files import read_json
 from mg3d_jax.interop import export_format
-from mg3d_jax.interop.tower import load_tower
+from mg3d_jax.interop.tower import Tower, load_tower
 from mg3d_jax.objectives.base import enabled
-from mg3d_jax.registry import VOLUME_TOWERS
+from mg3d_jax.registry import REPORT_TOWERS, VOLUME_TOWERS
 from mg3d_jax.training.branch import folder_and_step
 from mg3d_jax.training.state import has_direction_bias
 
 SMALL = "small"  # of a recipe's argument: the size of its miniature
 PROBE = "probe"  # the same: the volume encoder is frozen
 SMALL_SIZE = (48, 48, 32)  # voxels; as in configs/quickstart.py
+NO_PRESET = "(none of this version has its sizes: register one by a plug-in, docs/towers.md)"
 Windows = tuple[tuple[float, float], ...]
 
 
@@ -126,7 +127,7 @@ def start_from(
     config.init_from.take = (".*",) if reports else ("volume_encoder/.*",)
     if (folder / "tower.json").is_file():
         _like_tower(config, folder)
-    elif (folder / "model.safetensors").is_file() and export_format.MARKER in read_json(folder / "config.json"):
+    elif (folder / "config.json").is_file() and export_format.is_export(read_json(folder / "config.json")):
         _like_export(config, folder, volume_size)
     elif (folder / "config.json").is_file() and (folder / "tokenizer").is_dir():
         like_run(config, folder, reports=reports, volume_size=volume_size)
@@ -194,7 +195,7 @@ def _like_tower(config: ConfigDict, folder: Path) -> None:
 
 
 def _like_export(config: ConfigDict, folder: Path, volume_size: tuple[int, int, int] | None) -> None:
-    about = read_json(folder / "config.json")
+    about = export_format.read_arguments(folder)
     theirs = {"width": "volume_width", "depth": "volume_depth", "num_heads": "volume_heads"}
     names = {"patch_size", "stem", "positions", "num_registers", "qk_norm", "exact_gelu"}
     fields = {name: about[key] for name, key in theirs.items()} | {name: about[name] for name in names}
@@ -223,6 +224,38 @@ def _use_tower(config: ConfigDict, kind: str, fields: Mapping[str, Any], label: 
         f"{label} is a {kind} of {dict(fields)}, which no preset of this version is ({', '.join(tower.presets)}); one of your "
         "own is registered by a plug-in (docs/towers.md)"
     )
+
+
+def keys_of(tower: Tower, out: Path) -> dict[str, Any]:
+    """The configuration keys, dotted, with which a run takes an imported tower; for sizes that no preset of this version has,
+    `preset` says so."""
+    encoder = "volume_encoder" if tower.kind in VOLUME_TOWERS else "report_encoder"
+    config, before = config_lib.default().unlock(), f"model.{encoder}"
+    found: dict[str, Any] = {f"{before}.kind": tower.kind, f"{before}.pretrained": str(out)}
+    if encoder == "report_encoder":
+        keys = {"width": "width", "depth": "depth", "num_heads": "num_heads", "mlp_dim": "mlp_dim"}
+        keys |= {"type_vocab": "type_vocab", "norm_epsilon": "norm_epsilon"}
+        sizes = {name: tower.encoder[name] for name in keys}
+        presets = REPORT_TOWERS[tower.kind].presets
+        fitting = [
+            name for name, one in presets.items() if all(getattr(one, key) == value for key, value in sizes.items())
+        ]
+        found[f"{before}.preset"] = fitting[0] if fitting else NO_PRESET
+        return found | {f"{before}.max_positions": tower.encoder["max_positions"], "data.tokenizer": str(out)}
+    channels = tower.encoder.get("channels", 1)
+    if channels != len(config.data.windows):
+        config.data.windows = tuple((-1000.0, 1000.0) for _ in range(channels))
+        found["data.windows"] = f"as many as it has channels: {channels}"
+    defaults = options_lib.to_dict(VolumeEncoderConfig())
+    try:
+        _use_tower(config, tower.kind, tower.encoder, str(out))
+    except UserError:
+        found[f"{before}.preset"] = NO_PRESET
+        return found
+    now = config.model.volume_encoder
+    same = ("kind", "pretrained")
+    found |= {f"{before}.{key}": now[key] for key in defaults if key not in same and now[key] != defaults[key]}
+    return found
 
 
 def use_report_decoder(config: ConfigDict, arg: str) -> None:

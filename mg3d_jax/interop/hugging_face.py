@@ -52,6 +52,14 @@ def resolve(path_or_name: str) -> Path:
         ) from error
 
 
+def weight_files(folder: Path) -> list[Path]:
+    """What of `WEIGHT_FILES` is there; `UserError` where nothing is."""
+    files = [folder / name for name in WEIGHT_FILES if (folder / name).is_file()]
+    if not files:
+        raise UserError(f"{folder}: no weights; expected one of {', '.join(WEIGHT_FILES)}.")
+    return files
+
+
 def load_checkpoint(path_or_name: str, form: Form, vocabulary: dict[str, int] | None = None) -> Imported:
     """Loads a checkpoint.
 
@@ -68,10 +76,7 @@ def load_checkpoint(path_or_name: str, form: Form, vocabulary: dict[str, int] | 
     if not path.is_file():
         raise UserError(f"{folder}: no config.json; give the folder that transformers' save_pretrained wrote.")
     config = read_json(path, remedy="download or save it again")
-    files = [folder / name for name in WEIGHT_FILES if (folder / name).is_file()]
-    if not files:
-        raise UserError(f"{folder}: no weights; expected one of {', '.join(WEIGHT_FILES)}.")
-    imported = form.convert(read_state_dict(files[0]), str(folder), config=config)
+    imported = form.convert(read_state_dict(weight_files(folder)[0]), str(folder), config=config)
     if vocabulary is not None:
         check_vocabulary(folder, imported.fields["vocab_size"], vocabulary)
     return imported

@@ -12,7 +12,6 @@ from typing import Any
 import jax
 import numpy as np
 from flax.traverse_util import flatten_dict
-from safetensors.numpy import load_file
 
 from mg3d_jax.config import Config
 from mg3d_jax.config.parts import InitConfig, ModelConfig
@@ -20,7 +19,8 @@ from mg3d_jax.data.tokens import ReportTokenizer, load_tokenizer
 from mg3d_jax.errors import UserError
 from mg3d_jax.files import read_json
 from mg3d_jax.interop import export_format
-from mg3d_jax.interop.hugging_face import check_vocabulary, load_checkpoint
+from mg3d_jax.interop.hugging_face import check_vocabulary, load_checkpoint, weight_files
+from mg3d_jax.interop.state_dict import read_state_dict
 from mg3d_jax.interop.tower import Tower, at_volume_size, check_fields, load_tower
 from mg3d_jax.training.branch import folder_and_step
 from mg3d_jax.training.restore import restore_run
@@ -66,7 +66,7 @@ def open_source(path: str, setup: Setup, tokenizer: ReportTokenizer) -> Source:
         reads_text = load_tower(folder).kind in setup.config.model.report_encoder.towers()
         encoder = "report_encoder" if reads_text else "volume_encoder"
         return from_tower(path, encoder, setup.config, tokenizer, "init_from.path")
-    if (folder / "model.safetensors").is_file() and export_format.MARKER in read_json(folder / "config.json"):
+    if (folder / "config.json").is_file() and export_format.is_export(read_json(folder / "config.json")):
         return _from_export(folder, setup)
     if (folder / CONFIG_FILE).is_file() and (folder / TOKENIZER_FOLDER).is_dir():
         return _from_run(folder, step, setup.config, tokenizer.vocab_size)
@@ -132,11 +132,11 @@ def _tower(path: str, encoder: str, config: Config, vocabulary: dict[str, int], 
 
 def _from_export(folder: Path, setup: Setup) -> Source:
     """What `mg3d export` wrote for PyTorch, turned back."""
-    arguments, model = read_json(folder / "config.json"), setup.config.model
+    arguments, model = export_format.read_arguments(folder), setup.config.model
     ours = export_format.tower_arguments(setup.abstract["params"], model)
     misfits = {name: _differences(arguments, ours[name], export_format.FREE_ARGUMENTS) for name in ENCODERS}
     tree = export_format.from_torch_state(
-        load_file(folder / "model.safetensors"), setup.abstract["params"], setup.config, _taken(setup.config.init_from)
+        read_state_dict(weight_files(folder)[0]), setup.abstract["params"], setup.config, _taken(setup.config.init_from)
     )
     fields = {"volume_size": tuple(arguments["volume_size"]), "patch_size": tuple(arguments["patch_size"])}
     volume = Tower(model.volume_encoder.kind, fields, tree.get("volume_encoder", {}), str(folder))

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import pickle
+from collections import Counter
+from collections.abc import Iterable
 from pathlib import Path
 
 import numpy as np
@@ -12,14 +15,20 @@ from mg3d_jax.files import read_json
 
 TORCH_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt", ".tar")
 CONTAINERS = ("state_dict", "model_state_dict", "model", "network_weights")
+# Of DataParallel, torch.compile, Lightning and the classes that people wrap an encoder in.
+WRAPPERS = ("module.", "_orig_mod.", "model.", "net.", "network.", "encoder_q.")
 MAX_LISTED = 12
 
 
-def read_state_dict(path: Path) -> dict[str, np.ndarray]:
+def read_state_dict(path: Path, prefix: str = "") -> dict[str, np.ndarray]:
     """Every tensor of a `.safetensors`, `.safetensors.index.json` or PyTorch file, floats as float32.
 
-    A training checkpoint that holds its weights under "state_dict", "model" or the like is unwrapped, and a
-    "module." prefix (DataParallel) is removed. PyTorch files are read with `weights_only=True`: no code in them runs.
+    A training checkpoint that holds its weights under "state_dict", "model" or the like is unwrapped, and prefixes that
+    wrappers put before every key (`WRAPPERS`) are removed. PyTorch files are read with `weights_only=True`: no code in them
+    runs.
+
+    Args:
+        prefix: only the keys that begin with it, without it: "student.backbone.".
 
     Raises:
         UserError: the file is missing, is not such a file, or needs PyTorch and PyTorch is not installed.
@@ -38,9 +47,27 @@ def read_state_dict(path: Path) -> dict[str, np.ndarray]:
         raise
     except Exception as error:
         raise UserError(f"{path}: cannot be read as a checkpoint ({type(error).__name__}: {error}).") from error
-    if raw and all(key.startswith("module.") for key in raw):
-        raw = {key.removeprefix("module."): array for key, array in raw.items()}
+    return _chosen(raw, prefix, path) if prefix else unwrapped(raw)
+
+
+def unwrapped(raw: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """Without the prefixes of wrappers that stand before every key."""
+    while found := [wrapper for wrapper in WRAPPERS if raw and all(key.startswith(wrapper) for key in raw)]:
+        raw = {key.removeprefix(found[0]): array for key, array in raw.items()}
     return raw
+
+
+def _chosen(raw: dict[str, np.ndarray], prefix: str, path: Path) -> dict[str, np.ndarray]:
+    kept = {key.removeprefix(prefix): array for key, array in raw.items() if key.startswith(prefix)}
+    if not kept:
+        raise UserError(f"{path}: no key begins with {prefix!r}; its keys begin with {', '.join(beginnings(raw))}")
+    return kept
+
+
+def beginnings(keys: Iterable[str]) -> list[str]:
+    """What the keys of a state dict begin with: "student.backbone. (12)", the most frequent first."""
+    counts = Counter(".".join(key.split(".")[:2][: max(len(key.split(".")) - 1, 1)]) + "." for key in keys)
+    return [f"{name} ({count})" for name, count in counts.most_common(MAX_LISTED)]
 
 
 def _read_safetensors(path: Path) -> dict[str, np.ndarray]:
@@ -59,7 +86,13 @@ def _read_torch(path: Path) -> dict[str, np.ndarray]:
         raise UserError(
             f"{path}: PyTorch is needed to read it. pip install torch, or convert it to .safetensors."
         ) from error
-    loaded = torch.load(path, map_location="cpu", weights_only=True)
+    try:
+        loaded = torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        raise UserError(
+            f"{path}: holds Python objects beside its tensors, which are never run here. Where it was made, save the weights "
+            "alone: torch.save(model.state_dict(), FILE)"
+        ) from error
     for container in CONTAINERS:
         if isinstance(loaded, dict) and isinstance(loaded.get(container), dict):
             loaded = loaded[container]

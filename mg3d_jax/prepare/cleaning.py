@@ -36,6 +36,14 @@ _HTML_TAG = re.compile(
     re.IGNORECASE,
 )
 _HTML_ENTITY = re.compile(r"&(?:#\d{1,6}|#x[0-9a-f]{1,6}|[a-z][a-z0-9]{1,9});", re.IGNORECASE)
+# What a tokenizer's decoder leaves apart: "0. 9", "ground - glass", "( a cyst )".
+_APART = (
+    (r"(?<=\d) ?([.,]) ?(?=\d)", r"\1"),
+    (r"(?<=\w) ?([-/]) ?(?=\w)", r"\1"),
+    (r"\( ", "("),
+    (r" \)", ")"),
+    (r" ([;:%])", r"\1"),
+)
 
 
 def clean(text: object) -> str:
@@ -75,3 +83,10 @@ def _without_artefacts(text: str) -> str:
     text = _ESCAPED.sub(lambda found: chr(int(found[1], 16)) if found[1] else " " if found[0] == "\\t" else "\n", text)
     text = _HTML_TAG.sub("", _HTML_BREAK.sub("\n", text))
     return _HTML_ENTITY.sub(lambda found: html.unescape(found[0]), text)
+
+
+def readable(text: str) -> str:
+    """A decoded text as one writes it: numbers and words with a hyphen together."""
+    for pattern, together in _APART:
+        text = re.sub(pattern, together, text)
+    return text.strip()

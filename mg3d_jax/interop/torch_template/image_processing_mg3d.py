@@ -2,7 +2,7 @@
 
     processor = AutoImageProcessor.from_pretrained(FOLDER, trust_remote_code=True)
     inputs = processor("scan.nii.gz")  # or a folder of slices, or (array, affine), or a list of such
-    embedding = model.encode_volume(inputs["volume"])
+    embedding = model.encode_volume(inputs["pixel_values"])
 
 What the numbers of a file mean in HU is decided by evidence (`mg3d_hounsfield.py`); a scan on which that cannot be decided, or
 that has holes, voxels that are not finite or no usable geometry, is refused with the reason. Needs numpy, scipy, nibabel and
@@ -31,7 +31,7 @@ class MG3DImageProcessor(BaseImageProcessor):
         clip_hu: what the training data were cut to.
     """
 
-    model_input_names: ClassVar[list[str]] = ["volume"]
+    model_input_names: ClassVar[list[str]] = ["pixel_values"]
 
     def __init__(
         self,
@@ -51,7 +51,7 @@ class MG3DImageProcessor(BaseImageProcessor):
     def preprocess(
         self, images: ScanSource | Sequence[ScanSource], return_tensors: str | None = "pt", **kwargs: Any
     ) -> BatchFeature:
-        """`volume`, int16 HU [B, X, Y, Z].
+        """`pixel_values`, int16 HU [B, X, Y, Z].
 
         Args:
             images: a NIfTI file, a folder with the slices of one DICOM series, `(array [i, j, k], affine [4, 4])` with the
@@ -68,7 +68,7 @@ class MG3DImageProcessor(BaseImageProcessor):
         low, high = self.clip_hu
         volumes = [read_scan(one, grid, modality=self.modality).volume for one in _listed(images)]
         volumes = [np.clip(volume, low, high).astype(np.int16) for volume in volumes]
-        return BatchFeature({"volume": np.stack(volumes)}, tensor_type=return_tensors)
+        return BatchFeature({"pixel_values": np.stack(volumes)}, tensor_type=return_tensors)
 
 
 def _listed(images: ScanSource | Sequence[ScanSource]) -> list[ScanSource]:

@@ -2,7 +2,7 @@
 
     model = AutoModel.from_pretrained(FOLDER, trust_remote_code=True)
     classes = model.segment_scan(hu, affine)  # uint8 [i, j, k] on the voxels of the scan; model.config.segmentation_classes
-    reports = model.write_reports(model.prepare_volume(hu, affine)[0][None], tokenizer)  # list of B texts
+    reports = model.write_reports(model.prepare_volume(hu, affine)[0][None])  # list of B texts
 
 It stands beside `modeling_mg3d.py` and needs what that needs. Axes as there; K classes, L tokens of a text, f channels of the
 segmentation decoder.
@@ -11,7 +11,6 @@ segmentation decoder.
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Callable, Sequence
 from itertools import product
 
@@ -21,18 +20,15 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
-from .modeling_mg3d import AIR_HU, MG3DConfig, MG3DModel, Mlp, prepare_volume
+from mg3d_jax.prepare.cleaning import readable
+
+from .configuration_mg3d import MG3DConfig
+from .layers_mg3d import Mlp
+from .modeling_mg3d import MG3DModel
+from .volume_mg3d import AIR_HU, prepare_volume
 
 SIGMA_SCALE, LEAST_WEIGHT = 0.125, 1e-3  # of the Gaussian that blends windows: as MONAI's sliding_window_inference
 NORM_EPSILON, NEGATIVE_SLOPE = 1e-5, 0.01  # of the decoder's convolutions, as MONAI's
-# What a tokenizer's decoder leaves apart: "0. 9", "ground - glass", "( a cyst )".
-_APART = (
-    (r"(?<=\d) ?([.,]) ?(?=\d)", r"\1"),
-    (r"(?<=\w) ?([-/]) ?(?=\w)", r"\1"),
-    (r"\( ", "("),
-    (r" \)", ")"),
-    (r" ([;:%])", r"\1"),
-)
 
 
 def halvings(patch: Sequence[int]) -> list[tuple[int, ...]]:
@@ -252,7 +248,7 @@ class MG3DTaskModel(MG3DModel):
         """
         if not self.config.segmentation_classes:
             raise ValueError("this model was not trained to segment")
-        volume = self.window(hu)
+        volume = self._checked(hu)
         tokens, hidden = self.volume_encoder.with_hidden(volume)
         return self.segmentation_head(self.segmentation_decoder(volume, tokens, hidden))
 
@@ -290,9 +286,12 @@ class MG3DTaskModel(MG3DModel):
         return self.report_decoder(input_ids, [layer.read(tokens) for layer in self.report_decoder.layers])[0].float()
 
     @torch.no_grad()
-    def write_reports(self, hu: Tensor, tokenizer: PreTrainedTokenizerBase, max_tokens: int | None = None) -> list[str]:
+    def write_reports(
+        self, hu: Tensor, tokenizer: PreTrainedTokenizerBase | None = None, max_tokens: int | None = None
+    ) -> list[str]:
         """HU as for `encode_volume` -> B reports; each token is the most likely one."""
         self._needs_decoder()
+        tokenizer = tokenizer or self.tokenizer
         decoder, tokens = self.report_decoder, self._encode(hu)[0]
         volumes, cache = [layer.read(tokens) for layer in decoder.layers], None
         never = [tokenizer.pad_token_id, tokenizer.cls_token_id, tokenizer.mask_token_id, tokenizer.unk_token_id]
@@ -308,15 +307,11 @@ class MG3DTaskModel(MG3DModel):
             if bool(ended.all()):
                 break
         texts = tokenizer.batch_decode(torch.cat(found, dim=1), skip_special_tokens=True)
-        return [_readable(text) for text in texts]
+        return [readable(text) for text in texts]
 
     def _needs_decoder(self) -> None:
         if not self.config.decoder_depth:
             raise ValueError("this model was not trained to write reports")
 
 
-def _readable(text: str) -> str:
-    """A decoded text as one writes it: numbers and words with a hyphen together."""
-    for pattern, together in _APART:
-        text = re.sub(pattern, together, text)
-    return text.strip()
+MG3DTaskModel.register_for_auto_class("AutoModel")  # `save_pretrained` copies the code, too

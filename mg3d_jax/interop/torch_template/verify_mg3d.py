@@ -3,7 +3,7 @@
     python verify_mg3d.py
 
 Compares the SHA-256 of every file, then reads `example.nii.gz`, a synthetic chest, and two texts, and compares their embeddings
-with those in `verification.json`. Exit code 0: all agree.
+and the zero-shot probabilities with those in `verification.json`. Exit code 0: all agree.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ import sys
 from pathlib import Path
 
 FOLDER = Path(__file__).resolve().parent
+PROBABILITIES = 50  # a cosine is multiplied by up to 100 before it becomes a probability
 
 
 def damaged(expected: dict[str, str]) -> list[str]:
@@ -39,21 +40,24 @@ def main() -> int:
         return 1
     print(f"{len(told['sha256'])} files are as exported")
     import torch
-    from transformers import AutoImageProcessor, AutoModel, AutoTokenizer
+    from transformers import AutoModel
 
-    model = AutoModel.from_pretrained(FOLDER, trust_remote_code=True).eval()
-    processor = AutoImageProcessor.from_pretrained(FOLDER, trust_remote_code=True)
-    tokenizer = AutoTokenizer.from_pretrained(FOLDER)
+    model = AutoModel.from_pretrained(FOLDER, trust_remote_code=True).float().eval()
+    example = str(FOLDER / "example.nii.gz")
     with torch.no_grad():
         found = {
-            "volume_embedding": model.encode_volume(processor(str(FOLDER / "example.nii.gz"))["volume"]),
-            "text_embeddings": model.encode_texts(tokenizer, told["texts"]),
+            "volume_embedding": model.encode_volume(model.image_processor(example)["pixel_values"]),
+            "text_embeddings": model.encode_texts(told["texts"]),
         }
+    if "zero_shot" in told:
+        found["zero_shot"] = torch.tensor(list(model.zero_shot(example, list(told["zero_shot"])).values()))
+        told["zero_shot"] = list(told["zero_shot"].values())
     differs = False
     for name, values in found.items():
         difference = float((values - torch.tensor(told[name])).abs().max())
-        differs |= not difference <= told["tolerance"]
-        print(f"{name}: differs by {difference:.1e} (at most {told['tolerance']:.0e})")
+        tolerance = told["tolerance"] * (PROBABILITIES if name == "zero_shot" else 1)
+        differs |= not difference <= tolerance
+        print(f"{name}: differs by {difference:.1e} (at most {tolerance:.0e})")
     print("not what was exported: report the versions of torch and transformers" if differs else "verified")
     return int(differs)
 

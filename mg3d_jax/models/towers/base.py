@@ -51,13 +51,19 @@ class Imported:
     unused: list[str]
 
 
+def _no_obstacles(model: Any) -> list[str]:
+    return []
+
+
 @dataclass(frozen=True)
 class MonaiNetwork:
-    """A network of `monai.networks.nets` that a tower is, with its decoder: class, keyword arguments, state dict."""
+    """A network of `monai.networks.nets` that a tower is, with its decoder: class, keyword arguments, state dict; `part`: the
+    module in it that the state is of, "" where it is of all."""
 
     name: str
     arguments: dict[str, Any]
     state: Weights
+    part: str = ""
 
 
 @dataclass(frozen=True)
@@ -104,6 +110,10 @@ class Tower:
             features of every voxel from what `module(volume, train=..., hidden=True)` gives. None: it cannot segment.
         to_monai_network: `(parameters of the whole model, model config, channels) -> MonaiNetwork` of a model that segments;
             `UserError` naming what MONAI has no place for. None: it has no such form.
+        to_monai_encoder: the same for the encoder alone, from its parameters.
+        monai_obstacles: `model config -> what MONAI has no place for`, before there are parameters.
+        to_hugging_face: of a report tower: `(parameters, model config) -> (config.json, state dict)` of a model of
+            transformers, which `architectures` names. None: it has no such form.
     """
 
     options: type
@@ -122,6 +132,9 @@ class Tower:
     torch_hint: str = ""
     segmenter: Callable[[Any], nn.Module] | None = None
     to_monai_network: Callable[[Params, Any, int], MonaiNetwork] | None = None
+    to_monai_encoder: Callable[[Params, Any, int], MonaiNetwork] | None = None
+    monai_obstacles: Callable[[Any], list[str]] = _no_obstacles
+    to_hugging_face: Callable[[Params, Any], tuple[dict[str, Any], Weights]] | None = None
 
 
 def frozen_stack(depth: int, frozen: int, after: tuple[str, ...] = ("stack", "norm", "pool", "flatten")) -> FrozenRows:

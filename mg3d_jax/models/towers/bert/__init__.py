@@ -7,7 +7,7 @@ from typing import Any
 
 from mg3d_jax.models.towers.base import Form, Params, Sizes, Tower, Weights, frozen_stack
 from mg3d_jax.models.towers.bert.encoder import ReportEncoder
-from mg3d_jax.models.towers.bert.hugging_face import from_hugging_face
+from mg3d_jax.models.towers.bert.hugging_face import from_hugging_face, to_hugging_face
 from mg3d_jax.models.towers.weights import torch_state
 
 
@@ -86,4 +86,5 @@ BERT = Tower(
     },
     to_torch=_to_torch,
     torch_arguments=_torch_arguments,
+    to_hugging_face=to_hugging_face,
 )

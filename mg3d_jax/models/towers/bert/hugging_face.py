@@ -109,3 +109,49 @@ def _layer(weights: StrictWeights, prefix: str, sizes: dict[str, int]) -> dict:
         },
         "mlp_layer_norm": norm_params(weights, f"{prefix}.output.LayerNorm", width),
     }
+
+
+def to_hugging_face(params: dict[str, Any], model: Any) -> tuple[dict[str, Any], Weights]:
+    """The encoder as transformers' `BertModel` without its pooler: `config.json` and state dict. A RoBERTa, too: its position
+    table begins at the first position that a token uses."""
+    from mg3d_jax.models.towers.weights import torch_state
+
+    sizes = model.report_encoder.sizes
+    names = {
+        "word_embedding": "embeddings.word_embeddings",
+        "position_embedding": "embeddings.position_embeddings",
+        "type_embedding": "embeddings.token_type_embeddings",
+        "embedding_norm": "embeddings.LayerNorm",
+    }
+    layer = {
+        **{f"attention.{name}": f"attention.self.{name}" for name in ("query", "key", "value")},
+        "attention.out": "attention.output.dense",
+        "attention_layer_norm": "attention.output.LayerNorm",
+        "mlp.up": "intermediate.dense",
+        "mlp.down": "output.dense",
+        "mlp_layer_norm": "output.LayerNorm",
+    }
+    names |= {
+        f"blocks.{number}.{ours}": f"encoder.layer.{number}.{theirs}"
+        for number in range(sizes.depth)
+        for ours, theirs in layer.items()
+    }
+    state = {}
+    for key, array in torch_state(params).items():
+        ours, _, kind = key.rpartition(".")
+        state[f"{names[ours]}.{kind}"] = array
+    vocabulary, positions = len(params["word_embedding"]), len(params["position_embedding"])
+    config = {
+        "model_type": "bert",
+        "architectures": ["BertModel"],
+        "hidden_act": "gelu",
+        "hidden_size": sizes.width,
+        "num_hidden_layers": sizes.depth,
+        "num_attention_heads": sizes.num_heads,
+        "intermediate_size": sizes.mlp_dim,
+        "vocab_size": vocabulary,
+        "max_position_embeddings": positions,
+        "type_vocab_size": sizes.type_vocab,
+        "layer_norm_eps": sizes.norm_epsilon,
+    }
+    return config, state

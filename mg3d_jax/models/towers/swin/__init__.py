@@ -8,7 +8,7 @@ from typing import Any
 from mg3d_jax.models.segmentation import SwinUnetrDecoder
 from mg3d_jax.models.towers.base import Form, FrozenRows, Grid, Tower
 from mg3d_jax.models.towers.swin.encoder import MERGE_ORDERS, SwinEncoder
-from mg3d_jax.models.towers.swin.monai import from_monai, to_swin_unetr
+from mg3d_jax.models.towers.swin.monai import from_monai, obstacles, to_swin_unetr, to_swin_vit
 from mg3d_jax.options import choice, key
 
 
@@ -129,7 +129,9 @@ SWIN = Tower(
         )
     },
     fresh=("pool/", "mask_token"),
-    torch_hint="its PyTorch form is MONAI's SwinUNETR",
+    torch_hint="its PyTorch form is MONAI's SwinUNETR: --format monai",
     segmenter=_segmenter,
     to_monai_network=to_swin_unetr,
+    to_monai_encoder=to_swin_vit,
+    monai_obstacles=obstacles,
 )

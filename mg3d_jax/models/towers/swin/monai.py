@@ -147,6 +147,17 @@ def _block(strict: StrictWeights, prefix: str, width: int, encoder: dict[str, An
     }
 
 
+def obstacles(model: Any) -> list[str]:
+    """What of the volume encoder MONAI's `SwinUNETR` has no place for."""
+    sizes = model.volume_encoder.sizes
+    checks = (
+        (sizes.patch_size != (2, 2, 2), f"patches of {sizes.patch_size}: its patches are 2"),
+        (len(sizes.depths) != len(STAGES), f"{len(sizes.depths)} stages: it has {len(STAGES)}"),
+        (len(set(sizes.window)) > 1, f"a window of {sizes.window}: give one number for all axes"),
+    )
+    return [text for prevents, text in checks if prevents]
+
+
 def to_swin_unetr(params: Params, model: Any, channels: int) -> MonaiNetwork:
     """A model that segments as MONAI's `SwinUNETR`. `UserError` naming what it has no place for.
 
@@ -154,28 +165,46 @@ def to_swin_unetr(params: Params, model: Any, channels: int) -> MonaiNetwork:
         params: of the whole model. model: the model config.
     """
     encoder, head = model.volume_encoder, params["segmentation_head"]
-    sizes, width = encoder.sizes, len(head["kernel"])
-    checks = (
-        (sizes.patch_size != (2, 2, 2), f"patches of {sizes.patch_size}: its patches are 2"),
-        (len(sizes.depths) != len(STAGES), f"{len(sizes.depths)} stages: it has {len(STAGES)}"),
-        (len(set(sizes.window)) > 1, f"a window of {sizes.window}: give one number for all axes"),
-        (width != sizes.embed, f"a decoder of {width} channels on a Swin of {sizes.embed}: they must be the same"),
-    )
-    if problems := [text for prevents, text in checks if prevents]:
+    problems, width = obstacles(model), len(head["kernel"])
+    if width != encoder.sizes.embed:
+        problems.append(f"a decoder of {width} channels on a Swin of {encoder.sizes.embed}: they must be the same")
+    _refuse(problems)
+    decoder = decoder_to_monai(params["segmentation_decoder"], head, SWIN_UNETR_ROWS)
+    own = _to_monai(params["volume_encoder"], encoder.sizes.depths, channels)
+    arguments = _arguments(encoder, channels, len(head["bias"]))
+    return MonaiNetwork("SwinUNETR", arguments, decoder | {f"swinViT.{name}": array for name, array in own.items()})
+
+
+def to_swin_vit(params: Params, model: Any, channels: int) -> MonaiNetwork:
+    """The encoder as the `swinViT` of MONAI's `SwinUNETR`. `UserError` naming what that has no place for.
+
+    Args:
+        params: of the volume encoder.
+    """
+    _refuse(obstacles(model))
+    encoder = model.volume_encoder
+    state = _to_monai(params, encoder.sizes.depths, channels)
+    return MonaiNetwork("SwinUNETR", _arguments(encoder, channels, classes=2), state, part="swinViT")
+
+
+def _refuse(problems: list[str]) -> None:
+    if problems:
         raise UserError("MONAI's SwinUNETR cannot hold this model:\n  - " + "\n  - ".join(problems))
-    arguments = {
+
+
+def _arguments(encoder: Any, channels: int, classes: int) -> dict[str, Any]:
+    """Keyword arguments of `SwinUNETR`."""
+    sizes = encoder.sizes
+    return {
         "in_channels": channels,
-        "out_channels": len(head["bias"]),
-        "feature_size": width,
+        "out_channels": classes,
+        "feature_size": sizes.embed,
         "depths": list(sizes.depths),
         "num_heads": list(sizes.stage_heads),
         "window_size": sizes.window[0],
         "downsample": encoder.options.merging,
         "use_v2": sizes.residual_convolutions,
     }
-    decoder = decoder_to_monai(params["segmentation_decoder"], head, SWIN_UNETR_ROWS)
-    own = _to_monai(params["volume_encoder"], sizes.depths, channels)
-    return MonaiNetwork("SwinUNETR", arguments, decoder | {f"swinViT.{name}": array for name, array in own.items()})
 
 
 def _to_monai(params: Params, depths: tuple[int, ...], channels: int) -> Weights:

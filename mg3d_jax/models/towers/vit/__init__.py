@@ -12,7 +12,7 @@ from mg3d_jax.models.positions import interpolate
 from mg3d_jax.models.segmentation import UNETR_WIDTH, UnetrDecoder
 from mg3d_jax.models.towers.base import Form, Grid, Params, Sizes, Tower, frozen_stack
 from mg3d_jax.models.towers.vit.encoder import VolumeEncoder
-from mg3d_jax.models.towers.vit.monai import from_monai, to_unetr
+from mg3d_jax.models.towers.vit.monai import from_monai, obstacles, to_unetr, to_vit
 from mg3d_jax.models.towers.vit.torch import to_torch, torch_arguments
 from mg3d_jax.options import choice, key
 
@@ -141,4 +141,6 @@ VIT = Tower(
     torch_arguments=torch_arguments,
     segmenter=_segmenter,
     to_monai_network=to_unetr,
+    to_monai_encoder=to_vit,
+    monai_obstacles=obstacles,
 )

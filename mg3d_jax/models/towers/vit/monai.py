@@ -6,7 +6,8 @@ the size of the volume. MONAI's ViT has no pooling head; ours starts fresh.
 In the other direction the two differ in three things. MONAI joins query, key and value into one matrix: they are
 concatenated. Its norms have epsilon 1e-5, ours by default 1e-6: made up for exactly, because a norm sees its input only up
 to scale, by a residual stream that is sqrt(10) times as large. Its GELU is the exact one, ours by default the tanh form:
-one line that the user adds after loading (`README.md` of the export has it).
+one line that the user adds after loading (`README.md` of the export has it). It has no layer scale: ours multiplies what a
+residual branch gives, which is the output of a linear layer, whose rows take the factors.
 """
 
 from __future__ import annotations
@@ -153,7 +154,6 @@ def obstacles(model: ModelConfig) -> list[str]:
         (options.stem != "linear", f"stem = {options.stem!r}: MONAI's stem is one convolution; train with 'linear'"),
         (options.num_registers, f"num_registers = {options.num_registers}: MONAI has no register tokens; train with 0"),
         (options.qk_norm, "qk_norm = True: MONAI does not normalise queries and keys; train with False"),
-        (options.layer_scale, f"layer_scale = {options.layer_scale}: MONAI has no layer scale; train with 0"),
     )  # fmt: skip
     return [f"model.volume_encoder.{text}" for prevents, text in checks if prevents]
 
@@ -197,12 +197,22 @@ def to_monai(params: dict[str, Any], model: ModelConfig) -> dict[str, np.ndarray
                 block("attention_layer_norm"),
                 block("mlp_layer_norm"),
             )
+            factor = lambda name, i=number: ours.get(f"blocks.{i}.{name}.weight", np.float32(1))  # noqa: E731
             parts = [block(f"attention.{name}") for name in ("query", "key", "value")]
             state[f"{to}attn.qkv.{kind}"] = np.concatenate(parts)
-            state[f"{to}attn.out_proj.{kind}"] = block("attention.out") * scale
+            state[f"{to}attn.out_proj.{kind}"] = (block("attention.out").T * factor("attention_scale")).T * scale
             state[f"{to}mlp.linear1.{kind}"] = block("mlp.up")
-            state[f"{to}mlp.linear2.{kind}"] = block("mlp.down") * scale
+            state[f"{to}mlp.linear2.{kind}"] = (block("mlp.down").T * factor("mlp_scale")).T * scale
     return {name: np.ascontiguousarray(array, np.float32) for name, array in state.items()}
+
+
+def to_vit(params: dict[str, Any], model: ModelConfig, channels: int) -> MonaiNetwork:
+    """The volume encoder as MONAI's `ViT`. `UserError` naming the settings for which it has no place.
+
+    Args:
+        params: of the volume encoder.
+    """
+    return MonaiNetwork("ViT", monai_arguments(model, channels), to_monai(params, model))
 
 
 UNETR_PATCH, UNETR_DEPTH = (16, 16, 16), 12  # which MONAI's has no arguments for

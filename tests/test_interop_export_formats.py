@@ -1,0 +1,190 @@
+"""Exports in other forms (BERT, ONNX, torch.export, bfloat16, several files, MONAI's Swin), and the way back."""
+
+from __future__ import annotations
+
+import json
+import re
+
+import jax
+import numpy as np
+import pytest
+import torch
+from exported_runs import random_run
+from flax.traverse_util import flatten_dict
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from support import tiny_config
+
+from mg3d_jax import config as config_lib
+from mg3d_jax import sharding
+from mg3d_jax.commands.main import main as cli
+from mg3d_jax.config.parts import InitConfig
+from mg3d_jax.data.tokens import save_tokenizer, train_wordpiece
+from mg3d_jax.errors import UserError
+from mg3d_jax.interop import export as export_lib
+from mg3d_jax.interop import export_options, import_model, state_dict
+from mg3d_jax.interop.export_options import Extras
+from mg3d_jax.interop.hugging_face import load_checkpoint
+from mg3d_jax.interop.sources import open_source
+from mg3d_jax.interop.torch_template import modeling_mg3d
+from mg3d_jax.interop.warm_start import account
+from mg3d_jax.models.towers import bert, swin, vit
+from mg3d_jax.training import state as state_lib
+
+ENCODER = "model__volume_encoder__"
+
+
+@pytest.fixture(scope="module")
+def tokenizer_folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("tokenizer")
+    save_tokenizer(train_wordpiece({"There is no nodule.", "The heart is large.", "A cyst (2.5 cm)."}, 120), folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def run(tokenizer_folder):
+    """With layer scale, two windows, learned positions, a head, and report directions that were centred."""
+    yield random_run(
+        tokenizer_folder, tasks__classification__weight=1.0, tasks__classification__num_labels=2,
+        objectives__alignment__report_view="subsets", data__windows=((-1000.0, 1000.0), (-150.0, 250.0)),
+        **{ENCODER + "positions": "learned", ENCODER + "layer_scale": 0.1, ENCODER + "num_registers": 2},
+    )  # fmt: skip
+    del vit.PRESETS["smallest"], bert.PRESETS["smallest"]
+    swin.PRESETS.pop("four", None)
+
+
+def said(lines):
+    """The largest of the differences that an export names."""
+    return max(float(found) for line in lines for found in re.findall(r"differ by at most (\S+)", line))
+
+
+def test_the_report_encoder_is_a_bert_of_transformers(run, tmp_path):
+    """Which the export runs beside ours; read again, its arrays are the run's."""
+    assert said(export_lib.export(run, tmp_path / "bert", "bert")) < 1e-4
+    again = load_checkpoint(str(tmp_path / "bert"), bert.BERT.forms["bert"], run.tokenizer.tokenizer.get_vocab())
+    ours = flatten_dict(run.params["report_encoder"], sep="/")
+    for name, array in flatten_dict(again.params, sep="/").items():
+        np.testing.assert_array_equal(array, ours[name], err_msg=name)
+    assert not (tmp_path / "bert" / "preprocessor_config.json").exists()
+
+
+@pytest.mark.parametrize("form", ["onnx", "pt2"])
+def test_graphs_take_float_and_int16_and_any_batch(run, tmp_path, form):
+    """The export runs them beside the Linen model with two sizes of batches."""
+    if form == "onnx":
+        for name in ("onnx", "onnxruntime", "onnxscript"):
+            pytest.importorskip(name)
+    assert said(export_lib.export(run, tmp_path / "out", form)) < 1e-5
+    assert {file.stem for file in (tmp_path / "out").glob(f"*.{form}")} == {
+        "volume_encoder", "volume_encoder_int16", "report_encoder",
+    }  # fmt: skip
+    code = re.search(r"```python\n(.*?)```", (tmp_path / "out" / "README.md").read_text(), re.DOTALL)[1]
+    found = {}
+    exec(code.replace('("volume', f'("{tmp_path / "out"}/volume'), found)  # the card's snippet
+    assert tuple(found["embedding"].shape) == (2, run.config.model.projection_dim)
+
+
+def test_half_the_bytes_in_several_files_and_back(run, tmp_path):
+    """bfloat16 values are exact on both sides; a tampered setting is noticed; `mg3d import hf` gives the rounded run."""
+    out = tmp_path / "out"
+    lines = export_lib.export(run, out, extras=Extras(dtype="bf16", shard_size="200KB"))
+    assert said(lines) < 1e-5
+    files = sorted(out.glob("model-*.safetensors"))
+    assert len(files) > 1 and not (out / "model.safetensors").exists()
+    with safe_open(files[0], framework="pt") as file:
+        assert {file.get_tensor(name).dtype for name in file.keys()} == {torch.bfloat16}  # noqa: SIM118
+    load = modeling_mg3d.MG3DModel.from_pretrained
+    wide = load(out, torch_dtype=torch.bfloat16).eval()
+    hu = torch.from_numpy(np.random.default_rng(0).integers(-1024, 1500, (2, 16, 16, 16)).astype(np.int16))
+    with torch.no_grad():
+        near = torch.nn.functional.cosine_similarity(wide.encode_volume(hu), load(out).float().encode_volume(hu))
+    assert wide.dtype == torch.bfloat16 and near.min() > 0.99
+    model = import_model.read_model(out)
+    for name, array in flatten_dict(model.params, sep="/").items():
+        before = flatten_dict(run.params, sep="/")[name]
+        np.testing.assert_array_equal(array, np.asarray(before, jax.numpy.bfloat16).astype("f"), err_msg=name)
+    config = json.loads((out / "config.json").read_text())
+    (out / "config.json").write_text(json.dumps(config | {"volume_heads": 1}))
+    with pytest.raises(ValueError, match="volume_heads = 1, not 2"):
+        load(out)
+    with pytest.raises(UserError, match="--shard-size 5 miles"):
+        export_options.shard_bytes("5 miles")
+
+
+def test_a_tuned_folder_comes_back(run, tmp_path, capsys):
+    """From transformers' `save_pretrained`, to the last bit; `init_from` takes all of it; the keys are printed."""
+    export_lib.export(run, tmp_path / "exported")
+    tuned = modeling_mg3d.MG3DModel.from_pretrained(tmp_path / "exported")
+    with torch.no_grad():
+        tuned.volume_projection.weight.add_(1)
+    tuned.save_pretrained(tmp_path / "tuned")
+    assert cli(["import", "hf", str(tmp_path / "tuned"), "--out", str(tmp_path / "back")]) == 0
+    printed = capsys.readouterr().out
+    assert "--config.model.volume_encoder.preset=smallest   (" in printed and "classification_head" in printed
+    assert f"--config.init_from.path={tmp_path / 'back'}" in printed
+    model = import_model.read_model(tmp_path / "back")
+    setup = state_lib.build(model.config, run.tokenizer.vocab_size, sharding.make_mesh(model.config.mesh), steps=0)
+    wanted = {name: tuple(x.shape) for name, x in flatten_dict(setup.abstract["params"], sep="/").items()}
+    found = account(open_source(str(tmp_path / "back"), setup, run.tokenizer), InitConfig(), wanted, run.tokenizer)
+    before = flatten_dict(run.params, sep="/")
+    assert found.taken.keys() == wanted.keys() and not found.resized
+    for name, array in found.taken.items():
+        expected = before[name] + (1 if name == "volume_projection/out/kernel" else 0)
+        np.testing.assert_array_equal(array, expected.astype("f"), err_msg=name)
+    state = load_file(tmp_path / "tuned" / "model.safetensors")
+    state["volume_encoder.extra"] = state.pop("volume_encoder.norm.bias")
+    save_file(state, tmp_path / "tuned" / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(UserError, match=r"norm.bias \[32\]: missing in the file\n.*extra \[32\]: unknown to the model"):
+        import_model.read_model(tmp_path / "tuned")
+    (tmp_path / "tuned" / "tokenizer.json").unlink()
+    with pytest.raises(UserError, match=r"has no tokenizer\.json: copy it"):
+        import_model.read_model(tmp_path / "tuned")
+
+
+class Whole:
+    """What somebody pickled with their weights."""
+
+
+def test_what_people_wrap_weights_in(tmp_path):
+    weights = {"a.b": torch.ones(2), "c": torch.zeros(1)}
+    for prefix in ("module.", "_orig_mod.module.", "model."):
+        torch.save({f"{prefix}{key}": x for key, x in weights.items()}, tmp_path / "w.pt")
+        assert state_dict.read_state_dict(tmp_path / "w.pt").keys() == weights.keys()
+    torch.save({"student.backbone.a.b": torch.ones(2), "teacher.backbone.a.b": torch.zeros(2)}, tmp_path / "w.pt")
+    assert state_dict.read_state_dict(tmp_path / "w.pt", "student.backbone.").keys() == {"a.b"}
+    with pytest.raises(UserError, match=r"keys begin with student\.backbone\. \(1\), teacher\.backbone\. \(1\)"):
+        state_dict.read_state_dict(tmp_path / "w.pt", "encoder.")
+    torch.save({"model": Whole()}, tmp_path / "w.pt")
+    with pytest.raises(UserError, match=r"torch\.save\(model\.state_dict\(\), FILE\)"):
+        state_dict.read_state_dict(tmp_path / "w.pt")
+
+
+def test_a_swin_that_was_only_pre_trained(tokenizer_folder, tmp_path):
+    """As the `swinViT` of SwinUNETR, loaded strictly; what has no such form is refused before weights are read."""
+    swin.PRESETS["four"] = swin.SwinSizes(12, (1, 1, 1, 1), (1, 2, 2, 2), (2, 2, 2), residual_convolutions=True)
+    options = {"kind": "swin", "preset": "four", "patch_size": (16, 16, 16)}
+    run = random_run(tokenizer_folder, model__volume_size=(32, 32, 32), **{ENCODER + k: v for k, v in options.items()})
+    # Of one voxel in the last stage, MONAI normalises twelve numbers that random weights make nearly alike.
+    assert said(export_lib.export(run, tmp_path / "out", "monai")) < 1e-4
+    card, found = (tmp_path / "out" / "README.md").read_text(), {"torch": torch}
+    code = re.search(r"```python\n(.*?)```", card, re.DOTALL)[1].replace('("', f'("{tmp_path / "out"}/')
+    exec(f"volume = torch.zeros(1, 1, 32, 32, 32)\n{code}", found)  # the card's snippet
+    assert found["stages"][-1].shape == (1, 192, 1, 1, 1) and found["logits"].shape[1] == 2
+    small = tiny_config(**{ENCODER + k: v for k, v in (options | {"preset": "swin-nano"}).items()})
+    for form, says in (
+        ("hf", "is a swin, which cannot be exported: its PyTorch form is MONAI's SwinUNETR"),
+        ("onnx", "is a swin, which cannot be exported"),
+        ("monai", r"MONAI cannot hold .*\n.*2 stages: it has 4"),
+    ):
+        with pytest.raises(UserError, match=says):
+            export_lib.refuse(small, form)
+
+
+def test_the_command_refuses_before_it_reads_weights(tmp_path, capsys):
+    config = tiny_config(
+        **{ENCODER + "kind": "swin", ENCODER + "preset": "swin-nano", ENCODER + "patch_size": (16,) * 3}
+    )
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "config.json").write_text(config_lib.to_json(config))
+    assert cli(["export", "--workdir", str(tmp_path / "run"), "--out", str(tmp_path / "out")]) == 2
+    assert "which cannot be exported" in capsys.readouterr().err
