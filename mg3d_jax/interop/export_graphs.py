@@ -148,13 +148,14 @@ def write_onnx(run: Run, folder: Path, extras: Extras) -> list[str]:
     batch = torch.export.Dim("batch")
     examples = torch.from_numpy(volumes[:2].astype(np.float32)), {n: torch.from_numpy(x[:2]) for n, x in tokens.items()}
     paths = {name: folder / f"{name}.onnx" for name in ("volume_encoder", "volume_encoder_int16", "report_encoder")}
-    options: dict[str, Any] = {"dynamo": True, "external_data": True, "verbose": False, "output_names": ["embedding"]}
+    options: dict[str, Any] = {"dynamo": True, "external_data": True, "verbose": False}
     torch.onnx.export(
-        volume, (examples[0],), paths["volume_encoder"], input_names=[VOLUME], dynamic_shapes=({0: batch},), **options
-    )
+        volume, (examples[0],), paths["volume_encoder"], input_names=[VOLUME], output_names=["image_embeds"],
+        dynamic_shapes=({0: batch},), **options,
+    )  # fmt: skip
     torch.onnx.export(
         text, tuple(examples[1][name] for name in TEXT), paths["report_encoder"], input_names=list(TEXT),
-        dynamic_shapes=({0: batch},) * len(TEXT), **options,
+        output_names=["text_embeds"], dynamic_shapes=({0: batch},) * len(TEXT), **options,
     )  # fmt: skip
     graph = onnx.load(str(paths["volume_encoder"]), load_external_data=False)
     onnx.save(_of_int16(graph, onnx), str(paths["volume_encoder_int16"]))
