@@ -15,6 +15,7 @@ import torch
 import yaml
 from exported_runs import SPACING, random_run
 from safetensors.torch import load_file, save_file
+from sklearn.metrics import roc_auc_score
 from support import ROOT, environment, quick_state, tiny_builder, tiny_config, with_smallest_towers
 from test_prepare_reading import write_dicom
 from transformers import PreTrainedTokenizerFast
@@ -22,9 +23,11 @@ from transformers import PreTrainedTokenizerFast
 from mg3d_jax import config as config_lib
 from mg3d_jax import sharding
 from mg3d_jax.commands.main import main as cli
+from mg3d_jax.data.pipeline import PreparedData
 from mg3d_jax.data.tokens import ReportTokenizer, load_tokenizer, save_tokenizer, train_wordpiece
 from mg3d_jax.errors import UserError
 from mg3d_jax.evaluation.embed import Embedder
+from mg3d_jax.evaluation.evaluate import evaluate
 from mg3d_jax.evaluation.zero_shot import ZeroShot
 from mg3d_jax.interop import export as export_lib
 from mg3d_jax.interop.export_format import Probe
@@ -41,6 +44,7 @@ from mg3d_jax.prepare.volumes import prepare_volume
 from mg3d_jax.training import inputs as step_inputs
 from mg3d_jax.training import state as state_lib
 from mg3d_jax.training.checkpoints import Checkpoints
+from mg3d_jax.training.restore import restore_run
 
 ENCODER = "model__volume_encoder__"
 TWO_WINDOWS = {"data__windows": ((-1000.0, 1000.0), (-150.0, 250.0))}
@@ -267,7 +271,7 @@ def test_a_difference_between_the_frameworks_stops_the_export(make_run, tmp_path
 
 
 def test_the_command_exports_a_checkpoint(make_run, tokenizer_folder, tiny_data, tmp_path, capsys):
-    config = config_lib.typed(with_smallest_towers(tiny_builder(tiny_data["train"], model__dtype="bfloat16")))
+    config = config_lib.typed(with_smallest_towers(tiny_builder(tiny_data["train"])))
     workdir, out = tmp_path / "run", tmp_path / "out"
     save_tokenizer(load_tokenizer(str(tokenizer_folder)), workdir / "tokenizer")
     (workdir / "config.json").write_text(config_lib.to_json(config))
@@ -286,6 +290,18 @@ def test_the_command_exports_a_checkpoint(make_run, tokenizer_folder, tiny_data,
         assert "CC-BY-NC-SA-4.0" in (out / form / "README.md").read_text()
     content = json.loads((out / "hf" / "config.json").read_text())
     assert (content["mg3d_jax"]["step"], content["spacing"], content["vocab_size"]) == (3, list(SPACING), vocab)
+    evaluated = evaluate(restore_run(workdir), [tiny_data["valid"]], only=["zero_shot"]).document["zero_shot"]
+    data = PreparedData((tiny_data["valid"],), volume_size=config.grid)
+    records = [data.read(index) for index in range(len(data))]
+    scores = (
+        modeling_mg3d.MG3DModel.from_pretrained(out / "hf")
+        .eval()
+        .zero_shot(torch.from_numpy(np.stack([record.volume for record in records])))
+    )
+    for number, label in enumerate(data.label_names):
+        present = [record.labels[number] for record in records]
+        area = roc_auc_score(present, [row[label] for row in scores])
+        assert area == pytest.approx(evaluated[f"auroc/{label}"]), label
     assert cli(["export", "--workdir", str(workdir), "--out", str(out / "hf"), "--step", "9"]) == 2
     assert "/9 cannot be restored" in capsys.readouterr().err
     assert cli(["export", "--workdir", str(tmp_path), "--out", str(tmp_path / "new")]) == 2

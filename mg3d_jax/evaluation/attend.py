@@ -227,7 +227,8 @@ def write_overlay(path: Path, found: Relevance, shown: Scan | None = None, name:
         panel.title.set_fontsize(9)
         if across == 0:  # x grows to the patient's right, which is shown on the left
             panel.invert_xaxis()
-        _name_sides(panel, SIDES[across][:: -1 if across == 0 else 1], SIDES[up])
+        low, high = SIDES[across]
+        _name_sides(panel, (high, low) if across == 0 else (low, high), SIDES[up])
     label = "attention / even attention" if found.method == "attention" else "fall of similarity without the patch"
     figure.colorbar(colours, ax=panels, label=label, shrink=0.8)
     figure.suptitle(f"{found.text}\n{name}{': ' if name else ''}similarity {found.similarity:.3f}", fontsize=10)

@@ -24,8 +24,6 @@ from .configuration_mg3d import MG3DConfig
 from .towers_mg3d import MG3DPreTrainedModel, MG3DTextOutput, MG3DVisionOutput, TextSide, VisionSide
 from .zero_shot_mg3d import ZeroShot
 
-MAX_LOGIT_SCALE = 100.0
-
 
 @dataclass
 class MG3DOutput(ModelOutput):
@@ -44,7 +42,7 @@ class MG3DOutput(ModelOutput):
         return tuple(value.to_tuple() if isinstance(value, ModelOutput) else value for value in super().to_tuple())
 
 
-class MG3DModel(VisionSide, TextSide, ZeroShot, MG3DPreTrainedModel):
+class MG3DModel(ZeroShot, MG3DPreTrainedModel):
     """Both towers, sentence pooling and the projections into the shared space."""
 
     main_input_name = "pixel_values"
@@ -56,11 +54,6 @@ class MG3DModel(VisionSide, TextSide, ZeroShot, MG3DPreTrainedModel):
         self.logit_scale = nn.Parameter(torch.zeros(()))
         self.logit_bias = nn.Parameter(torch.zeros(())) if config.logit_bias else 0.0  # of the sigmoid (SigLIP) loss
         self.post_init()
-
-    @property
-    def scale(self) -> Tensor:
-        """1 / temperature, cut as in training."""
-        return self.logit_scale.float().exp().clamp(max=MAX_LOGIT_SCALE)
 
     def forward(
         self,

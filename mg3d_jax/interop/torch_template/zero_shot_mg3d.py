@@ -8,20 +8,27 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers.utils import cached_file
 
 from .text_mg3d import Text
+from .towers_mg3d import TextSide, VisionSide
 
 FILE = "zero_shot.json"
+MAX_LOGIT_SCALE = 100.0
 Prompts = Mapping[str, tuple[Sequence[str], Sequence[str]]]  # label -> sentences: present, absent
 
 
-class ZeroShot:
+class ZeroShot(VisionSide, TextSide):
     """`zero_shot` of a model that embeds volumes and texts."""
 
-    _folder: str
+    logit_scale: nn.Parameter
     _processor: Any = None
+
+    @property
+    def scale(self) -> Tensor:
+        """1 / temperature, cut as in training."""
+        return self.logit_scale.float().exp().clamp(max=MAX_LOGIT_SCALE)
 
     @property
     def image_processor(self) -> Any:
