@@ -4,7 +4,8 @@
         --config.data.train=DATA/train --test DATA/valid
 
 RUN gives both towers and the tokenizer; volume encoder and projection are trained, the report side stays. The numbers are
-those of the zero-shot evaluation with the prompts that were trained. `:small` is for phantoms and a run of the quickstart.
+those of the zero-shot evaluation with the prompts that were trained. `:small` is for phantoms and a run of the quickstart, of
+which the volume encoder stays, too.
 """
 
 from ml_collections import ConfigDict
@@ -20,4 +21,8 @@ def get_config(arg: str = "") -> ConfigDict:
     )  # fmt: skip
     config.tasks.vocabulary.update({"weight": 1.0, "labels": ABNORMALITIES})
     config.evaluations.zero_shot.every = 0
+    if finetune.SMALL in arg.split(","):  # from a run that has seen as many volumes: its projection alone is trained
+        config.training.steps = 400
+        if config.init_from.path:
+            config.model.volume_encoder.frozen_layers = -1
     return config.lock()

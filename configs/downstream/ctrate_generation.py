@@ -18,5 +18,6 @@ def get_config(arg: str = "") -> ConfigDict:
         arg, "ctrate_generation", volume_size=(128, 128, 96), windows=((-1000.0, 1000.0),), heads=("report_decoder",)
     )
     finetune.use_report_decoder(config, arg)
+    config.data.max_tokens = 512  # half of the phantoms' reports, written like CT-RATE's, are longer than 256
     config.evaluations.generation.every = 0
     return config.lock()
