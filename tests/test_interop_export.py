@@ -31,6 +31,7 @@ from mg3d_jax.evaluation.embed import Embedder
 from mg3d_jax.evaluation.evaluate import evaluate
 from mg3d_jax.evaluation.zero_shot import ZeroShot
 from mg3d_jax.interop import export as export_lib
+from mg3d_jax.interop import export_preparation
 from mg3d_jax.interop.export_format import Probe
 from mg3d_jax.interop.export_options import Extras
 from mg3d_jax.interop.torch_template import configuration_mg3d, modeling_mg3d, text_mg3d, volume_mg3d
@@ -549,6 +550,21 @@ def test_a_colleague_without_jax(exported, copied, tmp_path):
     np.testing.assert_allclose(found["texts again"], report[:1], atol=1e-5)
     with pytest.raises(ValueError, match="AutoImageProcessor"):
         modeling_mg3d.MG3DModel.from_pretrained(exported[1]).prepare_volume(hu, affine)
+
+
+@pytest.mark.parametrize("policy", ["center", "body", "lung"])
+def test_a_real_scan_is_brought_to_the_grid_as_prepare_does(shared_data, tmp_path, policy):
+    """By the exported code alone; zero-shot and all else start from these voxels."""
+    export_preparation.write(tmp_path)
+    module, size, spacing = export_preparation.load(tmp_path), (48, 40, 44), (6.0, 7.0, 7.5)
+    processor = module.MG3DImageProcessor(size_voxels=size, spacing_mm=spacing, policy=policy)
+    file = shared_data / "ct" / "totalseg_example_ct.nii.gz"
+    found = processor(str(file), return_tensors="np")["pixel_values"][0]
+    expected = prepare_volume(file, Grid(size, spacing, policy)).volume
+    np.testing.assert_array_equal(found, expected)
+    assert found.std() > 100
+    with pytest.raises(module.UserError, match="cannot be used"):  # a label map is no CT
+        processor(str(file.with_name("totalseg_example_ct_labels.nii.gz")))
 
 
 def test_a_fixed_share_of_each_axis(make_run, tmp_path):
