@@ -44,7 +44,8 @@ LONGEST = (  # files that take half a minute and more: begun first, so that no p
     "test_scaling_sweep_real.py", "test_interop_export.py", "test_training_cost.py", "test_scaling_sweep.py",
     "test_objectives_same_words.py", "test_training_report_texts.py", "test_typing.py", "test_evaluation_embed_files.py",
     "test_evaluation_plugins.py", "test_scaling_fit_bootstrap.py", "test_models_plugins.py", "test_benchmarks_step.py",
-    "test_finetune_run.py", "test_interop_monai.py", "test_interop_export_formats.py", "test_benchmarks_towers.py", "test_models_fusion.py",
+    "test_interop_export_formats.py",
+    "test_finetune_run.py", "test_interop_monai.py", "test_benchmarks_towers.py", "test_models_fusion.py",
 )  # fmt: skip
 
 
