@@ -6,7 +6,6 @@ import json
 import os
 import shutil
 import signal
-import subprocess
 import sys
 import time
 from collections.abc import Iterator
@@ -14,11 +13,14 @@ from pathlib import Path
 
 import pytest
 from support import TESTS, environment, tiny_builder, with_plain_towers
+from zygote import Forked, of_session
 
 from mg3d_jax import config as config_lib
 from mg3d_jax.commands.main import main
+from mg3d_jax.registry import EXECUTORS
 from mg3d_jax.scaling.sweep import declaration as sweep
 from mg3d_jax.scaling.sweep import states
+from mg3d_jax.scaling.sweep.executors.base import Executor, Job, Start
 from mg3d_jax.training import cost as step_cost
 
 PATIENCE = 1200.0  # seconds; about a minute on two idle cores
@@ -52,6 +54,28 @@ def get_config(arg=""):
 """
 
 
+class ForkedJob(Job):
+    label = "a forked trainer"
+
+    def __init__(self, start: Start):
+        self._process = Forked(of_session(), list(start.command[3:]), start.log)
+
+    def poll(self) -> int | None:
+        return self._process.poll()
+
+
+class ForkedTrainers(Executor):
+    """An executor of a user: its trainers are forked, and take the lock of their run themselves."""
+
+    name = "forked"
+
+    def start(self, start: Start) -> Job:
+        return ForkedJob(start)
+
+
+EXECUTORS.register("forked", ForkedTrainers)
+
+
 @pytest.fixture(scope="module")
 def project(tiny_data, tmp_path_factory) -> Iterator[dict]:
     """The declaration, its arguments, and the sweep run without interruption."""
@@ -60,17 +84,12 @@ def project(tiny_data, tmp_path_factory) -> Iterator[dict]:
     (folder / "base.json").write_text(config_lib.to_json(base))
     (folder / "base.py").write_text(BASE_FILE)
     (folder / "sweep.py").write_text(SWEEP_FILE)
-    compiled = {  # runs of one size share their programs
-        "JAX_COMPILATION_CACHE_DIR": str(folder / "compiled"),
-        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
-        **TESTS,
-    }
-    with pytest.MonkeyPatch.context() as patch:  # the runner in this process, its trainers in their own
-        for name, value in environment(**compiled).items():
+    with pytest.MonkeyPatch.context() as patch:  # the runner is in this process, its trainers have their own
+        for name, value in environment(**TESTS).items():
             patch.setenv(name, value)
-        command = ["sweep", "run", "--config", str(folder / "sweep.py"), "--at-once", "2", "--workdir"]
+        command = ["sweep", "run", "--config", str(folder / "sweep.py"), "--workdir"]
         with contextlib.redirect_stderr(io.StringIO()) as output:
-            assert main([*command, str(folder / "whole")]) == 0
+            assert main([*command, str(folder / "whole"), "--at-once", "2", "--executor", "forked"]) == 0
         declared = sweep.load(str(folder / "sweep.py"))
         yield {"folder": folder, "sweep": declared, "command": command, "output": output.getvalue()}
 
@@ -102,8 +121,8 @@ def test_sigkill_of_sweep_and_trainer_gives_the_same_table(project, capsys):
     shutil.copytree(whole, killed)
     folder = states.run_folder(killed, runs[1])
     shutil.rmtree(folder)
-    command = [sys.executable, "-m", "mg3d_jax", *project["command"], str(killed)]
-    process = subprocess.Popen(command, stdout=subprocess.DEVNULL)
+    command = [*project["command"], str(killed)]
+    process = Forked(of_session(), command, project["folder"] / "killed.log")
     deadline = time.monotonic() + PATIENCE
     while states.last_step(folder) < 8:
         assert process.poll() is None and time.monotonic() < deadline
@@ -113,13 +132,13 @@ def test_sigkill_of_sweep_and_trainer_gives_the_same_table(project, capsys):
     os.kill(trainer, signal.SIGSTOP)  # or it might save and leave when the sweep dies
     os.kill(process.pid, signal.SIGKILL)
     os.kill(trainer, signal.SIGKILL)
-    process.wait()
+    process.wait(PATIENCE)
     while states.holder(folder):  # a killed process keeps its locks until the last of its threads is gone
         assert time.monotonic() < deadline
         time.sleep(0.05)
     before = states.status(killed, runs[1])
     assert (before.state, before.action) == ("interrupted", "resume") and before.step < 24
-    assert main(command[3:]) == 0
+    assert main([*command, "--executor", "forked"]) == 0
     said = capsys.readouterr().err
     assert said.count("skipped") == 1 and "goes on after step" in said
     assert "resuming after step" in (folder / "train.log").read_text()

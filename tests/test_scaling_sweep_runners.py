@@ -323,7 +323,7 @@ def test_folders_of_earlier_versions_open(project, without_records):  # noqa: F8
     assert states.read_state(folder)["attempt"] == 2
 
 
-def test_runs_that_others_have_queued_are_left_to_them(project, monkeypatch):  # noqa: F811
+def test_runs_that_others_have_queued_are_left_to_them(project, without_records):  # noqa: F811
     """As long as their sweep lives, or the scheduler has the job, whatever the clock says."""
     one, workdir = declared(project), project / "work"
     run, folder = one.runs[0], states.run_folder(workdir, one.runs[0])
@@ -338,6 +338,7 @@ def test_runs_that_others_have_queued_are_left_to_them(project, monkeypatch):  #
 
     with states.Runner(workdir) as other:
         job["runner"] = other.name
+        assert not states.left_behind(workdir, folder)
         assert state() == states.QUEUED
         assert f"ssh, by process {os.getpid()}" in states.status(workdir, run).detail
         with states.acquire(folder):
@@ -345,8 +346,19 @@ def test_runs_that_others_have_queued_are_left_to_them(project, monkeypatch):  #
     assert state() == states.INTERRUPTED
     job["facts"] = {"alive": "true", "lock": ""}
     assert state() == states.QUEUED
+    assert states.left_behind(workdir, folder)
     job["facts"] = {"alive": "false", "lock": ""}
     assert state() == states.INTERRUPTED
+    job["facts"] = {"alive": f"! test -e {project}/go", "lock": ""}  # takes the one place that there is
+    assert state() == states.QUEUED
+    thread = threading.Timer(
+        0.5, lambda: ((workdir / "before").write_text(repr(starts(workdir, one.runs[1]))), go.touch())
+    )
+    go = project / "go"
+    thread.start()
+    assert run_all(one, workdir, Command({"command": "{words}"})) == 0
+    thread.join()
+    assert (workdir / "before").read_text() == "[]" and starts(workdir, run) == [0]
 
 
 def test_a_command_trains_a_run_anywhere(project, without_records):  # noqa: F811

@@ -169,6 +169,7 @@ class _Loop:
     def _look(self) -> bool:
         """Reads where the runs stand, starts as many as there is room for. True while any may still be done."""
         ready, waited_for = list[Run](), len(self.active)
+        room = self.executor.at_once - len(self.active)
         hopeless = set[str]()  # failed too often, or to start from such a one
         for run in self.sweep.runs:
             if run.id in self._done or run.id in self.active:
@@ -178,6 +179,7 @@ class _Loop:
                 self._close(run, "done by another process" if run.id in self._said else "done before, skipped")
             elif status.state in (states.RUNNING, states.QUEUED):
                 waited_for += 1
+                room -= states.left_behind(self.workdir, states.run_folder(self.workdir, run))  # by us, it may be
                 self._say(run, f"left to {status.detail}")
             elif status.state == states.FAILED and self._failed_here(run) > self.retries:
                 hopeless.add(run.id)
@@ -193,20 +195,20 @@ class _Loop:
                 ready.append(run)
         self._hopeless = hopeless
         for run in sorted(ready, key=self._failed_here):  # what has failed goes last
-            if len(self.active) < self.executor.at_once and not self.stop.asked:
-                self._start(run)
+            if room > 0 and not self.stop.asked:
+                room -= self._start(run)
         return bool(ready or waited_for)
 
-    def _start(self, run: Run) -> None:
-        """Starts a run, unless somebody else has just done so."""
+    def _start(self, run: Run) -> bool:
+        """Starts a run, unless somebody else has just done so. Whether it was started."""
         folder = states.run_folder(self.workdir, run)
         lock = states.acquire(folder)
         if lock is None:
-            return
+            return False
         status = states.standing(self.workdir, run)  # it may have been queued or done since we looked
         if status.action == "wait" or status.state == states.DONE:
             lock.close()
-            return
+            return False
         slot = min(set(range(self.executor.at_once)) - {one.slot for one in self.active.values()})
         elsewhere = self.executor.elsewhere
         claim = {"executor": self.executor.name, "runner": self.me.name, "label": self.executor.name, "facts": {}}
@@ -224,13 +226,14 @@ class _Loop:
             states.write_state(folder, run, states.FAILED, message=str(error))
             lock.close()
             self._say(run, f"failed: {error}")
-            return
+            return False
         if elsewhere:
             claim |= {"label": job.label, "facts": dict(job.facts)}
             states.write_state(folder, run, states.RUNNING, message=f"{job.label} is gone", job=claim)
         self.active[run.id] = Active(run, job, kept, slot, time.monotonic(), status.step)
         if self.stop.asked and not job.outlives:  # the signal came between the last check and the start
             job.stop()
+        return True
 
     def _ended(self, one: Active, code: int) -> None:
         """Writes the state that a run has ended in."""

@@ -109,6 +109,12 @@ def _claim(workdir: Path, folder: Path, job: Mapping[str, Any] | None) -> str:
     return job["label"] if job["facts"] and EXECUTORS[job["executor"]].alive(job["facts"], folder) else ""
 
 
+def left_behind(workdir: Path, folder: Path) -> bool:
+    """Was the run handed to a scheduler by a runner that is gone?"""
+    job = read_state(folder).get("job")
+    return bool(job) and locks.holder(workdir / RUNNERS_FOLDER / job["runner"]) is None
+
+
 def summary_problem(folder: Path, run: Run) -> str | None:
     """Why `summary.json` does not show a finished run of this configuration; None if it does."""
     summary, problem = _finished(folder)
