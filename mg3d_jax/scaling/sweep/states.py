@@ -112,7 +112,7 @@ def _claim(workdir: Path, folder: Path, job: Mapping[str, Any] | None) -> str:
 def left_behind(workdir: Path, folder: Path) -> bool:
     """Was the run handed to a scheduler by a runner that is gone?"""
     job = read_state(folder).get("job")
-    return bool(job) and locks.holder(workdir / RUNNERS_FOLDER / job["runner"]) is None
+    return job is not None and locks.holder(workdir / RUNNERS_FOLDER / job["runner"]) is None
 
 
 def summary_problem(folder: Path, run: Run) -> str | None:
