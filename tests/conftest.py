@@ -43,7 +43,7 @@ LONGEST = (  # files that take half a minute and more: begun first, so that no p
     "test_examples.py", "test_models_mg3d.py", "test_interop_warm_start.py", "test_training_step.py", "test_training_run.py",
     "test_scaling_sweep_real.py", "test_interop_export.py", "test_training_cost.py", "test_scaling_sweep.py",
     "test_objectives_same_words.py", "test_training_report_texts.py", "test_typing.py", "test_evaluation_embed_files.py",
-    "test_evaluation_plugins.py", "test_scaling_fit_bootstrap.py", "test_models_plugins.py", "test_benchmarks_step.py",
+    "test_evaluation_plugins.py", "test_scaling_fit_intervals.py", "test_models_plugins.py", "test_benchmarks_step.py",
     "test_interop_export_formats.py",
     "test_finetune_run.py", "test_interop_monai.py", "test_benchmarks_towers.py", "test_models_fusion.py",
 )  # fmt: skip

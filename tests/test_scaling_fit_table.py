@@ -7,12 +7,11 @@ import sys
 
 import numpy as np
 import pytest
-from reference.scaling_tables import grid, typical_law
+from reference.scaling_tables import PARAMETERS, Law, grid, objective, typical_law
 
 from mg3d_jax.commands.main import main
 from mg3d_jax.errors import UserError
 from mg3d_jax.scaling.fit import table
-from mg3d_jax.scaling.fit.laws import PARAMETERS, Law, objective
 
 
 @pytest.fixture
@@ -73,7 +72,7 @@ def test_every_bad_row_is_named_with_its_reason(runs, tmp_path):
 def test_too_few_rows_write_a_refusal_and_the_data(tmp_path, capsys):
     path, out = tmp_path / "four.csv", tmp_path / "out"
     path.write_text("params,scans,valid loss\n1e6,100,3\n1e6,1000,2.5\n1e7,100,2.6\n1e7,1000,2\n")
-    assert main(arguments(path, out)) == 0
+    assert main(arguments(path, out)) == 3
     fit = json.loads((out / "fit.json").read_text())
     assert fit["status"] == "refused" and "at least 8" in fit["refusal"]
     assert set(fit["params"].values()) == {None}
@@ -107,7 +106,7 @@ def test_unusable_tables_are_clear_errors(text, message, tmp_path):
     path = tmp_path / "t.csv"
     path.write_text(text)
     with pytest.raises(UserError, match=message):
-        table.read_table(path, "params", "scans", "valid loss")
+        table.read_table(path, {"N": "params", "D": "scans"}, "valid loss")
 
 
 def test_missing_files_and_options_are_clear_errors(tmp_path, capsys):
@@ -121,7 +120,7 @@ def test_missing_files_and_options_are_clear_errors(tmp_path, capsys):
 def test_columns_that_group_rows(tmp_path):
     path = tmp_path / "t.csv"
     path.write_text("﻿n,d,l,seed,cell\n1,2,3,0,x\n1,2,3.1,1,x\n", encoding="utf-8")
-    rows = table.read_table(path, "n", "d", "l", ["cell", "seed"])
+    rows = table.read_table(path, {"N": "n", "D": "d"}, "l", ["cell", "seed"])
     assert [row.group for row in rows] == ["x | 0", "x | 1"]
 
 

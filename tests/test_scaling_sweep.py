@@ -117,7 +117,7 @@ def starts(workdir: Path, run: sweep.Run) -> list[int]:
 
 
 def collected(workdir: Path, out: Path) -> tuple[list[dict], dict]:
-    assert main(["sweep", "fit", "--workdir", str(workdir), "--out", str(out), "--draws", "40"]) == 0
+    assert main(["sweep", "fit", "--workdir", str(workdir), "--out", str(out), "--draws", "40"]) in (0, 3)
     with (out / "runs.csv").open(newline="") as file:
         return list(csv.DictReader(file)), json.loads((out / "fit.json").read_text())
 

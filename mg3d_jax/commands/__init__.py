@@ -40,7 +40,7 @@ for _name, _module, _summary in (
     ("compare", "mg3d_jax.commands.compare", "two evaluated models: differences with paired intervals"),
     ("attend", "mg3d_jax.commands.attend", "where in a scan a sentence looks: NIfTI map and overlay"),
     ("segment", "mg3d_jax.commands.segment", "classes of a scan's voxels, as NIfTI in the scan's own space"),
-    ("sweep", "mg3d_jax.commands.sweep", "scaling-law sweeps: plan, run, status, fit"),
+    ("sweep", "mg3d_jax.commands.sweep", "scaling-law sweeps: plan, run, status, fit, advise, predict, compare"),
     ("import", "mg3d_jax.commands.import_", "read published weights: BERT types, MONAI's ViT and Swin"),
     ("export", "mg3d_jax.commands.export", "write a run's weights for PyTorch and Hugging Face users"),
     ("bench", "mg3d_jax.commands.bench", "measure data, model and objectives on this machine"),

@@ -1,4 +1,4 @@
-"""`mg3d sweep plan | run | status | fit | compare`: sweeps over size, data or variants; laws and tables of their runs."""
+"""`mg3d sweep plan | run | status | compare`, and what `sweep_laws.py` adds: sweeps over size, data or variants."""
 
 from __future__ import annotations
 
@@ -10,16 +10,17 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from mg3d_jax.commands import sweep_laws
 from mg3d_jax.errors import UserError
 
 if TYPE_CHECKING:
     from mg3d_jax.scaling.sweep.declaration import Sweep
 
-DEFAULT_DRAWS = 1000
-
 
 def parser() -> argparse.ArgumentParser:
-    top = argparse.ArgumentParser(prog="mg3d sweep", description=__doc__)
+    top = argparse.ArgumentParser(
+        prog="mg3d sweep", description="Sweeps over size, data or variants: declare, train, fit laws, compare."
+    )
     commands = top.add_subparsers(dest="command", required=True)
     _add_declared(
         commands,
@@ -39,7 +40,7 @@ def parser() -> argparse.ArgumentParser:
         metavar="SECONDS",
         help="look again every so many seconds (5) until all are done: a live table on a terminal, lines elsewhere",
     )
-    _add_fit(commands)
+    sweep_laws.add_parsers(commands)
     _add_compare(commands)
     return top
 
@@ -85,29 +86,6 @@ def _add_declared(commands: argparse._SubParsersAction, name: str, summary: str)
     return command
 
 
-def _add_fit(commands: argparse._SubParsersAction) -> None:
-    fit = commands.add_parser(
-        "fit",
-        help="fit the law to a sweep or to a table",
-        description="Fits L = E + A/N^alpha + B/D^beta; writes fit.json, runs.csv and plots with their CSV files. With "
-        "fewer than 8 usable runs it writes the data and says that no law is identified.",
-    )
-    fit.add_argument("--workdir", type=Path, help="the sweep's folder: collects its runs")
-    fit.add_argument("--table", type=Path, help="instead: a CSV file of runs (needs --n, --d, --loss and --out)")
-    fit.add_argument("--n", help="column of the model size N (only with --table)")
-    fit.add_argument("--d", help="column of the data size D (only with --table)")
-    fit.add_argument("--loss", help="column of the loss; with --workdir: metric of summary.json, default as declared")
-    fit.add_argument(
-        "--group",
-        action="append",
-        default=[],
-        help="column(s) whose equal values the bootstrap draws together (--table)",
-    )
-    fit.add_argument("--out", type=Path, help="folder for the results; with --workdir default WORKDIR/fit")
-    fit.add_argument("--draws", type=int, default=DEFAULT_DRAWS, help="bootstrap draws; 0: no intervals (default 1000)")
-    fit.add_argument("--seed", type=int, default=0, help="of the random starts and the bootstrap (default 0)")
-
-
 def _add_compare(commands: argparse._SubParsersAction) -> None:
     command = commands.add_parser(
         "compare",
@@ -129,18 +107,13 @@ def _add_compare(commands: argparse._SubParsersAction) -> None:
 def main(argv: list[str]) -> int:
     """Runs one subcommand; the exit code is 0 if it did what it was asked."""
     args = parser().parse_args(argv)
-    return {"plan": _plan, "run": _run, "status": _status, "fit": _fit, "compare": _compare}[args.command](args)
-
-
-def _leave_accelerators_alone() -> None:
-    """What a sweep counts, it traces on the CPU: the accelerators belong to its trainers, which are other processes."""
-    import jax
-
-    jax.config.update("jax_platforms", "cpu")
+    commands = {"plan": _plan, "run": _run, "status": _status, "compare": _compare}
+    laws = {name: getattr(sweep_laws, name) for name in ("fit", "advise", "predict", "check")}
+    return (commands | laws)[args.command](args)
 
 
 def _plan(args: argparse.Namespace) -> int:
-    _leave_accelerators_alone()
+    sweep_laws.leave_accelerators_alone()
     from mg3d_jax.scaling.sweep import declaration, plan
 
     declared = declaration.load(args.config, args.settings, args.workdir)
@@ -149,7 +122,7 @@ def _plan(args: argparse.Namespace) -> int:
 
 
 def _run(args: argparse.Namespace) -> int:
-    _leave_accelerators_alone()
+    sweep_laws.leave_accelerators_alone()
     from mg3d_jax.registry import EXECUTORS
     from mg3d_jax.scaling.sweep import declaration, plan, runner
 
@@ -219,51 +192,3 @@ def _compare(args: argparse.Namespace) -> int:
         print(f"not done, left out: {', '.join(missing)}", file=sys.stderr)
     print(f"wrote {out}/" + ", ".join(names))
     return 0
-
-
-def _fit(args: argparse.Namespace) -> int:
-    if args.draws < 0:
-        raise UserError(f"--draws {args.draws}: it must be 0 or more")
-    if (args.table is None) == (args.workdir is None):
-        raise UserError("give either --table T.csv (with --n, --d, --loss, --out) or --workdir DIR")
-    document, out = _fit_table(args) if args.table else _fit_sweep(args)
-    from mg3d_jax.scaling.fit import outputs
-
-    print(outputs.summary(document))
-    print(f"wrote {out}/fit.json, runs.csv" + "".join(f", {name}" for name in document["plots"]))
-    if document["refusal"]:
-        print(f"mg3d sweep fit: no law: {document['refusal']}", file=sys.stderr)
-    return 0
-
-
-def _fit_table(args: argparse.Namespace) -> tuple[dict, Path]:
-    from mg3d_jax.scaling.fit import outputs, table
-
-    if absent := [f"--{name}" for name in ("n", "d", "loss", "out") if getattr(args, name) is None]:
-        raise UserError(f"--table needs {', '.join(absent)} too")
-    rows = table.read_table(args.table, args.n, args.d, args.loss, args.group)
-    names = {"N": args.n, "D": args.d, "loss": args.loss, "source": args.table.name}
-    return outputs.write(args.out, rows, names, draws=args.draws, seed=args.seed), args.out
-
-
-def _fit_sweep(args: argparse.Namespace) -> tuple[dict, Path]:
-    _leave_accelerators_alone()
-    from mg3d_jax.scaling.fit import outputs
-    from mg3d_jax.scaling.sweep import collect, declaration
-
-    if given := [f"--{name}" for name in ("n", "d", "group") if getattr(args, name)]:
-        raise UserError(f"{', '.join(given)} only go with --table; a sweep declares its model_size and data_size")
-    declared = declaration.read_declaration(args.workdir)
-    loss, out = args.loss or declared.loss, args.out or args.workdir / "fit"
-    rows = collect.rows(args.workdir, declared, loss)
-    names = {"N": declared.model_size, "D": declared.data_size, "loss": loss, "source": f"sweep {declared.name}"}
-    document = outputs.write(
-        out,
-        rows,
-        names,
-        draws=args.draws,
-        seed=args.seed,
-        refusal=collect.incomparable(declared, rows),
-        warnings=collect.versions_warning(rows),
-    )
-    return document, out

@@ -1,8 +1,43 @@
 """Tables of runs whose law is known."""
 
+from dataclasses import asdict, dataclass
+
 import numpy as np
 
-from mg3d_jax.scaling.fit.laws import Law
+PARAMETERS = ("E", "A", "B", "alpha", "beta")
+
+
+@dataclass(frozen=True)
+class Law:
+    """`L = E + A / N^alpha + B / D^beta`, written down as it is read."""
+
+    E: float
+    A: float
+    B: float
+    alpha: float
+    beta: float
+
+    def __call__(self, n, d):
+        return (
+            self.E + self.A / np.asarray(n, np.float64) ** self.alpha + self.B / np.asarray(d, np.float64) ** self.beta
+        )
+
+    def as_dict(self):
+        return asdict(self)
+
+    @classmethod
+    def fitted(cls, fit):
+        return cls(**fit.law.as_dict())
+
+
+def huber(residual, delta=1e-3):
+    size = np.abs(residual)
+    return np.where(size <= delta, 0.5 * residual**2, delta * (size - 0.5 * delta))
+
+
+def objective(law, n, d, loss):
+    return float(np.sum(huber(np.log(loss) - np.log(law(n, d)))))
+
 
 CHINCHILLA = Law(E=1.8172, A=482.01, B=2085.43, alpha=0.3478, beta=0.3658)  # Besiroglu et al. 2024
 

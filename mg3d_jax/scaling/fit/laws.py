@@ -1,44 +1,159 @@
-"""The law and its loss: `L(N, D) = E + A / N^alpha + B / D^beta`, judged by a Huber loss on log residuals.
+"""The forms that can be fitted: sums of power laws, and the Huber loss that judges them.
 
-N is a model size (parameters), D a data size (samples, patients, tokens): any unit, the same for all rows. The form and
-the objective follow Hoffmann et al. 2022 (approach 3); we take the SUM over rows, as Besiroglu et al. 2024 do.
+Every term is a scale times powers of sizes, so its logarithm is linear in the logarithms of its parameters' scale and in
+its exponents: one solver (`solver.py`) fits them all. N is a model size (parameters), D a data size (samples, patients,
+tokens), U unique data, S data seen with repeats: any unit, the same for all rows.
+
+`nd` and its objective follow Hoffmann et al. 2022 (approach 3); we take the SUM over rows, as Besiroglu et al. 2024 do.
+`nus` adds what repeating data costs: a penalty that grows with the repeats and with parameters per unique datum.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 
 import numpy as np
 
-PARAMETERS = ("E", "A", "B", "alpha", "beta")
 HUBER_DELTA = 1e-3
-FORMULA = "L = E + A / N^alpha + B / D^beta"
+FLOOR = "E"
+ROUNDING = np.log(1e-6)
+"""Fewer repeats than that are rounding of a table: the data are seen once."""
+
+
+@dataclass(frozen=True)
+class Term:
+    """`scale * product of feature^(sign * exponent) * product of factors`; without powers and factors a constant.
+
+    `powers` are (exponent, feature, sign); `factors` are features that enter with the exponent 1.
+    """
+
+    scale: str
+    powers: tuple[tuple[str, str, int], ...] = ()
+    factors: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Form:
+    """A kind of law. `variables` are the columns that it takes, in this order."""
+
+    name: str
+    formula: str
+    variables: tuple[str, ...]
+    terms: tuple[Term, ...]
+
+    @property
+    def scales(self) -> tuple[str, ...]:
+        return tuple(term.scale for term in self.terms)
+
+    @property
+    def exponents(self) -> tuple[str, ...]:
+        return tuple(dict.fromkeys(name for term in self.terms for name, _, _ in term.powers))
+
+    @property
+    def parameters(self) -> tuple[str, ...]:
+        """Scales, then exponents: the order of every parameter vector."""
+        return self.scales + self.exponents
+
+    def own(self, scale: str) -> tuple[str, ...]:
+        """The parameters that go when the term of `scale` goes."""
+        others = {name for term in self.terms if term.scale != scale for name, _, _ in term.powers}
+        term = self.terms[self.scales.index(scale)]
+        return (scale, *(name for name, _, _ in term.powers if name not in others))
+
+    def without(self, scales: set[str]) -> Form:
+        """The form that is left when these terms are dropped."""
+        kept = tuple(term for term in self.terms if term.scale not in scales)
+        return replace(self, name=f"{self.name} without {', '.join(sorted(scales))}", terms=kept, formula=formula(kept))
+
+    def features(self, columns: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+        """Logarithms of what the terms are powers of, float64 [rows]; `-inf` where a penalty is absent."""
+        with np.errstate(divide="ignore"):
+            found = {name: np.log(np.asarray(columns[name], np.float64)) for name in self.variables}
+            if "U" in found:
+                found["repeats"] = np.log(np.maximum(np.exp(found["S"] - found["U"]) - 1, 0.0))
+                found["N/U"] = found["N"] - found["U"]
+                found["repeats"] = np.where(found["repeats"] < ROUNDING, -np.inf, found["repeats"])
+        return found
+
+
+def formula(terms: tuple[Term, ...]) -> str:
+    """`L = E + A / N^alpha`."""
+    written = []
+    for term in terms:
+        text = term.scale
+        for exponent, feature, sign in term.powers:
+            base = f"({feature})" if "/" in feature else feature
+            text += f" {'/' if sign < 0 else '*'} {base}^{exponent}"
+        text += "".join(f" * ({factor})" if "/" in factor else f" * {factor}" for factor in term.factors)
+        written.append(text)
+    return "L = " + " + ".join(written)
+
+
+def _form(name: str, variables: tuple[str, ...], *terms: Term) -> Form:
+    return Form(name, formula(terms), variables, terms)
+
+
+_E, _A, _B = Term("E"), Term("A", (("alpha", "N", -1),)), Term("B", (("beta", "D", -1),))
+_SEEN = Term("B", (("beta", "S", -1),))
+FORMS: dict[str, Form] = {
+    form.name: form
+    for form in (
+        _form("nd", ("N", "D"), _E, _A, _B),
+        _form("nd-tied", ("N", "D"), _E, Term("A", (("gamma", "N", -1),)), Term("B", (("gamma", "D", -1),))),
+        _form("nd-no-floor", ("N", "D"), _A, _B),
+        _form("x", ("x",), _E, Term("A", (("alpha", "x", -1),))),
+        _form("x-no-floor", ("x",), Term("A", (("alpha", "x", -1),))),
+        _form("nus", ("N", "U", "S"), _E, _A, _SEEN, Term("P", (("delta", "repeats", 1), ("kappa", "N/U", 1)))),
+        _form("nus-1", ("N", "U", "S"), _E, _A, _SEEN, Term("P", (), ("repeats", "N/U"))),
+    )
+}
+"""`repeats` is S / U - 1: how often data are seen again."""
+ND = FORMS["nd"]
 
 
 @dataclass(frozen=True)
 class Law:
-    """One law in the units of its table. A term that is absent has the value 0 (`E`, `A` or `B`)."""
+    """One law in the units of its table. A term that is absent has the scale 0."""
 
-    E: float
-    A: float
-    B: float
-    alpha: float
-    beta: float
+    form: Form
+    values: tuple[float, ...]  # in the order of `form.parameters`
 
-    def __call__(self, n: np.ndarray | float, d: np.ndarray | float) -> np.ndarray:
-        """Predicted loss, in the shape of `n` and `d` broadcast together."""
-        log_n, log_d = np.log(np.asarray(n, np.float64)), np.log(np.asarray(d, np.float64))
-        return self.E + term(self.A, self.alpha, log_n) + term(self.B, self.beta, log_d)
+    @classmethod
+    def of(cls, form: Form, **values: float) -> Law:
+        return cls(form, tuple(float(values[name]) for name in form.parameters))
+
+    def __getitem__(self, name: str) -> float:
+        return self.values[self.form.parameters.index(name)]
+
+    def __call__(self, *columns: np.ndarray | float) -> np.ndarray:
+        """Predicted loss; `columns` are those of `form.variables`, broadcast together."""
+        arrays = dict(zip(self.form.variables, np.broadcast_arrays(*map(np.float64, columns)), strict=True))
+        return predict(self.form, np.asarray(self.values)[None], arrays)[0]
 
     def as_dict(self) -> dict[str, float]:
-        return {name: float(getattr(self, name)) for name in PARAMETERS}
+        return dict(zip(self.form.parameters, self.values, strict=True))
 
 
-def term(scale: float, exponent: float, log_size: np.ndarray) -> np.ndarray:
-    """`scale / size^exponent`, computed in logs so that neither factor overflows; 0 where `scale` is 0."""
-    if scale == 0:
-        return np.zeros_like(log_size)
-    return np.exp(np.log(scale) - exponent * log_size)
+def predict(form: Form, values: np.ndarray, columns: Mapping[str, np.ndarray]) -> np.ndarray:
+    """Losses [laws, ...] of many laws: `values` [laws, parameters], `columns` arrays of one shape [...].
+
+    Terms are computed in logs, so that neither a scale nor a power overflows.
+    """
+    features = form.features(columns)
+    shape = np.shape(columns[form.variables[0]])
+    total = np.zeros((len(values), *shape))
+    for term in form.terms:
+        scale = values[:, form.parameters.index(term.scale)]
+        with np.errstate(divide="ignore", over="ignore"):
+            log_term = np.log(scale).reshape(-1, *([1] * len(shape)))
+            for exponent, feature, sign in term.powers:
+                power = values[:, form.parameters.index(exponent)].reshape(log_term.shape[0], *([1] * len(shape)))
+                log_term = log_term + sign * power * features[feature]
+            for factor in term.factors:
+                log_term = log_term + features[factor]
+            total += np.exp(log_term)
+    return total
 
 
 def huber(residual: np.ndarray, delta: float | np.ndarray = HUBER_DELTA) -> np.ndarray:
@@ -47,11 +162,6 @@ def huber(residual: np.ndarray, delta: float | np.ndarray = HUBER_DELTA) -> np.n
     return np.where(size <= delta, 0.5 * residual**2, delta * (size - 0.5 * delta))
 
 
-def log_residuals(law: Law, n: np.ndarray | float, d: np.ndarray | float, loss: np.ndarray | float) -> np.ndarray:
-    """`log(observed) - log(predicted)`, float64 [rows], or a scalar of one row."""
-    return np.log(np.asarray(loss, np.float64)) - np.log(law(n, d))
-
-
-def objective(law: Law, n: np.ndarray, d: np.ndarray, loss: np.ndarray, delta: float = HUBER_DELTA) -> float:
-    """The unscaled objective: the sum over the rows of Huber(`delta`) of the log residuals."""
-    return float(np.sum(huber(log_residuals(law, n, d, loss), delta)))
+def log_residuals(law: Law, columns: Mapping[str, np.ndarray], loss: np.ndarray) -> np.ndarray:
+    """`log(observed) - log(predicted)`, float64 [rows]."""
+    return np.log(np.asarray(loss, np.float64)) - np.log(law(*(columns[name] for name in law.form.variables)))

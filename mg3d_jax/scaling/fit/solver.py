@@ -1,105 +1,186 @@
-"""Minimises the sum of Huber losses on log residuals, for many starts or many resamplings at once.
+"""Minimises the sum of Huber losses of residuals, for many starts or many tables at once.
 
-The law in logs is `f = logsumexp(e, a - alpha x, b - beta y)` with `x = log N`, `y = log D`, both centred: `f` has
-exact, cheap first and second derivatives, so a damped Newton method converges where quasi-Newton methods with default
-tolerances stop early (the raw objective is tiny, and its curvature lives only in the rows within `delta` of the law).
-`theta` rows are `(e, a, alpha, b, beta)`; a term that is switched off has `-inf` as its log scale. Problems are
-independent rows of a batch.
+A law in logs is `f = logsumexp_k(c_k + sum_p theta_p G_pk)` with features of the rows in `G` and log scales and exponents
+in `theta`: `f` has exact, cheap first and second derivatives, so a damped Newton method converges where quasi-Newton
+methods with default tolerances stop early (the raw objective is tiny, and its curvature lives only in the rows within
+`delta` of the law). A term that is switched off has `-inf` as its log scale. Problems are independent rows of a batch.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import itertools
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from functools import cached_property
 
 import numpy as np
 
-from mg3d_jax.scaling.fit.laws import HUBER_DELTA, Law, huber
+from mg3d_jax.scaling.fit.laws import HUBER_DELTA, Form, Law, huber
 
 EXPONENT_RANGE = (0.05, 1.2)
-"""The grid of variable projection; the polish may leave it."""
-GRID_POINTS = 24
-LOG_SCALES = (0, 1, 3)  # columns of theta that hold e, a, b
-TERM_SUBSETS = ((0, 1, 2), (0, 1), (0, 2), (1, 2), (0,), (1,), (2,))
+"""The grid of variable projection for powers of sizes; the polish may leave it."""
+PENALTY_RANGE = (0.2, 2.0)
+EXPONENT_BOUNDS = (1e-3, 10.0)
+EXACT = 1e-16
+"""An objective below this is a fit without residuals (of about 1e-11): rounding is all that is left to descend."""
+GRID_POINTS = {1: 60, 2: 24, 4: 7}
+"""Grid points per exponent, by the number of exponents."""
 
 
 @dataclass(frozen=True)
 class Problem:
     """Observations in scaled units: sizes and losses are divided by their geometric means, then logged."""
 
-    x: np.ndarray  # log N, centred [rows]
-    y: np.ndarray  # log D, centred [rows]
-    z: np.ndarray  # log loss, centred [rows]
-    centre: tuple[float, float, float]
+    form: Form
+    design: np.ndarray  # G [parameters, terms, rows]
+    constant: np.ndarray  # c [terms, rows]
+    z: np.ndarray  # log loss, centred: [rows], or [batch, rows] where every problem has losses of its own
+    shift: np.ndarray  # [parameters, terms]: what was taken off each feature
+    centre: float  # mean log loss
+    raw: bool = False  # residuals of the loss itself, in units of its geometric mean, instead of its logarithm
 
     @classmethod
-    def of(cls, n: np.ndarray, d: np.ndarray, loss: np.ndarray) -> Problem:
-        x, y, z = (np.log(np.asarray(v, np.float64)) for v in (n, d, loss))
-        x0, y0, z0 = float(x.mean()), float(y.mean()), float(z.mean())
-        return cls(x - x0, y - y0, z - z0, (x0, y0, z0))
+    def of(cls, form: Form, columns: Mapping[str, np.ndarray], loss: np.ndarray, *, raw: bool = False) -> Problem:
+        features = form.features(columns)
+        z = np.log(np.asarray(loss, np.float64))
+        parameters = form.parameters
+        design = np.zeros((len(parameters), len(form.terms), len(z)))
+        constant, shift = np.zeros((len(form.terms), len(z))), np.zeros((len(parameters), len(form.terms)))
+        for k, term in enumerate(form.terms):
+            design[k, k] = 1.0
+            absent = np.zeros(len(z), bool)
+            for exponent, feature, sign in term.powers:
+                p, x = parameters.index(exponent), features[feature]
+                absent |= ~np.isfinite(x)
+                shift[p, k] = sign * x[np.isfinite(x)].mean() if np.isfinite(x).any() else 0.0
+                design[p, k] = np.where(np.isfinite(x), sign * x - shift[p, k], 0.0)
+            for factor in term.factors:
+                x = features[factor]
+                absent |= ~np.isfinite(x)
+                middle = x[np.isfinite(x)].mean() if np.isfinite(x).any() else 0.0
+                constant[k] += np.where(np.isfinite(x), x - middle, 0.0)
+                shift[k, k] += middle  # of the scale: its coefficient is 1
+            constant[k][absent] = -np.inf
+        return cls(form, design, constant, z - z.mean(), shift, float(z.mean()), raw)
+
+    @property
+    def rows(self) -> int:
+        return self.design.shape[2]
+
+    @property
+    def scales(self) -> int:
+        """Number of terms: the first columns of `theta` are their log scales."""
+        return len(self.form.terms)
+
+    @cached_property
+    def touches(self) -> list[list[int]]:
+        """For every term, the parameters that it depends on."""
+        parameters, terms = self.form.parameters, self.form.terms
+        return [[k, *(parameters.index(name) for name, _, _ in term.powers)] for k, term in enumerate(terms)]
+
+    @cached_property
+    def products(self) -> list[np.ndarray]:
+        """For every term, `G_p G_q` of the parameters that it depends on: [rows, p * q]."""
+        found = []
+        for k, touched in enumerate(self.touches):
+            part = self.design[touched, k]
+            found.append(np.einsum("pr,qr->rpq", part, part).reshape(self.rows, -1))
+        return found
+
+    def take(self, index: np.ndarray) -> Problem:
+        """The problems of these rows of the batch."""
+        if self.z.ndim == 1:
+            return self
+        chosen = replace(self, z=self.z[index])
+        vars(chosen).update({key: vars(self)[key] for key in ("touches", "products") if key in vars(self)})
+        return chosen
+
+    def residual(self, f: np.ndarray) -> np.ndarray:
+        return np.exp(self.z) - np.exp(f) if self.raw else self.z - f
 
     def law(self, theta: np.ndarray) -> Law:
-        """`theta` [5] back in the units of the table."""
-        e, a, alpha, b, beta = map(float, theta)
-        x0, y0, z0 = self.centre
-        scale_e, scale_a, scale_b = (float(np.exp(v)) for v in (e + z0, a + z0 + alpha * x0, b + z0 + beta * y0))
-        return Law(scale_e, scale_a, scale_b, alpha=alpha, beta=beta)
+        """`theta` [parameters] back in the units of the table."""
+        return Law(self.form, tuple(map(float, self.values(theta[None])[0])))
 
+    def values(self, theta: np.ndarray) -> np.ndarray:
+        """`theta` [batch, parameters] as parameters in the units of the table; a term at zero has the scale 0."""
+        values = theta.copy()
+        for k, touched in enumerate(self.touches):
+            log_scale = theta[:, k] + self.centre - self.shift[k, k]
+            for p in touched[1:]:
+                log_scale = log_scale - theta[:, p] * self.shift[p, k]
+            values[:, k] = np.exp(log_scale)
+        return values
 
-def terms(theta: np.ndarray, problem: Problem) -> np.ndarray:
-    """Log of the three terms: [batch, 3, rows]."""
-    e, a, alpha, b, beta = (column[:, None] for column in theta.T)
-    constant = np.broadcast_to(e, (len(theta), len(problem.x)))
-    return np.stack([constant, a - alpha * problem.x, b - beta * problem.y], axis=1)
+    def theta(self, law: Law) -> np.ndarray:
+        """The inverse of `law`; a term at zero gets a thousandth of the loss, so that it may come back."""
+        theta = np.asarray(law.values, np.float64).copy()
+        for k, touched in enumerate(self.touches):
+            scale = theta[k]
+            log_scale = np.log(scale) if scale > 0 else -np.inf
+            log_scale += -self.centre + self.shift[k, k] + sum(law.values[p] * self.shift[p, k] for p in touched[1:])
+            theta[k] = max(log_scale, np.log(1e-3))
+        return theta
 
 
 def log_law(theta: np.ndarray, problem: Problem) -> tuple[np.ndarray, np.ndarray]:
-    """`f` [batch, rows] and each term's share of the predicted loss [batch, 3, rows]."""
-    u = terms(theta, problem)
+    """`f` [batch, rows] and each term's share of the predicted loss [batch, terms, rows]."""
+    u = np.empty((len(theta), problem.scales, problem.rows))
+    for k, touched in enumerate(problem.touches):
+        u[:, k] = theta[:, k, None] + problem.constant[k]
+        for p in touched[1:]:
+            u[:, k] += theta[:, p, None] * problem.design[p, k]
     top = u.max(axis=1, keepdims=True)
     shares = np.exp(u - top)
     total = shares.sum(axis=1, keepdims=True)
     return (np.log(total) + top)[:, 0], shares / total
 
 
+def jacobian(shares: np.ndarray, problem: Problem) -> np.ndarray:
+    """Derivatives of `f` [batch, parameters, rows]."""
+    found = np.zeros((len(shares), len(problem.form.parameters), problem.rows))
+    for k, touched in enumerate(problem.touches):
+        found[:, k] = shares[:, k]
+        for p in touched[1:]:
+            found[:, p] += shares[:, k] * problem.design[p, k]
+    return found
+
+
 def value(theta: np.ndarray, weights: np.ndarray, problem: Problem, delta: np.ndarray | float) -> np.ndarray:
     """Weighted objective in units of `HUBER_DELTA`^2, so of order one per row: [batch]."""
     f, _ = log_law(theta, problem)
     delta = np.broadcast_to(np.asarray(delta, np.float64).reshape(-1, 1), (len(theta), 1))
-    return np.sum(weights * huber(problem.z - f, delta), axis=1) / HUBER_DELTA**2
+    with np.errstate(over="ignore", invalid="ignore"):
+        found = np.sum(weights * huber(problem.residual(f), delta), axis=1) / HUBER_DELTA**2
+    return np.where(np.isfinite(found), found, np.inf)
 
 
 def derivatives(
     theta: np.ndarray, weights: np.ndarray, problem: Problem, delta: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Gradient [batch, 5], Hessian and curvature of the reweighted least-squares bound, both [batch, 5, 5].
+    """Gradient [batch, p], Hessian and curvature of the reweighted least-squares bound, both [batch, p, p].
 
     The bound replaces Huber's curvature by `psi(r) / r`; it is positive semi-definite everywhere and guides far from
     the optimum, where no row lies within `delta` and the Hessian says nothing.
     """
-    x, y = problem.x, problem.y
-    f, (p0, p1, p2) = (lambda out: (out[0], out[1].transpose(1, 0, 2)))(log_law(theta, problem))
-    residual = problem.z - f
+    f, shares = log_law(theta, problem)
+    residual = problem.residual(f)
     delta = delta[:, None]
-    psi = np.clip(residual, -delta, delta)
-    inside = np.abs(residual) <= delta
-    jacobian = np.stack([p0, p1, -x * p1, p2, -y * p2], axis=1)  # [batch, 5, rows]
-    pull = weights * psi
-    gradient = -np.einsum("bkr,br->bk", jacobian, pull)
-    hessian = _outer(jacobian, weights * inside + pull)
-    hessian[:, 0, 0] -= np.sum(pull * p0, axis=1)
-    for start, share, size in ((1, p1, x), (3, p2, y)):
-        moment = pull * share
-        first = np.sum(moment * size, axis=1)
-        hessian[:, start, start] -= np.sum(moment, axis=1)
-        hessian[:, start, start + 1] += first
-        hessian[:, start + 1, start] += first
-        hessian[:, start + 1, start + 1] -= np.sum(moment * size**2, axis=1)
-    bound = _outer(jacobian, weights * np.minimum(1.0, delta / np.maximum(np.abs(residual), 1e-300)))
+    slope = np.exp(f) if problem.raw else 1.0  # of the prediction with respect to `f`
+    pull = weights * np.clip(residual, -delta, delta) * slope
+    inside = weights * (np.abs(residual) <= delta) * slope**2
+    first = jacobian(shares, problem)
+    gradient = -np.einsum("bkr,br->bk", first, pull)
+    hessian = _outer(first, inside if problem.raw else inside + pull)
+    for k, touched in enumerate(problem.touches):
+        second = ((pull * shares[:, k]) @ problem.products[k]).reshape(-1, len(touched), len(touched))
+        hessian[:, np.asarray(touched)[:, None], touched] -= second
+    bound = _outer(first, weights * slope**2 * np.minimum(1.0, delta / np.maximum(np.abs(residual), 1e-300)))
     return gradient / HUBER_DELTA**2, hessian / HUBER_DELTA**2, bound / HUBER_DELTA**2
 
 
-def _outer(jacobian: np.ndarray, weights: np.ndarray) -> np.ndarray:
-    return (jacobian * weights[:, None]) @ jacobian.transpose(0, 2, 1)
+def _outer(first: np.ndarray, weights: np.ndarray) -> np.ndarray:
+    return (first * weights[:, None]) @ first.transpose(0, 2, 1)
 
 
 def damped_newton(
@@ -116,8 +197,8 @@ def damped_newton(
     for iteration in range(bound_steps + newton_steps):
         if not len(active):
             break
-        here, w, dl = theta[active], weights[active], delta[active]
-        gradient, hessian, bound = derivatives(here, w, problem, dl)
+        here, w, dl, part = theta[active], weights[active], delta[active], problem.take(active)
+        gradient, hessian, bound = derivatives(here, w, part, dl)
         eigenvalues, vectors = np.linalg.eigh(bound if iteration < bound_steps else hessian)
         stretch = np.abs(eigenvalues)
         scale = np.maximum(stretch.max(axis=1, keepdims=True), 1e-300)
@@ -126,19 +207,18 @@ def damped_newton(
         step = np.einsum("bkj,bj->bk", vectors, step)
         step *= np.minimum(1.0, 2.0 / np.maximum(np.abs(step).max(axis=1), 1e-300))[:, None]
         trial = here + step
-        trial[:, 2] = np.clip(trial[:, 2], 1e-3, 10.0)
-        trial[:, 4] = np.clip(trial[:, 4], 1e-3, 10.0)
-        new = value(trial, w, problem, dl)
+        trial[:, problem.scales :] = np.clip(trial[:, problem.scales :], *EXPONENT_BOUNDS)
+        new = value(trial, w, part, dl)
         better = new < current[active]
         gain = current[active] - new
         rows = active[better]
         theta[rows], current[rows] = trial[better], new[better]
         damping[active] = np.where(better, np.maximum(damping[active] / 8, 1e-15), damping[active] * 5)
-        done = (better & (gain <= 1e-15 * new) & (iteration >= bound_steps)) | (damping[active] > 1e8)
+        done = (better & (gain <= 1e-15 * new) & (iteration >= bound_steps)) | (damping[active] > 1e8) | (new < EXACT)
         if iteration < bound_steps:
             stuck = damping[active] > 1e8
             damping[active[stuck]] = 1e-3  # the bound can descend no further: the Hessian may
-            done[:] = False
+            done = new < EXACT
         active = active[~done]
     return theta, current
 
@@ -146,7 +226,7 @@ def damped_newton(
 def polish(theta: np.ndarray, weights: np.ndarray, problem: Problem) -> tuple[np.ndarray, np.ndarray]:
     """From a wide Huber loss down to `HUBER_DELTA`, then Newton to convergence: `(theta, value)` of every start."""
     f, _ = log_law(theta, problem)
-    spread = np.median(np.abs(problem.z - f), axis=1)
+    spread = np.median(np.abs(problem.residual(f)), axis=1)
     for factor in (3.0, 0.5):
         wide = np.maximum(factor * spread, HUBER_DELTA)
         theta, _ = damped_newton(theta, weights, problem, wide, bound_steps=6, newton_steps=6)
@@ -154,37 +234,37 @@ def polish(theta: np.ndarray, weights: np.ndarray, problem: Problem) -> tuple[np
     return damped_newton(theta, weights, problem, sharp, bound_steps=10, newton_steps=150)
 
 
+def exponent_grid(form: Form, points: int = 0) -> np.ndarray:
+    """Exponents to try [grid, exponents]; `points` per exponent, by default as `GRID_POINTS` says."""
+    penalties = {name for term in form.terms for name, _, sign in term.powers if sign > 0}
+    points = points or GRID_POINTS[len(form.exponents)]
+    axes = [np.geomspace(*(PENALTY_RANGE if name in penalties else EXPONENT_RANGE), points) for name in form.exponents]
+    return np.stack([axis.ravel() for axis in np.meshgrid(*axes, indexing="ij")], axis=1)
+
+
 def variable_projection(
-    weights: np.ndarray,
-    problem: Problem,
-    *,
-    points: int = GRID_POINTS,
-    keep: int = 1,
-    allowed: tuple[int, ...] = (0, 1, 2),
+    weights: np.ndarray, problem: Problem, *, points: int = 0, keep: int = 1, allowed: tuple[int, ...] | None = None
 ) -> np.ndarray:
-    """The best `keep` grid points of (alpha, beta) with their best non-negative (E, A, B): [batch, keep, 5].
+    """The best `keep` grid points of the exponents with their best non-negative scales: [batch, keep, parameters].
 
     For fixed exponents the law is linear; relative least squares (rows divided by the observed loss) has a closed form
     on each subset of active terms, so the non-negative optimum is found by trying the subsets. A term at zero starts at
-    a thousandth of the loss, so that the polish may bring it back; terms not `allowed` are `-inf`.
+    a thousandth of the loss, so that the polish may bring it back; terms not `allowed` are `-inf`. Where every problem
+    has losses of its own, rows are divided by their mean over the batch.
     """
-    grid = np.geomspace(*EXPONENT_RANGE, points)
-    alpha, beta = (g.ravel() for g in np.meshgrid(grid, grid, indexing="ij"))
-    constant = np.broadcast_to(np.exp(-problem.z), (len(alpha), len(problem.x)))
-    basis = np.stack(
-        [constant, np.exp(-alpha[:, None] * problem.x - problem.z), np.exp(-beta[:, None] * problem.y - problem.z)],
-        axis=1,
-    )  # [grid, 3, rows]
+    grid = exponent_grid(problem.form, points)
+    allowed = tuple(range(problem.scales)) if allowed is None else allowed
+    reference = problem.z if problem.z.ndim == 1 else problem.z.mean(axis=0)
+    logs = problem.constant[None] - reference + np.einsum("ge,ekr->gkr", grid, problem.design[problem.scales :])
+    basis = np.exp(logs)  # [grid, terms, rows]
     gram = np.einsum("br,gkr,glr->bgkl", weights, basis, basis, optimize=True)
-    target = np.einsum("br,gkr->bgk", weights, basis, optimize=True)
+    target = np.einsum("br,gkr->bgk", weights * np.exp(problem.z - reference), basis, optimize=True)
     best_cost = np.full(gram.shape[:2], np.inf)
     best = np.zeros(target.shape)
-    for subset in TERM_SUBSETS:
-        if not set(subset) <= set(allowed):
-            continue
+    for subset in _subsets(allowed):
         index = np.asarray(subset)
         sub, rhs = gram[..., index[:, None], index], target[..., index]
-        ridge = 1e-13 * np.trace(sub, axis1=-2, axis2=-1)[..., None, None] * np.eye(len(index))
+        ridge = (1e-13 * np.trace(sub, axis1=-2, axis2=-1)[..., None, None] + 1e-300) * np.eye(len(index))
         scales = np.linalg.solve(sub + ridge, rhs[..., None])[..., 0]
         cost = -np.einsum("bgk,bgk->bg", scales, rhs)  # plus a constant
         wins = (scales >= 0).all(axis=-1) & (cost < best_cost)
@@ -195,6 +275,10 @@ def variable_projection(
     order = np.argsort(best_cost, axis=1, kind="stable")[:, :keep]
     batch = np.arange(len(weights))[:, None]
     with np.errstate(divide="ignore"):
-        logs = np.where(best[batch, order] > 0, np.log(best[batch, order]), np.log(1e-3))
-    logs[..., [k for k in range(3) if k not in allowed]] = -np.inf
-    return np.stack([logs[..., 0], logs[..., 1], alpha[order], logs[..., 2], beta[order]], axis=-1)
+        found = np.where(best[batch, order] > 0, np.log(best[batch, order]), np.log(1e-3))
+    found[..., [k for k in range(problem.scales) if k not in allowed]] = -np.inf
+    return np.concatenate([found, grid[order]], axis=-1)
+
+
+def _subsets(terms: tuple[int, ...]) -> list[tuple[int, ...]]:
+    return [chosen for size in range(len(terms), 0, -1) for chosen in itertools.combinations(terms, size)]

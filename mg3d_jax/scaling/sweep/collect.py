@@ -56,6 +56,8 @@ COMPARABLE = (
     "data.vocab_size",
 )
 WEIGHTED_SUM = "valid/loss"
+TESTED = ("seed", "batch_size", "learning_rate", "schedule", "code_version")
+"""Columns of a run that its residual must not depend on, beside its size and its data."""
 NEGATIVES = "negatives of a pair"  # one of them too, though no key of the config
 IN_TABLE = (
     "model", "patients", "seed", "subset_seed", "n_total", "n_active", "n_vision", "n_text", "n_heads",
@@ -137,13 +139,14 @@ def _evaluations(folder: Path) -> list[dict[str, Any]]:
 def rows(workdir: Path, sweep: Sweep, loss: str) -> list[Row]:
     """A row for every declared run: used, excluded (finished, of no use) or missing (not finished), with the reason."""
     found = [_row(workdir, run, sweep, loss) for run in sweep.runs]
-    table.exclude_unusable(found, (sweep.model_size, sweep.data_size, loss))
+    table.exclude_unusable(found, {"N": sweep.model_size, "D": sweep.data_size, "loss": loss})
     return found
 
 
 def _row(workdir: Path, run: Run, sweep: Sweep, loss: str) -> Row:
     status = states.status(workdir, run)
-    row = Row(run.id, math.nan, math.nan, math.nan, group=run.id)
+    trunk = Path(run.after).name if run.begins else run.id
+    row = Row(run.id, {"N": math.nan, "D": math.nan}, group=trunk, subset=_subset(run), tested=TESTED)
     row.extra = {"model": run.model, "patients": run.patients, "seed": run.seed, "state": status.state}
     if status.state != states.DONE:
         row.status = table.MISSING
@@ -151,7 +154,8 @@ def _row(workdir: Path, run: Run, sweep: Sweep, loss: str) -> Row:
         row.reason += f": {status.detail}" if status.detail else ""
         return row
     record = write_record(workdir, run)
-    row.n, row.d = float(record[sweep.model_size]), float(record[sweep.data_size])
+    row.sizes = {"N": float(record[sweep.model_size]), "D": float(record[sweep.data_size])}
+    row.compute = float(record["training_flops"])
     final = record["final"]
     if run.factor != 1:
         row.exclude(f"checks {sweep.checked_key} times {run.factor:g}; not part of the law")
@@ -165,6 +169,11 @@ def _row(workdir: Path, run: Run, sweep: Sweep, loss: str) -> Row:
     else:
         row.loss = math.nan if final[loss] is None else float(final[loss])
     return row
+
+
+def _subset(run: Run) -> str:
+    """Names the data subset of a run: one for all runs of a data amount, unless subsets have a seed of their own."""
+    return f"{run.patients} patients, subset seed {run.subset}"
 
 
 def incomparable(sweep: Sweep, found: Sequence[Row], loss: str = "") -> str | None:
