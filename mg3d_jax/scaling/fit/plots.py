@@ -328,7 +328,7 @@ def _title(result: Result) -> str:
     text = ", ".join(f"{name} {value:.4g}" for name, value in fit.law.as_dict().items())
     if fit.not_identified:
         text += f"   (not identified: {', '.join(fit.not_identified)})"
-    return f"{fit.form.formula}:  {text}" + ("; bands: 80 %" if result.drawn else "")
+    return f"{fit.form.formula}; bands: 80 %\n{text}" if result.drawn else f"{fit.form.formula}\n{text}"
 
 
 def _levels(values: np.ndarray) -> np.ndarray:
