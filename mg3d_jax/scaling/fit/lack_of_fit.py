@@ -30,7 +30,7 @@ LEAST_SHIFT = 1e-5  # of the loss: smaller differences are rounding
 MOST_OUTLIERS = 0.25  # share of the rows
 SUSPECT = 4.0  # robust standard deviations
 LARGE_RMS = 0.05
-POOLED = 0.1  # clusters that differ by chance in more than this share of tables count as sharing no noise
+POOLED = 0.25  # clusters that differ by chance in more than this share of tables count as sharing no noise
 SPARE = 8  # cells that must be left beside the law and all columns for size and data to be looked at together
 
 
