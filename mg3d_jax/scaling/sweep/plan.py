@@ -120,20 +120,7 @@ def measured_speed(workdir: Path, sweep: Sweep) -> Speed | None:
 
 def plan_table(sweep: Sweep, planned: Sequence[Planned], speed: Speed | None = None) -> str:
     """The plan as text, with totals and what is missing. `speed`: that of `plan`, to say where times come from."""
-    head = [
-        "run",
-        "N",
-        "vision",
-        "text",
-        "patients",
-        "records",
-        "samples",
-        "steps",
-        "FLOPs",
-        "time",
-        "memory",
-        "action",
-    ]
+    head = "run N vision text patients records samples steps FLOPs time memory action".split()
     lines = [head]
     for one in planned:
         counted = one.cost.sizes
