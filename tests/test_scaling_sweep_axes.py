@@ -6,9 +6,10 @@ import math
 import re
 
 import pytest
-from test_scaling_sweep import SWEEP_FILE, declared, outcome, project  # noqa: F401  (a fixture)
+from test_scaling_sweep import SWEEP_FILE, declared, outcome, project, settings  # noqa: F401  (a fixture)
 
 from mg3d_jax import config as config_lib
+from mg3d_jax.commands.main import main
 from mg3d_jax.errors import UserError
 from mg3d_jax.files import write_json
 from mg3d_jax.scaling.fit import table
@@ -169,3 +170,23 @@ def test_shorter_runs_are_branches_of_the_longest(project):  # noqa: F811
 def test_what_is_no_trunk_is_said(project, replaced, says):  # noqa: F811
     with pytest.raises(UserError, match=says):
         change(project, *(line.replace(*replaced) for line in TRUNKS))
+
+
+def test_a_plan_says_hours_memory_and_how_sure_the_law_will_be(project, capsys):  # noqa: F811
+    change(project, "sweep.patients = (20, 40, 80)", "sweep.seeds = (0, 1)", "sweep.subset_seeds = (1, 2)")
+    words = ["sweep", "plan", "--config", str(project / "sweep.py"), "--workdir", str(project / "work")]
+    words += [word for setting in settings(project) for word in ("--set", setting)]
+    assert main([*words, "--device", "H100", "--devices", "8", "--utilisation", "0.4"]) == 0
+    text = capsys.readouterr().out
+    assert "8 x H100 at 40 % of 989 TFLOP/s" in text and "device-hours" in text and "GiB" in text
+    assert "alpha to" in text and "simulated sweeps" in text and "subset_seeds" not in text
+    assert main([*words, "--device", "abacus"]) == 2 and "known are B200" in capsys.readouterr().err
+    assert main([*words, "--flops-per-second", "1e12", "--noise", "0"]) == 2
+
+
+def test_a_small_plan_is_not_enough(project, capsys):  # noqa: F811
+    words = ["sweep", "plan", "--config", str(project / "sweep.py"), "--workdir", str(project / "work")]
+    assert main([*words, *(word for setting in settings(project) for word in ("--set", setting))]) == 0
+    text = capsys.readouterr().out
+    assert "not enough: 4 distinct usable runs" in text and "nothing checks the learning rate" in text
+    assert "evaluation/pool_loss" in text

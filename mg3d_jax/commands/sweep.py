@@ -22,11 +22,7 @@ def parser() -> argparse.ArgumentParser:
         prog="mg3d sweep", description="Sweeps over size, data or variants: declare, train, fit laws, compare."
     )
     commands = top.add_subparsers(dest="command", required=True)
-    _add_declared(
-        commands,
-        "plan",
-        "print the runs, what they cost, and what `run` would do; changes nothing",
-    )
+    _add_plan(commands)
     _add_run(commands)
     status = commands.add_parser(
         "status", help="where every declared run stands", description="Where every run stands."
@@ -43,6 +39,25 @@ def parser() -> argparse.ArgumentParser:
     sweep_laws.add_parsers(commands)
     _add_compare(commands)
     return top
+
+
+def _add_plan(commands: argparse._SubParsersAction) -> None:
+    command = _add_declared(
+        commands, "plan", "print the runs, what they cost, and what `run` would do; changes nothing"
+    )
+    speed = command.add_mutually_exclusive_group()
+    speed.add_argument(
+        "--flops-per-second", type=float, metavar="X", help="of one device, as measured (mg3d bench step)"
+    )
+    speed.add_argument("--device", metavar="NAME", help="instead: a device by name, e.g. H100 or 'TPU v5p'")
+    command.add_argument(
+        "--utilisation", type=float, default=0.3, metavar="SHARE", help="of its peak that is reached (default 0.3)"
+    )
+    command.add_argument("--devices", type=int, default=1, metavar="K", help="that each run has (default 1)")
+    command.add_argument(
+        "--noise", type=float, default=0.003, metavar="SHARE",
+        help="of the loss, between runs that differ in their seeds only (default 0.003)",
+    )  # fmt: skip
 
 
 def _add_run(commands: argparse._SubParsersAction) -> None:
@@ -116,8 +131,19 @@ def _plan(args: argparse.Namespace) -> int:
     sweep_laws.leave_accelerators_alone()
     from mg3d_jax.scaling.sweep import declaration, plan
 
+    if min(args.utilisation, args.devices, args.noise, args.flops_per_second or 1) <= 0 or args.utilisation > 1:
+        raise UserError("--utilisation is a share up to 1; --devices, --noise and --flops-per-second are above 0")
     declared = declaration.load(args.config, args.settings, args.workdir)
-    print(plan.plan_table(declared, plan.plan(declared, args.workdir)))
+    if args.device:
+        speed = plan.Speed.named(args.device, args.utilisation, args.devices)
+    elif args.flops_per_second:
+        source = f"{args.devices} x {args.flops_per_second / 1e12:g} TFLOP/s"
+        speed = plan.Speed(args.flops_per_second * args.devices, args.devices, source)
+    else:
+        speed = plan.measured_speed(args.workdir, declared)
+    planned = plan.plan(declared, args.workdir, speed)
+    print(plan.plan_table(declared, planned, speed))
+    print(plan.precision_text(declared, planned, args.noise))
     return 0
 
 

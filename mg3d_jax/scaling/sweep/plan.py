@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import jax
+import numpy as np
 
 from mg3d_jax.config import Config
 from mg3d_jax.data.pipeline import subset_of
@@ -15,6 +16,7 @@ from mg3d_jax.devices import PEAK_BFLOAT16, known_peak
 from mg3d_jax.errors import UserError
 from mg3d_jax.files import read_json
 from mg3d_jax.progress import format_seconds
+from mg3d_jax.scaling.fit import precision
 from mg3d_jax.scaling.fit.plots import format_size
 from mg3d_jax.scaling.sweep import collect, states
 from mg3d_jax.scaling.sweep.declaration import Run, Sweep
@@ -120,7 +122,20 @@ def measured_speed(workdir: Path, sweep: Sweep) -> Speed | None:
 
 def plan_table(sweep: Sweep, planned: Sequence[Planned], speed: Speed | None = None) -> str:
     """The plan as text, with totals and what is missing. `speed`: that of `plan`, to say where times come from."""
-    head = "run N vision text patients records samples steps FLOPs time memory action".split()
+    head = [
+        "run",
+        "N",
+        "vision",
+        "text",
+        "patients",
+        "records",
+        "samples",
+        "steps",
+        "FLOPs",
+        "time",
+        "memory",
+        "action",
+    ]
     lines = [head]
     for one in planned:
         counted = one.cost.sizes
@@ -157,6 +172,17 @@ def plan_table(sweep: Sweep, planned: Sequence[Planned], speed: Speed | None = N
     if any(one.records is None for one in planned):
         text.append("records, samples and FLOPs are not known: data.train or data.valid is not prepared yet")
     return "\n".join(text)
+
+
+def precision_text(sweep: Sweep, planned: Sequence[Planned], noise: float) -> str:
+    """How sure the law will be, by simulation of these very runs. Checks are no part of it."""
+    runs = [one for one in planned if one.run.factor == 1]
+    values = {"unique_patients": "patients", "unique_records": "records", "samples_seen": "samples"}
+    data = [getattr(one, values[sweep.data_size]) for one in runs]
+    if None in data:
+        return "how sure the law will be is not known: the data are not prepared yet"
+    sizes = [getattr(one.cost.sizes, sweep.model_size) for one in runs]
+    return precision.expected(np.array(sizes, float), np.array(data, float), noise=noise).text()
 
 
 def notes(sweep: Sweep) -> list[str]:
