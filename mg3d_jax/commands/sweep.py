@@ -134,6 +134,7 @@ def _plan(args: argparse.Namespace) -> int:
     if min(args.utilisation, args.devices, args.noise, args.flops_per_second or 1) <= 0 or args.utilisation > 1:
         raise UserError("--utilisation is a share up to 1; --devices, --noise and --flops-per-second are above 0")
     declared = declaration.load(args.config, args.settings, args.workdir)
+    speed: plan.Speed | None
     if args.device:
         speed = plan.Speed.named(args.device, args.utilisation, args.devices)
     elif args.flops_per_second:

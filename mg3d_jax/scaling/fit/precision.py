@@ -80,8 +80,8 @@ def expected(n: np.ndarray, d: np.ndarray, *, noise: float = 0.003, simulations:
     values = problem.values(polish(starts, np.ones_like(losses), batch)[0])
     names = list(ND.parameters)
     far = predict(ND, values, {"N": np.array([REACH * n.max()]), "D": np.array([REACH * d.max()])})[:, 0]
-    halves = [_half_width(values[:, names.index(name)]) for name in ("alpha", "beta")]
-    return Expected(*halves, _half_width(np.log(far)), noise, simulations)
+    alpha, beta = (_half_width(values[:, names.index(name)]) for name in ("alpha", "beta"))
+    return Expected(alpha, beta, _half_width(np.log(far)), noise, simulations)
 
 
 def _half_width(values: np.ndarray) -> float:
