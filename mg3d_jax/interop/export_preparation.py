@@ -10,7 +10,7 @@ from __future__ import annotations
 import importlib.util
 import re
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from importlib.machinery import ModuleSpec
 from pathlib import Path
 from types import ModuleType
@@ -38,17 +38,30 @@ def copied_name(module: str) -> str:
 def write(folder: Path, modules: Iterable[str] = MODULES) -> None:
     """Writes these modules of the template and all that they import."""
     todo = {name: TEMPLATES / f"{name}.py" for name in modules}
-    done: dict[str, str] = {}
+    texts: dict[str, str] = {}
+    needs: dict[str, set[str]] = {}
     while todo:
         name, path = todo.popitem()
         text = path.read_text()
         found = {beside: TEMPLATES / f"{beside}.py" for beside in _BESIDE.findall(text)}
         for module in _OURS.findall(text):
             found[copied_name(module)] = ROOT.joinpath(*module.split(".")).with_suffix(".py")
-        done[name] = _standing_alone(text)
-        todo |= {one: place for one, place in found.items() if one not in done}
-    for name, text in done.items():
-        (folder / f"{name}.py").write_text(text)
+        texts[name], needs[name] = _standing_alone(text), set(found)
+        todo |= {one: place for one, place in found.items() if one not in texts}
+    for name, text in texts.items():
+        (folder / f"{name}.py").write_text(text + _named_for_copying(name, needs))
+
+
+def _named_for_copying(name: str, needs: Mapping[str, set[str]]) -> str:
+    """Lines that name what a module needs by way of others: of a local folder, transformers before 5 copies only the files
+    whose names stand in the one that it loads."""
+    found, todo = set(needs[name]), [*needs[name]]
+    while todo:
+        new = needs[todo.pop()] - found
+        found |= new
+        todo += new
+    lines = [f"    from .{one} import *\n" for one in sorted(found - needs[name] - {name})]
+    return "".join(["\n\nif False:  # never run: says which files belong to this one\n", *lines]) if lines else ""
 
 
 def _standing_alone(text: str) -> str:
