@@ -6,13 +6,13 @@ import nibabel as nib
 import numpy as np
 import pytest
 import SimpleITK as sitk
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 from reference.synthetic_ct import affine, body, write_nifti, write_raw_nifti
 from test_prepare_volumes import itk_grid, rotated
 
-from mg3d_jax.prepare.geometry import Grid, Metadata, obliqueness
-from mg3d_jax.prepare.nifti import VolumeError
+from mg3d_jax.prepare.geometry import Grid, Metadata, obliqueness, resolve_geometry, voxel_spacing
+from mg3d_jax.prepare.nifti import StoredVolume, VolumeError
 from mg3d_jax.prepare.volumes import prepare_volume
 
 SAME = Grid((48, 40, 36), (8.0, 8.0, 9.0))
@@ -102,11 +102,111 @@ def test_missing_slices_are_reported(tmp_path):
     assert prepare_volume(path, SAME, Metadata(slices=36)).quality["warnings"] == []
 
 
-def test_disagreement_with_the_table_is_reported_and_the_header_wins(tmp_path):
+def test_disagreement_with_the_table_is_settled_and_said(tmp_path):
     path = write_nifti(tmp_path / "v.nii.gz", body(), affine(), "LPS")
     got = prepare_volume(path, SAME, Metadata(spacing=(1.0, 1.0, 3.0)))
-    assert "disagree" in got.quality["warnings"][0]
+    assert "disagree: header used, since by the other the scan would be 48 x 40 x 108 mm" in got.quality["warnings"][0]
     np.testing.assert_array_equal(got.volume, body())
+
+
+TRUE, SHAPE = (0.7, 0.7, 1.25), (512, 512, 300)
+IDENTITY = np.eye(4)
+
+
+def header(spacing, origin=(-170.0, -180.0, -300.0), turn=0.0) -> np.ndarray:
+    """LPS index axes, in RAS+ mm."""
+    matrix = rotated(np.diag([-spacing[0], -spacing[1], spacing[2], 1.0]), turn) if turn else np.diag([*spacing, 1.0])
+    matrix[:2] *= 1 if turn else -1
+    matrix[:3, 3] = origin
+    return matrix
+
+
+def resolved(matrix, *, shape=SHAPE, **known) -> tuple[np.ndarray, list[str]]:
+    """(spacing that is believed, warnings) of a header and what a table says."""
+    warnings: list[str] = []
+    stored = StoredVolume(np.broadcast_to(np.int16(0), shape), matrix, None, has_orientation=True)
+    return voxel_spacing(resolve_geometry(stored, Metadata(**known), warnings)), warnings
+
+
+SAME_GRID = {"plane": SHAPE[:2], "slices": SHAPE[2]}
+RIGHT = [  # header, shape of the file, what the table says, what is right, the evidence
+    (IDENTITY, SHAPE, {"spacing": TRUE}, TRUE, "no usable geometry"),
+    (np.diag([-1.0, -1, 1, 1]), SHAPE, {"spacing": TRUE, **SAME_GRID}, TRUE, "no usable geometry"),
+    (header((1, 1, 1)), SHAPE, {"spacing": TRUE, **SAME_GRID}, TRUE, "as many as the table's"),
+    (header((0.7, 0.7, 1)), (512, 512, 64), {"spacing": (0.7, 0.7, 5)}, (0.7, 0.7, 5), "odd in length"),
+    (header((1, 1, 1)), (358, 358, 375), {"spacing": TRUE, **SAME_GRID}, (1, 1, 1), "was resampled"),
+    (IDENTITY, (358, 358, 375), {"spacing": TRUE, **SAME_GRID}, (1, 1, 1), "was resampled"),
+    (header((0.7, 0.7, 2.5)), (512, 512, 150), {"spacing": TRUE, "slices": SHAPE[2]}, (0.7, 0.7, 2.5), "was resampled"),
+    (header((7, 7, 12.5)), SHAPE, {"spacing": TRUE}, TRUE, "3584 x 3584 x 3750 mm"),
+    (header(TRUE), SHAPE, {"spacing": (0.07, 0.07, 0.125)}, TRUE, "36 x 36 x 38 mm"),
+    (header((0.7, 1.4, 1.25)), SHAPE, {"spacing": TRUE}, TRUE, "not be square"),
+    (header(TRUE), SHAPE, {"spacing": (0.7, 0.35, 1.25), **SAME_GRID}, TRUE, "not be square"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("matrix, shape, known, expected, why", RIGHT)
+def test_clear_evidence_decides_between_header_and_table(matrix, shape, known, expected, why):
+    spacing, warnings = resolved(matrix, shape=shape, **known)
+    np.testing.assert_allclose(spacing, expected)
+    assert len(warnings) == 1 and why in warnings[0]
+
+
+@pytest.mark.parametrize(
+    "matrix, known, said",
+    [
+        (header((0.7, 0.7, 2.5)), {"spacing": TRUE, **SAME_GRID}, r"\[0.7, 0.7, 2.5\] and table \[0.7, 0.7, 1.25\] mm"),
+        (header((0.9, 0.9, 1.25)), {"spacing": TRUE}, "nothing shows which is right.*empty spacing"),
+        (header((0.7, 0.7, 1)), {"spacing": TRUE, **SAME_GRID}, "nothing shows which is right"),
+        (header((1, 1, 1)), {"spacing": TRUE}, "nothing shows which is right"),
+        (header((1, 1, 1)), {"spacing": (0.9, 0.8, 1.25), **SAME_GRID}, "for the header: .*; for the table: "),
+        (header(TRUE), {"axes": "RAS"}, r"header \(LPS\) and table \(RAS\)"),
+        (header(TRUE, turn=30), {"spacing": TRUE, "orientation": (1, 0, 0, 0, 1, 0), **SAME_GRID}, "axes of header"),
+    ],
+)
+def test_header_and_table_that_nothing_settles_are_refused_with_both_values(matrix, known, said):
+    with pytest.raises(VolumeError, match=said):
+        resolved(matrix, **known)
+
+
+def test_a_header_that_was_never_filled_in_is_said_without_a_table():
+    assert "as where nothing is known" in resolved(IDENTITY)[1][0]
+    assert resolved(header((1, 1, 1)))[1] == [] and resolved(header(TRUE), axes="LPS")[1] == []
+
+
+@settings(max_examples=100, deadline=None)
+@given(
+    plane=st.sampled_from([0.34, 0.6, 0.7, 0.98, 1.0]),
+    between=st.sampled_from([0.5, 1.0, 1.5, 3.0, 5.0]),
+    fault=st.sampled_from(["none", "default", "identity", "z default", "scale", "thickness", "one side", "resampled"]),
+    at=st.sampled_from(["header", "table"]),
+    factor=st.sampled_from([0.1, 0.5, 2.0, 10.0, 1000.0]),
+    counts=st.booleans(),
+    order=st.permutations([0, 1, 2]),
+)
+def test_header_and_table_end_right_or_refused(plane, between, fault, at, factor, counts, order):
+    """Whatever is wrong in one of the two: the true voxel size, or a refusal; never the wrong one."""
+    assume(plane != 1 or between != 1)  # then a header of 1 mm is no default
+    true, shape = np.array([plane, plane, between]), np.array([512, 512, round(330 / between)])
+    wrong = true.copy()
+    if fault in ("default", "identity"):
+        wrong[:] = 1
+    elif fault == "z default":
+        wrong[2] = 1
+    elif fault in ("scale", "thickness", "one side"):
+        wrong[{"scale": slice(None), "thickness": 2, "one side": 1}[fault]] *= factor
+    listed, own = (tuple(wrong), true) if at == "table" else (tuple(true), wrong)
+    known = {"spacing": listed, **({"plane": (512, 512), "slices": int(shape[2])} if counts else {})}
+    if fault == "resampled":
+        listed, own, shape = tuple(true), np.array([1.0, 1.0, 2.0]), np.rint(shape * true / (1, 1, 2)).astype(int)
+        known, true = {"spacing": listed, "plane": (512, 512), "slices": round(330 / between)}, own
+    matrix = IDENTITY if fault == "identity" and at == "header" else header(own)[:, [*order, 3]]
+    order = [0, 1, 2] if matrix is IDENTITY else order
+    try:
+        spacing, _ = resolved(matrix, shape=tuple(shape[order]), **known)
+    except VolumeError as error:
+        assert (fault != "none" and "disagree" in str(error)) or "usable" in str(error)
+        return
+    np.testing.assert_allclose(spacing, true[order], rtol=0.03)
 
 
 def test_a_short_scan_is_called_truncated(tmp_path):

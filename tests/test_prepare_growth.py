@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import errno
+import gzip
 import json
 import os
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
+import nibabel as nib
+import numpy as np
 import pytest
 from reference.synthetic_ct import affine, body, report_row, volume_path, write_nifti, write_tables
 from test_prepare_folder import settings
@@ -16,7 +20,7 @@ from mg3d_jax.commands.main import main
 from mg3d_jax.data.pipeline import PreparedData
 from mg3d_jax.data.records import RecordReader
 from mg3d_jax.errors import UserError
-from mg3d_jax.prepare import prepare
+from mg3d_jax.prepare import leaks, prepare, snapshots
 from mg3d_jax.prepare import shards as shards_lib
 from mg3d_jax.prepare.folder import dry_run
 from mg3d_jax.training import run_folder
@@ -145,6 +149,49 @@ def test_what_changed_or_was_damaged_is_done_again_and_nothing_else(grown, tmp_p
     assert main(["prepare", "--verify", "--out", str(out)]) == 0
 
 
+def test_shards_are_read_again_only_where_they_were_touched(grown, monkeypatch):
+    """Terabytes: a call that finds all done reads what was copied or written to since, once, and all on request."""
+    root, out = grown
+    read, digest = [], snapshots.file_digest
+    monkeypatch.setattr(snapshots, "file_digest", lambda path: read.append(path.name) or digest(path))
+    shards = sorted(path.name for path in out.glob("*.array_record"))
+    prepare(settings(root, out, **SMALL))
+    del read[:]  # a shard that was written within one tick of the clock before its sidecar is read once
+    prepare(settings(root, out, **SMALL))
+    assert read == []
+    content = (out / shards[1]).read_bytes()
+    (out / shards[1]).write_bytes(content)  # copied back
+    os.utime(out / shards[1], (1e9, 1e9))  # with its old time
+    assert "would read 0 volumes" in dry_run(settings(root, out, **SMALL))
+    before = sorted((path, path.stat().st_mtime_ns) for path in out.rglob("*") if path.is_file())
+    prepare(settings(root, out, **SMALL))
+    prepare(settings(root, out, **SMALL))
+    assert read == [shards[1]] * 2  # of the dry run, which writes nothing, and of the first call
+    work = [(path, time) for path, time in before if path.parent.name == "work"]
+    assert all(path.stat().st_mtime_ns == time for path, time in work)
+    prepare(settings(root, out, **SMALL, compare="checksum"))
+    assert read[2:] == shards
+    (out / shards[1]).write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+    os.utime(out / shards[1], (1e9, 1e9))
+    assert "1 damaged or lost shards" in dry_run(settings(root, out, **SMALL))
+
+
+def test_a_header_that_was_taken_without_evidence_is_decided_again(grown, monkeypatch):
+    root, out = grown
+    sidecar = out / "work" / f"{RecordReader(out).manifest['shards'][0]['file'].removesuffix('.array_record')}.json"
+    written = json.loads(sidecar.read_text())
+    old = "spacing of header [1.0, 1.0, 1.0] and table [8.0, 8.0, 9.0] mm disagree: header used"
+    written["quality"][0]["warnings"] = [old]
+    begun = sidecar.stat().st_mtime
+    sidecar.write_text(json.dumps(written))
+    os.utime(sidecar, (begun, begun))
+    read = counting(monkeypatch)
+    prepare(settings(root, out, **SMALL))
+    assert read == [written["entries"][0]["name"]]
+    prepare(settings(root, out, **SMALL))
+    assert len(read) == 1
+
+
 def test_checksums_find_what_size_and_time_do_not(tmp_path, monkeypatch):
     root, out = tmp_path / "root", tmp_path / "out"
     write(root, [(1, 1), (2, 1)])
@@ -249,3 +296,52 @@ def test_layout_of_a_folder_is_json_that_says_where_every_volume_is(grown):
     prepare(settings(root, out, **SMALL))
     layout = json.loads((out / "work" / "layout.json").read_text())
     assert [key.split("\t")[1] for keys in layout["shards"].values() for key in keys] == names(out)
+
+
+@pytest.mark.parametrize("form", ["another level", "not packed", "another header", "folder of slices"])
+def test_the_same_volume_of_another_patient_is_found_before_any_is_prepared(tmp_path, monkeypatch, form):
+    root = tmp_path / "root"
+    write(root, [(1, 1), (2, 1), (3, 1)])
+    image = nib.load(volume_path(root, name(1)))
+    voxels = np.asarray(image.dataobj)
+    copy = root / "copy.nii"
+    if form == "another level":
+        copy = root / "copy.nii.gz"
+        copy.write_bytes(gzip.compress(image.to_bytes(), 1))
+    elif form == "not packed":
+        copy.write_bytes(image.to_bytes())
+    elif form == "another header":
+        copy = write_nifti(root / "copy.nii.gz", voxels, np.diag([2.0, 2, 2, 1]))
+    else:
+        for folder, stem in (("first", "a"), ("copy", "b")):
+            (root / folder).mkdir()
+            for n in range(3):
+                (root / folder / f"{stem}{n}.dcm").write_bytes(bytes([n]) * 200)
+        copy = root / "copy"
+    first = root / "first" if copy.is_dir() else volume_path(root, name(1))
+    table = root / "table.csv"
+    rows = [("a", first), ("b", volume_path(root, name(2))), ("c", copy), ("d", volume_path(root, name(3)))]
+    table.write_text("patient,volume,report\n" + "".join(f"{who},{path},Normal.\n" for who, path in rows))
+    read = counting(monkeypatch)
+    options = {**SMALL, "source": "csv", "split": "all"}
+    with pytest.raises(UserError, match=rf"identical files\): 1: {first} = {copy}"):
+        prepare(replace(settings(table, tmp_path / "out"), **options))
+    assert not read and not (tmp_path / "out").exists()
+
+
+def test_folders_to_compare_with_are_looked_at_before_any_volume(grown, tmp_path, monkeypatch, caplog):
+    root, out = grown
+    table = root / "table.csv"
+    table.write_text(f"patient,volume,report\nz,{volume_path(root, name(2))},Normal.\n")
+    options = {**SMALL, "source": "csv", "split": "all", "against": (out,)}
+    again = replace(settings(table, tmp_path / "again"), **options)
+    read = counting(monkeypatch)
+    assert f"would stop: duplicate-volume (and {out}, identical files)" in dry_run(again)
+    with caplog.at_level("INFO"):
+        leaks.file_leaks([], [out])
+        leaks.check_comparable([out], {"spacing": [1, 1, 1], "size": list(SHAPE)})
+    assert "has other spacing" in caplog.text and "not where they were" not in caplog.text
+    (out / "index.jsonl").write_text("")
+    with pytest.raises(UserError, match="prepare the folder again"):
+        prepare(again)
+    assert read == []

@@ -124,6 +124,47 @@ def test_instance_numbers_tell_of_slices_that_never_came(tmp_path):
     assert "contradicts the positions" in said(read(folder))
 
 
+def test_slices_that_contradict_one_another_or_the_header_are_said(tmp_path):
+    """A table that moved, a copy that broke off, more images announced than there are, another modality."""
+    count = SHAPE[2]
+
+    def made(name: str, **changes: object) -> Path:
+        (tmp_path / name).mkdir()
+        for k in range(count):
+            one = image(k, **{tag: value(k) if callable(value) else value for tag, value in changes.items()})
+            one.save_as(tmp_path / name / f"{k:03d}.dcm", enforce_file_format=True)
+        return tmp_path / name
+
+    aside = made("moved", ImagePositionPatient=lambda k: [-184.0 + 40 * (k > count // 2), -152.0, 18.0 * k])
+    with pytest.raises(VolumeError, match=r"do not lie on one line: .* mm aside"):
+        prepare_volume(aside, GRID)
+    for modality in ("PT",):
+        with pytest.raises(VolumeError, match=f"says that it is {modality}, and it is to be read as CT"):
+            prepare_volume(made(modality, Modality=modality), GRID)
+    said = prepare_volume(made("total", ImagesInAcquisition=30), GRID).quality["warnings"]
+    assert any("the acquisition has 30 images, 18 are here" in warning for warning in said)
+    cut = made("cut")
+    whole = (cut / "009.dcm").read_bytes()
+    (cut / "009.dcm").write_bytes(whole[:-940] + bytes(940))
+    assert any(
+        "hardly more than one number, such as 009.dcm" in w for w in prepare_volume(cut, GRID).quality["warnings"]
+    )
+
+
+def test_slices_out_of_order_or_copied_and_numbers_that_ran_over_are_said(tmp_path):
+    big, spacing = body((48, 40, 36)), (8.0, 8.0, 9.0)
+    grid = Grid((48, 40, 36), spacing)
+
+    def said(name: str, data: np.ndarray) -> str:
+        path = write_nifti(tmp_path / f"{name}.nii", data, affine(spacing))
+        return " ".join(prepare_volume(path, grid).quality["warnings"])
+
+    assert said("plain", big) == ""
+    assert "slices out of order" in said("shuffled", big[:, :, np.random.default_rng(0).permutation(36)])
+    assert "neighbouring slices are the same" in said("copied", big[:, :, np.repeat(np.arange(18), 2)])
+    assert "numbers ran over" in said("over", np.where(big > 100, big - 4096, big))
+
+
 def test_dicom_forms_are_read_or_refused_with_the_remedy(tmp_path):
     folder = tmp_path / "bare"
     folder.mkdir()

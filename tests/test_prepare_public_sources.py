@@ -6,6 +6,7 @@ import zipfile
 from dataclasses import replace
 
 import numpy as np
+import pandas as pd
 import pytest
 from reference.synthetic_ct import affine, body, report_row, volume_path, write_nifti, write_tables
 from test_prepare_folder import settings
@@ -67,6 +68,72 @@ def test_merlins_impression_is_found_by_its_heading_or_its_list():
     text = "FINDINGS: Liver measures 20 cm. Spleen normal.\n1. Hepatomegaly.\n2. No ascites."
     assert merlin_sections(text) == ("Liver measures 20 cm. Spleen normal.", "1. Hepatomegaly.\n2. No ascites.")
     assert merlin_sections("Liver normal. Segment 1 is clear.") == ("Liver normal. Segment 1 is clear.", "")
+
+
+def test_merlin_as_it_is_published(tmp_path):
+    """A spreadsheet beside `merlin_data`, in the folder that the download makes; the corrected table goes first."""
+    root = tmp_path / "merlinabdominalctdataset"
+    (root / "merlin_data").mkdir(parents=True)
+    rows = [("AC1", "train"), ("AC2", "validation"), ("AC3", "test"), ("", "train"), ("AC4", "train"), ("AC1", "train")]
+    for study in ("AC1", "AC2", "AC5"):
+        (root / "merlin_data" / f"{study}.nii.gz").touch()
+    table = pd.DataFrame(rows, columns=["study id", "Split"]).assign(
+        Findings="Liver normal. IMPRESSION(S): No ascites."
+    )
+    table.assign(fewshot=0).to_excel(root / "reports_final.xlsx", index=False)
+    for name in ("val", "validation"):
+        found = list_source("merlin", SourceOptions(tmp_path, name))
+        assert [e.name for e in found.examples] == ["AC2.nii.gz"] and found.other_splits["train"] == {"AC1", "AC4"}
+    found = list_source("merlin", SourceOptions(tmp_path, "train"))
+    (one,), reasons = found.examples, sorted(item["reason"] for item in found.bad)
+    assert (one.findings, one.impression) == ("Liver normal.", "No ascites.")
+    assert [reason.split(":")[0] for reason in reasons] == [
+        "a report without a volume", "a row without a study id", "a volume without a report", "second report row of AC1",
+    ]  # fmt: skip
+    table.assign(Findings="Spleen large.").to_csv(root / "reports_final_updated.csv", index=False)
+    found = list_source("merlin", SourceOptions(tmp_path, "train"))
+    assert found.examples[0].findings == "Spleen large."
+    assert "reports_final_updated.csv taken, not reports_final.xlsx" in found.notes
+
+
+def test_inspect_as_it_is_published(tmp_path):
+    """Tables with rows that are there twice, suffixes in the mapping, and the patient in whichever table has him."""
+    (tmp_path / "full" / "CTPA").mkdir(parents=True)
+    for name in ("PE1", "PE2", "PE2b", "PE4"):
+        (tmp_path / "full" / "CTPA" / f"{name}.nii.gz").touch()
+
+    def write(stem: str, *lines: str) -> None:
+        (tmp_path / "full" / f"{stem}_20250611.tsv").write_text("\n".join(lines) + "\n")
+
+    mapping = ["1\tPE1", "2\tPE2.nii.gz", "2\tPE2b.nii.gz", "1\tPE1", "3\tPE3", "4\tPE4", "5\t"]
+    write("study_mapping", "impression_id\timage_id", *mapping)
+    write(
+        "impressions",
+        "impression_id\timpressions",
+        *(f"{n}\tNo embolism {n}." for n in (1, 1, 2, 3, 5)),
+        "4\tA",
+        "4\tB",
+    )
+    write(
+        "splits",
+        "impression_id\tsplit\tperson_id",
+        "1\ttrain\t7",
+        "2\ttrain\t7",
+        "2\ttrain\t7",
+        "3\tvalid\t8",
+        "4\ttrain\t9",
+    )
+    found = list_source("inspect", SourceOptions(tmp_path, "train"))
+    assert [(e.name, e.patient) for e in found.examples] == [(f"{n}.nii.gz", "7") for n in ("PE1", "PE2", "PE2b")]
+    assert found.other_splits == {"valid": {"8"}}
+    reasons = [item["reason"] for item in found.bad]
+    assert reasons == ["the rows of 4 differ in 'impressions': A and B", "empty report", "5 has no image_id"]
+    assert any("splits_20250611.tsv: 1 rows repeat" in note for note in found.notes)
+    assert list_source("inspect", SourceOptions(tmp_path, "validation")).bad[-1]["reason"] != ""
+    write("splits", "impression_id\tsplit", "1\ttrain")
+    assert any(
+        "every scan counts as a patient" in n for n in list_source("inspect", SourceOptions(tmp_path, "train")).notes
+    )
 
 
 def test_archives_are_read_in_memory_and_refused_with_the_cause(tmp_path):

@@ -394,10 +394,14 @@ def test_leaks_between_splits_and_patients_are_errors_unless_meant(tmp_path):
     # The same voxels as a training volume, and one patient of the training split.
     write_nifti(volume_path(root, "valid_1_a_1.nii.gz", "valid"), body(seed=31), affine(), "LPS")
     valid = {"split": "valid", "against": (tmp_path / "train",)}
-    with pytest.raises(UserError, match=r"valid_1_a_1\.nii\.gz = train_3_a_1\.nii\.gz"):
+    with pytest.raises(UserError, match=r"valid_2_a_1\.nii\.gz = train_2_a_1\.nii\.gz"):
         prepare(settings(root, tmp_path / "valid", **valid))
+    assert not (tmp_path / "valid").exists()  # before any is prepared
     manifest = prepare(settings(root, tmp_path / "valid", **valid, allow_leak=("duplicate-volume",)))
     assert [leak["name"] for leak in manifest["allowed_leaks"]] == ["duplicate-volume"]
+    assert (
+        "valid_1_a_1.nii.gz = train_3_a_1.nii.gz" in manifest["allowed_leaks"][0]["items"]
+    )  # stored in other axes there
     with pytest.raises(UserError, match="identical-split"):
         prepare(settings(root, tmp_path / "again", against=(tmp_path / "train",)))
     rows = [report_row("train_2_a_1.nii.gz", "Normal."), report_row("valid_2_a_1.nii.gz", "Normal.")]

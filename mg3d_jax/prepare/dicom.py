@@ -23,6 +23,7 @@ from mg3d_jax.prepare.walk import natural_key
 
 _GAP_TOLERANCE = 0.05  # of the slice spacing
 _MOST_FILLED = 0.1  # share of slices that may be missing and filled in
+_BLANK = 0.9  # share of a slice
 _MOST_ODD = 0.2  # share of images of another size or direction that may be left out
 _OUTSIDE = np.float32(-30_000)  # HU of a scanner's padding: air under any mapping
 
@@ -69,7 +70,16 @@ def read_dicom(files: Iterable[Path]) -> StoredVolume:
     slices = [one for file, dataset in series[uid] for one in _slices_of(file, dataset)]
     volume = _stack(_belonging(slices, warnings), warnings)
     volume.notes = notes
+    volume.modality = str(series[uid][0][1].get("Modality") or "") or None
+    _check_total(series[uid][0][1], len(slices), warnings)
     return volume
+
+
+def _check_total(dataset: Any, count: int, warnings: list[str]) -> None:
+    """Whether the header knows of more images than there are."""
+    total = dataset.get("ImagesInAcquisition")
+    if total not in (None, "") and int(total) > count:
+        warnings.append(f"missing slices? the header says that the acquisition has {total} images, {count} are here")
 
 
 def _slices_of(file: Path, dataset: Any) -> list[Slice]:
@@ -77,6 +87,8 @@ def _slices_of(file: Path, dataset: Any) -> list[Slice]:
     if int(dataset.get("NumberOfFrames") or 1) > 1:
         return _frames(file, dataset)
     number = dataset.get("InstanceNumber")
+    if not np.isfinite(np.array(dataset.ImagePositionPatient, np.float64)).all():
+        raise VolumeError(f"slice {file.name} has the position {list(dataset.ImagePositionPatient)}: restore the tag")
     return [
         Slice(
             file.name,
@@ -199,6 +211,7 @@ def _stack(slices: list[Slice], warnings: list[str]) -> StoredVolume:
         raise VolumeError("a DICOM series of one slice is not a volume: give the folder that holds the whole series")
     heights = np.array([normal @ one.position for one in slices])
     slices, heights = _without_twins(slices, heights, warnings)
+    _check_line(slices)
     gaps = np.diff(heights)
     counts = _steps(gaps, len(slices))
     step = float(np.median(gaps))
@@ -209,6 +222,7 @@ def _stack(slices: list[Slice], warnings: list[str]) -> StoredVolume:
             f"slices lie {step:g} mm apart, the header's SpacingBetweenSlices says {between:g}: positions used"
         )
     filled, missing = _planes(slices, counts), int((counts - 1).sum())
+    _check_content(filled, slices, warnings)
     if missing:
         warnings.append(f"missing slices: {missing} of {len(filled)} filled in by interpolation")
     affine = np.eye(4)
@@ -219,6 +233,15 @@ def _stack(slices: list[Slice], warnings: list[str]) -> StoredVolume:
     affine[:3, 3] = slices[0].position
     data = np.asfortranarray(np.stack([plane.T for plane in filled], -1))
     return StoredVolume(data, np.diag([-1.0, -1.0, 1.0, 1.0]) @ affine, None, has_orientation=True, warnings=warnings)
+
+
+def _check_content(planes: list[np.ndarray], slices: list[Slice], warnings: list[str]) -> None:
+    """Whether a slice is nearly all one number where the others are not: a copy that broke off, filled up with zeros."""
+    shares = np.array([np.mean(plane == plane.min()) for plane in planes])
+    blank = np.flatnonzero((shares > _BLANK) & (shares > np.median(shares) + 0.4))
+    if len(blank):
+        name = slices[blank[0]].name if len(planes) == len(slices) else f"number {blank[0] + 1}"
+        warnings.append(f"missing slices? {len(blank)} hold hardly more than one number, such as {name}")
 
 
 def _without_twins(slices: list[Slice], heights: np.ndarray, warnings: list[str]) -> tuple[list[Slice], np.ndarray]:
@@ -237,6 +260,19 @@ def _without_twins(slices: list[Slice], heights: np.ndarray, warnings: list[str]
     if len(kept) < len(slices):
         warnings.append(f"left out: {len(slices) - len(kept)} slices that repeat another")
     return [slices[index] for index in kept], heights[kept]
+
+
+def _check_line(slices: list[Slice]) -> None:
+    """Raises `VolumeError` where slices lie beside the line from the first to the last: an affine would shear the volume."""
+    places = np.array([one.position for one in slices])
+    line = places[-1] - places[0]
+    along = (places - places[0]) @ line / (line @ line)
+    aside = np.linalg.norm(places - places[0] - np.outer(along, line), axis=1)
+    if aside.max() > max(1.0, *slices[0].spacing):
+        raise VolumeError(
+            f"the slices of the DICOM series do not lie on one line: {slices[int(aside.argmax())].name} is {aside.max():.1f} "
+            "mm aside, as where the table was moved: give the parts as separate volumes"
+        )
 
 
 def _steps(gaps: np.ndarray, slices: int) -> np.ndarray:

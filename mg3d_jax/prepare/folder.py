@@ -27,13 +27,15 @@ from mg3d_jax.prepare.folds import keep_fold
 from mg3d_jax.prepare.growth import Work, drop_shards, plan_work, write_layout
 from mg3d_jax.prepare.listing import Example, Listing, SourceOptions
 from mg3d_jax.prepare.manifest import build_manifest
-from mg3d_jax.prepare.qa_page import QUALITY_NAME, write_page
+from mg3d_jax.prepare.qa_page import write_page
+from mg3d_jax.prepare.quality import QUALITY_NAME
 from mg3d_jax.prepare.recipe import migrated, open_folder
 from mg3d_jax.prepare.selection import list_source
 from mg3d_jax.prepare.settings import Settings
 from mg3d_jax.prepare.shards import (
     Outcome,
     Recipe,
+    confirm,
     input_digest,
     kept_outcomes,
     key_of,
@@ -217,7 +219,7 @@ def _finish(
     manifest = build_manifest(settings.plan(), code, sidecars, context)
     check_bad(settings, manifest["bad"], total)
     entries = [entry for sidecar in sidecars for entry in sidecar["entries"]]
-    all_leaks = listed_leaks + leaks.content_leaks(entries, list(settings.against))
+    all_leaks = leaks.merged(listed_leaks, leaks.content_leaks(entries, list(settings.against)))
     manifest["allowed_leaks"] = leaks.check(all_leaks, settings.allow_leak)
     quality = [line for sidecar in sidecars for line in sidecar["quality"]]
     write_lines(settings.out / INDEX_NAME, entries)
@@ -246,9 +248,12 @@ def _listed(settings: Settings) -> tuple[Listing, int]:
 
 
 def _listed_leaks(settings: Settings, listing: Listing) -> list[leaks.Leak]:
-    """Leaks that can be seen before any volume is read."""
-    patients = leaks.listed_leaks(listing) + leaks.patient_leaks(listing.examples, list(settings.against))
-    return patients if settings.fetch else patients + leaks.file_leaks(listing.examples)
+    """Leaks that can be seen before any volume is prepared."""
+    against = list(settings.against)
+    plan = settings.plan()
+    leaks.check_comparable(against, {key: plan[key] for key in ("size", "spacing", "policy", "fraction", "window")})
+    patients = leaks.listed_leaks(listing) + leaks.patient_leaks(listing.examples, against)
+    return patients if settings.fetch else patients + leaks.file_leaks(listing.examples, against)
 
 
 def dry_run(settings: Settings) -> str:
@@ -293,6 +298,7 @@ def prepare(settings: Settings) -> dict[str, Any] | None:
         return migrated(read_manifest(settings.out))
     for line in work.said:
         logger.info("prepare: %s", line)
+    confirm(settings.out, work.read)
     sidecars = _process(settings, work, root, len(listing.bad), len(listing.mask_names))
     if len(sidecars) < len(work.chunks):
         return None

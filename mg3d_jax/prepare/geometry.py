@@ -13,6 +13,7 @@ import nibabel as nib
 import numpy as np
 
 from mg3d_jax.batch import AIR_HU
+from mg3d_jax.prepare.disagreement import SAME_SIZE, is_default, settled
 from mg3d_jax.prepare.nifti import StoredVolume, VolumeError, same_frame
 from mg3d_jax.prepare.resample import AxisMap, resample
 
@@ -57,6 +58,8 @@ class Metadata:
     centre: tuple[float, float, float] | None = field(default=None, repr=False)  # of the grid, mm (RAS+): a patch
     frame: int | None = field(default=None, repr=False)  # of a 4D file, from 0
     modality: str = field(default="CT", repr=False)  # "MR": intensities are mapped to numbers of the size of HU
+    # Columns, rows of a slice: evidence where header and table disagree. In no digest: begun preparations go on.
+    plane: tuple[int, int] | None = field(default=None, repr=False, compare=False)
 
     def said(self) -> str:
         """All that a source said of a volume, in one text."""
@@ -70,11 +73,28 @@ def voxel_spacing(affine: np.ndarray) -> np.ndarray:
     return np.sqrt((affine[:3, :3] ** 2).sum(0))
 
 
+def axes_affine(spacing: tuple[float, float, float], axes: str) -> np.ndarray:
+    """Affine (RAS+, origin 0) of an array whose index axes point to `axes`, such as "LPS" or "SPL"."""
+    try:
+        orientation = nib.orientations.axcodes2ornt(axes.upper())
+    except (ValueError, KeyError, AttributeError) as error:
+        raise VolumeError(f"axes {axes!r} are not three of R/L, A/P, S/I ({error})") from error
+    if len(axes) != 3 or np.isnan(orientation).any() or sorted(orientation[:, 0]) != [0, 1, 2]:
+        raise VolumeError(f"axes {axes!r} are not one each of R/L, A/P, S/I")
+    affine = np.zeros((4, 4))
+    affine[3, 3] = 1
+    for source, (target, sign) in enumerate(orientation):
+        affine[int(target), source] = sign * spacing[source]
+    return affine
+
+
 def table_affine(metadata: Metadata) -> np.ndarray | None:
     """Affine (RAS+) from DICOM tags of a table: index axes (column, row, slice), slices stacked along the normal.
-    `None` without a spacing; LPS axes and origin 0 where orientation or position is missing."""
+    `None` without a spacing; the table's `axes`, else LPS, and origin 0 where orientation or position is missing."""
     if metadata.spacing is None:
         return None
+    if metadata.axes is not None and metadata.orientation is None:
+        return axes_affine(metadata.spacing, metadata.axes)
     cosines = np.array(metadata.orientation or (1, 0, 0, 0, 1, 0), np.float64).reshape(2, 3)
     axes = np.stack([cosines[0], cosines[1], np.cross(cosines[0], cosines[1])], axis=1)
     affine = np.eye(4)
@@ -84,11 +104,17 @@ def table_affine(metadata: Metadata) -> np.ndarray | None:
 
 
 def _usable(affine: np.ndarray | None) -> TypeGuard[np.ndarray]:
-    """Finite, with three directions that span space, and the voxel size of a body CT."""
-    if affine is None or not np.isfinite(affine).all():
+    """With the voxel size of a body CT, and `_has_axes`."""
+    if affine is None or not _has_axes(affine):
         return False
     spacing = voxel_spacing(affine)
-    if not (SPACING_LIMITS[0] <= spacing.min() and spacing.max() <= SPACING_LIMITS[1]):
+    return bool(SPACING_LIMITS[0] <= spacing.min() and spacing.max() <= SPACING_LIMITS[1])
+
+
+def _has_axes(affine: np.ndarray) -> bool:
+    """Finite, with three directions that span space."""
+    spacing = voxel_spacing(affine)
+    if not np.isfinite(affine).all() or spacing.min() <= 0:
         return False
     return bool(abs(np.linalg.det(affine[:3, :3] / spacing)) > 0.3)
 
@@ -117,36 +143,81 @@ def _of_several(forms: list[np.ndarray], metadata: Metadata, warnings: list[str]
 
 
 def resolve_geometry(stored: StoredVolume, metadata: Metadata, warnings: list[str]) -> np.ndarray:
-    """The affine to believe: the header's, unless it is blank or impossible; then the table's. A blank header with a
-    true spacing is read as LPS (DICOM's order), with a warning. Raises `VolumeError` where nothing is usable."""
+    """The affine to believe: the header's, unless it is blank or impossible; then the table's. A blank header with a true
+    spacing is read as LPS (DICOM's order) where the table does not name its axes, with a warning. Raises `VolumeError` where
+    nothing is usable, or where header and table disagree and nothing shows which is right."""
     table = table_affine(metadata)
     if stored.rivals:
         stored = replace(stored, affine=_of_several([stored.affine, *stored.rivals], metadata, warnings), rivals=[])
     spacing = voxel_spacing(stored.affine)
     possible = _usable(stored.affine)
-    if not (stored.has_orientation and possible):
-        if _usable(table):
-            warnings.append("the header has no usable geometry: spacing and orientation come from the metadata table")
-            return table
-        if not possible:
-            raise VolumeError(
-                f"no usable geometry: the header has spacing {spacing.round(4).tolist()} mm, axes "
-                f"{stored.affine[:3, :3].round(3).tolist()}, and no metadata table replaces it"
-            )
-        if np.allclose(spacing, 1):
-            raise VolumeError("the header is blank (no orientation, spacing 1 mm) and no metadata table replaces it")
-        warnings.append("the header has no orientation: LPS index axes assumed, left and right are not certain")
-        affine = np.eye(4)
-        affine[:3, :3] = np.diag([-1.0, -1.0, 1.0]) * spacing
-        return affine
-    if metadata.spacing is not None and not np.allclose(sorted(spacing), sorted(metadata.spacing), rtol=0.02):
-        listed = [round(s, 3) for s in metadata.spacing]
-        warnings.append(f"spacing of header {spacing.round(3).tolist()} and table {listed} mm disagree: header used")
-    elif metadata.orientation is not None and _usable(table):
-        cosines = (stored.affine[:3, :3] / spacing).T @ (table[:3, :3] / voxel_spacing(table))
-        if np.abs(cosines).max(1).min() < 0.95:
-            warnings.append("the axes of header and metadata table disagree: header used")
+    other = metadata.spacing is not None and not np.allclose(sorted(spacing), sorted(metadata.spacing), rtol=SAME_SIZE)
+    blank = not stored.has_orientation or (is_default(stored.affine) and other and not _was_resampled(stored, metadata))
+    if blank or not (possible or (_has_axes(stored.affine) and _usable(table))):
+        return _without_header(stored, metadata, table, warnings)
+    if other and metadata.spacing is not None:
+        columns, rows = metadata.plane or (None, None)
+        counts = (columns, rows, metadata.slices)
+        return settled(stored.affine, stored.data.shape, metadata.spacing, counts, warnings)
+    _compare_axes(stored, metadata, table, warnings)
     return stored.affine
+
+
+def _was_resampled(stored: StoredVolume, metadata: Metadata) -> bool:
+    """Whether a file has other numbers of voxels than its table says, in whatever order."""
+    if metadata.plane is not None and metadata.slices is not None:
+        return sorted(stored.data.shape) != sorted((*metadata.plane, metadata.slices))
+    return metadata.slices is not None and metadata.slices not in stored.data.shape
+
+
+def _without_header(
+    stored: StoredVolume, metadata: Metadata, table: np.ndarray | None, warnings: list[str]
+) -> np.ndarray:
+    """The affine of a volume whose header says nothing, or what cannot be."""
+    spacing, possible = voxel_spacing(stored.affine), _usable(stored.affine)
+    if _usable(table):
+        warnings.append("the header has no usable geometry: spacing and orientation come from the metadata table")
+        return table
+    if not possible:
+        raise VolumeError(
+            f"no usable geometry: the header has spacing {spacing.round(4).tolist()} mm, axes "
+            f"{stored.affine[:3, :3].round(3).tolist()}, and no metadata table replaces it"
+        )
+    if np.allclose(spacing, 1):
+        raise VolumeError("the header is blank (no orientation, spacing 1 mm) and no metadata table replaces it")
+    x, y, z = (float(mm) for mm in spacing)
+    if metadata.axes is not None:
+        warnings.append(f"the header has no orientation: the table's {metadata.axes} taken")
+        return axes_affine((x, y, z), metadata.axes)
+    warnings.append("the header has no orientation: LPS index axes assumed, left and right are not certain")
+    return axes_affine((x, y, z), "LPS")
+
+
+def _compare_axes(stored: StoredVolume, metadata: Metadata, table: np.ndarray | None, warnings: list[str]) -> None:
+    """Says, or refuses, where a header that is not blank has other axes than the table."""
+    own = "".join(map(str, nib.aff2axcodes(stored.affine)))
+    if metadata.axes is not None and metadata.axes.upper() not in (own, own[::-1]):  # reversed: of a C-ordered array
+        raise VolumeError(
+            f"the axes of header ({own}) and table ({metadata.axes}) disagree, and nothing shows which are right: correct the "
+            "header, or leave the table's axes empty for files that have one"
+        )
+    if metadata.orientation is not None and _usable(table):
+        cosines = (stored.affine[:3, :3] / voxel_spacing(stored.affine)).T @ (table[:3, :3] / voxel_spacing(table))
+        if np.abs(cosines).max(1).min() < 0.95:
+            if not _was_resampled(stored, metadata):
+                raise VolumeError(
+                    f"the axes of header {_directions(stored.affine)} and metadata table {_directions(table)} disagree, and "
+                    "nothing shows which are right: correct the header, or leave the table's ImageOrientationPatient empty"
+                )
+            warnings.append("the axes of header and metadata table disagree: header used, since the file was resampled")
+    if is_default(stored.affine) and metadata.spacing is None:
+        warnings.append(
+            f"the header says 1 mm, {own}, origin 0, as where nothing is known: sizes, left and right are not certain"
+        )
+
+
+def _directions(affine: np.ndarray) -> list[list[float]]:
+    return (affine[:3, :3] / voxel_spacing(affine)).T.round(2).tolist()
 
 
 def ras_order(affine: np.ndarray) -> tuple[tuple[int, int, int], np.ndarray]:

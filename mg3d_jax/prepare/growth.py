@@ -14,7 +14,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from mg3d_jax.data.records import file_digest
 from mg3d_jax.errors import UserError
 from mg3d_jax.files import read_json, write_json
 from mg3d_jax.prepare.listing import Example
@@ -28,10 +27,12 @@ from mg3d_jax.prepare.shards import (
     shard_names,
     sidecar_examples,
     source_state,
+    untouched,
     worth_redoing,
     written_after,
 )
 from mg3d_jax.prepare.snapshots import kept_shard
+from mg3d_jax.progress import track
 
 logger = logging.getLogger(__name__)
 
@@ -50,6 +51,7 @@ class Work:
     leaving: list[str] = field(default_factory=list)  # shards without a volume from now on
     said: list[str] = field(default_factory=list)  # what will be done, and why
     alters: bool = False  # records of a finished folder change
+    read: list[str] = field(default_factory=list)  # shards that were read and are as their sidecars say
 
     def todo(self, sidecars: dict[str, dict[str, Any]]) -> list[str]:
         """Shards that are to be written."""
@@ -157,6 +159,7 @@ def _joined(members: list[Example], joining: list[Example], keys: list[str]) -> 
 def _add_stale(work: Work, out: Path, root: Path, compare: str, trusted: list[str] | None) -> None:
     """Adds to `work.redo` the shards that are not what they should be, and says why."""
     sidecars = read_sidecars(out, list(work.chunks))
+    kept = _kept_shards(work, out, sidecars, every=compare == "checksum")
     changed: list[str] = []
     damaged: list[str] = []
     retried: list[str] = []
@@ -169,8 +172,9 @@ def _add_stale(work: Work, out: Path, root: Path, compare: str, trusted: list[st
         other = {
             key_of(e) for e in chunk if not _same(e, known.get(key_of(e)), root, compare, begun_at(out, name), old)
         }
-        whole = kept_shard(out, sidecar) is not None
-        moved = whole and not _is_sound(out / sidecar["file"], sidecar)
+        other |= _decided_otherwise(sidecar) & known.keys()
+        whole = kept[name] is not None
+        moved = whole and kept[name] != out / sidecar["file"]
         retry = worth_redoing(out, name, sidecar, chunk)
         if not other and whole and not moved and not retry and len(known) == len(chunk):
             continue
@@ -181,6 +185,27 @@ def _add_stale(work: Work, out: Path, root: Path, compare: str, trusted: list[st
     work.alters |= bool(changed or retried)
     work.said += _line("changed since", changed) + _line("damaged or lost shards", damaged)
     work.said += _line("shards with bad volumes that may be whole by now", retried)
+
+
+def _kept_shards(work: Work, out: Path, sidecars: dict[str, dict[str, Any]], *, every: bool) -> dict[str, Path | None]:
+    """Shard -> `kept_shard`. Reads those that were written to or moved since they were last read, or `every` one."""
+    unread = [name for name, one in sidecars.items() if one["records"] and (every or not untouched(out, one))]
+    kept: dict[str, Path | None] = {
+        name: out / one["file"] for name, one in sidecars.items() if name not in set(unread)
+    }
+    for name in track(unread, "prepare: checksums", len(unread), unit="shards") if unread else ():
+        kept[name] = kept_shard(out, sidecars[name])
+    work.read = [name for name in unread if kept[name] == out / sidecars[name]["file"]]
+    return kept
+
+
+def _decided_otherwise(sidecar: dict[str, Any]) -> set[str]:
+    """Keys of the volumes whose header disagreed with the table and was taken without evidence, as earlier versions did."""
+    return {
+        f"{entry['patient']}\t{entry['name']}"
+        for entry, quality in zip(sidecar["entries"], sidecar["quality"], strict=True)
+        if any(warning.endswith("disagree: header used") for warning in quality["warnings"])
+    }
 
 
 def _same(example: Example, known: list[Any] | None, root: Path, compare: str, begun: float, old: bool) -> bool:
@@ -198,12 +223,6 @@ def _same(example: Example, known: list[Any] | None, root: Path, compare: str, b
     if compare == "checksum" and state[1] is not None:
         return now == state
     return now[0] == state[0] and (compare == "size" or not written_after(example.path, begun))
-
-
-def _is_sound(path: Path, sidecar: dict[str, Any]) -> bool:
-    if not sidecar["records"]:
-        return True
-    return path.is_file() and path.stat().st_size == sidecar["bytes"] and file_digest(path) == sidecar["sha256"]
 
 
 def _line(what: str, names: Iterable[str]) -> list[str]:

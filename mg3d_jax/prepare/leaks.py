@@ -5,17 +5,20 @@ Each finding has a name; `--allow-leak NAME` lets it pass, on purpose and on the
 
 from __future__ import annotations
 
-import hashlib
+import logging
 from collections import defaultdict
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from mg3d_jax.data.records import INDEX_NAME, file_digest, read_manifest
+from mg3d_jax.data.records import INDEX_NAME, read_manifest
 from mg3d_jax.errors import UserError
 from mg3d_jax.files import read_lines
+from mg3d_jax.prepare.duplicates import Volume, same_content
 from mg3d_jax.prepare.listing import Example, Listing
+from mg3d_jax.prepare.quality import QUALITY_NAME
+
+logger = logging.getLogger(__name__)
 
 LEAKS = {
     "identical-split": "two splits list the same patients",
@@ -23,6 +26,7 @@ LEAKS = {
     "duplicate-volume": "the same voxels under two patients, or in two splits",
 }
 _SHOWN = 10
+_WITHIN, _FILES = "within the split", ", identical files"  # where a volume is twice, and by what that was seen
 
 
 @dataclass(frozen=True)
@@ -81,38 +85,52 @@ def patient_leaks(examples: list[Example], against: list[Path]) -> list[Leak]:
     return leaks
 
 
-def file_leaks(examples: list[Example]) -> list[Leak]:
-    """Files of different patients with the same content, found before any volume is read: of equal size, then equal bytes."""
-    by_size: dict[int, dict[Path, Example]] = defaultdict(dict)
-    for example in examples:
-        if example.path.is_file():
-            by_size[example.path.stat().st_size][example.path] = example
-    twins: dict[str, list[Example]] = defaultdict(list)
-    for size, found in by_size.items():
-        if len({example.patient for example in found.values()}) > 1:
-            for digest, alike in _alike(list(found.values()), _blocks).items():
-                if len(alike) > 1:
-                    for content, same in _alike(alike, lambda path: file_digest(path)).items():
-                        twins[f"{size} {digest} {content}"] += same
-    items = tuple(" = ".join(e.name for e in same) for same in twins.values() if len({e.patient for e in same}) > 1)
-    return [Leak("duplicate-volume", "identical files", items)] if items else []
+def file_leaks(examples: list[Example], against: list[Path]) -> list[Leak]:
+    """Volumes with the same content under two patients, or here and in a prepared folder whose volumes are where they were:
+    found before any is prepared."""
+    own = [Volume(example.path, example.name, example.patient) for example in examples]
+    groups = same_content([*own, *(one for folder in against for one in _made_of(folder))])
+    leaks = []
+    within = [[one for one in group if not one.folder] for group in groups]
+    if items := tuple(_equal(group) for group in within if len({one.patient for one in group}) > 1):
+        leaks.append(Leak("duplicate-volume", f"{_WITHIN}{_FILES}", items))
+    for folder in map(str, against):
+        shared = [[one for one in group if one.folder in ("", folder)] for group in groups]
+        if items := tuple(_equal(group) for group in shared if any(one.folder for one in group)):
+            leaks.append(Leak("duplicate-volume", f"and {folder}{_FILES}", items))
+    return leaks
 
 
-def _alike(examples: list[Example], digest: Callable[[Path], str]) -> dict[str, list[Example]]:
-    found: dict[str, list[Example]] = defaultdict(list)
-    for example in examples:
-        found[digest(example.path)].append(example)
+def _equal(group: list[Volume]) -> str:
+    return " = ".join(one.name for one in group)
+
+
+def _made_of(folder: Path) -> list[Volume]:
+    """The volumes of which a prepared folder was made, as far as they are there."""
+    patients = {entry["name"]: entry["patient"] for entry in read_index(folder)}
+    lines, _ = read_lines(Path(folder) / QUALITY_NAME)
+    found = [
+        Volume(Path(line["path"]), line["name"], patients[line["name"]], str(folder))
+        for line in lines
+        if line["name"] in patients and Path(line["path"]).exists()
+    ]
+    if gone := len(patients) - len(found):
+        logger.info(
+            "prepare: %d volumes of %s are not where they were: compared once the new ones are read", gone, folder
+        )
     return found
 
 
-def _blocks(path: Path) -> str:
-    """Digest of the first, middle and last 64 KiB of a file."""
-    size, content = path.stat().st_size, hashlib.sha256()
-    with open(path, "rb") as file:
-        for start in (0, size // 2, max(size - 65_536, 0)):
-            file.seek(start)
-            content.update(file.read(65_536))
-    return content.hexdigest()
+def check_comparable(against: list[Path], grid: dict[str, Any]) -> None:
+    """Reads what `content_leaks` will, and says where voxels cannot be equal: `grid` has what decides them."""
+    for folder in against:
+        read_index(folder)
+        settings = read_manifest(folder).get("settings", {})
+        if other := sorted(key for key, value in grid.items() if settings.get(key) != value):
+            logger.warning(
+                "prepare: %s has other %s: the same volume has other voxels there, and is found only by its patient or file",
+                folder, ", ".join(other),
+            )  # fmt: skip
 
 
 def content_leaks(entries: list[dict[str, str]], against: list[Path]) -> list[Leak]:
@@ -124,7 +142,7 @@ def content_leaks(entries: list[dict[str, str]], against: list[Path]) -> list[Le
     twice = [found for found in by_content.values() if len({entry["patient"] for entry in found}) > 1]
     if twice:
         items = tuple(" = ".join(entry["name"] for entry in found) for found in twice)
-        leaks.append(Leak("duplicate-volume", "within the split", items))
+        leaks.append(Leak("duplicate-volume", _WITHIN, items))
     for folder in against:
         others = {entry["content"]: entry["name"] for entry in read_index(folder)}
         shared = tuple(
@@ -133,6 +151,12 @@ def content_leaks(entries: list[dict[str, str]], against: list[Path]) -> list[Le
         if shared:
             leaks.append(Leak("duplicate-volume", f"and {folder}", shared))
     return leaks
+
+
+def merged(listed: list[Leak], found: list[Leak]) -> list[Leak]:
+    """Those of both; a volume that is twice by its file, and then by its voxels, once."""
+    seen = {f"{leak.where}{_FILES}" for leak in found}
+    return [leak for leak in listed if leak.where not in seen] + found
 
 
 def check(leaks: list[Leak], allowed: tuple[str, ...]) -> list[dict[str, Any]]:

@@ -12,6 +12,12 @@ def without_suffix(name: str) -> str:
     return name.removesuffix(".gz").removesuffix(".nii")
 
 
+def split_name(text: str) -> str:
+    """A split as tables and users name it, with one name for that which validates: `Validation` -> `valid`."""
+    name = text.strip().lower()
+    return "valid" if name in ("val", "validation", "dev") else name
+
+
 def excluded_names(path: Path | None) -> set[str]:
     """Names in an --exclude file, with and without file suffix."""
     if path is None:

@@ -7,6 +7,7 @@ numbers are left alone (no slope, no intercept): `hounsfield.py` decides what th
 from __future__ import annotations
 
 import bz2
+import hashlib
 import zlib
 from dataclasses import dataclass, field
 from io import BufferedIOBase
@@ -25,6 +26,10 @@ _MOST_PACKED = 100  # CT packs to a half or a third, drawn scans to a twentieth
 _ALWAYS_READ = 1 << 28  # bytes that any file may unpack to
 _MOST_BEHIND = 1 << 24  # bytes after the voxels
 _SAME_SPACING, _SAME_DIRECTION = 0.02, 0.999  # relative, and the cosine of 2.6 degrees
+_DISTINCT, _MOST_ALIKE = (
+    8,
+    1 << 24,
+)  # numbers in the first voxels by which scans differ, and bytes after which they do not
 _UNITS = {1: 1000.0, 3: 1e-3}  # code of the header's unit of length (metre, micrometre): mm
 
 
@@ -43,6 +48,7 @@ class StoredVolume:
     windowed: bool = False  # grey values of a known window: `scaling` is certain, HU beyond the window are lost
     warnings: list[str] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)  # what was left out without harm, or chosen by rule
+    modality: str | None = None  # "CT", "MR", ... where the header says it
     rivals: list[np.ndarray] = field(
         default_factory=list
     )  # other affines that the header has, which contradict `affine`
@@ -129,6 +135,40 @@ def read_nifti(path: Path, frame: int | None = None) -> StoredVolume:
     return volume
 
 
+def voxel_kind(path: Path) -> str:
+    """Shape and type of the voxels, as the header says them. `VolumeError` for what is no NIfTI."""
+    try:
+        header = _read_header(_pair(path)[0])
+        return f"{header.get_data_dtype()}{header.get_data_shape()}"
+    except (*_STREAM_ERRORS, ImageFileError, HeaderDataError, ValueError) as error:
+        raise VolumeError(f"unreadable: {error}") from error
+
+
+def voxel_digest(path: Path, *, whole: bool = True) -> str:
+    """Digest of the stored voxels; without `whole` of the first of them, as many as it takes to tell scans apart.
+
+    Raises:
+        VolumeError: it cannot be read, or its first 16 MiB are one number.
+    """
+    header_path, voxel_path = _pair(path)
+    digest, length, values = hashlib.blake2b(digest_size=16), 0, set[bytes]()
+    try:
+        offset = int(_read_header(header_path).get_data_offset())
+        with _open(voxel_path) as stream:
+            stream.read(offset)
+            while chunk := stream.read(_CHUNK_BYTES):
+                digest.update(chunk)
+                length += len(chunk)
+                values |= {chunk[at : at + 2] for at in range(0, len(chunk), 4096)}
+                if not whole and len(values) >= _DISTINCT:
+                    break
+                if not whole and length >= _MOST_ALIKE:
+                    raise VolumeError("its first voxels are all alike")
+    except (*_STREAM_ERRORS, ImageFileError, HeaderDataError, ValueError) as error:
+        raise VolumeError(f"unreadable: {error}") from error
+    return digest.hexdigest()
+
+
 def _pair(path: Path) -> tuple[Path, Path]:
     """Files of header and voxels: the same one but for pairs, `.hdr` and `.img`, each packed or not."""
     if not isinstance(path, Path):
@@ -185,7 +225,7 @@ def _set_geometry(volume: StoredVolume, header: Any) -> None:
             if same_frame(np.asarray(straight.get_qform(), np.float64), rivals[0]):
                 rivals = []
         elif np.isfinite(sizes).all() and sizes.min() > 0 and not np.allclose(sizes, 1):
-            rivals = [_with_sizes(volume.affine, sizes)]
+            rivals = [with_sizes(volume.affine, sizes)]
     # Millimetres under another unit's code are met too: the unit counts where it makes the voxels those of a body CT.
     if scale != 1 and _body_size(volume.affine * scale) and not _body_size(volume.affine):
         for matrix in (volume.affine, *rivals):
@@ -198,7 +238,8 @@ def _set_geometry(volume: StoredVolume, header: Any) -> None:
     volume.rivals = [rival for rival in rivals if not same_frame(volume.affine, rival)]
 
 
-def _with_sizes(affine: np.ndarray, sizes: np.ndarray) -> np.ndarray:
+def with_sizes(affine: np.ndarray, sizes: np.ndarray) -> np.ndarray:
+    """An affine with other voxel sizes (mm), its directions and origin kept."""
     out = affine.copy()
     lengths = np.sqrt((affine[:3, :3] ** 2).sum(0))
     out[:3, :3] = affine[:3, :3] / np.where(lengths > 0, lengths, 1) * sizes

@@ -16,6 +16,8 @@ _LEAST_VOXELS = 30
 _STANDS_OUT = 8  # times as many as of any of the four numbers beside it
 _MOST_CONSTANTS = 3
 _IS_AIR = -950.0  # HU: a constant below is air already
+_BELOW_AIR = -1500.0  # HU: noise of 100 HU and more does not make air so dark
+_LEAST_LOW = 20  # voxels of a sample
 _CUT_SHARE = 0.005  # voxels at the very lowest or highest number: a window was cut out
 
 
@@ -57,6 +59,30 @@ def cut_off(sample: np.ndarray, slope: float, intercept: float) -> list[str]:
         if (hu > -900 if within > 0 else hu < 1000) and np.mean(sample == end) > _CUT_SHARE:
             said.append(f"HU are cut off {name} {hu:g}: what lay beyond is lost")
     return said
+
+
+def below_air(sample: np.ndarray, slope: float, intercept: float, constants: list[float]) -> list[str]:
+    """Warnings where numbers in the body are far below air: dense things whose numbers were too large for the type. What
+    reaches three faces of the volume lies around the body.
+
+    sample: a regular 3D sample of stored numbers."""
+    from scipy import ndimage
+
+    low = (sample * slope + intercept < _BELOW_AIR) & ~np.isin(sample, constants)
+    if np.count_nonzero(low) < _LEAST_LOW:
+        return []
+    labels, count = ndimage.label(low)
+    faces = np.zeros(count + 1, int)
+    for axis in range(3):
+        for end in (0, -1):
+            faces[np.unique(np.moveaxis(labels, axis, 0)[end])] += 1
+    inside = int(np.count_nonzero((faces < 3)[labels] & low))
+    if inside < _LEAST_LOW:
+        return []
+    share = inside / sample.size
+    return [
+        f"{share:.2%} of the voxels lie in the body and below {_BELOW_AIR:g} HU: bone or metal whose numbers ran over?"
+    ]
 
 
 def fill_padding(

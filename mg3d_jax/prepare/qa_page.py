@@ -17,8 +17,8 @@ from mg3d_jax import html
 from mg3d_jax.data.record import Record
 from mg3d_jax.data.records import RecordReader
 from mg3d_jax.files import write_text
+from mg3d_jax.prepare.quality import QUALITY_NAME
 
-QUALITY_NAME = "qa.jsonl"  # a line per record: what was found in its file
 _WINDOWS = {"soft tissue": (-160, 240), "lung": (-1350, 150)}  # HU
 _DPI = 80
 _LISTED = 200

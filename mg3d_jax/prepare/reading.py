@@ -13,13 +13,12 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import nibabel as nib
 import numpy as np
 
 from mg3d_jax.prepare.archives import in_archive, members
 from mg3d_jax.prepare.dicom import read_dicom
 from mg3d_jax.prepare.dicom_files import is_dicom
-from mg3d_jax.prepare.geometry import Metadata
+from mg3d_jax.prepare.geometry import Metadata, axes_affine
 from mg3d_jax.prepare.nifti import StoredVolume, VolumeError, check_unpacked, read_nifti
 from mg3d_jax.prepare.walk import check_regular, natural_key, walk
 
@@ -115,21 +114,6 @@ def read_itk(path: Path) -> StoredVolume:
     affine[:3, :3] = np.array(image.GetDirection()).reshape(3, 3) * np.array(image.GetSpacing())
     affine[:3, 3] = image.GetOrigin()
     return StoredVolume(data, np.diag([-1.0, -1.0, 1.0, 1.0]) @ affine, None, has_orientation=True)
-
-
-def axes_affine(spacing: tuple[float, float, float], axes: str) -> np.ndarray:
-    """Affine (RAS+, origin 0) of an array whose index axes point to `axes`, such as "LPS" or "SPL"."""
-    try:
-        orientation = nib.orientations.axcodes2ornt(axes.upper())
-    except (ValueError, KeyError, AttributeError) as error:
-        raise VolumeError(f"axes {axes!r} are not three of R/L, A/P, S/I ({error})") from error
-    if len(axes) != 3 or np.isnan(orientation).any() or sorted(orientation[:, 0]) != [0, 1, 2]:
-        raise VolumeError(f"axes {axes!r} are not one each of R/L, A/P, S/I")
-    affine = np.zeros((4, 4))
-    affine[3, 3] = 1
-    for source, (target, sign) in enumerate(orientation):
-        affine[int(target), source] = sign * spacing[source]
-    return affine
 
 
 def _headerless_affine(metadata: Metadata, what: str) -> np.ndarray:

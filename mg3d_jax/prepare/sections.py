@@ -7,8 +7,9 @@ import re
 from mg3d_jax.prepare.cleaning import clean
 
 _NAMES = {
-    "findings": r"(?:report|ct|chest|radiological)?[ \t]*findings?|results?|reports?|comments?|observations?|description",
-    "impression": r"(?:final[ \t]+)?(?:impressions?|conclusions?|opinions?|diagnos[ie]s|summary|assessment)",
+    "findings": r"(?:report|ct|chest|radiological)?[ \t]*findings?(?:\(s\))?|results?|reports?|comments?|"
+    r"observations?|description",
+    "impression": r"(?:final[ \t]+)?(?:impressions?(?:\(s\))?|conclusions?|opinions?|diagnos[ie]s|summary|assessment)",
     "other": r"exam(?:ination)?(?:[ \t]+(?:type|date))?|study|procedure|protocol|technique|methods?|comparisons?|contrast|"
     r"history|(?:clinical|patient)[ \t]+(?:history|information|indications?|data|details)|indications?|"
     r"reason(?:[ \t]+for[ \t]+(?:the[ \t]+)?(?:exam(?:ination)?|study))?",

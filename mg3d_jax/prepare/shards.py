@@ -18,6 +18,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -225,6 +226,25 @@ def written_after(path: Path, begun: float) -> bool:
         return any(os.stat(part).st_mtime > begun for part in parts)
     except OSError:
         return False
+
+
+def untouched(out: Path, sidecar: dict[str, Any]) -> bool:
+    """Whether the file of a shard has its size, and neither its content nor its inode is younger than the inode of its sidecar,
+    which is written last and again by `confirm`: no program sets that time at will, unlike that of the content."""
+    path = out / sidecar["file"]
+    try:
+        shard, beside = os.stat(path), os.stat(_sidecar_path(out, path.stem))
+    except OSError:
+        return False
+    return shard.st_size == sidecar["bytes"] and max(shard.st_mtime_ns, shard.st_ctime_ns) < beside.st_ctime_ns
+
+
+def confirm(out: Path, names: Iterable[str]) -> None:
+    """From now on the shards are `untouched`: their files were read and are what their sidecars say."""
+    for name in names:
+        with suppress(OSError):  # a folder that may only be read
+            status = os.stat(_sidecar_path(out, name))
+            os.utime(_sidecar_path(out, name), ns=(status.st_atime_ns, status.st_mtime_ns))
 
 
 def begun_at(out: Path, name: str) -> float:

@@ -151,6 +151,7 @@ def dicom_metadata(row: Row) -> Metadata:
     orientation = numbers(row.get("ImageOrientationPatient", ""))
     position = numbers(row.get("ImagePositionPatient", ""))
     slices = numbers(row.get("NumberofSlices", ""))
+    rows, columns = numbers(row.get("Rows", "")), numbers(row.get("Columns", ""))
     if plane is not None and len(plane) == 1:
         plane = plane * 2
     spacing = None
@@ -164,6 +165,7 @@ def dicom_metadata(row: Row) -> Metadata:
         position=(position[0], position[1], position[2]) if position and len(position) == 3 else None,
         slices=int(slices[0]) if slices else None,
         kernel=kernel or None,
+        plane=(int(columns[0]), int(rows[0])) if rows and columns else None,
     )
 
 

@@ -20,8 +20,8 @@ from mg3d_jax.prepare.geometry import Grid, Metadata, place, resolve_geometry
 from mg3d_jax.prepare.hounsfield import Mapping, decide, intensity_mapping
 from mg3d_jax.prepare.masks import place_mask, read_mask
 from mg3d_jax.prepare.nifti import StoredVolume, VolumeError
-from mg3d_jax.prepare.padding import border_constants, cut_off, fill_padding, not_finite, without_constants
-from mg3d_jax.prepare.quality import measure
+from mg3d_jax.prepare.padding import below_air, border_constants, cut_off, fill_padding, not_finite, without_constants
+from mg3d_jax.prepare.quality import disorder, measure
 from mg3d_jax.prepare.reading import read_again, read_volume
 
 _SAMPLE_VOXELS = 400_000
@@ -93,11 +93,17 @@ def prepare_stored(
         mask_classes: its values are from 0 to below this.
     """
     metadata = metadata or Metadata()
+    if stored.modality is not None and stored.modality != metadata.modality:
+        raise VolumeError(
+            f"its header says that it is {stored.modality}, and it is to be read as {metadata.modality}: leave it out, or "
+            "see --modality"
+        )
     warnings = list(stored.warnings)
     affine = resolve_geometry(stored, metadata, warnings)
     _check_finite(stored.data, warnings)
     data, mapping = in_hounsfield(stored, metadata, warnings)
     to_hu = to_hounsfield(mapping)
+    warnings += disorder(data, affine, mapping.slope)
     straighten = metadata.modality == "CT"
     volume, kept = place(data, affine, grid, to_hu, warnings, metadata.centre, straighten=straighten)
     quality = measure(data.shape, affine, to_hu(sample_voxels(data)), metadata, volume, kept, warnings)
@@ -122,6 +128,7 @@ def in_hounsfield(stored: StoredVolume, metadata: Metadata, warnings: list[str])
     mapping = decide(without_constants(finite, constants), stored.scaling, metadata.scaling)
     warnings += mapping.warnings
     warnings += cut_off(finite, mapping.slope, mapping.intercept)
+    warnings += below_air(sample, mapping.slope, mapping.intercept, constants)
     data = stored.data
     if metadata.centre is not None and constants:  # kept for the next patch of the same volume
         data = data.copy(order="K")

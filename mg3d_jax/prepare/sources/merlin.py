@@ -7,34 +7,39 @@ import re
 from mg3d_jax.errors import UserError
 from mg3d_jax.prepare.geometry import Metadata
 from mg3d_jax.prepare.listing import Example, Listing, SourceOptions, index_by_name, second_file
-from mg3d_jax.prepare.names import without_suffix
+from mg3d_jax.prepare.names import split_name, without_suffix
 from mg3d_jax.prepare.reports import split_sections
 from mg3d_jax.prepare.tables import find_table, read_table, require_columns
 
 _LIST = re.compile(r"(?:^|(?<=[\n.]))\s*1\s?[.)]\s*(?=\S)")
-_SPLITS = {"valid": "val", "validation": "val"}
+_TABLES = ("reports_final_updated", "reports_final")  # the newer one first
 
 
 def list_merlin(options: SourceOptions) -> Listing:
-    """Merlin: volumes anywhere below ROOT by their study id, `reports_final.xlsx` (or csv) with `study id`, `Split`,
-    `Findings`.
-    A patient is a study: Merlin says no more. There are no labels."""
-    path = find_table(options.root, "reports_final") or options.root / "reports_final.xlsx"
+    """Merlin: volumes anywhere below ROOT by their study id, `reports_final.xlsx` (or csv; `reports_final_updated` goes
+    first) with `study id`, `Split`, `Findings`. A patient is a study: Merlin says no more. There are no labels."""
+    nested = options.root / "merlinabdominalctdataset"
+    root = nested if nested.is_dir() else options.root
+    tables = [path for stem in _TABLES if (path := find_table(root, stem))]
+    path = tables[0] if tables else root / "reports_final.xlsx"
     rows = read_table(path)
     require_columns(path, rows, ("study id", "Split", "Findings"))
-    wanted = _SPLITS.get(options.split, options.split)
-    splits = sorted({row["Split"].strip().lower() for row in rows})
+    wanted = split_name(options.split)
+    splits = sorted({split_name(row["Split"]) for row in rows})
     if wanted not in splits:
         raise UserError(f"--split {options.split!r}: the column 'Split' of {path} has {splits}")
-    volumes, seen = index_by_name(options.root), set[str]()
-    listing = Listing([], (), notes=["Merlin has no labels"])
+    volumes, seen = index_by_name(root), set[str]()
+    listing = Listing([], (), notes=["Merlin has no labels", *(f"{path.name} taken, not {t.name}" for t in tables[1:])])
     for row in rows:
-        study, split = without_suffix(row["study id"].strip()), row["Split"].strip().lower()
+        study, split = without_suffix(row["study id"].strip()), split_name(row["Split"])
+        if not study:
+            listing.add_bad(path, f"a row without a study id: {row['Findings'][:60]!r}")
+            continue
         if split != wanted:
             listing.other_splits.setdefault(split, set()).add(study)
             continue
         findings, impression = merlin_sections(listing.clean(row["Findings"]))
-        volume = volumes[study][0] if study in volumes else options.root / "merlin_data" / f"{study}.nii.gz"
+        volume = volumes[study][0] if study in volumes else root / "merlin_data" / f"{study}.nii.gz"
         if study in seen:
             listing.add_bad(path, f"second report row of {study}")
         elif study not in volumes and not options.streaming:
