@@ -3,7 +3,7 @@
     python tests/soak.py --kills 100
 
 KILL, TERM, INT or HUP goes to the trainer, to a worker process that reads its data, or to one of two processes. Each run is
-killed `PER_RUN` times and then trains to its end.
+to be killed `PER_RUN` times, and then trains to its end; where it has ended before, that counts as no kill.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from collections import Counter
 from contextlib import suppress
 from pathlib import Path
 
+import jax
 import numpy as np
 import orbax.checkpoint as ocp
 from support import free_port
@@ -26,11 +27,13 @@ from mg3d_jax.training.checkpoints import Checkpoints
 from mg3d_jax.training.writers import read_metrics
 
 CONFIG = """
-from support import slow_steps, tiny_builder, with_plain_towers
+from support import slow_evaluation, slow_steps, tiny_builder, with_plain_towers
 
 def get_config(arg=""):
     if arg == "slow":
         slow_steps(0.1)
+    if arg == "slow evaluation":
+        slow_evaluation(0.3)
     config = with_plain_towers(tiny_builder({train!r}), "heavy" if arg == "heavy" else "plain")
     config.training.writers = ("jsonl",)
     return config
@@ -62,7 +65,7 @@ def write_config(folder: Path, train: str) -> Path:
 
 
 def command(config_file: Path, workdir: Path, form: str = "", **settings: object) -> list[str]:
-    """`form`: "slow" has steps of 0.1 s or more, "heavy" a state of several MiB; "" neither."""
+    """`form`: "slow" has steps of 0.1 s or more, "slow evaluation" such batches, "heavy" a state of several MiB; "" neither."""
     words = [f"--config.{key.replace('__', '.')}={value}" for key, value in settings.items()]
     return ["train", "--config", f"{config_file}:{form}", "--workdir", str(workdir), *words]
 
@@ -87,7 +90,10 @@ def losses(workdir: Path) -> dict[int, float]:
 def arrays(workdir: Path) -> tuple[int | None, dict[tuple, bytes]]:
     """The newest checkpoint as orbax alone reads it, one line per array."""
     step = Checkpoints(workdir).latest()
-    tree = ocp.PyTreeCheckpointer().restore(workdir / "checkpoints" / str(step) / "state")
+    path, reader = workdir / "checkpoints" / str(step) / "state", ocp.PyTreeCheckpointer()
+    # As NumPy arrays: their devices may have been those of two processes.
+    plain = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), reader.metadata(path).item_metadata.tree)
+    tree = reader.restore(path, restore_args=plain)
     flat = ocp.tree.to_flat_dict(tree)
     return step, {name: np.asarray(value).tobytes() for name, value in flat.items()}
 
@@ -102,12 +108,12 @@ PATIENCE = 120.0  # seconds that a process may take to save and leave
 
 
 class Soak:
-    """Kills runs of `config_file` in `folder`. `said`: what happened, a line per kill."""
+    """Kills runs of `config_file` in `folder`. `said`: what happened, a line per kill; `hits`: those that ended a process."""
 
     def __init__(self, zygote: Zygote, config_file: Path, folder: Path, seed: int = 0):
         self.zygote, self.config_file, self.folder = zygote, config_file, folder
         self.rng, self.said, self.whole = random.Random(seed), list[str](), folder / "whole"
-        self.log = folder / "log"
+        self.log, self.hits = folder / "log", 0
         began = time.monotonic()
         zygote.start(command(config_file, self.whole, **SETTINGS), folder / "whole.log", 2)  # compiles for the others
         wait_until(lambda: lines(self.whole) > 0)
@@ -120,6 +126,7 @@ class Soak:
         for target, number, moment in plan:
             complete = Checkpoints(run).latest() or 0
             codes = self._killed(run, target, number, moment)
+            self.hits += any(codes)
             self.said.append(f"{name}: {signal.Signals(number).name} to {target} {moment}: exit codes {codes}")
             assert (Checkpoints(run).latest() or 0) >= complete, self.said[-1]
             # A signal that comes before the run listens ends it as it ends any program: there is nothing to save.
@@ -137,7 +144,7 @@ class Soak:
 
     def _killed(self, run: Path, target: str, number: int, moment: str) -> list[int]:
         """Starts it, sends the signal, and waits for the end: the exit codes of its processes."""
-        words = command(self.config_file, run, **SETTINGS, data__workers=int(target == "worker"))
+        words = command(self.config_file, run, "slow", **SETTINGS, data__workers=int(target == "worker"))
         if target == "one of two":
             place = ["--num-processes", "2", "--coordinator", f"localhost:{free_port()}", "--process-id"]
             started = [self.zygote.start([*words, *place, str(n)], self.log, 1, beside=n > 0) for n in range(2)]
@@ -192,7 +199,7 @@ def main() -> int:
     args = parser.parse_args()
     from conftest import make_tiny_data
 
-    same, done, faults = 0, 0, []
+    same, done, runs, faults = 0, 0, 0, []
     with tempfile.TemporaryDirectory() as folder:
         if not args.train:
             make_tiny_data(Path(folder))
@@ -201,14 +208,15 @@ def main() -> int:
             zygote, write_config(Path(folder), args.train or str(Path(folder) / "train")), Path(folder), args.seed
         )
         while done < args.kills:
-            plan = soak.plan(min(PER_RUN, args.kills - done))
+            plan, before = soak.plan(min(PER_RUN, args.kills - done)), soak.hits
             try:
-                good = soak.episode(f"run{done}", plan)
+                good = soak.episode(f"run{runs}", plan)
             except AssertionError as error:
                 good = False
                 faults.append(f"{soak.said[-1:]}: {error}")
                 print(faults[-1][:2000], flush=True)
-            done, same = done + len(plan), same + good * len(plan)
+            runs, hits = runs + 1, soak.hits - before
+            done, same = done + hits, same + good * hits
             print(f"{same} of {done} kills: bit-identical at the end", flush=True)
         zygote.close()
         print("\n".join(soak.said))

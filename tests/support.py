@@ -8,6 +8,7 @@ import socket
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from contextlib import suppress
 from importlib.metadata import version
 from pathlib import Path
@@ -24,7 +25,7 @@ from mg3d_jax.benchmarks.patients import random_batch  # noqa: F401  (tests take
 from mg3d_jax.config import Config
 from mg3d_jax.evaluation.base import Embedded
 from mg3d_jax.models.towers import bert, vit
-from mg3d_jax.training import hooks
+from mg3d_jax.training import held_out, hooks
 from mg3d_jax.training.state import Setup, State
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -166,6 +167,19 @@ def slow_steps(seconds: float) -> None:
         return log(self, after)
 
     hooks.Log.__call__ = slowly  # type: ignore[method-assign]
+
+
+def slow_evaluation(seconds: float) -> None:
+    """Lets this process say "measures" and wait before each batch of the held-out loss."""
+    batches = held_out.evaluation_batches
+
+    def slowly(*arguments: Any, **options: Any) -> Iterator[Any]:
+        for batch in batches(*arguments, **options):
+            print("measures", file=sys.stderr, flush=True)
+            time.sleep(seconds)
+            yield batch
+
+    held_out.evaluation_batches = slowly
 
 
 def drawn(shapes: Any, seed: int = 0) -> Any:

@@ -17,8 +17,10 @@ from support import TESTS, environment, free_port
 from zygote import Forked, Zygote, mg3d, of_session
 
 from mg3d_jax.data.bad_records import read_bad_records
+from mg3d_jax.data.pipeline import PreparedData
 from mg3d_jax.data.shard_reader import open_shard
 from mg3d_jax.training.checkpoints import Checkpoints
+from mg3d_jax.training.writers import read_metrics
 
 pytestmark = [
     pytest.mark.processes,
@@ -244,4 +246,24 @@ def test_sigterm_to_one_of_two_saves_both_and_one_process_goes_on_bit_for_bit(co
     assert f"resuming after step {step} of {steps}" in alone(2, *command(config_file, run, "slow", **settings))
     alone(2, *command(config_file, whole, **settings))
     assert losses(run) == losses(whole)
+    assert arrays(run) == arrays(whole)
+
+
+def test_sigterm_to_one_of_two_in_the_middle_of_an_evaluation_ends_both_there(zygote, config_file, tiny_data, tmp_path):
+    """The step that was being measured is saved, and measured again by whoever goes on."""
+    run, whole, logs = tmp_path / "run", tmp_path / "whole", [tmp_path / f"log{n}" for n in range(3)]
+    settings = {"training__steps": 2, "training__validate_every": 1, "training__checkpoint_every": 100}
+    settings |= {"data__valid": tiny_data["train"], "data__batch_size": 2}
+    words = command(config_file, run, "slow evaluation", **settings)
+    place = ["--num-processes", "2", "--coordinator", f"localhost:{free_port()}", "--process-id"]
+    started = [zygote.start([*words, *place, str(n)], logs[n], 1, beside=n > 0) for n in range(2)]
+    wait_until(lambda: logs[1].exists() and "measures" in logs[1].read_text())
+    os.kill(started[1], signal.SIGTERM)
+    assert [zygote.wait_for(process, 120) for process in started] == [75, 75], [log.read_text() for log in logs[:2]]
+    assert Checkpoints(run).steps() == [1] and Checkpoints(run).meta()["unmeasured"]
+    counts = [log.read_text().count("measures") for log in logs[:2]]
+    assert counts[0] == counts[1] < len(PreparedData((tiny_data["train"],))) // 2, counts
+    for folder in (run, whole):
+        assert zygote.run(command(config_file, folder, **settings), logs[2], 2) == 0, logs[2].read_text()
+    assert read_metrics(run, "valid") and read_metrics(run, "valid") == read_metrics(whole, "valid")
     assert arrays(run) == arrays(whole)

@@ -65,6 +65,9 @@ def test_how_long_to_wait_is_checked() -> None:
     for text in ("soon", "0", "nan"):
         with pytest.raises(UserError, match=f"{joining.TIMEOUT_VARIABLE}={text}"):
             joining.timeout({joining.TIMEOUT_VARIABLE: text})
+    assert joining.heartbeat({}) == 100 and joining.heartbeat({joining.HEARTBEAT_VARIABLE: "20"}) == 20
+    with pytest.raises(UserError, match=f"{joining.HEARTBEAT_VARIABLE}=5: give seconds, at least 10"):
+        joining.heartbeat({joining.HEARTBEAT_VARIABLE: "5"})
 
 
 FAILS = """

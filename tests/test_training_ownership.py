@@ -129,7 +129,7 @@ def test_every_signal_that_asks_saves_the_step(
 @pytest.mark.usefixtures("heeded")
 def test_signals_that_are_ignored_stay_so_and_a_second_interrupt_ends_at_once(tmp_path: Path) -> None:
     before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
-    stop = StopRequest(Checkpoints(tmp_path), 0)
+    stop = StopRequest()
     try:
         os.kill(os.getpid(), signal.SIGHUP)
         assert signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
@@ -146,7 +146,7 @@ def test_outside_of_the_main_thread_no_signals_are_asked_for(tmp_path: Path) -> 
     found: list[Any] = []
 
     def make() -> None:
-        found.append(StopRequest(Checkpoints(tmp_path), 0)._old)
+        found.append(StopRequest()._old)
 
     thread = threading.Thread(target=make)
     thread.start()

@@ -25,6 +25,7 @@ LOOK_SECONDS = 0.2  # between two looks at workers and requests
 STOPPED_SECONDS = 10.0  # a worker that is stopped for so long does not come back by itself
 _END = object()
 _asked: list[Callable[[], bool]] = []  # of the run of this process
+_agreed: list[Callable[[], bool]] = []  # of all its processes
 _abandoned: list[threading.Thread] = []
 
 
@@ -41,28 +42,32 @@ class NoDataError(TryAgainError):
 
 
 @contextmanager
-def heeding(asked: Callable[[], bool]) -> Iterator[None]:
-    """In here who waits for a batch raises `StopAskedError` when `asked()`."""
+def heeding(asked: Callable[[], bool], agreed: Callable[[], bool] | None = None) -> Iterator[None]:
+    """In here who waits for a batch raises `StopAskedError` when `asked()`; and between the batches of an evaluation, to which
+    all processes come alike, when `agreed()`."""
+    kept = list(_asked), list(_agreed)
     _asked.append(asked)
+    _agreed.append(agreed or asked)
     try:
         yield
     finally:
-        _asked.remove(asked)
+        _asked[:], _agreed[:] = kept
 
 
 @contextmanager
 def unheeded() -> Iterator[None]:
     """In here requests to stop are for later: what is under way comes to its end."""
-    kept, _asked[:] = list(_asked), []
+    kept = list(_asked), list(_agreed)
+    _asked[:], _agreed[:] = [], []
     try:
         yield
     finally:
-        _asked[:] = kept
+        _asked[:], _agreed[:] = kept
 
 
-def look_up() -> None:
-    """`StopAskedError` where the run is asked to stop."""
-    if any(asked() for asked in _asked):
+def look_up(*, together: bool = False) -> None:
+    """`StopAskedError` where the run is asked to stop. `together`: all its processes look up here."""
+    if any(asked() for asked in (_agreed if together else _asked)):
         raise StopAskedError
 
 

@@ -429,7 +429,7 @@ def evaluation_batches(
     batches = feed.watched(host_batches(source, threads=threads, workers=0), 60 * stall_minutes)
     try:
         for local in batches:
-            feed.look_up()
+            feed.look_up(together=True)
             yield sharding.to_global(local, mesh, batch_size)
     finally:
         batches.close()

@@ -94,11 +94,6 @@ class Checkpoints:
             whole = dict(meta) | {METRICS: self._policy.metrics(step)}
             self._storage.save(step, state, integrity.sealed(whole, state))
 
-    def reached_preemption(self, step: int) -> bool:
-        """Has any process been told to stop? All processes agree on the answer for a step; ask at every step from 1 on.
-        (orbax asks too, about the step that it saves.)"""
-        return jax.process_count() > 1 and multihost_utils.reached_preemption_sync_point(step)
-
     def newest(self, setup: Setup) -> tuple[State, dict[str, Any], int] | None:
         """State, meta and step of the newest checkpoint that can be read, the same one in all processes; None without any.
 

@@ -29,6 +29,7 @@ from mg3d_jax.errors import AGAIN, TryAgainError, UserError
 
 logger = logging.getLogger(__name__)
 TIMEOUT_VARIABLE = "MG3D_JOIN_SECONDS"  # how long to wait for other processes
+HEARTBEAT_VARIABLE = "MG3D_HEARTBEAT_SECONDS"  # after how long a process that is not heard counts as dead
 SAY_AFTER, SAY_EVERY = 3.0, 30.0  # seconds of waiting
 WATCH_SECONDS, LEFT = 1.0, "mg3d/left"
 PORT_SECONDS = 5.0  # for the end of a run before, which may still have the port
@@ -38,13 +39,23 @@ _kept: list[Any] = []  # callbacks that C code holds
 
 def timeout(environment: Mapping[str, str]) -> float:
     """Seconds to wait for the others: `MG3D_JOIN_SECONDS`, or the 300 of JAX."""
-    text = environment.get(TIMEOUT_VARIABLE, "300")
+    return _seconds(environment, TIMEOUT_VARIABLE, 300, least=1)
+
+
+def heartbeat(environment: Mapping[str, str]) -> int:
+    """Seconds after which the coordinator takes a process for dead that it does not hear: `MG3D_HEARTBEAT_SECONDS`, or the 100
+    of JAX. A process that is frozen for longer, as by a machine that is moved, ends the run too: hence not fewer than 10."""
+    return round(_seconds(environment, HEARTBEAT_VARIABLE, 100, least=10))
+
+
+def _seconds(environment: Mapping[str, str], name: str, default: float, *, least: float) -> float:
+    text = environment.get(name, str(default))
     try:
         seconds = float(text)
     except ValueError:
         seconds = 0.0
-    if not seconds >= 1:
-        raise UserError(f"{TIMEOUT_VARIABLE}={text}: give seconds, at least 1")
+    if not least <= seconds < 1e6:
+        raise UserError(f"{name}={text}: give seconds, at least {least:g}")
     return seconds
 
 
@@ -55,7 +66,7 @@ def join(arguments: Mapping[str, Any]) -> None:
         UserError: the host of the coordinator has no address, or its port belongs to somebody else.
         TryAgainError: nobody came within `MG3D_JOIN_SECONDS`.
     """
-    seconds, given = timeout(os.environ), dict(arguments)
+    seconds, beats, given = timeout(os.environ), heartbeat(os.environ), dict(arguments)
     address, number = given.get("coordinator_address"), given.get("process_id")
     if address is not None and number is not None:
         host, port = split_address(address)
@@ -67,7 +78,11 @@ def join(arguments: Mapping[str, Any]) -> None:
     ends_with_code(AGAIN)
     whom = "process 0" if number else "the other processes"
     with without_proxies(), awaited(f"{whom} at {address or 'the address that the scheduler gave'}", seconds):
-        jax.distributed.initialize(**given, initialization_timeout=round(seconds) + 30)  # then it would crash
+        jax.distributed.initialize(
+            **given,
+            initialization_timeout=round(seconds) + 30,  # then it would crash
+            heartbeat_timeout_seconds=beats,
+        )
     watch_others()
 
 

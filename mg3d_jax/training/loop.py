@@ -153,13 +153,13 @@ class Trainer:
         compiled, batch_size = None, self.config.data.batch_size
         tokens_per_patient = self.cost.volume_tokens + self.cost.report_tokens
         with ExitStack() as stack:  # every clean-up runs, last first, whatever one of them raises
-            stop = StopRequest(self.checkpoints, self.resume_step)
+            stop = StopRequest()
             stack.callback(stop.restore_handler)
             writers = self._open_writers(stack, resume_step=self.resume_step)
             batches = self._open_batches(stack, self.resume_step)
             self._start_hooks(stack, self.hooks, writers)
             after = AfterStep(self.resume_step, self.steps, self.state, {}, writers)
-            stack.enter_context(feed.heeding(stop.now))
+            stack.enter_context(feed.heeding(stop.now, stop.asked))
             try:
                 if self._unmeasured:
                     self._call_measuring(after)
@@ -172,7 +172,7 @@ class Trainer:
                     self.clock.count(batch_size, batch_size * tokens_per_patient)
                     after = AfterStep(step, self.steps, self.state, metrics, writers)
                     self._call_hooks(after)
-                    if step < self.steps and stop.asked(step):
+                    if step < self.steps and stop.asked():
                         raise feed.StopAskedError
             except (feed.StopAskedError, feed.NoDataError) as why:
                 if isinstance(why, feed.NoDataError):

@@ -17,11 +17,11 @@ from types import FrameType
 from typing import Any
 
 import jax
+from jax.experimental import multihost_utils
 
 from mg3d_jax.errors import AGAIN, UserError
 from mg3d_jax.progress import leave_terminal
 from mg3d_jax.training import run_folder
-from mg3d_jax.training.checkpoints import Checkpoints
 from mg3d_jax.training.hooks import AfterStep, Hook, TrainingRun
 from mg3d_jax.training.spikes import LossSpikes
 from mg3d_jax.training.writers import keep_lines
@@ -40,23 +40,20 @@ class StopRequest:
 
     A signal that is ignored, as `nohup` has it, stays so. Outside of the main thread Python hears no signals.
 
-    With several processes JAX's preemption service makes them agree on the step, whichever of them got the signal: the
-    one after the largest that any of them has asked about, and only that one is answered with yes. So none may be left out:
-    the steps up to `first`, which a run resumes after, are asked about at the start (a microsecond each). Else a signal that
-    comes when the first process is ready and the last one is not would be lost.
+    With several processes JAX's preemption service makes them agree where to stop, whichever of them got the signal: all ask it
+    again and again in the same order, after each step and each batch of an evaluation, and it answers with yes at the question
+    after the last one that any of them has come to. The questions are numbered from 1 in each process. To ask costs no message.
     """
 
     _interrupted = False
 
-    def __init__(self, checkpoints: Checkpoints, first: int):
-        self._checkpoints, self._requested, self._old = checkpoints, False, dict[signal.Signals, Any]()
+    def __init__(self) -> None:
+        self._requested, self._questions, self._old = False, 0, dict[signal.Signals, Any]()
         self.alone = jax.process_count() == 1
         if threading.current_thread() is threading.main_thread():
             for number in SIGNALS if self.alone else SIGNALS[1:]:  # SIGTERM of several processes is JAX's
                 if signal.getsignal(number) is not signal.SIG_IGN:
                     self._old[number] = signal.signal(number, self._on_signal)
-        if not self.alone:  # told during the start: all processes see it at the same step
-            self._requested = any(checkpoints.reached_preemption(step) for step in range(1, first + 1))
 
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
         if number == signal.SIGINT and self._interrupted:
@@ -74,12 +71,15 @@ class StopRequest:
             os.kill(os.getpid(), signal.SIGTERM)
 
     def now(self) -> bool:
-        """Whether to stop in the middle of waiting or measuring: where no other process is in the next step already."""
+        """Whether to stop in the middle of waiting: where no other process is in the next step already."""
         return self.alone and self._requested
 
-    def asked(self, step: int) -> bool:
-        """Whether to stop after `step`; to be called after each. All processes get the same answer."""
-        return self._requested or self._checkpoints.reached_preemption(step)
+    def asked(self) -> bool:
+        """Whether to stop here. All processes must come to each call, and get the same answer."""
+        if not self.alone:
+            self._questions += 1
+            self._requested |= multihost_utils.reached_preemption_sync_point(self._questions)
+        return self._requested
 
     def restore_handler(self) -> None:
         for number, handler in self._old.items():

@@ -64,7 +64,7 @@ class Storage:
             for kind in args:
                 handlers.add(item, kind, handler)
         options = ocp.CheckpointManagerOptions(preservation_policy=_Policy(kept))
-        self._manager = ocp.CheckpointManager(self.folder, options=options, handler_registry=handlers)
+        self._manager = _Manager(self.folder, options=options, handler_registry=handlers)
 
     def save(self, step: int, state: Any, meta: dict[str, Any]) -> None:
         """Starts a save. What the disk refuses is raised here, by a later `save`, or by `close`."""
@@ -129,6 +129,13 @@ class Storage:
 def barrier(name: str, minutes: float) -> None:
     """Waits until all processes have come here; `name` must be new each time. Devices take no part."""
     ocp.multihost.get_barrier_sync_fn()(key=name, timeout_ms=round(minutes * 60_000))
+
+
+class _Manager(ocp.CheckpointManager):
+    def reached_preemption(self, step: int) -> bool:
+        """Never: JAX's service takes a question about a step for one of those of `stopping.StopRequest`, which have numbers of
+        their own."""
+        return False
 
 
 class _Policy:
