@@ -108,7 +108,9 @@ def _evidence(
             table = " x ".join(str(n) for n in there[known])
             found.append(("header", f"the table's {table} voxels fill the same space: the file was resampled"))
         return found
-    if side := only({side: bool(np.isclose(*sizes[plane], rtol=SAME_SIZE)) for side, sizes in ways.items()}):
+    if side := only(
+        {side: bool(np.isclose(sizes[plane[0]], sizes[plane[1]], rtol=SAME_SIZE)) for side, sizes in ways.items()}
+    ):
         found.append((side, "by the other the pixels of its slices would not be square"))
     if np.allclose(own[differs], _DEFAULT_MM, rtol=0, atol=1e-6):
         # In the slices exactly 1 mm is a default; between them it is common.
