@@ -20,7 +20,7 @@ from mg3d_jax.scaling.fit.laws import FLOOR, Law
 from mg3d_jax.scaling.fit.random_effects import _basis, _dummies
 from mg3d_jax.scaling.fit.solver import Problem
 
-FALSE_WARNINGS, FALSE_OUTLIERS = 0.03, 0.01
+FALSE_WARNINGS, FALSE_OUTLIERS = 0.02, 0.01
 """Shares of clean tables in which the tests of columns warn, and in which a row is called an outlier."""
 MOST_LEVELS = 12  # values of a column that are told apart; more of them are put into bins
 BINS, BIN_ROWS = 6, 6
@@ -30,7 +30,7 @@ LEAST_SHIFT = 1e-5  # of the loss: smaller differences are rounding
 MOST_OUTLIERS = 0.25  # share of the rows
 SUSPECT = 4.0  # robust standard deviations
 LARGE_RMS = 0.05
-POOLED = 0.25  # clusters that differ by chance in more than this share of tables count as sharing no noise
+POOLED = 0.5  # clusters that differ by chance in more than this share of tables count as sharing no noise
 SPARE = 8  # cells that must be left beside the law and all columns for size and data to be looked at together
 
 
