@@ -334,7 +334,7 @@ def test_monais_vit_loads_the_state_dict_and_gives_the_tokens(make_run, tmp_path
     encode = jax.jit(partial(model.apply, method=lambda m, v: m.volume_encoder(v)["tokens"]))
     expected = encode({"params": run.params}, np.moveaxis(windowed, 1, -1))
     np.testing.assert_allclose(tokens, expected, atol=1e-4)
-    card = (out / "README.md").read_text().replace('("', f'("{out}/')  # its snippets are executed
+    card = re.sub(r'\("(?=\w+\.\w+")', f'("{out}/', (out / "README.md").read_text())  # its snippets are executed
     blocks, names = re.findall(r"```python\n(.*?)```", card, re.DOTALL), {"volume": torch.from_numpy(windowed.copy())}
     for block in blocks:
         exec(block, names)
