@@ -104,6 +104,7 @@ SIGNALS = (signal.SIGKILL, signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 TARGETS = ("trainer", "trainer", "trainer", "worker", "one of two")
 MOMENTS = ("while it starts", "after a step", "while it saves", "after a save")
 INTERRUPTED = 130  # of a shell, by Ctrl-C
+LONGEST_WAIT = 1.0  # seconds of training for a moment to come
 PATIENCE = 120.0  # seconds that a process may take to save and leave
 
 
@@ -155,12 +156,12 @@ class Soak:
         if target == "worker":
             workers: list[int] = []
             with suppress(AssertionError):
-                wait_until(lambda: workers.extend(workers_of(victim)) or workers or state_of(victim) == "Z", 20)
+                wait_until(lambda: workers.extend(workers_of(victim)) or workers or state_of(victim) == "Z", 3)
             for worker in workers[-1:]:
                 send(worker, number)
             if number != signal.SIGTERM:  # which workers do not get: it is for the trainer
-                with suppress(AssertionError):
-                    wait_until(lambda: state_of(victim) == "Z", 20)
+                with suppress(AssertionError):  # some signals a worker outlives, and the run must not end meanwhile
+                    wait_until(lambda: state_of(victim) == "Z", 2)
             send(victim, signal.SIGTERM)
         else:
             send(victim, number)
@@ -178,15 +179,17 @@ class Soak:
                 "after a save": set(folders) - set(saving),
             }[moment]  # fmt: skip
 
-        before = seen()
-        wait_until(  # a save is over soon
-            lambda: (
-                time.monotonic() > end
-                or seen() not in (before, 0, [], set())
-                or any(state_of(process) == "Z" for process in started)
-            ),
-            pause=0.003,
-        )
+        before, logged, missed = seen(), lines(run), float("inf")
+
+        def come() -> bool:
+            nonlocal missed
+            # Once it trains, a save that nobody sees must not take all of it.
+            if missed == float("inf") and lines(run) > logged:
+                missed = time.monotonic() + LONGEST_WAIT
+            ended = any(state_of(process) == "Z" for process in started)
+            return time.monotonic() > min(end, missed) or seen() not in (before, 0, [], set()) or ended
+
+        wait_until(come, pause=0.003)  # a save is over soon
         if moment != MOMENTS[0]:
             time.sleep(self.rng.uniform(0, 0.05))
 
@@ -215,11 +218,11 @@ def main() -> int:
                 good = False
                 faults.append(f"{soak.said[-1:]}: {error}")
                 print(faults[-1][:2000], flush=True)
+            print("\n".join(line for line in soak.said if line.startswith(f"run{runs}: ")), flush=True)
             runs, hits = runs + 1, soak.hits - before
             done, same = done + hits, same + good * hits
             print(f"{same} of {done} kills: bit-identical at the end", flush=True)
         zygote.close()
-        print("\n".join(soak.said))
         print(Counter(line.partition(": ")[2].partition(" to ")[0] for line in soak.said))
     print("\n".join(faults) or f"{same} of {done} kills left nothing different")
     return 0 if same == done else 1

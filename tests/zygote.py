@@ -19,7 +19,7 @@ from pathlib import Path
 from support import TESTS, environment
 
 ZYGOTE = """
-import json, os, sys, warnings
+import json, os, signal, sys, warnings
 import mg3d_jax.commands.evaluate, mg3d_jax.commands.train, mg3d_jax.trainer
 from mg3d_jax.commands.main import main
 
@@ -35,6 +35,8 @@ for line in sys.stdin:
         os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
         for number, path in ((1, stdout or log), (2, log)):
             os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND), number)
+        signal.signal(signal.SIGHUP, signal.SIG_DFL)  # whoever started us may have had them ignored, as nohup and "&" do
+        signal.signal(signal.SIGINT, signal.default_int_handler)
         os.environ["XLA_FLAGS"] = flags
         code = 1
         try:
