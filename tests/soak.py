@@ -182,12 +182,15 @@ class Soak:
         before, logged, missed = seen(), lines(run), float("inf")
 
         def come() -> bool:
-            nonlocal missed
+            nonlocal before, missed
+            now = seen()
+            if isinstance(now, int) and isinstance(before, int):
+                before = min(before, now)  # a resumed run drops what came after its checkpoint, which is no step
             # Once it trains, a save that nobody sees must not take all of it.
             if missed == float("inf") and lines(run) > logged:
                 missed = time.monotonic() + LONGEST_WAIT
             ended = any(state_of(process) == "Z" for process in started)
-            return time.monotonic() > min(end, missed) or seen() not in (before, 0, [], set()) or ended
+            return time.monotonic() > min(end, missed) or now not in (before, 0, [], set()) or ended
 
         wait_until(come, pause=0.003)  # a save is over soon
         if moment != MOMENTS[0]:
