@@ -73,10 +73,8 @@ class PoolLoss(Evaluation):
         }
 
     def full(self, found: Embedded) -> dict[str, Any]:
-        return {
-            "protocol": PROTOCOL.format(size=_pools(found, self.settings.pool).size),
-            **_measure(found, self.settings.pool),
-        }
+        result = _measure(found, self.settings.pool)
+        return {"protocol": PROTOCOL.format(size=result["pool"]), **result}
 
     def flat(self, result: Mapping[str, Any]) -> dict[str, float | list[float]]:
         return {f"pool_loss/pool_of_{result['pool']}/{name}": result[name] for name in ("loss", *WAYS)}
@@ -98,8 +96,8 @@ class PoolLoss(Evaluation):
 WAYS = ("volume_to_report", "report_to_volume")
 
 
-def _pairs(found: Embedded) -> tuple[list[int], list[int], list[str]]:
-    """Rows of a volume and of its report, and the patient: one pair for each patient and each report, the first in the order of
+def _pairs(found: Embedded) -> tuple[list[int], list[int]]:
+    """Rows of a volume and of its report: one pair for each patient and each report, the first in the order of
     their names, so that none meets itself."""
     row_of_report = {report: row for row, report in enumerate(found.report_ids.tolist())}
     taken: dict[str, tuple[int, int]] = {}
@@ -110,12 +108,12 @@ def _pairs(found: Embedded) -> tuple[list[int], list[int], list[str]]:
             taken[patient] = row, row_of_report[report]
             used.add(report)
     patients = sorted(taken, key=lambda name: hashlib.sha256(name.encode()).digest())
-    return [taken[name][0] for name in patients], [taken[name][1] for name in patients], patients
+    return [taken[name][0] for name in patients], [taken[name][1] for name in patients]
 
 
 def _pools(found: Embedded, wanted: int) -> Pools:
     """As many whole pools of `wanted` patients as there are in either half; patients that are left over are not used."""
-    volumes, reports, _ = _pairs(found)
+    volumes, reports = _pairs(found)
     count = len(volumes) // 2
     size = min(wanted, count)
     rows: list[tuple[list[int], list[int], int]] = []
