@@ -16,7 +16,7 @@ from mg3d_jax import config as config_lib
 from mg3d_jax.commands.main import main
 from mg3d_jax.config.text_package import has_package
 from mg3d_jax.errors import UserError
-from mg3d_jax.interop.warm_start import load_initial
+from mg3d_jax.trainer import first_state
 from mg3d_jax.training.hooks import AfterStep, Hook
 from mg3d_jax.training.loop import Trainer
 from mg3d_jax.training.stopping import DONE, PREEMPTED
@@ -74,8 +74,8 @@ def prepare_train_resume_evaluate_export(tmp_path: Path) -> None:
     }
     config = config_lib.load(TWIN, [f"--config.{key}={value!r}" for key, value in values.items()])
     run = tmp_path / "run"
-    assert Trainer(config, run, hooks=[StopsAfter(1)], initialize=load_initial).run() == PREEMPTED
-    resumed = Trainer(config, run, initialize=load_initial)
+    assert Trainer(config, run, hooks=[StopsAfter(1)], initialize=first_state).run() == PREEMPTED
+    resumed = Trainer(config, run, initialize=first_state)
     assert resumed.resume_step == 1 and resumed.run() == DONE
     records = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     assert any(record["step"] == 2 and "negation/accuracy" in record for record in records)

@@ -16,10 +16,10 @@ from mg3d_jax.data.pipeline import PreparedData
 from mg3d_jax.errors import UserError
 from mg3d_jax.evaluation.embed import Embedder
 from mg3d_jax.interop import finetune
-from mg3d_jax.interop.warm_start import load_initial
 from mg3d_jax.objectives.base import DIRECTION_BIASES, Context
 from mg3d_jax.options import Group
 from mg3d_jax.tasks.vocabulary import VOCABULARY, VocabularyOptions
+from mg3d_jax.trainer import first_state
 from mg3d_jax.training import loop
 from mg3d_jax.training.restore import restore_run
 from mg3d_jax.training.writers import read_metrics
@@ -133,7 +133,7 @@ def test_it_starts_at_the_zero_shot_scores_of_the_run_and_learns(tiny_data, tmp_
     ))  # fmt: skip
     finetune.start_from(config, str(source), reports=True, volume_size=(16, 16, 16))
     config.optimizer.freeze = (".*_direction_bias",)
-    run = loop.Trainer(config_lib.typed(config), tmp_path / "run", initialize=load_initial)
+    run = loop.Trainer(config_lib.typed(config), tmp_path / "run", initialize=first_state)
     assert run.run() == 0
     rows = read_metrics(tmp_path / "run", "train")
     expected, biases = zero_shot_loss(source, run)

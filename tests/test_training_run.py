@@ -172,9 +172,9 @@ def test_a_failed_last_evaluation_loses_no_step_and_no_summary_outlives_its_run(
 
 def test_the_tokenizer_follows_the_config_until_there_is_a_checkpoint(finished, tiny_data, tmp_path):
     def size(workdir: Path, vocab_size: int) -> int:
-        return run_folder.run_tokenizer(
-            tiny_config(tiny_data["train"], data__vocab_size=vocab_size).data, workdir
-        ).vocab_size
+        options = tiny_config(tiny_data["train"], data__vocab_size=vocab_size).data
+        run_folder.make_tokenizer(options, workdir)
+        return run_folder.read_tokenizer(options, workdir).vocab_size
 
     assert size(tmp_path, 300) == 300 and size(tmp_path, 350) == 350  # a start that came to no checkpoint
     assert size(finished, 300) == size(finished, 400) == 400

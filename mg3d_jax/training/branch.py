@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import logging
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
@@ -20,7 +19,7 @@ from mg3d_jax.data.tokens import ReportTokenizer, load_tokenizer
 from mg3d_jax.errors import UserError
 from mg3d_jax.training.checkpoints import Checkpoints
 from mg3d_jax.training.run_folder import TOKENIZER_FOLDER
-from mg3d_jax.training.state import Setup, State
+from mg3d_jax.training.state import Setup, Start
 
 FREE = ("name", "init_from.", "training.", "schedule.", "optimizer.learning_rate:")  # what a branch may have of its own
 logger = logging.getLogger(__name__)
@@ -34,8 +33,8 @@ def folder_and_step(path: str) -> tuple[Path, int | None]:
     return Path(path), None
 
 
-def whole_state(setup: Setup, tokenizer: ReportTokenizer) -> tuple[State, dict[str, Any], int] | None:
-    """State, meta and step that a new run begins with, None without `init_from.whole`.
+def whole_state(setup: Setup, tokenizer: ReportTokenizer) -> Start | None:
+    """What a new run begins with, None without `init_from.whole`.
 
     Raises `UserError` where `init_from.path` is no run, where the runs differ in more than rate, schedule and length, and where
     this one would end before it begins.
@@ -65,11 +64,8 @@ def whole_state(setup: Setup, tokenizer: ReportTokenizer) -> tuple[State, dict[s
         )
     state, meta = trunk.restore(setup, begins)
     _say(folder, theirs, setup, begins)
-    return (
-        state,
-        {key: value for key, value in meta.items() if key in ("flops", "records", "content", "trained_seconds")},
-        begins,
-    )
+    kept = ("flops", "records", "content", "trained_seconds")
+    return Start(state, {key: value for key, value in meta.items() if key in kept}, begins)
 
 
 def _say(folder: Path, theirs: Config, setup: Setup, begins: int) -> None:

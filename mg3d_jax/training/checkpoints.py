@@ -29,7 +29,7 @@ from mg3d_jax.config import Config
 from mg3d_jax.errors import UserError, storage_problem
 from mg3d_jax.training import distributed, integrity
 from mg3d_jax.training.integrity import DamagedCheckpointError, guarded
-from mg3d_jax.training.state import Setup, State
+from mg3d_jax.training.state import Setup, Start, State
 from mg3d_jax.training.storage import Storage
 
 FOLDER, DAMAGED_FOLDER = "checkpoints", "damaged_checkpoints"
@@ -94,7 +94,7 @@ class Checkpoints:
             whole = dict(meta) | {METRICS: self._policy.metrics(step)}
             self._storage.save(step, state, integrity.sealed(whole, state))
 
-    def newest(self, setup: Setup) -> tuple[State, dict[str, Any], int] | None:
+    def newest(self, setup: Setup) -> Start | None:
         """State, meta and step of the newest checkpoint that can be read, the same one in all processes; None without any.
 
         Those that cannot be read are named in a warning; the first `save` moves them out of the way. Raises `UserError`
@@ -142,7 +142,7 @@ class Checkpoints:
         with self._explained("the last checkpoint"):
             self._storage.close()
 
-    def _newest(self, setup: Setup, *, same_run: bool) -> tuple[State, dict[str, Any], int] | None:
+    def _newest(self, setup: Setup, *, same_run: bool) -> Start | None:
         """The newest readable one; fills `_damaged` and names those."""
         self._damaged = {}
         while True:
@@ -158,7 +158,7 @@ class Checkpoints:
                     "or delete it to start from step 0."
                 )
             try:
-                return *self._read(setup, step, same_run=same_run), step
+                return Start(*self._read(setup, step, same_run=same_run), step)
             except DamagedCheckpointError as error:
                 self._damaged[step] = str(error)
                 _warn(f"{self.folder / str(step)} is damaged and not used: {error}")

@@ -22,7 +22,7 @@ from mg3d_jax.data import feed
 from mg3d_jax.data.pipeline import PreparedData, train_batches
 from mg3d_jax.flops import Flops
 from mg3d_jax.objectives.base import check_data, enabled, reads_masks
-from mg3d_jax.training import branch, distributed, memory, run_folder, tables, wiring
+from mg3d_jax.training import distributed, memory, run_folder, tables, wiring
 from mg3d_jax.training import state as state_lib
 from mg3d_jax.training import step as step_lib
 from mg3d_jax.training.checkpoints import Checkpoints, check_writable
@@ -45,8 +45,8 @@ class Trainer:
         config: checked here; a `UserError` lists what is impossible.
         workdir: where checkpoints, metrics, tokenizer and summary go; an earlier run there is resumed.
         hooks: called in addition to the standard ones (`training.wiring`): evaluations, pictures, your own.
-        initialize: loads the weights that `init_from` and `model.*_encoder.pretrained` name; called for a new run only, and
-            needed where one of them is set.
+        initialize: makes what a new run begins with; the default knows nothing of the weights that `init_from` and
+            `model.*_encoder.pretrained` name.
         profile_steps: how many steps the profiler traces; 0: none.
     """
 
@@ -56,7 +56,7 @@ class Trainer:
         workdir: Path,
         *,
         hooks: Sequence[Hook] = (),
-        initialize: state_lib.Initializer | None = None,
+        initialize: state_lib.Initializer = state_lib.random_start,
         profile_steps: int = 0,
     ):
         checks.validate(config)
@@ -65,7 +65,7 @@ class Trainer:
         self.ownership = Ownership(workdir)
         mesh = sharding.make_mesh(config.mesh)
         self.data, self.valid = distributed.together("start", self._open)
-        self.tokenizer = run_folder.run_tokenizer(config.data, workdir)
+        self.tokenizer = run_folder.read_tokenizer(config.data, workdir)
         run_folder.check_processes_agree(config, self.data, self.valid, self.tokenizer)
         self.steps = total_steps(config.training, config.data.batch_size, len(self.data))
         self.setup = state_lib.build(config, self.tokenizer.vocab_size, mesh, self.steps, records=len(self.data))
@@ -77,13 +77,10 @@ class Trainer:
             best_metric=config.training.best_metric,
             best_mode=config.training.best_mode,
         )
-        restored = self.checkpoints.newest(self.setup) or branch.whole_state(self.setup, self.tokenizer)
-        if restored is None:
-            self.state, self.resume_step = state_lib.first(self.setup, self.tokenizer, initialize), 0
-            meta: dict[str, Any] = {}  # what the checkpoint has beside it (`hooks.Save`)
-        else:
-            self.state, meta, self.resume_step = restored
-            run_folder.check_same_records(meta, self.data)
+        start = self.checkpoints.newest(self.setup) or initialize(self.setup, self.tokenizer)
+        self.state, meta, self.resume_step = start
+        run_folder.check_same_records(meta, self.data)
+        if self.resume_step:
             logger.info("%s: resuming after step %d of %d", workdir, self.resume_step, self.steps)
         self._unmeasured = bool(meta.get(UNMEASURED))
         self._needs: memory.StepMemory | None = None  # until it is compiled
@@ -102,7 +99,7 @@ class Trainer:
         )
 
     def _open(self) -> tuple[PreparedData, PreparedData | None]:
-        """Takes the folder and opens the data: what can be wrong on one host and right on the others."""
+        """Takes the folder, opens the data, writes the tokenizer: what can be wrong on one host and right on the others."""
         check_writable(self.workdir)
         self.ownership.take()
         data, size = self.config.data, self.config.grid
@@ -112,6 +109,7 @@ class Trainer:
         valid = PreparedData(data.valid, volume_size=size, masks=masks) if data.valid else None
         for one in filter(None, (train, valid)):
             check_data(on, one)
+        run_folder.make_tokenizer(data, self.workdir)
         return train, valid
 
     def run(self) -> int:

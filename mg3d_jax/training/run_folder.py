@@ -31,25 +31,30 @@ CONFIG_FILE, TOKENIZER_FOLDER = "config.json", "tokenizer"
 SUMMARY_FILE, ENVIRONMENT_FILE = "summary.json", "environment.json"
 
 
-def run_tokenizer(options: DataConfig, workdir: Path) -> ReportTokenizer:
-    """The tokenizer that the run keeps: made before it has a checkpoint, and only read afterwards.
+def make_tokenizer(options: DataConfig, workdir: Path) -> None:
+    """Writes the tokenizer that the run keeps, in process 0, unless the run has a checkpoint: it is only read then.
 
     A start that came to no checkpoint may have been one with another `data.tokenizer` or `data.vocab_size`.
     """
     folder = workdir / TOKENIZER_FOLDER
     kept = (folder / "tokenizer.json").exists() and Checkpoints(workdir).latest() is not None
-    if jax.process_index() == 0 and not kept:
-        if options.tokenizer == "train":
-            made = train_wordpiece(tokenizer_sentences(options, log_folder=workdir), options.vocab_size)
-        else:
-            made = load_tokenizer(options.tokenizer)
-        # Written elsewhere and renamed: a kill in the middle leaves no half a tokenizer.
-        partial = workdir / f"{TOKENIZER_FOLDER}.partial"
-        save_tokenizer(made, partial)
-        shutil.rmtree(folder, ignore_errors=True)
-        os.replace(partial, folder)
-    distributed.barrier("tokenizer")  # the others read what process 0 wrote
-    return ReportTokenizer(load_tokenizer(str(folder)), options.max_tokens, options.max_sentences)
+    if jax.process_index() != 0 or kept:
+        return
+    if options.tokenizer == "train":
+        made = train_wordpiece(tokenizer_sentences(options, log_folder=workdir), options.vocab_size)
+    else:
+        made = load_tokenizer(options.tokenizer)
+    # Written elsewhere and renamed: a kill in the middle leaves no half a tokenizer.
+    partial = workdir / f"{TOKENIZER_FOLDER}.partial"
+    save_tokenizer(made, partial)
+    shutil.rmtree(folder, ignore_errors=True)
+    os.replace(partial, folder)
+
+
+def read_tokenizer(options: DataConfig, workdir: Path) -> ReportTokenizer:
+    """The tokenizer that `make_tokenizer` has written."""
+    kept = load_tokenizer(str(workdir / TOKENIZER_FOLDER))
+    return ReportTokenizer(kept, options.max_tokens, options.max_sentences)
 
 
 def check_processes_agree(

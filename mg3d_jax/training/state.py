@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import flax.linen as nn
 import jax
@@ -47,9 +47,17 @@ class Setup:
         return jax.tree.map(lambda x: x.sharding, self.abstract)
 
 
-# `(setup, random state, tokenizer) -> state` with loaded weights. The usual one, `interop.warm_start.load_initial`, is handed
-# in because `interop` imports this package.
-Initializer = Callable[[Setup, State, ReportTokenizer], State]
+class Start(NamedTuple):
+    """What training goes on from: the state after `step`, and what its checkpoint has beside it (`hooks.Save`)."""
+
+    state: State
+    meta: dict[str, Any]
+    step: int
+
+
+# What a new run begins with. The usual one, `mg3d_jax.trainer.first_state`, is handed in because it reads weights of other
+# programs, and `interop` imports this package.
+Initializer = Callable[[Setup, ReportTokenizer], Start]
 
 
 def build_model(config: Config, vocab_size: int) -> MG3D:
@@ -151,13 +159,11 @@ def initialize(setup: Setup) -> State:
         return jax.jit(init, out_shardings=setup.shardings)(jax.random.key(setup.config.seed))
 
 
-def first(setup: Setup, tokenizer: ReportTokenizer, load: Initializer | None = None) -> State:
-    """The state of a new run: random, then with what `load` puts in. `ValueError` where the configuration names weights and
-    nothing is given to load them."""
-    if load is None and (keys := starts_from(setup.config.init_from, setup.config.model)):
-        raise ValueError(f"{keys} is set: give `initialize`, e.g. `interop.warm_start.load_initial`")
-    state = initialize(setup)
-    return load(setup, state, tokenizer) if load else state
+def random_start(setup: Setup, tokenizer: ReportTokenizer) -> Start:
+    """The `Initializer` that loads nothing. `ValueError` where the configuration names weights."""
+    if keys := starts_from(setup.config.init_from, setup.config.model):
+        raise ValueError(f"{keys} is set: give `initialize`, e.g. `mg3d_jax.trainer.first_state`")
+    return Start(initialize(setup), {}, 0)
 
 
 def starts_from(init_from: InitConfig, model: ModelConfig) -> str:
