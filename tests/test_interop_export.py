@@ -194,6 +194,8 @@ def test_a_tokenizers_own_output_and_plain_strings_are_one_sentence(model):
 
 def test_towers_alone_and_what_is_saved_loads_again(exported, model, tmp_path):
     """A side of the whole folder; a tuned model with its code; activations computed again in the backward pass."""
+    with pytest.raises(ValueError, match="tower='image': 'vision' or 'text' is needed"):
+        modeling_mg3d.MG3DModel.from_pretrained(exported[1], tower="image")
     run, out = exported[:2]
     volumes, text = torch.from_numpy(volumes_of(run, 2)), model.tokenize(["A cyst.", "No mass."])
     vision, words = (
@@ -461,7 +463,7 @@ import json, os, re, sys
 for name in ("jax", "jaxlib", "flax", "orbax", "mg3d_jax"):
     sys.modules[name] = None  # importing it raises ImportError
 import nibabel, numpy as np, torch
-from transformers import AutoImageProcessor, AutoModel, AutoProcessor, AutoTokenizer, pipeline
+from transformers import AutoImageProcessor, AutoModel, AutoModelForTextEncoding, AutoProcessor, AutoTokenizer, pipeline
 folder, data = sys.argv[1:]
 processor = AutoImageProcessor.from_pretrained(folder, trust_remote_code=True)
 found = {}
@@ -477,8 +479,13 @@ model = AutoModel.from_pretrained(folder, trust_remote_code=True)
 with torch.no_grad():
     output = model(**inputs)
 found |= {"volume": output.image_embeds.numpy(), "texts": output.text_embeds.numpy()}
-found["volume again"] = model.encode_volume(inputs["pixel_values"]).detach().numpy()
-found["texts again"] = model.encode_texts(["No nodule."]).numpy()
+AutoModelForTextEncoding.from_pretrained(folder, trust_remote_code=True)  # which must not change what is saved below
+towers = {one: AutoModel.from_pretrained(folder, trust_remote_code=True, tower=one) for one in ("vision", "text")}
+towers["text"].save_pretrained(f"{data}/text")
+alone = AutoModel.from_pretrained(f"{data}/text", trust_remote_code=True)
+assert [type(one).__name__ for one in (*towers.values(), alone)] == ["MG3DVisionModel", "MG3DTextModel", "MG3DTextModel"]
+found["volume again"] = towers["vision"].encode_volume(inputs["pixel_values"]).detach().numpy()
+found["texts again"] = alone.encode_texts(["No nodule."]).numpy()
 scores = model.zero_shot(scan)
 pipe = pipeline("zero-shot-image-classification", model=folder, trust_remote_code=True)
 piped = {one["label"]: one["score"] for one in pipe(scan)}

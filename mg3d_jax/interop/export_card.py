@@ -218,9 +218,9 @@ model.save_pretrained("tuned")
 One tower alone, a quarter of the memory:
 
 ```python
-from transformers.dynamic_module_utils import get_class_from_dynamic_module
+from transformers import AutoModel
 
-vision = get_class_from_dynamic_module("modeling_mg3d.MG3DVisionModel", ".").from_pretrained(".")  # or MG3DTextModel
+vision = AutoModel.from_pretrained(".", trust_remote_code=True, tower="vision")  # or "text"
 ```
 
 `python verify_mg3d.py` in this folder tells whether it is whole and computes here what it computed where it was made.

@@ -13,7 +13,7 @@ T tokens, S sentences, d width of a tower, k width of the shared space.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -55,6 +55,20 @@ class MG3DModel(ZeroShot, MG3DPreTrainedModel):
         self.logit_bias = nn.Parameter(torch.zeros(())) if config.logit_bias else 0.0  # of the sigmoid (SigLIP) loss
         self.post_init()
 
+    @classmethod
+    def from_pretrained(cls, *args: Any, tower: str | None = None, **kwargs: Any) -> Any:
+        """As in transformers, with what `MG3DPreTrainedModel.from_pretrained` checks.
+
+        Args:
+            tower: "vision" or "text": that side alone, an `MG3DVisionModel` or `MG3DTextModel`, and no weights of
+                the other.
+        """
+        if tower is None:
+            return super().from_pretrained(*args, **kwargs)
+        if tower not in _SIDES:
+            raise ValueError(f"tower={tower!r}: {' or '.join(map(repr, _SIDES))} is needed")
+        return _SIDES[tower].from_pretrained(*args, **kwargs)
+
     def forward(
         self,
         pixel_values: Tensor,
@@ -92,7 +106,8 @@ def contrastive_loss(logits: Tensor, *, sigmoid: bool) -> Tensor:
 
 
 class MG3DVisionModel(VisionSide, MG3DPreTrainedModel):
-    """The volume encoder with its projection alone: `MG3DVisionModel.from_pretrained(FOLDER)` of the whole model's folder."""
+    """The volume encoder with its projection alone: of the whole model's folder by `AutoModel.from_pretrained(FOLDER,
+    trust_remote_code=True, tower="vision")`."""
 
     main_input_name = "pixel_values"
     _keys_to_ignore_on_load_unexpected: ClassVar[list[str]] = [r"^(report_|logit_|segmentation_)"]  # of the whole model
@@ -111,7 +126,8 @@ class MG3DVisionModel(VisionSide, MG3DPreTrainedModel):
 
 
 class MG3DTextModel(TextSide, MG3DPreTrainedModel):
-    """The report encoder with its projection alone: `MG3DTextModel.from_pretrained(FOLDER)` of the whole model's folder."""
+    """The report encoder with its projection alone: of the whole model's folder by `AutoModel.from_pretrained(FOLDER,
+    trust_remote_code=True, tower="text")`."""
 
     main_input_name = "input_ids"
     _keys_to_ignore_on_load_unexpected: ClassVar[list[str]] = [
@@ -136,5 +152,6 @@ class MG3DTextModel(TextSide, MG3DPreTrainedModel):
         return output.to_tuple() if return_dict is False else output
 
 
+_SIDES = {"vision": MG3DVisionModel, "text": MG3DTextModel}
 for _class in (MG3DModel, MG3DVisionModel, MG3DTextModel):
     _class.register_for_auto_class("AutoModel")  # `save_pretrained` copies the code, too

@@ -102,7 +102,12 @@ class MG3DPreTrainedModel(PreTrainedModel):
     def save_pretrained(self, save_directory: Any, *args: Any, **kwargs: Any) -> None:
         """As in transformers, with what the folder that the model was loaded from has beside it: tokenizer, preprocessing,
         prompts."""
-        super().save_pretrained(save_directory, *args, **kwargs)
+        kind = type(self)
+        before, kind._auto_class = kind._auto_class, "AutoModel"  # which may have loaded it by another `Auto` class
+        try:
+            super().save_pretrained(save_directory, *args, **kwargs)
+        finally:
+            kind._auto_class = before
         for name in BESIDE if self._folder else ():
             file = cached_file(self._folder, name, _raise_exceptions_for_missing_entries=False)
             if file is not None and not (Path(save_directory) / name).exists():
