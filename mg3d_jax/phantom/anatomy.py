@@ -10,12 +10,11 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from mg3d_jax.phantom.canvas import Canvas, soft, triple
+from mg3d_jax.phantom.canvas import Canvas, power, soft, triple
 
 LOBES = ("right upper lobe", "right middle lobe", "right lower lobe", "left upper lobe", "left lower lobe")
 FLOOR_Z = -128.0  # the deepest costophrenic recess
 FAT_HU, MUSCLE_HU, BONE_HU = -95.0, 50.0, 420.0
-_POWER = 2.4  # of the superellipse that the rib cage follows
 
 # Where the segmental airways of each lobe end: x, y as shares of the cage's half width and depth, z in mm.
 _SEGMENT_ENDS = {
@@ -139,12 +138,17 @@ def _sample_twigs(rng: np.random.Generator, airways: tuple[Branch, ...]) -> tupl
     return tuple(twigs)
 
 
+def superellipse(x: np.ndarray, y: np.ndarray, exponent: float) -> np.ndarray:
+    """Distance from the centre, 1 on the curve; `x` and `y` in units of its half axes."""
+    return power(power(np.abs(x), exponent) + power(np.abs(y), exponent), 1 / exponent)
+
+
 # Surfaces: signed distances in mm (approximate), negative inside unless said otherwise.
 def cage_distance(a: Anatomy, x: np.ndarray, y: np.ndarray, z: np.ndarray) -> np.ndarray:
     """To the inner face of the rib cage, which narrows towards the apices."""
-    rho = (np.abs(x / a.cage[0]) ** _POWER + np.abs(y / a.cage[1]) ** _POWER) ** (1 / _POWER)
+    rho = superellipse(x / a.cage[0], y / a.cage[1], 2.4)
     climb = np.clip((z + 40) / (a.apex + 40), 0, 1)
-    return (rho - np.sqrt(1 - climb**2.7)) * np.float32(a.cage[1])
+    return (rho - np.sqrt(1 - power(climb, 2.7))) * np.float32(a.cage[1])
 
 
 def diaphragm_z(a: Anatomy, x: np.ndarray, y: np.ndarray) -> np.ndarray:
@@ -222,7 +226,7 @@ def _draw_trunk(canvas: Canvas, a: Anatomy) -> None:
     x, y, z = canvas.grid
     edge, everywhere = canvas.edge, (slice(None),) * 3
     shoulders = 1 - 0.45 * np.square(np.clip((z - 105) / 55, 0, 1))
-    rho = (np.abs(x / a.body[0]) ** 2.6 + np.abs(y / a.body[1]) ** 2.6) ** (1 / 2.6)
+    rho = superellipse(x / a.body[0], y / a.body[1], 2.6)
     skin = (rho - shoulders) * np.float32(a.body[1])
     if a.table:
         where, (_, across, _) = canvas.box((-190, -a.body[1] - 16, -220), (190, -a.body[1] - 8, 220))

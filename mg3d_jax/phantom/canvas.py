@@ -2,7 +2,8 @@
 
 Every shape is drawn only inside its bounding box and with an edge about one voxel wide, so that a structure thinner
 than a voxel still has the right mean (the partial volume effect) and two reconstructions of one scan agree at any
-spacing. Nothing here calls BLAS: the result must not depend on the number of threads.
+spacing. Nothing here calls BLAS, and powers are `power`'s: the result must depend neither on the number of threads nor on the
+processor.
 """
 
 from __future__ import annotations
@@ -26,6 +27,11 @@ def triple(values: Iterable[float]) -> Triple:
 def soft(distance: np.ndarray, edge: float) -> np.ndarray:
     """Coverage in [0, 1] of a signed distance in mm (negative inside), with a ramp `edge` mm wide."""
     return np.clip(np.float32(0.5) - distance * np.float32(1.0 / edge), 0.0, 1.0)
+
+
+def power(base: np.ndarray, exponent: float) -> np.ndarray:
+    """`base ** exponent`, both of float32. The last digit of NumPy's own depends on whether the processor has AVX-512."""
+    return np.power(base, np.float32(exponent), dtype=np.float64).astype(np.float32)
 
 
 class Canvas:

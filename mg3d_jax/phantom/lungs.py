@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from mg3d_jax.phantom.anatomy import LOBES, Anatomy, cage_distance, hilum
-from mg3d_jax.phantom.canvas import Canvas, soft
+from mg3d_jax.phantom.canvas import Canvas, power, soft
 from mg3d_jax.phantom.finding import (
     Blob,
     Finding,
@@ -212,7 +212,7 @@ def draw_pleural(canvas: Canvas, a: Anatomy, f: Finding) -> None:
     thickness = f.sizes_mm[0]
     where, (x, y, z) = _lung_box(canvas, a)
     climb = np.clip((55 - z) / 110, 0, 1.15)
-    level = -a.cage[1] + thickness * climb * (1 + 0.35 * np.abs(x / a.cage[0]) ** 3)
+    level = -a.cage[1] + thickness * climb * (1 + 0.35 * power(np.abs(x / a.cage[0]), 3))
     keep = np.zeros_like(x)
     for sign in signs_of(f.side):
         keep = np.where(sign * x > 0, 1.0, keep)

@@ -19,8 +19,12 @@ from mg3d_jax.options import choice, key
 # `ti` to `g` follow the ViT literature (Dosovitskiy et al. 2021; Touvron et al. 2021; Zhai et al. 2022 for g); `pico` and
 # `nano` are small enough for CPU tests and the quickstart.
 PRESETS: dict[str, Sizes] = {
+    "zepto": Sizes(32, 2, 2, 128),
+    "atto": Sizes(64, 2, 2, 256),
+    "femto": Sizes(96, 2, 3, 384),
     "pico": Sizes(128, 2, 4, 512),
     "nano": Sizes(128, 4, 4, 512),
+    "micro": Sizes(192, 4, 6, 768),
     "ti": Sizes(192, 12, 3, 768),
     "s": Sizes(384, 12, 6, 1536),
     "b": Sizes(768, 12, 12, 3072),
