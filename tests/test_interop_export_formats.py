@@ -21,8 +21,10 @@ from mg3d_jax.commands.main import main as cli
 from mg3d_jax.config.parts import InitConfig
 from mg3d_jax.data.tokens import save_tokenizer, train_wordpiece
 from mg3d_jax.errors import UserError
+from mg3d_jax.evaluation.probes import HEAD_FILE, load_head
 from mg3d_jax.interop import export as export_lib
 from mg3d_jax.interop import export_options, import_model, state_dict
+from mg3d_jax.interop.export_format import Probe
 from mg3d_jax.interop.export_options import Extras
 from mg3d_jax.interop.hugging_face import load_checkpoint
 from mg3d_jax.interop.sources import open_source
@@ -113,7 +115,9 @@ def test_half_the_bytes_in_several_files_and_back(run, tmp_path):
 
 def test_a_tuned_folder_comes_back(run, tmp_path, capsys):
     """From transformers' `save_pretrained`, to the last bit; `init_from` takes all of it; the keys are printed."""
-    export_lib.export(run, tmp_path / "exported")
+    rng, k = np.random.default_rng(3), run.config.model.projection_dim
+    probe = Probe(rng.normal(size=(3, k)).astype("f"), rng.normal(size=3).astype("f"), ("x", "y", "z"), "multi_class")
+    export_lib.export(run, tmp_path / "exported", extras=Extras(probe))
     tuned = modeling_mg3d.MG3DModel.from_pretrained(tmp_path / "exported")
     with torch.no_grad():
         tuned.volume_projection.weight.add_(1)
@@ -122,7 +126,11 @@ def test_a_tuned_folder_comes_back(run, tmp_path, capsys):
     printed = capsys.readouterr().out
     assert "--config.model.volume_encoder.preset=smallest   (" in printed and "classification_head" in printed
     assert f"--config.init_from.path={tmp_path / 'back'}" in printed
-    model = import_model.read_model(tmp_path / "back")
+    head, model = load_head(tmp_path / "back" / HEAD_FILE), import_model.read_model(tmp_path / "back")
+    assert (head.classes, head.kind) == (probe.classes, probe.kind) and model.unused == []
+    for one in (head, model.probe):  # which `mg3d export --probe` adds again
+        np.testing.assert_array_equal(one.weight, probe.weight)
+        np.testing.assert_array_equal(one.bias, probe.bias)
     setup = state_lib.build(model.config, run.tokenizer.vocab_size, sharding.make_mesh(model.config.mesh), steps=0)
     wanted = {name: tuple(x.shape) for name, x in flatten_dict(setup.abstract["params"], sep="/").items()}
     found = account(open_source(str(tmp_path / "back"), setup, run.tokenizer), InitConfig(), wanted, run.tokenizer)
@@ -132,6 +140,11 @@ def test_a_tuned_folder_comes_back(run, tmp_path, capsys):
         expected = before[name] + (1 if name == "volume_projection/out/kernel" else 0)
         np.testing.assert_array_equal(array, expected.astype("f"), err_msg=name)
     state = load_file(tmp_path / "tuned" / "model.safetensors")
+    wrapped = {f"model.backbone.{key}": x for key, x in state.items()} | {"model.head.weight": torch.ones(2, 2)}
+    torch.save({"state_dict": wrapped, "optimizer_states": [], "epoch": 3}, tmp_path / "last.ckpt")  # as Lightning does
+    again = import_model.read_model(tmp_path / "tuned", tmp_path / "last.ckpt")
+    assert again.unused == ["state_dict.model.head.weight"]
+    jax.tree.map(np.testing.assert_array_equal, again.params, model.params)
     state["volume_encoder.extra"] = state.pop("volume_encoder.norm.bias")
     save_file(state, tmp_path / "tuned" / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(UserError, match=r"norm.bias \[32\]: missing in the file\n.*extra \[32\]: unknown to the model"):
@@ -145,18 +158,66 @@ class Whole:
     """What somebody pickled with their weights."""
 
 
-def test_what_people_wrap_weights_in(tmp_path):
-    weights = {"a.b": torch.ones(2), "c": torch.zeros(1)}
-    for prefix in ("module.", "_orig_mod.module.", "model."):
-        torch.save({f"{prefix}{key}": x for key, x in weights.items()}, tmp_path / "w.pt")
-        assert state_dict.read_state_dict(tmp_path / "w.pt").keys() == weights.keys()
-    torch.save({"student.backbone.a.b": torch.ones(2), "teacher.backbone.a.b": torch.zeros(2)}, tmp_path / "w.pt")
-    assert state_dict.read_state_dict(tmp_path / "w.pt", "student.backbone.").keys() == {"a.b"}
-    with pytest.raises(UserError, match=r"keys begin with student\.backbone\. \(1\), teacher\.backbone\. \(1\)"):
-        state_dict.read_state_dict(tmp_path / "w.pt", "encoder.")
-    torch.save({"model": Whole()}, tmp_path / "w.pt")
+WRAPPED = {  # what people save -> the prefix that is found
+    "DDP": ({"module.": 1}, "module."),
+    "compiled, Lightning": ({"state_dict.model._orig_mod.": 1, "state_dict.criterion.": 0}, "state_dict.model."),
+    "CLIP": ({"model.visual.": 1, "model.text.": 0, "logit_scale.": 0}, "model.visual."),
+    "MoCo without its momentum encoder": ({"encoder_q.": 1, "queue.": 0}, "encoder_q."),
+    "PEFT, merged": ({"base_model.model.vision_encoder.": 1}, "base_model.model.vision_encoder."),
+    "a DINO teacher": ({"teacher.backbone.": 1, "teacher.head.": 0}, "teacher.backbone."),
+    "FSDP": ({"_fsdp_wrapped_module.": 1}, ""),
+}  # fmt: skip
+
+
+def nested(prefixes, weights):
+    """`{"a.b.": 1}` -> the weights under `{"a": {"b.": ...}}`; 0: other tensors."""
+    tree = {}
+    for prefix, ours in prefixes.items():
+        first, _, rest = prefix.partition(".")
+        into = tree.setdefault(first, {}) if first in ("state_dict", "teacher", "student") else tree
+        rest = rest if into is not tree else prefix
+        into |= {f"{rest}{key}": x for key, x in (weights if ours else {"w": torch.ones(1)}).items()}
+    return tree
+
+
+@pytest.mark.parametrize("case", WRAPPED)
+def test_what_people_wrap_weights_in(tmp_path, case):
+    weights = {"patch.proj.weight": torch.ones(2), "norm.bias": torch.zeros(1)}
+    prefixes, found = WRAPPED[case]
+    torch.save(nested(prefixes, weights), tmp_path / "w.pt")
+    kept, left_out = state_dict.read_weights(tmp_path / "w.pt", "patch.proj.weight")
+    assert kept.keys() == weights.keys()
+    assert len(left_out) == len([ours for ours in prefixes.values() if not ours])
+    again, _ = state_dict.read_weights(tmp_path / "w.pt", "patch.proj.weight", found)
+    assert again.keys() == weights.keys()
+
+
+def test_weights_that_are_not_found_are_said(tmp_path):
+    file, root = tmp_path / "w.pt", "patch.proj.weight"
+    several = {
+        "student": {"backbone.patch.proj.weight": torch.ones(2)},
+        "teacher": {"patch.proj.weight": torch.zeros(2)},
+    }
+    torch.save(several | {"optimizer": {"state": {0: {"exp_avg": torch.ones(2)}}}}, file)
+    with pytest.raises(UserError, match=r"2 models .*\n  --prefix student\.backbone\.\n  --prefix teacher\.$"):
+        state_dict.read_weights(file, root)
+    for prefix in ("student.", "student.backbone.", "teacher."):
+        kept, left_out = state_dict.read_weights(file, root, prefix)
+        assert kept[root].tolist() == ([0, 0] if prefix == "teacher." else [1, 1]) and len(left_out) == 1
+    with pytest.raises(UserError, match=r"keys begin with student\.backbone\. \(1\), teacher\.patch\. \(1\)"):
+        state_dict.read_state_dict(file, "encoder.")
+    with pytest.raises(
+        UserError, match=r"no key ends with volume_projection.weight, .* begin with student\.backbone\."
+    ):
+        state_dict.read_weights(file, "volume_projection.weight")
+    torch.save(
+        {f"base_model.model.{key}": torch.ones(1) for key in (root, "q.base_layer.weight", "q.lora_A.weight")}, file
+    )
+    with pytest.raises(UserError, match=r"adapters beside the layers .*model\.merge_and_unload\(\)"):
+        state_dict.read_weights(file, root)
+    torch.save({"model": Whole()}, file)
     with pytest.raises(UserError, match=r"torch\.save\(model\.state_dict\(\), FILE\)"):
-        state_dict.read_state_dict(tmp_path / "w.pt")
+        state_dict.read_state_dict(file)
 
 
 def test_a_swin_that_was_only_pre_trained(tokenizer_folder, tmp_path):

@@ -18,7 +18,7 @@ from mg3d_jax.config import checks
 from mg3d_jax.data.tokens import load_tokenizer, save_tokenizer, train_wordpiece
 from mg3d_jax.evaluation.segmenter import Segmenter
 from mg3d_jax.interop import export as export_lib
-from mg3d_jax.interop import export_check, export_monai
+from mg3d_jax.interop import export_check, export_format, export_monai, import_model
 from mg3d_jax.interop.export_run import Run
 from mg3d_jax.interop.sources import open_source
 from mg3d_jax.interop.torch_template import modeling_mg3d_tasks
@@ -144,8 +144,18 @@ def test_a_segmentation_run_in_pytorch(segmenting, tmp_path):
     ours = Segmenter(restored(run, tmp_path))(source).classes
     agree = model.segment_scan(hu, affine) == ours
     assert agree.shape == hu.shape and agree.mean() > 0.999 and len(np.unique(ours)) > 1
+    comes_back(run, out)
     card = (out / "README.md").read_text()
     assert "model.segment_scan(" in card and "background, a, b" in card and "nothing compared volumes with rep" in card
+
+
+def comes_back(run, out):
+    """Does `mg3d import hf` read all of an export, to the last bit?"""
+    found = flatten_dict(import_model.read_model(out).params, sep="/")
+    kept = flatten_dict(export_format.split_params(run.params)[0], sep="/")
+    assert found.keys() == kept.keys()
+    for name, array in kept.items():
+        np.testing.assert_array_equal(found[name], array, err_msg=name)
 
 
 @pytest.mark.parametrize("recipe", ["msd_lung", "cc_ccii"])
@@ -177,6 +187,7 @@ def test_a_report_decoder_in_pytorch(make_run, tmp_path):
         decoder[layer]["cross_attention"]["out"]["kernel"] *= 3
     lines = export_lib.export(run, tmp_path / "out")
     assert difference(lines, "probability of the next token") < 1e-5
+    comes_back(run, tmp_path / "out")
     model = MG3DTaskModel.from_pretrained(tmp_path / "out").eval()
     tokenizer = PreTrainedTokenizerFast.from_pretrained(tmp_path / "out")
     first, second, third = hounsfield((3, 16, 16, 16))

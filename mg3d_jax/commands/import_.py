@@ -6,13 +6,15 @@ from __future__ import annotations
 import argparse
 import json
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from mg3d_jax import config as config_lib
+from mg3d_jax.evaluation.probes import HEAD_FILE, ProbeHead, save_head
 from mg3d_jax.interop.finetune import keys_of
 from mg3d_jax.interop.hugging_face import copy_tokenizer, load_checkpoint
-from mg3d_jax.interop.state_dict import read_state_dict
+from mg3d_jax.interop.state_dict import read_weights
 from mg3d_jax.interop.tower import Tower, save_tower
 from mg3d_jax.models.towers.base import Form
 from mg3d_jax.registry import REPORT_TOWERS, VOLUME_TOWERS
@@ -36,8 +38,9 @@ def parser() -> argparse.ArgumentParser:
     root = argparse.ArgumentParser(
         prog="mg3d import",
         description="Converts published weights, strictly: every key of the file must have a place in the model or be "
-        "on the printed list of parts that an encoder does not need. Start a run from the result with "
-        "--config.model.volume_encoder.pretrained=DIR or --config.model.report_encoder.pretrained=DIR.",
+        "on the printed list of parts that an encoder does not need. Wrappers around the model in a checkpoint (module., "
+        "teacher.backbone., state_dict, ...) are recognised; where several models are in it, they are listed. Start a run "
+        "from the result with --config.model.volume_encoder.pretrained=DIR or --config.model.report_encoder.pretrained=DIR.",
     )
     kinds = root.add_subparsers(dest="form", required=True, metavar=f"{{{','.join((MODEL, *forms()))}}}")
     whole = kinds.add_parser(
@@ -45,6 +48,13 @@ def parser() -> argparse.ArgumentParser:
         help="a whole model, as `mg3d export --format hf` or its save_pretrained wrote it: towers, projections, heads",
     )
     whole.add_argument("source", metavar="FOLDER", type=Path)
+    whole.add_argument(
+        "--weights",
+        type=Path,
+        metavar="FILE",
+        help="a checkpoint of that model, or of what it was wrapped in (Lightning, DDP, ...), in place of the folder's weights",
+    )
+    _add_prefix(whole)
     whole.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder to write, for init_from.path")
     for name, (_, form) in forms().items():
         sub = kinds.add_parser(name, help=form.help)
@@ -55,14 +65,17 @@ def parser() -> argparse.ArgumentParser:
             sub.add_argument("source", metavar="FOLDER|NAME", help=meaning)
         else:
             sub.add_argument("source", metavar="FILE", help=".pt, .pth or .safetensors file")
-            sub.add_argument(
-                "--prefix",
-                default="",
-                metavar="TEXT",
-                help='only the keys that begin with it, e.g. "student.backbone."',
-            )
+            _add_prefix(sub)
         sub.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder to write")
     return root
+
+
+def _add_prefix(command: argparse.ArgumentParser) -> None:
+    command.add_argument(
+        "--prefix",
+        metavar="TEXT",
+        help='only the keys that begin with it, e.g. "student.backbone." (default: found, where exactly one place fits)',
+    )
 
 
 def read(args: argparse.Namespace) -> Tower:
@@ -72,7 +85,9 @@ def read(args: argparse.Namespace) -> Tower:
     if form.folder:
         imported = load_checkpoint(args.source, form)
     else:
-        imported = form.convert(read_state_dict(Path(args.source), args.prefix), args.source, **given)
+        weights, left_out = read_weights(Path(args.source), form.root, args.prefix)
+        imported = form.convert(weights, args.source, **given)
+        imported = replace(imported, unused=[*imported.unused, *left_out])
     return Tower(kind, imported.fields, imported.params, Path(args.source).name, imported.unused)
 
 
@@ -80,7 +95,7 @@ def main(argv: list[str]) -> int:
     """Runs the command; prints what was read and which keys of the file were left out."""
     args = parser().parse_args(argv)
     if args.form == MODEL:
-        return _whole(args.source, args.out)
+        return _whole(args)
     tower = read(args)
     save_tower(tower, args.out)
     if forms()[args.form][1].folder:
@@ -97,15 +112,22 @@ def main(argv: list[str]) -> int:
     return 0
 
 
-def _whole(source: Path, out: Path) -> int:
+def _whole(args: argparse.Namespace) -> int:
     from mg3d_jax.interop.import_model import read_model, save_model
 
-    model = read_model(source)
+    source, out = args.source, args.out
+    model = read_model(source, args.weights, args.prefix)
     save_model(model, source, out)
-    print(f"{source}: {sum(model.sizes().values()):,} parameters")
+    print(f"{args.weights or source}: {sum(model.sizes().values()):,} parameters")
     for name, size in model.sizes().items():
         print(f"  {name:<24} {size:,}")
-    _print_unused(model.unused, "no part of a run; `mg3d probe` fits such a head anew")
+    if probe := model.probe:
+        head = ProbeHead(probe.weight, probe.bias, probe.classes, probe.kind, {"imported_from": str(source)})
+        save_head(head, out / HEAD_FILE)
+        print(
+            f"{HEAD_FILE}: a head for {len(head.classes)} classes; `mg3d export --probe` adds it to these weights again"
+        )
+    _print_unused(model.unused, "no part of the model")
     print(f"written to {out}; a run starts from it with (default in brackets)")
     defaults = config_lib.default()
     for key, value in (model.keys | {"init_from.path": str(out), "data.tokenizer": str(out)}).items():

@@ -12,10 +12,9 @@ from mg3d_jax.commands.evaluate import print_tables
 from mg3d_jax.evaluation.document import OVERRIDE, Evaluated, configured
 from mg3d_jax.evaluation.label_tables import MAPPINGS, mapping_of_each
 from mg3d_jax.evaluation.probe import Probe
-from mg3d_jax.evaluation.probes import save_head
+from mg3d_jax.evaluation.probes import HEAD_FILE, save_head
 from mg3d_jax.evaluation.probes.linear import KINDS
 
-HEAD_FILE = "probe.safetensors"
 SHORT = ("kind", "fractions", "seeds", "seed")
 
 

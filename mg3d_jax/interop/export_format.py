@@ -33,6 +33,7 @@ HEAD = "classification_head"
 SEGMENTATION_DECODER, SEGMENTATION_HEAD, REPORT_DECODER = "segmentation_decoder", "segmentation_head", "report_decoder"
 TASKS = (SEGMENTATION_DECODER, SEGMENTATION_HEAD, REPORT_DECODER)  # in a module of their own, where a run has them
 PROBE = "probe"
+ROOT = "volume_projection.weight"  # a tensor that every exported model has
 EXPORTED = (*TOWERS, "report_pool", "volume_projection", "report_projection", "logit_scale")
 
 

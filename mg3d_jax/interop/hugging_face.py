@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 from mg3d_jax.errors import UserError
 from mg3d_jax.files import read_json
-from mg3d_jax.interop.state_dict import read_state_dict
+from mg3d_jax.interop.state_dict import read_weights
 from mg3d_jax.models.towers.base import Form, Imported
 
 WEIGHT_FILES = (
@@ -76,7 +77,9 @@ def load_checkpoint(path_or_name: str, form: Form, vocabulary: dict[str, int] | 
     if not path.is_file():
         raise UserError(f"{folder}: no config.json; give the folder that transformers' save_pretrained wrote.")
     config = read_json(path, remedy="download or save it again")
-    imported = form.convert(read_state_dict(weight_files(folder)[0]), str(folder), config=config)
+    weights, left_out = read_weights(weight_files(folder)[0], form.root)
+    imported = form.convert(weights, str(folder), config=config)
+    imported = replace(imported, unused=[*imported.unused, *left_out])
     if vocabulary is not None:
         check_vocabulary(folder, imported.fields["vocab_size"], vocabulary)
     return imported

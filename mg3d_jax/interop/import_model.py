@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from flax.traverse_util import flatten_dict
 from ml_collections import ConfigDict
 
@@ -22,33 +23,39 @@ from mg3d_jax.data.tokens import load_tokenizer
 from mg3d_jax.errors import UserError
 from mg3d_jax.files import read_json, write_json
 from mg3d_jax.interop import export_format, finetune
+from mg3d_jax.interop.export_format import Probe
 from mg3d_jax.interop.export_weights import save
 from mg3d_jax.interop.hugging_face import TOKENIZER_FILES, weight_files
-from mg3d_jax.interop.state_dict import read_state_dict
+from mg3d_jax.interop.state_dict import read_weights
 from mg3d_jax.registry import REPORT_TOWERS
 from mg3d_jax.training import state as state_lib
 
 MAX_LISTED = 12
-PROBE = f"{export_format.PROBE}."  # a head on embeddings, which no run has
 
 
 @dataclass(frozen=True)
 class ImportedModel:
-    """Parameters under this package's names, the configuration of their model, and what was left out."""
+    """Parameters under this package's names, the configuration of their model, and what was left out. `probe` is a head on
+    embeddings, which is no part of a run: `mg3d export --probe` adds it again."""
 
     config: config_lib.Config
     params: dict[str, Any]
     arguments: dict[str, Any]  # of `MG3DConfig`
     keys: dict[str, Any]  # of the configuration, dotted, that differ from the defaults
     unused: list[str]
+    probe: Probe | None = None
 
     def sizes(self) -> dict[str, int]:
         """Parameters of each part."""
         return {name: sum(x.size for x in flatten_dict({name: part}).values()) for name, part in self.params.items()}
 
 
-def read_model(folder: Path) -> ImportedModel:
+def read_model(folder: Path, weights: Path | None = None, prefix: str | None = None) -> ImportedModel:
     """Reads a folder, strictly.
+
+    Args:
+        weights: a checkpoint in place of the folder's weights, of the folder's model or of what wraps it (Lightning, DDP, ...).
+        prefix: of the model's tensors in it; None: found where exactly one place has them.
 
     Raises:
         UserError: it is no such folder, has no tokenizer, no preset of this version has its sizes, or tensors are missing,
@@ -62,19 +69,36 @@ def read_model(folder: Path) -> ImportedModel:
             f"{folder} has no tokenizer.json: copy it and tokenizer_config.json from the folder that was fine-tuned "
             "(tokenizer.save_pretrained(FOLDER) writes both)"
         )
-    arguments, state = export_format.read_arguments(folder), read_state_dict(weight_files(folder)[0])
+    arguments = export_format.read_arguments(folder)
+    state, left_out = read_weights(weights or weight_files(folder)[0], export_format.ROOT, prefix)
     builder, vocab = _configuration(folder, arguments), load_tokenizer(str(folder)).get_vocab_size()
     config = config_lib.typed(builder)
     setup = state_lib.build(config, vocab, sharding.make_mesh(config.mesh), steps=0)
     shapes = setup.abstract["params"]
-    unused = sorted(key for key in state if key.startswith(PROBE))
-    kept = {key: array for key, array in state.items() if not key.startswith(PROBE)}
+    probe, kept = _probe(arguments, state)
+    if alone := [name for name in export_format.TOWERS if not any(key.startswith(f"{name}.") for key in kept)]:
+        raise UserError(
+            f"{folder} has no {alone[0]}: one tower was saved alone. init_from.path takes such a folder as it is"
+        )
     problems = export_format.unplaced(kept, shapes, config)
     if problems:
         more = [f"... and {len(problems) - MAX_LISTED} more"] if len(problems) > MAX_LISTED else []
         raise UserError(f"the weights of {folder} do not fit:\n  " + "\n  ".join(problems[:MAX_LISTED] + more))
     params = export_format.from_torch_state(kept, shapes, config)
-    return ImportedModel(config, params, arguments, _differing(builder, folder), unused)
+    return ImportedModel(config, params, arguments, _differing(builder, folder), left_out, probe)
+
+
+def _probe(arguments: Mapping[str, Any], state: dict[str, np.ndarray]) -> tuple[Probe | None, dict[str, np.ndarray]]:
+    """The head on embeddings that the model has beside what is a run's, if it does, and the other tensors."""
+    classes, names = arguments["probe_classes"], [f"{export_format.PROBE}.{name}" for name in ("weight", "bias")]
+    shapes = (len(classes), arguments["projection_dim"]), (len(classes),)
+    if not classes or any(
+        name not in state or state[name].shape != shape for name, shape in zip(names, shapes, strict=True)
+    ):
+        return None, state  # what does not fit is named with all else that is unknown
+    weight, bias = (state[name] for name in names)
+    kept = {key: array for key, array in state.items() if key not in names}
+    return Probe(weight, bias, tuple(classes), arguments["probe_kind"]), kept
 
 
 def save_model(model: ImportedModel, source: Path, out: Path) -> None:
@@ -85,10 +109,11 @@ def save_model(model: ImportedModel, source: Path, out: Path) -> None:
     names = [*TOKENIZER_FILES, "preprocessor_config.json"]
     for name in [name for name in names if (source / name).is_file() and source.resolve() != out.resolve()]:
         shutil.copyfile(source / name, out / name)
-    write_json(out / "config.json", model.arguments | {"model_type": "mg3d"})
+    arguments = model.arguments if model.probe else model.arguments | {"probe_classes": []}
+    write_json(out / "config.json", arguments | {"model_type": "mg3d"})
     params, _ = export_format.split_params(model.params)
-    state = export_format.torch_state(params, model.config)
-    save(state, out, dtype="float32", shard_size="1000GB", settings=json.dumps(model.arguments))
+    state = export_format.torch_state(params, model.config) | (model.probe.state() if model.probe else {})
+    save(state, out, dtype="float32", shard_size="1000GB", settings=json.dumps(arguments))
 
 
 def _configuration(folder: Path, arguments: Mapping[str, Any]) -> ConfigDict:

@@ -135,8 +135,9 @@ def _from_export(folder: Path, setup: Setup) -> Source:
     arguments, model = export_format.read_arguments(folder), setup.config.model
     ours = export_format.tower_arguments(setup.abstract["params"], model)
     misfits = {name: _differences(arguments, ours[name], export_format.FREE_ARGUMENTS) for name in ENCODERS}
+    weights = read_state_dict(weight_files(folder)[0])
     tree = export_format.from_torch_state(
-        read_state_dict(weight_files(folder)[0]), setup.abstract["params"], setup.config, _taken(setup.config.init_from)
+        weights, setup.abstract["params"], setup.config, _taken(setup.config.init_from)
     )
     fields = {"volume_size": tuple(arguments["volume_size"]), "patch_size": tuple(arguments["patch_size"])}
     volume = Tower(model.volume_encoder.kind, fields, tree.get("volume_encoder", {}), str(folder))

@@ -21,6 +21,7 @@ from mg3d_jax.evaluation.probes.linear import KINDS, ProbeResult
 from mg3d_jax.files import write_bytes
 
 FORMAT = "mg3d_jax probe"
+HEAD_FILE = "probe.safetensors"  # its usual name
 
 
 @dataclass(frozen=True)

@@ -78,12 +78,15 @@ class Form:
             is handed to `convert` under its `dest`.
         folder: it comes as a folder or a name on the Hugging Face hub, with a `config.json`, which `convert` gets as
             `config`, and perhaps a tokenizer; else as one file.
+        root: a tensor that every such model has, by which it is found among the tensors of a checkpoint that wraps it;
+            "": only prefixes that stand before all keys are removed.
     """
 
     help: str
     convert: Callable[..., Imported]
     arguments: Mapping[str, dict[str, Any]] = field(default_factory=dict, hash=False)
     folder: bool = False
+    root: str = ""
 
 
 @dataclass(frozen=True)

@@ -81,7 +81,10 @@ BERT = Tower(
     module=ReportEncoder,
     forms={
         "bert": Form(
-            help="a BERT or RoBERTa encoder: a folder, or a Hugging Face name", convert=from_hugging_face, folder=True
+            help="a BERT or RoBERTa encoder: a folder, or a Hugging Face name",
+            convert=from_hugging_face,
+            folder=True,
+            root="embeddings.word_embeddings.weight",
         )
     },
     to_torch=_to_torch,

@@ -119,6 +119,7 @@ SWIN = Tower(
         "monai-swin": Form(
             help="the encoder of MONAI's SwinUNETR (MG-3D, VoCo, MONAI releases)",
             convert=from_monai,
+            root="patch_embed.proj.weight",
             arguments={
                 "--merging": {
                     "choices": tuple(MERGE_ORDERS),

@@ -121,6 +121,7 @@ VIT = Tower(
         "monai-vit": Form(
             help="MONAI's ViT, or the one inside UNETR",
             convert=from_monai,
+            root="patch_embedding.position_embeddings",
             arguments={
                 "--volume-size": {
                     "type": int,
