@@ -3,7 +3,8 @@
     python tests/soak.py --kills 100
 
 KILL, TERM, INT or HUP goes to the trainer, to a worker process that reads its data, or to one of two processes. Each run is
-to be killed `PER_RUN` times, and then trains to its end; where it has ended before, that counts as no kill.
+to be killed `PER_RUN` times, and then trains to its end; where it has ended before, that counts as no kill. Of two processes
+one may end before it has joined the other, which nobody can tell the other: it is killed then, as launch/common.sh does.
 """
 
 from __future__ import annotations
@@ -106,6 +107,7 @@ MOMENTS = ("while it starts", "after a step", "while it saves", "after a save")
 INTERRUPTED = 130  # of a shell, by Ctrl-C
 LONGEST_WAIT = 1.0  # seconds of training for a moment to come
 PATIENCE = 120.0  # seconds that a process may take to save and leave
+LAUNCHERS_PATIENCE = 10.0  # twice that of launch/common.sh
 
 
 class Soak:
@@ -132,7 +134,8 @@ class Soak:
             assert (Checkpoints(run).latest() or 0) >= complete, self.said[-1]
             # A signal that comes before the run listens ends it as it ends any program: there is nothing to save.
             early = {-number, INTERRUPTED} if moment == MOMENTS[0] else set()
-            expected = {0, 75, *early, *([-signal.SIGKILL] if number == signal.SIGKILL else ())}
+            alone = {-signal.SIGKILL} if early & set(codes) else set()
+            expected = {0, 75, *early, *alone, *([-signal.SIGKILL] if number == signal.SIGKILL else ())}
             assert set(codes) <= expected, (self.said[-1], self.log.read_text()[-5000:])
         code = self.zygote.run(command(self.config_file, run, **SETTINGS), self.log, 2)
         assert code == 0 and "is damaged" not in self.log.read_text(), self.log.read_text()
@@ -165,7 +168,10 @@ class Soak:
             send(victim, signal.SIGTERM)
         else:
             send(victim, number)
-        return [self.zygote.wait_for(process, PATIENCE) for process in started]
+        code = self.zygote.wait_for(victim, PATIENCE)
+        # The others wait for a process that has ended before it came to them; `launch/*` does not let them wait for long.
+        patience = PATIENCE if code in (0, 75) or moment != MOMENTS[0] else LAUNCHERS_PATIENCE
+        return [code if process == victim else self.zygote.wait_for(process, patience) for process in started]
 
     def _wait_for_moment(self, run: Path, moment: str, started: list[int]) -> None:
         """Returns somewhere in a moment of `MOMENTS`, or when a process has ended."""

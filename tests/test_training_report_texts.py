@@ -89,10 +89,10 @@ def test_a_run_keeps_its_features_and_computes_only_what_is_new(
 
     monkeypatch.setattr(texts_lib, "_encoded", counted)
 
-    def trainer(steps: int, **more: Any) -> Trainer:
+    def trainer(steps: int, folder: str = "run", **more: Any) -> Trainer:
         options = {"model__report_encoder__precompute": True, "training__steps": steps} | more
         config = frozen_config(tiny_data["train"], tiny_data["valid"], towers=with_plain_towers, **options)
-        return Trainer(config, tmp_path / "run")
+        return Trainer(config, tmp_path / folder)
 
     assert trainer(2).run() == 0
     assert len(counts) == 1 and counts[0] > 20
@@ -104,6 +104,13 @@ def test_a_run_keeps_its_features_and_computes_only_what_is_new(
     with caplog.at_level(logging.WARNING):
         trainer(2)
     assert counts[1:] == counts[:1] and "computed again" in caplog.text
+    shared = {"model__report_encoder__features": str(tmp_path / "features")}
+    trainer(2, "first", data__max_patients=3, **shared)
+    trainer(2, "second", **shared)
+    assert (
+        counts[2] + counts[3] == counts[0] and min(counts[2:]) > 0
+    )  # the second one computes what the first one lacked
+    assert len(list((tmp_path / "features").iterdir())) == 1 and not (tmp_path / "second" / FILE).exists()
 
 
 def test_features_of_other_weights_are_not_read(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

@@ -167,6 +167,12 @@ class ReportEncoderConfig(EncoderConfig):
         "encode every single sentence once, before training, and train on the features; for a tower that is wholly frozen",
         neutral=False,
     )
+    features: str = key(
+        "",
+        'folder in which the runs that share it keep the features of precompute, each for the next; "": in the run\'s own',
+        neutral="",
+        resume_free=True,
+    )
 
     @staticmethod
     def towers() -> Registry[Any]:

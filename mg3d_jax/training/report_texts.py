@@ -2,7 +2,8 @@
 
 With `model.report_encoder.precompute` every distinct sentence of the training and held-out reports, and every statement
 that an objective makes of one, is encoded before the first step; batches then carry features in place of token ids. The
-features are kept in the run's folder, so that a resumed run computes only what is new.
+features are kept in the run's folder, so that a resumed run computes only what is new, or in one that several runs share
+(`model.report_encoder.features`).
 """
 
 from __future__ import annotations
@@ -28,11 +29,12 @@ from mg3d_jax.files import write_bytes
 from mg3d_jax.objectives.base import Context, text_maker
 from mg3d_jax.options import Group
 from mg3d_jax.progress import Progress
-from mg3d_jax.training import integrity
+from mg3d_jax.training import distributed, integrity
 from mg3d_jax.training.state import Setup
 
 logger = logging.getLogger(__name__)
 FILE = "text_features.npz"  # of a run's folder
+SHARED_FILE = "text_features-{}.npz"  # by the weights that they come from
 TEXTS_PER_CALL = 64  # of all devices together
 LENGTH_STEP = 8  # texts are padded to a multiple of it, so that few programs are compiled
 
@@ -49,7 +51,7 @@ def report_texts(
     Args:
         params: with the weights of the frozen report encoder, where features are precomputed.
         data: whose reports will be asked for; those of others fail then.
-        folder: of the run, where features are kept; None keeps none.
+        folder: of the run, where features are kept unless the config names another place; None keeps none there.
     """
     config = setup.config
     context = Context(config.data, config.model, tokenizer.vocab_size, Group({}))
@@ -58,13 +60,19 @@ def report_texts(
         return make()
     features = TextFeatures(config.model.report_encoder.sizes.width)
     wanted = _texts_of(data, make)
-    mark = _fingerprint(params)
-    if folder is not None:
-        features.load(folder / FILE, mark)
+    mark, path = _fingerprint(params), None
+    if shared := config.model.report_encoder.features:
+        path = Path(shared) / SHARED_FILE.format(mark)
+    elif folder is not None:
+        path = folder / FILE
+    if path:
+        features.load(path, mark)
+        if not _same_on_all_processes(features.missing(wanted)):  # another run has just written the file
+            features = TextFeatures(features.width)
     if missing := features.missing(wanted):
         features.add(missing, _encoded(setup, params, missing))
-        if folder is not None and jax.process_index() == 0:
-            features.save(folder / FILE, mark)
+        if path and jax.process_index() == 0:
+            features.save(path, mark)
     return make(features)
 
 
@@ -94,7 +102,9 @@ class TextFeatures:
         self._table = np.concatenate([self._table, table.astype(np.float16)])
 
     def save(self, path: Path, mark: str) -> None:
-        """Writes all, with the `mark` of the weights that they come from."""
+        """Writes all, with the `mark` of the weights that they come from. Makes the folder. Of several runs that write one file
+        at a time the last one's remains, whole: what the others had is computed again by who needs it."""
+        path.parent.mkdir(parents=True, exist_ok=True)
         lengths = np.array([len(text) for text in self._rows], np.int64)
         content = io.BytesIO()
         np.savez(
@@ -114,6 +124,10 @@ class TextFeatures:
                 self.add(texts, stored["table"])
                 return
         logger.warning("%s: holds no features of this run's report encoder: they are computed again", path)
+
+
+def _same_on_all_processes(texts: Sequence[bytes]) -> bool:
+    return len(set(distributed.gather_texts("features", hashlib.sha256(b"".join(texts)).hexdigest()))) == 1
 
 
 def _name(ids: np.ndarray) -> bytes:

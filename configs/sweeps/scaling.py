@@ -1,0 +1,73 @@
+"""A law of the volume encoder's size and the number of patients, for contrast alone and for MG-3D's terms, on two CPU cores.
+
+    mg3d phantom RUN/phantoms --patients 1280 --valid 320 --seed 11       # then `mg3d prepare`, as configs/quickstart.py says
+    mg3d sweep run --config configs/sweeps/scaling.py:clip --workdir RUN/clip \\
+        --set data.train=RUN/train --set data.valid=RUN/valid --set model.report_encoder.features=RUN/features
+
+Arguments: `clip`, volumes against reports, or `mg3d`, the paper's terms at their weights; both with the quickstart's frozen
+pre-trained report encoder, so that only the volume encoder grows. Five sizes x 4 numbers of patients x 2 seeds, each with
+patients of its own. Every run trains for 10 epochs: D is the number of patients and, in proportion, of steps. The learning rate
+of a size follows one rule, which is checked at the smallest and the largest size. docs/scaling.md has the results.
+"""
+
+from ml_collections import ConfigDict
+
+from mg3d_jax.errors import UserError
+
+EPOCHS = 10.0
+SIZES = ("zepto", "atto", "femto", "pico", "nano")
+TERMS = {
+    "clip": {"alignment.weight": 1.0, "negation.weight": 0.0},
+    "mg3d": {
+        "alignment.weight": 0.1,
+        "alignment.fused_weight": 1.0,
+        "negation.weight": 0.0,
+        "volume_reconstruction.weight": 1.0,
+        "matching.weight": 0.1,
+        "discrimination.weight": 0.1,
+    },
+}
+# With a frozen encoder the terms read features of sentences (`configs/sweeps/multitask.py`); small modules beside small towers.
+MODULES = {
+    "clip": (),
+    "mg3d": (
+        ("model.report_input", "sentences"),
+        ("model.fusion.depth", 1),
+        ("model.fusion.other_volumes", 1),
+        ("model.voxel_decoder.width", 64),
+        ("model.voxel_decoder.depth", 1),
+        ("model.voxel_decoder.num_heads", 4),
+        ("model.matching_dim", 64),
+    ),
+}
+
+
+def overrides(terms: str) -> tuple:
+    """What both the runs of the sweep and the one that is predicted from them have."""
+    return (
+        *((f"objectives.{name}", weight) for name, weight in TERMS[terms].items()),
+        *MODULES[terms],
+        ("data.batch_size", 32),
+        ("training.evaluate_every", 1_000_000),  # at the end
+        ("evaluations.pool_loss.every", 1_000_000),
+    )
+
+
+def get_config(arg: str = "clip") -> ConfigDict:
+    if arg not in TERMS:
+        raise UserError(f"configs/sweeps/scaling.py:{arg}: clip or mg3d")
+    sweep = ConfigDict()
+    sweep.name = f"scaling-{arg}"
+    sweep.base = "../quickstart.py:pretrained"
+    sweep.models = tuple((size, (("model.volume_encoder.preset", size),)) for size in SIZES)
+    sweep.patients = (80, 160, 320, 640)
+    sweep.seeds = (0, 1)
+    sweep.subset_seeds = (1, 2)
+    sweep.overrides = overrides(arg)
+    sweep.length = ("epochs", EPOCHS)
+    sweep.rule = (("optimizer.learning_rate", 1e-3, 1e6, -0.3),)
+    sweep.check = ("optimizer.learning_rate", (0.5, 1, 2))
+    sweep.loss = "evaluation/pool_loss"
+    sweep.model_size = "n_vision"
+    sweep.data_size = "unique_patients"
+    return sweep
