@@ -10,7 +10,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from support import ROOT, TESTS, environment
+from support import FLAGS, ROOT, TESTS, environment
 
 from mg3d_jax import config as config_lib
 from mg3d_jax.commands.main import main
@@ -38,10 +38,10 @@ class StopsAfter(Hook):
 @pytest.mark.slow
 @pytest.mark.processes
 def test_prepare_train_resume_evaluate_export(tmp_path: Path) -> None:
-    """In a process whose programs are compiled as for a user: an encoder of this size takes longer to run than to compile."""
+    """In a process of its own, on one device."""
     if not has_package():
         pytest.skip("the package with real MiniLM weights is not installed")
-    env = environment(**TESTS) | {"XLA_FLAGS": ""}
+    env = environment(**TESTS) | {"XLA_FLAGS": FLAGS}
     command = [sys.executable, str(Path(__file__)), str(tmp_path)]
     done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=550)
     assert done.returncode == 0, done.stdout + done.stderr

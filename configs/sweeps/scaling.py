@@ -5,17 +5,19 @@
         --set data.train=RUN/train --set data.valid=RUN/valid --set model.report_encoder.features=RUN/features
 
 Arguments: `clip`, volumes against reports, or `mg3d`, the paper's terms at their weights; both with the quickstart's frozen
-pre-trained report encoder, so that only the volume encoder grows. Five sizes x 4 numbers of patients x 2 seeds, each with
-patients of its own. Every run trains for 10 epochs: D is the number of patients and, in proportion, of steps. The learning rate
-of a size follows one rule, which is checked at the smallest and the largest size. docs/scaling.md has the results.
+pre-trained report encoder, so that only the volume encoder grows. Five sizes (four of `mg3d`, whose steps cost several times as
+much) x 4 numbers of patients x 2 seeds, each with patients of its own. Every run trains for 10 epochs: D is the number of
+patients and, in proportion, of steps. The learning rate of a size follows one rule, which is checked at the smallest and the
+largest size. docs/scaling.md has the results.
 """
 
 from ml_collections import ConfigDict
 
 from mg3d_jax.errors import UserError
+from mg3d_jax.registry import EVALUATIONS
 
 EPOCHS = 10.0
-SIZES = ("zepto", "atto", "femto", "pico", "nano")
+SIZES = {"clip": ("zepto", "atto", "femto", "pico", "nano"), "mg3d": ("zepto", "atto", "femto", "pico")}
 TERMS = {
     "clip": {"alignment.weight": 1.0, "negation.weight": 0.0},
     "mg3d": {
@@ -38,6 +40,7 @@ MODULES = {
         ("model.voxel_decoder.depth", 1),
         ("model.voxel_decoder.num_heads", 4),
         ("model.matching_dim", 64),
+        *((f"evaluations.{name}.every", -1) for name in EVALUATIONS if name != "pool_loss"),
     ),
 }
 
@@ -59,7 +62,7 @@ def get_config(arg: str = "clip") -> ConfigDict:
     sweep = ConfigDict()
     sweep.name = f"scaling-{arg}"
     sweep.base = "../quickstart.py:pretrained"
-    sweep.models = tuple((size, (("model.volume_encoder.preset", size),)) for size in SIZES)
+    sweep.models = tuple((size, (("model.volume_encoder.preset", size),)) for size in SIZES[arg])
     sweep.patients = (80, 160, 320, 640)
     sweep.seeds = (0, 1)
     sweep.subset_seeds = (1, 2)
