@@ -31,7 +31,7 @@ from mg3d_jax.evaluation.embed import Embedder
 from mg3d_jax.evaluation.evaluate import evaluate
 from mg3d_jax.evaluation.zero_shot import ZeroShot
 from mg3d_jax.interop import export as export_lib
-from mg3d_jax.interop import export_preparation
+from mg3d_jax.interop import export_front_matter, export_preparation, licences
 from mg3d_jax.interop.export_format import Probe
 from mg3d_jax.interop.export_options import Extras
 from mg3d_jax.interop.torch_template import configuration_mg3d, modeling_mg3d, text_mg3d, volume_mg3d
@@ -43,6 +43,7 @@ from mg3d_jax.phantom.dataset import nifti_bytes
 from mg3d_jax.prepare.geometry import Grid
 from mg3d_jax.prepare.reports import report_sentences
 from mg3d_jax.prepare.volumes import prepare_volume
+from mg3d_jax.registry import SOURCES
 from mg3d_jax.training import inputs as step_inputs
 from mg3d_jax.training import state as state_lib
 from mg3d_jax.training.checkpoints import Checkpoints
@@ -447,6 +448,32 @@ def test_the_card_is_read_by_programs(exported):
     assert "CC-BY-NC-SA-4.0" in (out / "LICENSE").read_text() and "Intended use and limits" in text
     ours = [*(ROOT / "requirements.txt").read_text().split("\n"), "torch>=2.6", "pydicom>=3.0,<4"]
     assert {line.partition("  #")[0] for line in (out / "requirements.txt").read_text().split("\n")} <= {*ours}
+
+
+def test_licences_of_mixed_data_are_all_named(exported):
+    """Each data set, all conditions together, what is not known, and what training began with."""
+    assert set(licences.LICENCES) | {"csv", "zip"} == set(SOURCES)
+    run = dataclasses.replace(exported[0], sources=("ctrate", "msd-lung", "msd-colon", "acdc"))
+    run = dataclasses.replace(run, config=config_lib.replace(run.config, {"init_from.path": "somewhere/first"}))
+    front, note = (
+        yaml.safe_load(export_front_matter.front_matter(run, None).strip("-")),
+        export_front_matter.licence_note(run),
+    )
+    assert front["license_name"] == "cc-by-nc-sa-4.0-and-cc-by-sa-4.0-and-not-known-and-that-of-its-first-weights"
+    assert front["license_link"] == "LICENSE" and note.count("Segmentation Decathlon's layout") == 1
+    assert "ACDC's layout. Its licence is not known here: look it up (https://www.creatis" in note
+    assert (
+        "only non-commercial use, because of CT-RATE; to be passed on under the same licence, because of CT-RATE and"
+        in note
+    )
+    assert (
+        "Until the terms of ACDC are known, do not pass them on." in note
+        and "began with the weights of 'first'" in note
+    )
+    merlin = licences.note(["merlin"])
+    assert (
+        "gated and under an agreement" in merlin and "non-commercial purposes and be passed on only as that" in merlin
+    )
 
 
 def test_without_heads_their_methods_say_so(blank):

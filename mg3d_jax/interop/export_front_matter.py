@@ -4,46 +4,12 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from mg3d_jax.interop import licences
 from mg3d_jax.interop.export_run import Run
 
-
-@dataclass(frozen=True)
-class _Licence:
-    """Of what is trained on a data set: its identifier, where it stands, its name on the hub, and what it means."""
-
-    name: str
-    link: str
-    dataset: str
-    note: str
-
-
-_LICENCES = {
-    "ctrate": _Licence(
-        "cc-by-nc-sa-4.0",
-        "https://creativecommons.org/licenses/by-nc-sa/4.0/",
-        "ibrahimhamamci/CT-RATE",
-        "The training data lay in CT-RATE's layout. If it was CT-RATE: that data set is gated and under "
-        "CC-BY-NC-SA-4.0, so these weights may only be used for non-commercial purposes, with attribution, and passed on "
-        "under the same licence. If it was phantoms (`mg3d phantom`), there is no such condition.",
-    ),
-    "ctrg": _Licence(
-        "not-stated",
-        "LICENSE",
-        "",
-        "The training data lay in CTRG-Chest's layout. That data set states no licence: ask its authors before you "
-        "pass these weights on.",
-    ),
-}
-_UNKNOWN = _Licence(
-    "not-known",
-    "LICENSE",
-    "",
-    "Nothing is known about the licence of the training data: ask whoever trained the model before you pass it on.",
-)
 _CODE = (
     "The Python files of this folder are part of mg3d_jax, under the Apache License, Version 2.0 "
     "(https://www.apache.org/licenses/LICENSE-2.0). That says nothing about the weights."
@@ -54,13 +20,16 @@ REQUIREMENTS = (
 )  # fmt: skip
 
 
-def _licences(run: Run) -> list[_Licence]:
-    return [_LICENCES.get(source, _UNKNOWN) for source in run.sources or ("",)]
-
-
 def licence_note(run: Run) -> str:
-    """What the origin of the data means for the weights."""
-    return "\n".join(dict.fromkeys(one.note for one in _licences(run)))
+    """What the origin of the data, and of the weights that training began with, means for the weights."""
+    return licences.note(run.sources, " and ".join(repr(Path(path).name) for path in _begun_with(run)))
+
+
+def _begun_with(run: Run) -> list[str]:
+    """Folders and names of the weights that training began with."""
+    model = run.config.model
+    paths = (run.config.init_from.path, model.volume_encoder.pretrained, model.report_encoder.pretrained)
+    return [path for path in paths if path]
 
 
 def write_licence(run: Run, folder: Path, requirements: Sequence[str] = REQUIREMENTS) -> None:
@@ -75,8 +44,10 @@ def front_matter(run: Run, evaluated: Mapping[str, Any] | None) -> str:
     Args:
         evaluated: `evaluation.json` of the exported step, whose zero-shot and retrieval results it repeats.
     """
-    names = list(dict.fromkeys(one.name for one in _licences(run)))
-    links = [one.link for one in _licences(run) if one.name == names[0]]
+    known = licences.licences(run.sources)
+    names = list(dict.fromkeys(one.name for one in known))
+    names += ["that-of-its-first-weights"] if _begun_with(run) else []
+    links = [one.link for one in known if one.name == names[0]]
     content: dict[str, Any] = {
         "library_name": "transformers",
         "pipeline_tag": "zero-shot-image-classification",
@@ -86,7 +57,7 @@ def front_matter(run: Run, evaluated: Mapping[str, Any] | None) -> str:
         "language": ["en"],
         "tags": ["medical", "ct", "chest", "radiology", "vision-language", "image-feature-extraction"],
     }
-    if datasets := [one.dataset for one in _licences(run) if one.dataset]:
+    if datasets := [one.dataset for one in known if one.dataset]:
         content["datasets"] = datasets
     if results := _results(evaluated):
         content["model-index"] = [{"name": run.config.name, "results": results}]
