@@ -1,14 +1,14 @@
 """A law of the volume encoder's size and the number of patients, for contrast alone and for MG-3D's terms, on two CPU cores.
 
-    mg3d phantom RUN/phantoms --patients 1280 --valid 320 --seed 11       # then `mg3d prepare`, as configs/quickstart.py says
-    mg3d sweep run --config configs/sweeps/scaling.py:clip --workdir RUN/clip \\
+    mg3d phantom RUN/phantoms --patients 2800 --valid 320 --seed 11       # then `mg3d prepare`, as configs/quickstart.py says
+    mg3d sweep run --config configs/sweeps/scaling.py:clip --workdir RUN/clip --at-once 2 \\
         --set data.train=RUN/train --set data.valid=RUN/valid --set model.report_encoder.features=RUN/features
 
-Arguments: `clip`, volumes against reports, or `mg3d`, the paper's terms at their weights; both with the quickstart's frozen
-pre-trained report encoder, so that only the volume encoder grows. Five sizes (four of `mg3d`, whose steps cost several times as
-much) x 4 numbers of patients x 2 seeds, each with patients of its own. Every run trains for 10 epochs: D is the number of
-patients and, in proportion, of steps. The learning rate of a size follows one rule, which is checked at the smallest and the
-largest size. docs/scaling.md has the results.
+Arguments: `clip`, volumes against reports, or `mg3d`, the paper's terms at their weights and, as a step costs several times as
+much, half the patients. Both with the quickstart's frozen pre-trained report encoder, so that only the volume encoder grows: 4
+widths of two layers x 4 numbers of patients x 2 seeds, each with patients of its own. Every run trains for 8 epochs: D is the
+number of patients and, in proportion, of steps. The learning rate of a size follows one rule, which is checked at the smallest
+and the largest size. docs/scaling.md has the results.
 """
 
 from ml_collections import ConfigDict
@@ -16,8 +16,9 @@ from ml_collections import ConfigDict
 from mg3d_jax.errors import UserError
 from mg3d_jax.registry import EVALUATIONS
 
-EPOCHS = 10.0
-SIZES = {"clip": ("zepto", "atto", "femto", "pico", "nano"), "mg3d": ("zepto", "atto", "femto", "pico")}
+EPOCHS = 8.0
+SIZES = ("zepto", "atto", "femto", "pico")
+PATIENTS = {"clip": (320, 640, 1280, 2560), "mg3d": (160, 320, 640, 1280)}
 TERMS = {
     "clip": {"alignment.weight": 1.0, "negation.weight": 0.0},
     "mg3d": {
@@ -40,7 +41,6 @@ MODULES = {
         ("model.voxel_decoder.depth", 1),
         ("model.voxel_decoder.num_heads", 4),
         ("model.matching_dim", 64),
-        *((f"evaluations.{name}.every", -1) for name in EVALUATIONS if name != "pool_loss"),
     ),
 }
 
@@ -51,8 +51,8 @@ def overrides(terms: str) -> tuple:
         *((f"objectives.{name}", weight) for name, weight in TERMS[terms].items()),
         *MODULES[terms],
         ("data.batch_size", 32),
-        ("training.evaluate_every", 1_000_000),  # at the end
-        ("evaluations.pool_loss.every", 1_000_000),
+        *((f"evaluations.{name}.every", -1) for name in EVALUATIONS if name != "pool_loss"),
+        ("evaluations.pool_loss.every", 1_000_000),  # at the end
     )
 
 
@@ -62,13 +62,13 @@ def get_config(arg: str = "clip") -> ConfigDict:
     sweep = ConfigDict()
     sweep.name = f"scaling-{arg}"
     sweep.base = "../quickstart.py:pretrained"
-    sweep.models = tuple((size, (("model.volume_encoder.preset", size),)) for size in SIZES[arg])
-    sweep.patients = (80, 160, 320, 640)
+    sweep.models = tuple((size, (("model.volume_encoder.preset", size),)) for size in SIZES)
+    sweep.patients = PATIENTS[arg]
     sweep.seeds = (0, 1)
     sweep.subset_seeds = (1, 2)
     sweep.overrides = overrides(arg)
     sweep.length = ("epochs", EPOCHS)
-    sweep.rule = (("optimizer.learning_rate", 1e-3, 1e6, -0.3),)
+    sweep.rule = (("optimizer.learning_rate", 2e-3, 1e6, -0.3),)
     sweep.check = ("optimizer.learning_rate", (0.5, 1, 2))
     sweep.loss = "evaluation/pool_loss"
     sweep.model_size = "n_vision"

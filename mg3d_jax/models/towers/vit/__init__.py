@@ -24,7 +24,7 @@ PRESETS: dict[str, Sizes] = {
     "femto": Sizes(96, 2, 3, 384),
     "pico": Sizes(128, 2, 4, 512),
     "nano": Sizes(128, 4, 4, 512),
-    "micro": Sizes(192, 4, 6, 768),
+    "micro": Sizes(192, 2, 6, 768),
     "ti": Sizes(192, 12, 3, 768),
     "s": Sizes(384, 12, 6, 1536),
     "b": Sizes(768, 12, 12, 3072),
