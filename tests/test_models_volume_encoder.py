@@ -155,8 +155,12 @@ def closed_form(preset, patch_voxels, tokens):
 
 # Parameters with 16^3 patches of a 128 x 128 x 96 volume; ViT-B/L/H/g have 86, 303, 631 and 1011 million in 2D.
 GOLDEN = {
+    "zepto": 173_120,
+    "atto": 403_584,
+    "femto": 691_392,
     "pico": 1_036_544,
     "nano": 1_433_088,
+    "micro": 1_898_880,
     "ti": 6_347_520,
     "s": 23_606_784,
     "b": 90_860_544,
@@ -179,7 +183,7 @@ def test_golden_parameter_counts(name):
 
 
 def test_unknown_preset_is_an_error():
-    with pytest.raises(UserError, match="vit preset 'xl' is unknown; choose one of pico"):
+    with pytest.raises(UserError, match="vit preset 'xl' is unknown; choose one of zepto"):
         _ = VolumeEncoderConfig(preset="xl").sizes
     with pytest.raises(UserError, match="bert preset 'xl' is unknown; choose one of pico"):
         _ = ReportEncoderConfig(preset="xl").sizes
