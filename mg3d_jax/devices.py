@@ -62,3 +62,9 @@ def peak_flops(dtype: str) -> tuple[float | None, str]:
     if device.platform == "cpu":
         return measured_peak(dtype), f"measured {dtype} matrix product"
     return None, f"no {dtype} peak is known for {device.device_kind}"
+
+
+def leave_accelerators_alone() -> None:
+    """Traces on the CPU from now on: what a sweep counts needs no accelerator, and those belong to its trainers, which are
+    other processes."""
+    jax.config.update("jax_platforms", "cpu")

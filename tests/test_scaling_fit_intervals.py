@@ -52,6 +52,12 @@ def test_too_few_clusters_refuse_an_interval():
     assert "4 clusters by subset" in result.no_interval and "several subsets" in result.no_interval
 
 
+def test_one_subset_of_all_runs_is_no_noise_but_a_note():
+    n, d, loss = grid(typical_law(), sizes=4, noise=0.003)
+    result = fitted(rows_of(n, d, loss, subset=["all"] * 16), draws=10)
+    assert result.drawn is not None and any("one data subset" in note for note in result.fit.notes)
+
+
 def test_draws_depend_on_the_seed_only_and_many_runs_are_drawn_whole():
     rows = rows_of(*grid(typical_law(), noise=0.01))
     first, again = fitted(rows, 20).drawn, fitted(rows[::-1], 20).drawn

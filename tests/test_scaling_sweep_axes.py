@@ -101,9 +101,9 @@ def test_an_optimum_at_the_edge_refuses_the_law(checked, tmp_path, best, says):
 
     rows = rows_of(checked, tmp_path, loss)
     assert len(table.used(rows)) == 6  # the grid; not the checks
-    refused = collect.incomparable(checked, rows)
+    refused, said = collect.objections(checked, rows, checked.loss)
     if says is None:
-        assert refused is None and not rate_check.warnings(rate_check.checks(checked, rows, checked.loss, "n_active"))
+        assert refused is None and not said
     else:
         assert refused is not None and "the largest model is not tuned" in refused
         assert re.search(says, refused)
@@ -117,7 +117,7 @@ def test_what_a_rule_costs_and_what_is_missing_is_said(checked, tmp_path):
     assert "1.1 % lower with another optimizer.learning_rate" in large.problem()
     lost = next(run for run in checked.runs if run.model == "wide" and run.factor == 2)
     (states.run_folder(tmp_path, lost) / states.SUMMARY_FILE).unlink()
-    refused = collect.incomparable(checked, collect.rows(tmp_path, checked, checked.loss))
+    refused, _ = collect.objections(checked, collect.rows(tmp_path, checked, checked.loss), checked.loss)
     assert refused is not None and "no loss for optimizer.learning_rate times 2" in refused
 
 
@@ -129,7 +129,7 @@ def test_a_check_needs_factors_on_both_sides(project, wrong):  # noqa: F811
 
 def test_a_weighted_sum_has_no_law(project, tmp_path):  # noqa: F811
     found = change(project, 'sweep.loss = "valid/loss"', 'sweep.overrides += (("objectives.matching.weight", 0.1),)')
-    refused = collect.incomparable(found, rows_of(found, tmp_path, lambda run: 1.0))
+    refused, _ = collect.objections(found, rows_of(found, tmp_path, lambda run: 1.0), found.loss)
     assert refused is not None and "weighted sum of alignment, matching" in refused
 
 

@@ -1,4 +1,5 @@
-"""`mg3d sweep plan | run | status | compare`, and what `sweep_laws.py` adds: sweeps over size, data or variants."""
+"""`mg3d sweep plan | run | status | compare`, and what `sweep_fit.py` and `sweep_advice.py` add: sweeps over size, data or
+variants."""
 
 from __future__ import annotations
 
@@ -10,7 +11,7 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from mg3d_jax.commands import sweep_laws
+from mg3d_jax.commands import sweep_advice, sweep_fit
 from mg3d_jax.errors import UserError
 
 if TYPE_CHECKING:
@@ -36,7 +37,8 @@ def parser() -> argparse.ArgumentParser:
         metavar="SECONDS",
         help="look again every so many seconds (5) until all are done: a live table on a terminal, lines elsewhere",
     )
-    sweep_laws.add_parsers(commands)
+    sweep_fit.add_parser(commands)
+    sweep_advice.add_parsers(commands)
     _add_compare(commands)
     return top
 
@@ -123,25 +125,28 @@ def main(argv: list[str]) -> int:
     """Runs one subcommand; the exit code is 0 if it did what it was asked."""
     args = parser().parse_args(argv)
     commands = {"plan": _plan, "run": _run, "status": _status, "compare": _compare}
-    laws = {name: getattr(sweep_laws, name) for name in ("fit", "advise", "predict", "check")}
-    return (commands | laws)[args.command](args)
+    laws = {name: getattr(sweep_advice, name) for name in ("advise", "predict", "check")}
+    return (commands | {"fit": sweep_fit.fit} | laws)[args.command](args)
 
 
 def _plan(args: argparse.Namespace) -> int:
-    sweep_laws.leave_accelerators_alone()
-    from mg3d_jax.scaling.sweep import declaration, plan
+    from mg3d_jax.devices import leave_accelerators_alone
+
+    leave_accelerators_alone()
+    from mg3d_jax.scaling.sweep import collect, declaration, plan
+    from mg3d_jax.scaling.sweep.speed import Speed
 
     if min(args.utilisation, args.devices, args.noise, args.flops_per_second or 1) <= 0 or args.utilisation > 1:
         raise UserError("--utilisation is a share up to 1; --devices, --noise and --flops-per-second are above 0")
     declared = declaration.load(args.config, args.settings, args.workdir)
-    speed: plan.Speed | None
+    speed: Speed | None
     if args.device:
-        speed = plan.Speed.named(args.device, args.utilisation, args.devices)
+        speed = Speed.named(args.device, args.utilisation, args.devices)
     elif args.flops_per_second:
-        source = f"{args.devices} x {args.flops_per_second / 1e12:g} TFLOP/s"
-        speed = plan.Speed(args.flops_per_second * args.devices, args.devices, source)
+        source = f"{args.flops_per_second / 1e12:g} TFLOP/s"
+        speed = Speed.of_devices(args.flops_per_second, args.devices, source)
     else:
-        speed = plan.measured_speed(args.workdir, declared)
+        speed = Speed.measured(collect.records(args.workdir, declared))
     planned = plan.plan(declared, args.workdir, speed)
     print(plan.plan_table(declared, planned, speed))
     print(plan.precision_text(declared, planned, args.noise))
@@ -149,7 +154,9 @@ def _plan(args: argparse.Namespace) -> int:
 
 
 def _run(args: argparse.Namespace) -> int:
-    sweep_laws.leave_accelerators_alone()
+    from mg3d_jax.devices import leave_accelerators_alone
+
+    leave_accelerators_alone()
     from mg3d_jax.registry import EXECUTORS
     from mg3d_jax.scaling.sweep import declaration, plan, runner
 

@@ -32,7 +32,8 @@ class Rung:
 
 @dataclass(frozen=True)
 class Choice:
-    """One rung at the budget. `d` is what the budget pays, at most the unique data; `spent` the share of the budget used."""
+    """One rung at the budget. `d` is what the budget pays: of a law that knows no repeats, at most the unique data. `spent` is
+    the share of the budget used, `epochs` how often the unique data are seen; None where the law or the limit is not given."""
 
     name: str
     n: float
@@ -42,6 +43,7 @@ class Choice:
     interval: tuple[float, float] | None  # 80 %, of the loss
     regret: float  # loss above that of the best rung
     best_share: float | None  # share of the draws in which it is the best rung
+    epochs: float | None = None
 
 
 @dataclass(frozen=True)
@@ -78,11 +80,13 @@ def advise(
     most_extrapolation: float = MOST_EXTRAPOLATION,
     not_identified: Sequence[str] = (),
 ) -> Advice:
-    """The best rung of `ladder` for `compute` FLOPs under `law(N, D)`; `draws` [draws, parameters] say how sure that is.
+    """The best rung of `ladder` for `compute` FLOPs under a law of N and D, or of N, U and S.
 
     Args:
+        draws: [draws, parameters] of laws that the runs allow: they say how sure it is.
         largest_fitted: the most FLOPs of a fitted run, if known.
-        unique_data: the most D there is; a rung that could pay for more gets this, and keeps compute unspent.
+        unique_data: the most unique data there are. A rung that could pay for more sees them again, if the law is of U and S;
+            else it gets these, and keeps compute unspent.
     """
     ratio = None if largest_fitted is None else compute / largest_fitted
     empty = Advice(compute, ratio, None, None, None, [], [])
@@ -92,20 +96,22 @@ def advise(
     if not_identified:
         return _refused(empty, f"the law has parameters that the runs do not determine: {', '.join(not_identified)}")
     n, flops = np.asarray([one.n for one in ladder]), np.asarray([one.flops for one in ladder])
-    affordable = compute / flops
-    d = np.minimum(affordable, np.inf if unique_data is None else unique_data)
-    loss = law(n, d)
+    affordable, unique = compute / flops, np.inf if unique_data is None else unique_data
+    repeats = "S" in law.form.variables
+    d = affordable if repeats else np.minimum(affordable, unique)
+    columns = {"N": n, "U": np.minimum(d, unique), "S": d} if repeats else {"N": n, "D": d}
+    loss = law(*(columns[name] for name in law.form.variables))
     best = int(np.argmin(loss))
-    drawn = predict(law.form, draws, {"N": n, "D": d}) if len(draws) else None
+    drawn = predict(law.form, draws, columns) if len(draws) else None
     winners = None if drawn is None else np.argmin(drawn, axis=1)
     choices = []
     for k, rung in enumerate(ladder):
         interval = None if drawn is None else limits(drawn[:, k], float(loss[k]), 80)
         share = None if winners is None else float(np.mean(winners == k))
         spent = float(d[k] / affordable[k])
-        choices.append(
-            Choice(rung.name, rung.n, float(d[k]), spent, float(loss[k]), interval, float(loss[k] - loss[best]), share)
-        )
+        epochs = float(d[k] / columns["U"][k]) if repeats and unique_data is not None else None
+        regret = float(loss[k] - loss[best])
+        choices.append(Choice(rung.name, rung.n, float(d[k]), spent, float(loss[k]), interval, regret, share, epochs))
     interval_n = interval_d = None
     if winners is not None:
         interval_n, interval_d = _ends(n[winners]), _ends(d[winners])

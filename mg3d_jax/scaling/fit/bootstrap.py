@@ -25,7 +25,7 @@ def draw_laws(problem: Problem, law: Law, clusters: np.ndarray, *, draws: int, s
     optimum.
     """
     names, member = np.unique(clusters, return_inverse=True)
-    start = problem.theta(law)
+    start = problem.start(law)
     counts = np.random.default_rng([seed, 2]).multinomial(len(names), np.full(len(names), 1 / len(names)), size=draws)
     weights = counts[:, member.reshape(-1)].astype(np.float64)
     chunk = max(1, CHUNK_ELEMENTS // problem.rows)

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 from scipy.special import ndtr, ndtri
 
-from mg3d_jax.scaling.fit import bootstrap, random_effects, solver
+from mg3d_jax.scaling.fit import bootstrap, random_effects
 from mg3d_jax.scaling.fit.laws import Law, predict
 from mg3d_jax.scaling.fit.solver import Problem
 
@@ -103,10 +103,7 @@ def draw(
             method = f"bootstrap of {count} {next(iter(clusters), 'run')}s, drawn whole"
             return Draws(law, values, seed, method, number, {}, {})
     keep = np.ones(problem.rows, bool) if usable is None else usable
-    theta = problem.theta(law)
-    f, shares = solver.log_law(theta[None], problem)
-    first = solver.jacobian(shares, problem)[0].T
-    residual = problem.z - f[0]
+    first, residual = problem.tangent(law), problem.residuals(law)
     kept = random_effects.partitions({kind: one[keep] for kind, one in clusters.items()})
     found = random_effects.components(first[keep], residual[keep], kept)
     if (reason := random_effects.too_few(found)) is not None:

@@ -16,7 +16,7 @@ import numpy as np
 from scipy import optimize, stats
 
 from mg3d_jax.scaling.fit import solver
-from mg3d_jax.scaling.fit.laws import FLOOR, Law
+from mg3d_jax.scaling.fit.laws import Law
 from mg3d_jax.scaling.fit.random_effects import _basis, _dummies
 from mg3d_jax.scaling.fit.solver import Problem
 
@@ -113,8 +113,8 @@ def judge(
     blocks = {name: _dummies(one) for name, one in codes.items()}
     kept = _without_outliers(problem, law, list(blocks.values()), clusters)
     fitted = least_squares(problem, law, kept)
-    residual = _residual(problem, fitted)
-    first = _first(problem, fitted)
+    residual = problem.residuals(fitted)
+    first = problem.tangent(fitted)
     cells = len(np.unique(np.stack([*columns.values()], axis=1)[kept], axis=0))
     if cells - _basis(np.concatenate([first, *blocks.values()], axis=1)[kept]).shape[1] >= SPARE:
         blocks |= _together(columns)
@@ -131,7 +131,7 @@ def judge(
 def least_squares(problem: Problem, start: Law, kept: np.ndarray) -> Law:
     """The law fitted to the kept rows by least squares of log residuals, from `start`."""
     free = [k for k, value in enumerate(start.values) if value > 0]
-    theta = problem.theta(start)
+    theta = problem.start(start)
 
     def residuals(x: np.ndarray) -> np.ndarray:
         full = np.where(np.isin(np.arange(len(theta)), free), theta, -np.inf)
@@ -151,23 +151,6 @@ def least_squares(problem: Problem, start: Law, kept: np.ndarray) -> Law:
     full = np.full(len(theta), -np.inf)
     full[free] = found.x
     return problem.law(full)
-
-
-def _residual(problem: Problem, law: Law) -> np.ndarray:
-    return problem.z - solver.log_law(_theta(problem, law)[None], problem)[0][0]
-
-
-def _first(problem: Problem, law: Law) -> np.ndarray:
-    """Jacobian of the log prediction [rows, parameters], the direction of the floor included where that is at zero."""
-    f, shares = solver.log_law(_theta(problem, law)[None], problem)
-    first = solver.jacobian(shares, problem)[0].T
-    if FLOOR in law.form.scales:
-        first[:, law.form.scales.index(FLOOR)] = np.exp(-f[0])
-    return first
-
-
-def _theta(problem: Problem, law: Law) -> np.ndarray:
-    return np.where(np.asarray(law.values) == 0, -np.inf, problem.theta(law))
 
 
 def _labels(values: Sequence[Any] | np.ndarray, *, always: bool = False) -> np.ndarray | None:
@@ -212,8 +195,8 @@ def _without_outliers(
     problem: Problem, law: Law, blocks: Sequence[np.ndarray], clusters: Mapping[str, np.ndarray]
 ) -> np.ndarray:
     """[rows] False where a row stands out from the others of its own size, data amount and further columns."""
-    design = np.concatenate([_first(problem, law), *blocks], axis=1)
-    basis, residual = _basis(design), _residual(problem, law)
+    design = np.concatenate([problem.tangent(law), *blocks], axis=1)
+    basis, residual = _basis(design), problem.residuals(law)
     rows, rank = basis.shape
     if rows - rank < LEAST_FREEDOM + 1:
         return np.ones(rows, bool)
@@ -375,7 +358,7 @@ def _without_each_size(
         if chosen.sum() < len(fitted.values):
             continue
         law = least_squares(problem, fitted, chosen)
-        off = _residual(problem, law)[kept & (size == value)]
+        off = problem.residuals(law)[kept & (size == value)]
         mean = float(off.mean()) if len(off) else None
         found.append({"left_out": float(value), "mean_residual": mean, **law.as_dict()})
     return found

@@ -63,6 +63,8 @@ def fit_rows(rows: Sequence[Row], options: Options, refusal: str | None = None) 
         return Result(fit)
     problem = Problem.of(form, sizes, loss, raw=options.raw)
     kinds = clusters(chosen, form.variables)
+    if len(set(kinds.get(intervals.SUBSET, range(2)))) == 1:
+        fit.notes.append("all runs see one data subset: law and intervals are of these data, not of others like them")
     names = [row.label for row in chosen]
     lack = lack_of_fit.judge(problem, sizes, fit.law, _extra(chosen), names, random_effects.partitions(kinds))
     fit.warnings.extend(lack.warnings)

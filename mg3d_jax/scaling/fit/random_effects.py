@@ -72,12 +72,13 @@ class Components:
 
 
 def partitions(kinds: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """Cluster numbers [rows] of the kinds that say something: some cluster has two rows, no two kinds are the same."""
+    """Cluster numbers [rows] of the kinds that say something: there are two clusters or more, some cluster has two rows, no
+    two kinds are the same."""
     found: dict[str, np.ndarray] = {}
     for kind, labels in kinds.items():
         _, number = np.unique(np.asarray(labels), return_inverse=True)
         number = number.reshape(-1)
-        if number.max(initial=0) + 1 < len(number) and not any(_same(number, other) for other in found.values()):
+        if 1 < number.max(initial=0) + 1 < len(number) and not any(_same(number, other) for other in found.values()):
             found[kind] = number
     return found
 
@@ -128,8 +129,8 @@ def draw_laws(
     """Parameters [draws, parameters] of laws fitted to tables drawn around `law` with the noise of `found`."""
     rng = np.random.default_rng([seed, 3])
     variances = found.drawn(draws, rng)
-    theta = problem.theta(law)
-    f, _ = solver.log_law(np.where(np.asarray(law.values) == 0, -np.inf, theta)[None], problem)
+    theta = problem.start(law)
+    f, _ = solver.log_law(problem.theta(law)[None], problem)
     z = f + np.sqrt(variances["run"])[:, None] * rng.normal(size=(draws, problem.rows))
     for kind, number in kinds.items():
         effects = np.sqrt(variances[kind])[:, None] * rng.normal(size=(draws, int(number.max()) + 1))

@@ -15,7 +15,7 @@ from functools import cached_property
 
 import numpy as np
 
-from mg3d_jax.scaling.fit.laws import HUBER_DELTA, Form, Law, huber
+from mg3d_jax.scaling.fit.laws import FLOOR, HUBER_DELTA, Form, Law, huber
 
 EXPONENT_RANGE = (0.05, 1.2)
 """The grid of variable projection for powers of sizes; the polish may leave it."""
@@ -113,14 +113,31 @@ class Problem:
         return values
 
     def theta(self, law: Law) -> np.ndarray:
-        """The inverse of `law`; a term at zero gets a thousandth of the loss, so that it may come back."""
+        """The inverse of `law`; the log scale of a term at zero is `-inf`."""
         theta = np.asarray(law.values, np.float64).copy()
         for k, touched in enumerate(self.touches):
             scale = theta[k]
             log_scale = np.log(scale) if scale > 0 else -np.inf
             log_scale += -self.centre + self.shift[k, k] + sum(law.values[p] * self.shift[p, k] for p in touched[1:])
-            theta[k] = max(log_scale, np.log(1e-3))
+            theta[k] = log_scale
         return theta
+
+    def start(self, law: Law) -> np.ndarray:
+        """`theta` to go on from: a term at zero gets a thousandth of the loss, so that it may come back."""
+        theta = self.theta(law)
+        return np.where(np.isneginf(theta), np.log(1e-3), theta)
+
+    def residuals(self, law: Law) -> np.ndarray:
+        """Of the logarithm of the loss [rows], whatever was fitted."""
+        return self.z - log_law(self.theta(law)[None], self)[0][0]
+
+    def tangent(self, law: Law) -> np.ndarray:
+        """Jacobian of the log prediction [rows, parameters], the direction of the floor included where that is at zero."""
+        f, shares = log_law(self.theta(law)[None], self)
+        found = jacobian(shares, self)[0].T
+        if FLOOR in law.form.scales:
+            found[:, law.form.scales.index(FLOOR)] = np.exp(-f[0])
+        return found
 
 
 def log_law(theta: np.ndarray, problem: Problem) -> tuple[np.ndarray, np.ndarray]:

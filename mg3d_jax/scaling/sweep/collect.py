@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -56,11 +56,11 @@ COMPARABLE = (
     "data.vocab_size",
 )
 WEIGHTED_SUM = "valid/loss"
-TESTED = ("seed", "batch_size", "learning_rate", "schedule", "code_version")
+TESTED = ("seed", "patients", "length", "batch_size", "learning_rate", "schedule", "code_version")
 """Columns of a run that its residual must not depend on, beside its size and its data."""
 NEGATIVES = "negatives of a pair"  # one of them too, though no key of the config
 IN_TABLE = (
-    "model", "patients", "seed", "subset_seed", "n_total", "n_active", "n_vision", "n_text", "n_heads",
+    "model", "patients", "length", "seed", "subset_seed", "n_total", "n_active", "n_vision", "n_text", "n_heads",
     "unique_patients", "unique_records", "samples_seen", "steps", "training_flops",
     "batch_size", "learning_rate", "schedule", "config_hash", "code_version",
 )  # fmt: skip
@@ -74,6 +74,12 @@ def write_record(workdir: Path, run: Run) -> dict[str, Any]:
     return record
 
 
+def records(workdir: Path, sweep: Sweep) -> list[dict[str, Any]]:
+    """The records of the finished runs, as the runner or the last fit wrote them."""
+    paths = [states.run_folder(workdir, run) / RECORD_FILE for run in sweep.runs]
+    return [read_json(path) for path in paths if path.is_file()]
+
+
 def build_record(run: Run, summary: dict[str, Any], evaluations: list[dict[str, Any]]) -> dict[str, Any]:
     """The record of a run: identity, sizes, cost, recipe, outcome. FLOPs are counted, not measured (`training.cost`)."""
     config = run.config()
@@ -85,6 +91,7 @@ def build_record(run: Run, summary: dict[str, Any], evaluations: list[dict[str, 
         "run": run.id,
         "model": run.model,
         "patients": run.patients,
+        "length": run.length,
         "seed": run.seed,
         "subset_seed": run.subset,
         "state": summary["state"],
@@ -136,17 +143,23 @@ def _evaluations(folder: Path) -> list[dict[str, Any]]:
     return [line for line in finite if line.get("split") == "valid"]
 
 
-def rows(workdir: Path, sweep: Sweep, loss: str) -> list[Row]:
+def variables_of(sweep: Sweep) -> dict[str, str]:
+    """Variables of laws -> where records have them. `U` and `S` count records of data, whatever `D` counts."""
+    return {"N": sweep.model_size, "D": sweep.data_size, "U": "unique_records", "S": "samples_seen"}
+
+
+def rows(workdir: Path, sweep: Sweep, loss: str, variables: Sequence[str] = ("N", "D")) -> list[Row]:
     """A row for every declared run: used, excluded (finished, of no use) or missing (not finished), with the reason."""
-    found = [_row(workdir, run, sweep, loss) for run in sweep.runs]
-    table.exclude_unusable(found, {"N": sweep.model_size, "D": sweep.data_size, "loss": loss})
+    where = {name: variables_of(sweep)[name] for name in variables}
+    found = [_row(workdir, run, sweep, loss, where) for run in sweep.runs]
+    table.exclude_unusable(found, where | {"loss": loss})
     return found
 
 
-def _row(workdir: Path, run: Run, sweep: Sweep, loss: str) -> Row:
+def _row(workdir: Path, run: Run, sweep: Sweep, loss: str, where: Mapping[str, str]) -> Row:
     status = states.status(workdir, run)
     trunk = Path(run.after).name if run.begins else run.id
-    row = Row(run.id, {"N": math.nan, "D": math.nan}, group=trunk, subset=_subset(run), tested=TESTED)
+    row = Row(run.id, dict.fromkeys(where, math.nan), group=trunk, subset=_subset(run), tested=TESTED)
     row.extra = {"model": run.model, "patients": run.patients, "seed": run.seed, "state": status.state}
     if status.state != states.DONE:
         row.status = table.MISSING
@@ -154,7 +167,7 @@ def _row(workdir: Path, run: Run, sweep: Sweep, loss: str) -> Row:
         row.reason += f": {status.detail}" if status.detail else ""
         return row
     record = write_record(workdir, run)
-    row.sizes = {"N": float(record[sweep.model_size]), "D": float(record[sweep.data_size])}
+    row.sizes = {name: float(record[key]) for name, key in where.items()}
     row.compute = float(record["training_flops"])
     final = record["final"]
     if run.factor != 1:
@@ -176,17 +189,28 @@ def _subset(run: Run) -> str:
     return f"{run.patients} patients, subset seed {run.subset}"
 
 
-def incomparable(sweep: Sweep, found: Sequence[Row], loss: str = "") -> str | None:
-    """Why the losses of the used runs must not share a law, or None. `loss`: the metric, if not the declared one."""
-    loss, used = loss or sweep.loss, {row.label for row in table.used(found)}
-    settings: dict[str, dict[str, list[str]]] = {key: {} for key in (*COMPARABLE, NEGATIVES)}
+def objections(sweep: Sweep, found: Sequence[Row], loss: str) -> tuple[str | None, list[str]]:
+    """Why the used runs must not share a law of the metric `loss`, or None; and what else is to be said of them."""
+    checks = rate_check.checks(sweep, found, loss, sweep.model_size)
+    refusal = _incomparable(sweep, found, loss) or rate_check.refusal(checks)
+    return refusal, [*_versions(found), *rate_check.warnings(checks)]
+
+
+def comparable_settings(config: Config) -> dict[str, str]:
+    """What must be equal of runs that share a law, by name, as text."""
+    flat = config_lib.flatten(config)
+    pieces = 1 if flat["optimizer.gradient_cache"] else flat["optimizer.accumulation"]
+    flat[NEGATIVES] = flat["data.batch_size"] // pieces - 1
+    return {key: repr(flat[key]) for key in (*COMPARABLE, NEGATIVES)}
+
+
+def _incomparable(sweep: Sweep, found: Sequence[Row], loss: str) -> str | None:
+    used = {row.label for row in table.used(found)}
+    settings: dict[str, dict[str, None]] = {}  # value -> None: a set that keeps the order
     for run in sweep.runs:
         if run.id in used:
-            flat = config_lib.flatten(run.config())
-            pieces = 1 if flat["optimizer.gradient_cache"] else flat["optimizer.accumulation"]
-            flat[NEGATIVES] = flat["data.batch_size"] // pieces - 1
-            for key in settings:
-                settings[key].setdefault(repr(flat[key]), []).append(run.id)
+            for key, value in comparable_settings(run.config()).items():
+                settings.setdefault(key, {})[value] = None
     mixed = [f"{key} ({', '.join(values)})" for key, values in settings.items() if len(values) > 1]
     if mixed:
         return f"the runs differ in {'; '.join(mixed)}: their losses are not comparable"
@@ -195,7 +219,7 @@ def incomparable(sweep: Sweep, found: Sequence[Row], loss: str = "") -> str | No
             f"{loss} is the weighted sum of {', '.join(terms)}, each of which has a law and a floor of its own: fit them "
             f"apart, e.g. --loss valid/{terms[0]}"
         )
-    return rate_check.refusal(rate_check.checks(sweep, found, loss, sweep.model_size))
+    return None
 
 
 def _terms(sweep: Sweep, used: set[str]) -> list[str]:
@@ -204,7 +228,7 @@ def _terms(sweep: Sweep, used: set[str]) -> list[str]:
     return sorted({name for config in configs for name, one in config.objectives.items() if one.weight > 0})
 
 
-def versions_warning(found: Sequence[Row]) -> list[str]:
+def _versions(found: Sequence[Row]) -> list[str]:
     """A warning where the used runs come from different versions of the code."""
     versions = sorted({str(row.extra["code_version"]) for row in table.used(found)})
     return [f"the runs come from {len(versions)} code versions: {', '.join(versions)}"] if len(versions) > 1 else []

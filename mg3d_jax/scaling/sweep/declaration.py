@@ -72,6 +72,7 @@ class Sweep:
     runs: tuple[Run, ...]
     data: str = ""  # `data_fingerprint` when it was last run
     checked_key: str = ""  # the training config key that `check` varies
+    rule: tuple[tuple[str, float, float, float], ...] = ()  # key, value at the reference, reference size, exponent
 
 
 def load(path: str, settings: Sequence[str] = (), workdir: Path = Path()) -> Sweep:
@@ -101,8 +102,9 @@ def load(path: str, settings: Sequence[str] = (), workdir: Path = Path()) -> Swe
         raise UserError(f"{path}: the grid declares {', '.join(repeated)} more than once")
     checked = declared.check[0] if declared.get("check") else ""
     return Sweep(
-        declared.name, declared.loss, declared.model_size, declared.data_size, tuple(runs), checked_key=checked
-    )
+        declared.name, declared.loss, declared.model_size, declared.data_size, tuple(runs),
+        checked_key=checked, rule=tuple(map(tuple, declared.get("rule", ()))),
+    )  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -238,31 +240,33 @@ def _trunk(base: str, declared: ConfigDict, cell: Cell, values: dict[str, Any]) 
     """What the config of a trunk or branch has beside, and where the branch begins (0 for a trunk). `UserError` where the runs
     of a cell would not have the same rate up to there."""
 
-    def cools(length: float) -> int:
-        """The step after which the cooldown of a run of this length begins."""
-        config = config_lib.load(base, _arguments(values | {f"training.{declared.length[0]}": length}))
-        schedule, size = config.schedule, config.data.batch_size
-        steps = total_steps(config.training, size, records=0)
-        (warmup, unit), (cooldown, _) = (
-            part_steps(schedule, part, steps, batch_size=size) for part in ("warmup", "cooldown")
-        )
-        if schedule.kind != "constant" or (unit == "schedule.warmup_percent" and warmup) or cooldown < 1:
-            raise UserError(
-                'trunks need schedule.kind = "constant" with a cooldown, and a warm-up in steps or samples: one in percent is '
-                f"another one for each length (here {schedule.kind!r}, {unit} of {warmup} steps, {cooldown} steps of cooldown)"
-            )
-        if steps - cooldown <= warmup:
-            raise UserError(
-                f"length = {length}: a run of {steps} steps is over before its warm-up of {warmup} steps is"
-            )
-        return steps - cooldown
-
-    longest = max(lengths(declared))
     if cell.factor != 1:
         return {}, 0
+    kind, longest = declared.length[0], max(lengths(declared))
+    config = config_lib.load(base, _arguments(values))
     if cell.length != longest:
-        return {"init_from.whole": True}, cools(cell.length)
-    return {"training.keep_steps": tuple(sorted({cools(one) for one in lengths(declared) if one != longest}))}, 0
+        return {"init_from.whole": True}, _cools(config, kind, cell.length)
+    kept = {_cools(config, kind, one) for one in lengths(declared) if one != longest}
+    return {"training.keep_steps": tuple(sorted(kept))}, 0
+
+
+def _cools(config: config_lib.Config, kind: str, length: float) -> int:
+    """The step after which the cooldown of a run begins that is `length` long in `kind` (steps or samples), but else as
+    `config` says."""
+    schedule, size = config.schedule, config.data.batch_size
+    given: dict[str, Any] = {kind: length}
+    steps = total_steps(replace(config.training, **given), size, records=0)
+    (warmup, unit), (cooldown, _) = (
+        part_steps(schedule, part, steps, batch_size=size) for part in ("warmup", "cooldown")
+    )
+    if schedule.kind != "constant" or (unit == "schedule.warmup_percent" and warmup) or cooldown < 1:
+        raise UserError(
+            'trunks need schedule.kind = "constant" with a cooldown, and a warm-up in steps or samples: one in percent is '
+            f"another one for each length (here {schedule.kind!r}, {unit} of {warmup} steps, {cooldown} steps of cooldown)"
+        )
+    if steps - cooldown <= warmup:
+        raise UserError(f"length = {length}: a run of {steps} steps is over before its warm-up of {warmup} steps is")
+    return steps - cooldown
 
 
 def _by_rule(
@@ -275,8 +279,7 @@ def _by_rule(
     for key, reference, at, exponent in rules:
         if key in values:
             raise UserError(f"{key} follows the rule of the sweep: leave it out of models, overrides and --set")
-        scaled = reference * (size / at) ** exponent
-        found[key] = max(1, round(scaled)) if isinstance(reference, int) else float(f"{scaled:.4g}")
+        found[key] = by_rule(reference, at, exponent, size)
     if cell.factor != 1:
         key = declared.check[0]
         before = (values | found).get(key)
@@ -286,6 +289,12 @@ def _by_rule(
         scaled = float(before) * cell.factor
         found[key] = max(1, round(scaled)) if isinstance(before, int) else float(f"{scaled:.4g}")
     return found
+
+
+def by_rule(reference: float, at: float, exponent: float, size: float) -> float:
+    """What a rule says for a model of that size: whole numbers stay whole."""
+    scaled = reference * (size / at) ** exponent
+    return max(1, round(scaled)) if isinstance(reference, int) else float(f"{scaled:.4g}")
 
 
 def _steps_for(wanted: float, config: config_lib.Config) -> int:
@@ -353,4 +362,5 @@ def read_declaration(workdir: Path) -> Sweep:
         raise UserError(f"{workdir}: no {DECLARATION_FILE}; start it with mg3d sweep run --config FILE --workdir DIR")
     document = read_json(path)
     runs = tuple(Run(**(run | {"overrides": tuple(run["overrides"])})) for run in document.pop("runs"))
-    return Sweep(**document, runs=runs)
+    rule = tuple(map(tuple, document.pop("rule", ())))
+    return Sweep(**document, runs=runs, rule=rule)

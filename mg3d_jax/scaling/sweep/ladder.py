@@ -2,80 +2,123 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
-from pathlib import Path
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
+from mg3d_jax import config as config_lib
 from mg3d_jax.config import Config
 from mg3d_jax.errors import UserError
-from mg3d_jax.files import read_json
 from mg3d_jax.scaling.fit.advise import Rung
-from mg3d_jax.scaling.sweep import collect, plan, states
-from mg3d_jax.scaling.sweep.declaration import Sweep
+from mg3d_jax.scaling.sweep import collect, plan
+from mg3d_jax.scaling.sweep.declaration import Sweep, by_rule
 from mg3d_jax.training import cost as step_cost
 from mg3d_jax.training.schedule import total_steps
 
 SAME_RATIO = 0.02  # relative; samples per datum of D of runs of one length may differ by rounding to steps
+SAME_SETTING = 0.01  # relative; of a setting and what the sweep's rule says
+SEEN = "samples_seen"
 
 
 @dataclass(frozen=True)
 class Point:
-    """Where a configuration lies: N, D as the sweep counts them, and its training FLOPs."""
+    """Where a configuration lies: the law's variables as the sweep counts them, its training FLOPs, and what to beware of."""
 
-    n: float
-    d: float
+    at: dict[str, float]
     compute: float
+    warnings: list[str] = field(default_factory=list)
 
 
-def records(workdir: Path, sweep: Sweep) -> list[dict[str, Any]]:
-    """Records of the finished runs. `UserError` where there is none."""
-    paths = [states.run_folder(workdir, run) / collect.RECORD_FILE for run in sweep.runs]
-    found = [read_json(path) for path in paths if path.is_file()]
-    if not found:
-        raise UserError(f"{workdir}: no finished run; run the sweep first")
-    return found
-
-
-def flops_per_second(found: Sequence[dict[str, Any]]) -> float:
-    """Measured training speed of the finished runs, of the machine that they ran on."""
-    seconds = sum(one["trained_seconds"] or 0.0 for one in found)
-    if not seconds:
-        raise UserError("no finished run says how long it trained: give --compute instead of --device-hours")
-    return float(sum(one["training_flops"] for one in found) / seconds)
-
-
-def samples_per_datum(found: Sequence[dict[str, Any]], sweep: Sweep) -> float:
+def samples_per_datum(found: Sequence[Mapping[str, Any]], sweep: Sweep) -> float:
     """Samples seen per unit of D. `UserError` where it differs between runs: then a budget does not buy D alone."""
-    ratios = [one["samples_seen"] / one[sweep.data_size] for one in found]
-    if max(ratios) > min(ratios) * (1 + SAME_RATIO) and sweep.data_size != "samples_seen":
+    ratios = [one[SEEN] / one[sweep.data_size] for one in found]
+    if max(ratios) > min(ratios) * (1 + SAME_RATIO):
         raise UserError(
             f"runs see each of their {sweep.data_size} between {min(ratios):.3g} and {max(ratios):.3g} times, so compute does "
-            "not say how much D it buys; declare data_size samples_seen, or a length in epochs"
+            f"not say how much D it buys; declare data_size {SEEN}, or a length in epochs"
         )
     return float(sum(ratios) / len(ratios))
 
 
-def ladder(sweep: Sweep, found: Sequence[dict[str, Any]], more: Sweep | None = None) -> list[Rung]:
-    """The models of the sweep, and of another declaration `more`, each once, by size, with FLOPs counted per datum."""
-    ratio = samples_per_datum(found, sweep)
+def ladder(
+    sweep: Sweep, found: Sequence[Mapping[str, Any]], more: Sweep | None = None, *, per: str = "D"
+) -> list[Rung]:
+    """The models of the sweep, and of another declaration `more`, each once, by size, with FLOPs counted per datum.
+
+    Args:
+        found: records of finished runs.
+        per: the variable of the law that compute buys: `D`, or `S` of laws of repeated data.
+
+    `UserError` where both declare one name for two sizes.
+    """
+    ratio = 1.0 if per == "S" else samples_per_datum(found, sweep)
     vocabulary = found[0]["vocab_size"]
     rungs: dict[str, Rung] = {}
     for declared in (sweep, *([more] if more else [])):
-        for run in declared.runs:
-            if run.model not in rungs:
-                cost = step_cost.of_config(run.config(), vocabulary)
-                n = float(getattr(cost.sizes, sweep.model_size))
-                rungs[run.model] = Rung(run.model, n, cost.training.total * ratio)
+        for run in {run.model: run for run in reversed(declared.runs)}.values():
+            cost = step_cost.of_config(run.config(), vocabulary)
+            rung = Rung(run.model, float(getattr(cost.sizes, sweep.model_size)), cost.training.total * ratio)
+            if (before := rungs.setdefault(run.model, rung)) != rung:
+                raise UserError(
+                    f"--ladder: {run.model} has N {rung.n:.6g} and {rung.flops:.4g} FLOPs there, but {before.n:.6g} and "
+                    f"{before.flops:.4g} in the sweep: name it otherwise, or leave it out"
+                )
     return sorted(rungs.values(), key=lambda one: one.n)
 
 
-def locate(config: Config, sweep: Sweep, vocabulary: int) -> Point:
-    """N, D and FLOPs of a training config. `UserError` while its data are not prepared."""
-    cost = step_cost.of_config(config, vocabulary)
+def locate(config: Config, sweep: Sweep, found: Sequence[Mapping[str, Any]], variables: Sequence[str]) -> Point:
+    """Where a training config lies under the law of `variables` that was fitted to the sweep.
+
+    `found`: records of its finished runs. `UserError` while its data are not prepared, or where the law is not of such runs: of
+    other settings that losses depend on, or of another length where D does not count it.
+    """
+    cost = step_cost.of_config(config, found[0]["vocab_size"])
     patients, count = plan.data_size(config)
     if count is None:
         raise UserError("data.train or data.valid is not a prepared folder (no manifest.json): run mg3d prepare first")
     samples = total_steps(config.training, config.data.batch_size, count) * config.data.batch_size
-    d = {"unique_patients": patients, "unique_records": count, "samples_seen": samples}[sweep.data_size]
-    return Point(float(getattr(cost.sizes, sweep.model_size)), float(d), float(samples * cost.training.total))
+    counted = {"unique_patients": patients, "unique_records": count, SEEN: samples}
+    counted[sweep.model_size] = getattr(cost.sizes, sweep.model_size)
+    _check_settings(config, sweep)
+    if "D" in variables:
+        _check_length(counted, sweep, found)
+    at = {name: float(counted[collect.variables_of(sweep)[name]]) for name in variables}
+    return Point(at, float(samples * cost.training.total), _off_rule(config, sweep, at["N"]))
+
+
+def _check_settings(config: Config, sweep: Sweep) -> None:
+    wanted, got = (collect.comparable_settings(one) for one in (sweep.runs[0].config(), config))
+    if other := [f"{key} {got[key]} (the sweep: {wanted[key]})" for key in wanted if got[key] != wanted[key]]:
+        raise UserError(
+            f"the law is not of such a run: its losses are not comparable, it differs in {'; '.join(other)}"
+        )
+
+
+def _check_length(counted: Mapping[str, float], sweep: Sweep, found: Sequence[Mapping[str, Any]]) -> None:
+    """A law of unique data is of runs that are as long as those of the sweep: in epochs, or in samples."""
+    if sweep.data_size == SEEN:
+        return
+    kinds = {
+        f"samples for each of the {sweep.data_size}": lambda one: one[SEEN] / one[sweep.data_size],
+        SEEN: lambda one: one[SEEN],
+    }
+    seen = {kind: ([of(one) for one in found], of(counted)) for kind, of in kinds.items()}
+    alike = {kind: v for kind, v in seen.items() if max(v[0]) <= min(v[0]) * (1 + SAME_RATIO)}
+    if not alike:
+        raise UserError(f"the sweep's runs have several lengths for one {sweep.data_size}: declare data_size {SEEN}")
+    if not any(min(v) / (1 + SAME_RATIO) <= own <= max(v) * (1 + SAME_RATIO) for v, own in alike.values()):
+        kind, (values, own) = next(iter(alike.items()))
+        raise UserError(
+            f"the law is of runs of {values[0]:.4g} {kind}; this config has {own:.4g}. Give it the sweep's length, or fit a "
+            f"sweep whose data_size is {SEEN}"
+        )
+
+
+def _off_rule(config: Config, sweep: Sweep, n: float) -> list[str]:
+    flat = config_lib.flatten(config)
+    said = []
+    for key, reference, at, exponent in sweep.rule:
+        wanted, got = by_rule(reference, at, exponent, n), float(flat[key])
+        if abs(got / wanted - 1) > SAME_SETTING:
+            said.append(f"{key} is {got:g}; by the sweep's rule, which the law is of, it would be {wanted:g}")
+    return said

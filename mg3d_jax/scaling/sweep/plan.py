@@ -12,35 +12,17 @@ import numpy as np
 from mg3d_jax.config import Config
 from mg3d_jax.data.pipeline import subset_of
 from mg3d_jax.data.records import MANIFEST_NAME, read_manifest
-from mg3d_jax.devices import PEAK_BFLOAT16, known_peak
 from mg3d_jax.errors import UserError
-from mg3d_jax.files import read_json
 from mg3d_jax.progress import format_seconds
 from mg3d_jax.scaling.fit import precision
 from mg3d_jax.scaling.fit.plots import format_size
 from mg3d_jax.scaling.sweep import collect, states
 from mg3d_jax.scaling.sweep.declaration import Run, Sweep
+from mg3d_jax.scaling.sweep.speed import Speed
 from mg3d_jax.scaling.sweep.states import Status
 from mg3d_jax.training import cost as step_cost
 from mg3d_jax.training.cost import StepCost
 from mg3d_jax.training.schedule import total_steps
-
-
-@dataclass(frozen=True)
-class Speed:
-    """FLOP/s of a run on all of its devices, and where the figure comes from."""
-
-    flops_per_second: float
-    devices: int | None
-    source: str
-
-    @classmethod
-    def named(cls, device: str, utilisation: float, devices: int) -> Speed:
-        """The share of a published peak (`devices.PEAK_BFLOAT16`) that is expected. `UserError` for an unknown name."""
-        if (peak := known_peak(device, "bfloat16")) is None:
-            raise UserError(f"--device {device}: known are {', '.join(name for name, _ in PEAK_BFLOAT16)}")
-        source = f"{devices} x {device} at {100 * utilisation:g} % of {peak / 1e12:g} TFLOP/s"
-        return cls(peak * utilisation * devices, devices, source)
 
 
 @dataclass(frozen=True)
@@ -65,7 +47,7 @@ def plan(sweep: Sweep, workdir: Path, speed: Speed | None = None) -> list[Planne
 
     `speed`: that of the finished runs of this sweep by default.
     """
-    speed = speed or measured_speed(workdir, sweep)
+    speed = speed or Speed.measured(collect.records(workdir, sweep))
     planned = []
     for run in sweep.runs:
         config = run.config()
@@ -76,7 +58,7 @@ def plan(sweep: Sweep, workdir: Path, speed: Speed | None = None) -> list[Planne
         # A branch begins where its trunk is.
         own = None if steps is None else (steps - run.begins) * config.data.batch_size
         work = None if own is None else own * cost.training.total
-        seconds = work / speed.flops_per_second if work and speed else None
+        seconds = work / speed.run if work and speed else None
         state = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(cost.setup.abstract))
         kept = config.training.keep_checkpoints + len(config.training.keep_steps)
         status = states.status(workdir, run)
@@ -104,20 +86,6 @@ def data_size(config: Config) -> tuple[int, int | None]:
         )
     used = [subset_of(one, **config.data.subset()) for one in listed]
     return sum(len(one.counts) for one in used), sum(len(one.numbers) for one in used)
-
-
-def measured_speed(workdir: Path, sweep: Sweep) -> Speed | None:
-    """Of the finished runs of this sweep; None before the first."""
-    done = [states.run_folder(workdir, run) / collect.RECORD_FILE for run in sweep.runs]
-    found = [read_json(path) for path in done if path.is_file()]
-    seconds = sum(one["trained_seconds"] or 0.0 for one in found)
-    if not seconds:
-        return None
-    devices = {one.get("devices") for one in found}
-    return Speed(
-        sum(one["training_flops"] for one in found) / seconds, devices.pop() if len(devices) == 1 else None,
-        f"{len(found)} finished runs",
-    )  # fmt: skip
 
 
 def plan_table(sweep: Sweep, planned: Sequence[Planned], speed: Speed | None = None) -> str:
