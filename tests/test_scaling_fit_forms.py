@@ -9,9 +9,11 @@ from reference.scaling_tables import CHINCHILLA, grid, typical_law
 
 from mg3d_jax.commands.main import main
 from mg3d_jax.errors import UserError
-from mg3d_jax.scaling.fit import advise, isoflop, metric, registration
+from mg3d_jax.scaling.fit import advise, holdout, isoflop, metric, outputs, registration, solver
 from mg3d_jax.scaling.fit.certified import fit_form
 from mg3d_jax.scaling.fit.laws import FORMS, ND, Law
+from mg3d_jax.scaling.fit.solver import Problem
+from mg3d_jax.scaling.fit.table import Row
 
 
 def write(path, mark=",", **columns):
@@ -40,10 +42,10 @@ def repeated():
 
 X = {"x": np.geomspace(1e3, 1e7, 9)}
 VALUES = {"E": 1.8, "A": 480.0, "B": 2000.0, "alpha": 0.35, "beta": 0.366, "gamma": 0.35}
-VALUES |= {"P": 0.002, "delta": 1.2, "kappa": 0.8}
+VALUES |= {"P": 0.002, "delta": 1.2, "kappa": 0.8, "R": 15.4}
 
 
-@pytest.mark.parametrize("name", ["nd-tied", "nd-no-floor", "x", "x-no-floor", "nus-1"])
+@pytest.mark.parametrize("name", ["nd-tied", "nd-no-floor", "x", "x-no-floor", "nus-1", "nus-effective"])
 def test_every_form_is_recovered(name):
     form = FORMS[name]
     columns = X if form.variables == ("x",) else repeated()
@@ -62,6 +64,45 @@ def test_the_cost_of_repeats_is_what_it_says():
     assert law(1e9, 1e10, 4e10) == pytest.approx(once + 0.002 * 3**1.2 * (1e9 / 1e10) ** 0.8)
     columns = repeated() | {"U": repeated()["S"]}
     assert "cost of repeats" in fit_form(FORMS["nus"], columns, law(*columns.values())).refusal
+
+
+def test_repeated_data_are_worth_what_the_paper_says():
+    """Muennighoff et al. 2023: of R = 15.4, four epochs are nearly as good as new, and forty are worth about fifteen."""
+    law = Law.of(FORMS["nus-effective"], **{key: VALUES[key] for key in FORMS["nus-effective"].parameters})
+    for epochs in (1, 4, 40):
+        worth = 1e9 * (1 + 15.4 * (1 - np.exp(-(epochs - 1) / 15.4)))
+        assert law(1e9, 1e9, epochs * 1e9) == pytest.approx(1.8 + 480 / 1e9**0.35 + 2000 / worth**0.366, rel=1e-12)
+    columns, form = repeated(), FORMS["nus-effective"]
+    problem = Problem.of(form, columns, law(*columns.values()))
+    theta = problem.theta(law)[None] + 0.02 * np.random.default_rng(1).normal(size=(1, 6))
+    ones, wide, step = np.ones((1, 48)), np.full(1, 1e-2), 1e-6
+    gradient, hessian, _ = solver.derivatives(theta, ones, problem, wide)
+    for k, one in enumerate(step * np.eye(6)):
+        up, down = (solver.value(theta + sign * one, ones, problem, wide)[0] for sign in (1, -1))
+        assert gradient[0, k] == pytest.approx((up - down) / (2 * step), rel=1e-5)
+        up, down = (solver.derivatives(theta + sign * one, ones, problem, wide)[0][0] for sign in (1, -1))
+        np.testing.assert_allclose(hessian[0, k], (up - down) / (2 * step), rtol=1e-4)
+
+
+def test_held_out_runs_choose_between_forms_of_repeated_data():
+    law = Law.of(FORMS["nus-effective"], **{key: VALUES[key] for key in FORMS["nus-effective"].parameters})
+    columns = repeated()
+    loss = law(*columns.values()) * np.exp(0.002 * np.random.default_rng(0).normal(size=48))
+    rows = [
+        Row(f"{k}", {name: values[k] for name, values in columns.items()}, loss[k], compute=6 * columns["N"][k] * s)
+        for k, s in enumerate(columns["S"])
+    ]
+    result = outputs.fit_rows(rows, outputs.Options(form=FORMS["nus-effective"], draws=20))
+    low, high = result.drawn.interval("R", 90)
+    assert low < result.fit.law["R"] < high and result.fit.law["R"] == pytest.approx(15.4, rel=0.15)
+    found = holdout.back_test(
+        rows,
+        FORMS["nus-effective"],
+        2e20,
+        lambda below: outputs.fit_rows(below, outputs.Options(FORMS["nus-effective"], 0)),
+    )
+    scores = {one.method: one.log_rmse for one in found.scores}
+    assert scores["the law"] < min(scores["form nus-1"], scores["repeats as good as new"])
 
 
 def test_isoflop_minima_and_their_flags():

@@ -14,7 +14,7 @@ REFUSED = 3
 can be given."""
 DEFAULT_DRAWS = 1000
 ISOFLOP, METRIC = "isoflop", "metric"
-FORMS = ("nd", "nd-tied", "nd-no-floor", "x", "x-no-floor", "nus", "nus-1", ISOFLOP, METRIC)
+FORMS = ("nd", "nd-tied", "nd-no-floor", "x", "x-no-floor", "nus", "nus-1", "nus-effective", ISOFLOP, METRIC)
 VARIABLES = ("n", "d", "u", "s", "x")
 
 
@@ -34,7 +34,8 @@ def add_parser(commands: argparse._SubParsersAction) -> None:
         choices=FORMS,
         default="nd",
         help="nd: E + A/N^alpha + B/D^beta (default); nd-tied: one exponent; x: one variable; nus: repeated data, U unique and "
-        "S seen, nus-1 with one coefficient; isoflop: parabolas per --compute; metric: a metric (--loss) of a loss (--x)",
+        "S seen, nus-1 with one coefficient, nus-effective where they wear out; isoflop: parabolas per --compute; metric: a "
+        "metric (--loss) of a loss (--x)",
     )
     for name, what in zip(
         VARIABLES, ("model size N", "data size D", "unique data U", "data seen S", "one variable"), strict=True

@@ -15,7 +15,7 @@ from mg3d_jax.scaling.fit.laws import Law
 from mg3d_jax.scaling.fit.solver import Problem
 
 CHUNK_ELEMENTS = 200_000  # rows x draws refitted at once: bounds memory, and stays in cache
-GRID_POINTS = 12
+GRID_POINTS = {1: 12, 2: 12, 3: 6, 4: 5}  # per exponent, by the number of exponents
 
 
 def draw_laws(problem: Problem, law: Law, clusters: np.ndarray, *, draws: int, seed: int) -> np.ndarray:
@@ -34,8 +34,7 @@ def draw_laws(problem: Problem, law: Law, clusters: np.ndarray, *, draws: int, s
 
 
 def _refit(problem: Problem, weights: np.ndarray, start: np.ndarray) -> np.ndarray:
-    points = GRID_POINTS if len(problem.form.exponents) <= 2 else 5
-    projected = solver.variable_projection(weights, problem, points=points)[:, 0]
+    projected = solver.variable_projection(weights, problem, points=GRID_POINTS[len(problem.form.exponents)])[:, 0]
     starts = np.concatenate([np.broadcast_to(start, projected.shape), projected])
     theta, values = solver.polish(starts, np.concatenate([weights, weights]), problem)
     half = len(weights)
@@ -55,5 +54,5 @@ def zeroed(theta: np.ndarray, problem: Problem) -> np.ndarray:
 def with_losses(problem: Problem, z: np.ndarray) -> Problem:
     """The same rows with other centred log losses `z` [batch, rows]."""
     chosen = replace(problem, z=z)
-    vars(chosen).update({key: vars(problem)[key] for key in ("touches", "products") if key in vars(problem)})
+    vars(chosen).update({key: vars(problem)[key] for key in solver.SHARED if key in vars(problem)})
     return chosen

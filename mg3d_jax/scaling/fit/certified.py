@@ -28,6 +28,8 @@ ZERO_SHARE = 1e-5
 PLAUSIBLE_EXPONENT = (0.01, 3.0)
 RESIDUAL_FLOOR = 1e-7
 """Residuals below this are rounding (of float32 tables), not evidence for a term."""
+LEAST_PASSES, MOST_PASSES = 0.02, 95.0
+"""Of the repeats that `nus-effective` saturates at, within the bounds of the solver."""
 MOST_CONDITION = 1e7
 EXACT_FIT = 1e-9
 """In units of the solver's objective: starts that end below it have found a law without residuals."""
@@ -245,6 +247,8 @@ def _implausible(law: Law, known: Mapping[str, str]) -> dict[str, str]:
             if name not in known and not low <= law[name] <= high:
                 reason = f"the exponent {name} = {law[name]:.3g} left the range {low} .. {high}"
                 found |= {name: reason, term.scale: reason}
+        if term.saturating and term.saturating not in known and not LEAST_PASSES <= law[term.saturating] <= MOST_PASSES:
+            found[term.saturating] = f"{law[term.saturating]:.3g} repeats: the runs do not say where data wear out"
     return found
 
 
@@ -257,7 +261,9 @@ def _certify(
     other = excess[elsewhere]
     here = _drop(theta[best], missing)[None]
     gradient, _, _ = solver.derivatives(here, weights[None], problem, np.full(1, solver.HUBER_DELTA))
-    free = sorted({p for k in range(problem.scales) if k not in missing for p in problem.touches[k]})
+    present = [k for k in range(problem.scales) if k not in missing]
+    free = sorted({p for k in present for p in problem.touches[k]})
+    free += [problem.saturating[k][1] for k in present if k in problem.saturating]
     return Certificate(
         starts=len(values),
         starts_within_0_1_percent=int(np.sum(excess <= 1e-3)),
@@ -270,7 +276,7 @@ def _certify(
 
 def _condition(theta: np.ndarray, problem: Problem, free: list[int]) -> float:
     _, shares = solver.log_law(theta, problem)
-    first = solver.jacobian(shares, problem)[0, free].T
+    first = solver.jacobian(theta, shares, problem)[0, free].T
     norms = np.linalg.norm(first, axis=0)
     if norms.min() == 0:
         return float("inf")

@@ -17,6 +17,8 @@ from mg3d_jax.scaling.fit.laws import FORMS, Form
 from mg3d_jax.scaling.fit.table import Row
 
 LAW = "the law"
+REPEATED = tuple(FORMS[name] for name in ("nus-1", "nus", "nus-effective"))
+"""Forms of repeated data: the back-test of one shows the others, so that held-out runs choose between them."""
 
 
 @dataclass(frozen=True)
@@ -103,6 +105,12 @@ def baselines(below: Sequence[Row], above: Sequence[Row], form: Form) -> dict[st
     found["nearest run"] = loss[np.argmin(distance, axis=1)]
     if form.name == "nd":
         found |= _laws("power law without floor", FORMS["nd-no-floor"], sizes, points, loss)
+    if form.variables == REPEATED[0].variables:
+        for other in REPEATED:
+            if other.name != form.name:
+                found |= _laws(f"form {other.name}", other, sizes, points, loss)
+        fresh, wanted = ({"N": one["N"], "D": one["S"]} for one in (sizes, points))
+        found |= _laws("repeats as good as new", FORMS["nd"], fresh, wanted, loss)
     compute = {"x": np.asarray([row.compute for row in below])}
     found |= _laws("power law of the compute", FORMS["x"], compute, {"x": np.asarray([r.compute for r in above])}, loss)
     return found

@@ -142,7 +142,7 @@ def least_squares(problem: Problem, start: Law, kept: np.ndarray) -> Law:
         full = np.where(np.isin(np.arange(len(theta)), free), theta, -np.inf)
         full[free] = x
         _, shares = solver.log_law(full[None], problem)
-        return -solver.jacobian(shares, problem)[0, free][:, kept].T
+        return -solver.jacobian(full[None], shares, problem)[0, free][:, kept].T
 
     bounds = [solver.EXPONENT_BOUNDS if k >= problem.scales else (-40.0, 40.0) for k in free]
     low, high = (np.asarray(ends) for ends in zip(*bounds, strict=True))

@@ -6,6 +6,14 @@ tokens), U unique data, S data seen with repeats: any unit, the same for all row
 
 `nd` and its objective follow Hoffmann et al. 2022 (approach 3); we take the SUM over rows, as Besiroglu et al. 2024 do.
 `nus` adds what repeating data costs: a penalty that grows with the repeats and with parameters per unique datum.
+
+`nus-effective` is the law of data-constrained training of Muennighoff et al. 2023 (arXiv:2305.16264, equation 5): data seen
+again are worth less each time. Where one more pass is worth (1 - 1 / R) of the one before, passes after the first are worth
+`sum_k (1 - 1 / R)^k`, about `R (1 - exp(-r / R))` of the unique data after r repeats; so S data of which U are unique do what
+`U (1 + R (1 - exp(-(S / U - 1) / R)))` fresh ones would: U at R = 0, S as R goes to infinity, (1 + R) U at most. Two things
+differ from the paper. All parameters are fitted at once, where it takes E, A, B, alpha and beta from runs without repeats
+first; and its second saturation, of parameters beyond what U asks for, is left out: it is defined by the optimum of the very
+law that is fitted, and a sweep of a few sizes says little of it.
 """
 
 from __future__ import annotations
@@ -25,12 +33,19 @@ ROUNDING = np.log(1e-6)
 class Term:
     """`scale * product of feature^(sign * exponent) * product of factors`; without powers and factors a constant.
 
-    `powers` are (exponent, feature, sign); `factors` are features that enter with the exponent 1.
+    `powers` are (exponent, feature, sign); `factors` are features that enter with the exponent 1. `saturating`: the parameter
+    that says how often the data of its one power may be repeated; the power is then of `U * (1 + gain)`.
     """
 
     scale: str
     powers: tuple[tuple[str, str, int], ...] = ()
     factors: tuple[str, ...] = ()
+    saturating: str = ""
+
+
+def gain(repeats: np.ndarray, most: np.ndarray) -> np.ndarray:
+    """What data seen again are worth, in units of the unique data: `R (1 - exp(-repeats / R))` with R = `most`."""
+    return most * -np.expm1(-repeats / most)
 
 
 @dataclass(frozen=True)
@@ -48,7 +63,9 @@ class Form:
 
     @property
     def exponents(self) -> tuple[str, ...]:
-        return tuple(dict.fromkeys(name for term in self.terms for name, _, _ in term.powers))
+        """Of powers, and then how often data may be repeated: parameters that are no scales."""
+        powers = dict.fromkeys(name for term in self.terms for name, _, _ in term.powers)
+        return (*powers, *(term.saturating for term in self.terms if term.saturating))
 
     @property
     def parameters(self) -> tuple[str, ...]:
@@ -59,7 +76,8 @@ class Form:
         """The parameters that go when the term of `scale` goes."""
         others = {name for term in self.terms if term.scale != scale for name, _, _ in term.powers}
         term = self.terms[self.scales.index(scale)]
-        return (scale, *(name for name, _, _ in term.powers if name not in others))
+        own = [name for name, _, _ in term.powers if name not in others]
+        return (scale, *own, *([term.saturating] if term.saturating else []))
 
     def without(self, scales: set[str]) -> Form:
         """The form that is left when these terms are dropped."""
@@ -84,6 +102,8 @@ def formula(terms: tuple[Term, ...]) -> str:
         text = term.scale
         for exponent, feature, sign in term.powers:
             base = f"({feature})" if "/" in feature else feature
+            if r := term.saturating:
+                base = f"({feature} * (1 + {r} * (1 - exp(-repeats / {r}))))"
             text += f" {'/' if sign < 0 else '*'} {base}^{exponent}"
         text += "".join(f" * ({factor})" if "/" in factor else f" * {factor}" for factor in term.factors)
         written.append(text)
@@ -106,6 +126,7 @@ FORMS: dict[str, Form] = {
         _form("x-no-floor", ("x",), Term("A", (("alpha", "x", -1),))),
         _form("nus", ("N", "U", "S"), _E, _A, _SEEN, Term("P", (("delta", "repeats", 1), ("kappa", "N/U", 1)))),
         _form("nus-1", ("N", "U", "S"), _E, _A, _SEEN, Term("P", (), ("repeats", "N/U"))),
+        _form("nus-effective", ("N", "U", "S"), _E, _A, Term("B", (("beta", "U", -1),), saturating="R")),
     )
 }
 """`repeats` is S / U - 1: how often data are seen again."""
@@ -149,7 +170,11 @@ def predict(form: Form, values: np.ndarray, columns: Mapping[str, np.ndarray]) -
             log_term = np.log(scale).reshape(-1, *([1] * len(shape)))
             for exponent, feature, sign in term.powers:
                 power = values[:, form.parameters.index(exponent)].reshape(log_term.shape[0], *([1] * len(shape)))
-                log_term = log_term + sign * power * features[feature]
+                x = features[feature]
+                if term.saturating:
+                    most = values[:, form.parameters.index(term.saturating)].reshape(power.shape)
+                    x = x + np.log1p(gain(np.exp(features["repeats"]), most))
+                log_term = log_term + sign * power * x
             for factor in term.factors:
                 log_term = log_term + features[factor]
             total += np.exp(log_term)

@@ -20,7 +20,7 @@ from mg3d_jax.scaling.fit.solver import Problem
 
 LEAST_FREEDOM = 3
 """Degrees of freedom of a kind of clusters below which its variance is a guess, and intervals are refused."""
-GRID_POINTS = 8
+GRID_POINTS = {1: 8, 2: 8, 3: 5, 4: 3}  # per exponent, by the number of exponents
 CHUNK_ELEMENTS = 100_000  # rows x draws refitted at once
 
 
@@ -144,8 +144,8 @@ def _refit(problem: Problem, z: np.ndarray, start: np.ndarray) -> np.ndarray:
     from mg3d_jax.scaling.fit.bootstrap import with_losses, zeroed
 
     several = with_losses(problem, z)
-    weights = np.ones((1, problem.rows))
-    projected = solver.variable_projection(np.broadcast_to(weights, z.shape), several, points=GRID_POINTS)[:, 0]
+    weights, points = np.ones((1, problem.rows)), GRID_POINTS[len(problem.form.exponents)]
+    projected = solver.variable_projection(np.broadcast_to(weights, z.shape), several, points=points)[:, 0]
     double = with_losses(problem, np.concatenate([z, z]))
     starts = np.concatenate([np.broadcast_to(start, projected.shape), projected])
     theta, values = solver.polish(starts, np.broadcast_to(weights, double.z.shape), double)

@@ -1,8 +1,9 @@
 """How often intervals cover the truth, warnings are false and mis-tuned sizes are found: simulated sweeps of known laws.
 
-    python -m mg3d_jax.scaling.fit.simulate --simulations 300 --draws 300
+    python -m mg3d_jax.scaling.fit.simulate --simulations 300 --draws 300 --first 1000
 
-prints a row per design. The test suite runs a small form of it.
+prints a row per design. The test suite runs a small form of it. `--noiseless 1000` looks for laws without noise instead
+(`noiseless.py`).
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from mg3d_jax.progress import track
-from mg3d_jax.scaling.fit import outputs
+from mg3d_jax.scaling.fit import noiseless, outputs
 from mg3d_jax.scaling.fit.laws import ND, Law
 from mg3d_jax.scaling.fit.table import Row
 
@@ -25,7 +26,8 @@ TRUTH = Law.of(ND, E=1.0, A=1.5 * 1e7**0.4, B=1.2 * 1e4**0.35, alpha=0.4, beta=0
 class Design:
     """A grid of `sizes` x `data` x `seeds` runs; `run`, `cell`, `subset`: standard deviations of the log loss.
 
-    Every seed draws its own data subset. `mistuned`: log loss added to the runs of the largest size.
+    Every seed draws its own data subset; `told`: the fit is told which. `mistuned`: log loss added to the runs of the largest
+    size.
     """
 
     name: str
@@ -36,6 +38,7 @@ class Design:
     cell: float = 0.0
     subset: float = 0.0
     mistuned: float = 0.0
+    told: bool = True
 
     def rows(self, seed: int, truth: Law = TRUTH) -> list[Row]:
         """The runs of one simulated sweep."""
@@ -46,9 +49,12 @@ class Design:
         noise += self.subset * rng.normal(size=(self.data, self.seeds))[j, s] + self.mistuned * (i == self.sizes - 1)
         loss = truth(n[i], d[j]) * np.exp(noise)
         return [
-            Row(f"size {a}, data {b}, seed {c}", {"N": n[a], "D": d[b]}, float(loss[k]), subset=f"{b} {c}")
+            Row(
+                f"size {a}, data {b}, seed {c}", {"N": n[a], "D": d[b]}, float(loss[k]),
+                subset=f"{b} {c}" if self.told else None,
+            )
             for k, (a, b, c) in enumerate(zip(i, j, s, strict=True))
-        ]
+        ]  # fmt: skip
 
 
 DESIGNS = (
@@ -57,7 +63,8 @@ DESIGNS = (
     Design("noise shared by subset", subset=0.005),
     Design("shared by cell and subset", run=0.002, cell=0.003, subset=0.004),
     Design("5 x 5 x 2", sizes=5, data=5, subset=0.004),
-    Design("5 x 5, one seed", sizes=5, data=5, seeds=1),
+    Design("5 x 5, one seed", sizes=5, data=5, seeds=1),  # one subset of each data amount: no interval
+    Design("5 x 5, one seed, a table", sizes=5, data=5, seeds=1, told=False),
     Design("largest size 2 % off", mistuned=0.02),
     Design("5 x 5, largest size 2 % off", sizes=5, data=5, seeds=1, mistuned=0.02),
 )
@@ -99,12 +106,21 @@ def main(argv: list[str]) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--simulations", type=int, default=300)
     parser.add_argument("--draws", type=int, default=300)
+    parser.add_argument("--first", type=int, default=0, help="seed of the first simulation; the others follow")
+    parser.add_argument("--design", action="append", help="a name of the table; may be repeated (default: all)")
+    parser.add_argument("--noiseless", type=int, metavar="LAWS", help="instead: tables without noise of so many laws")
     args = parser.parse_args(argv)
+    if args.noiseless:
+        sys.stdout.write("\n".join(noiseless.search(args.noiseless, first=args.first).lines()) + "\n")
+        return 0
+    chosen = [design for design in DESIGNS if not args.design or design.name in args.design]
     head = ["design", *ND.parameters, "prediction", "intervals", "lack of fit said"]
     sys.stdout.write(f"| {' | '.join(head)} |\n|{'---|' * len(head)}\n")
-    for design in DESIGNS:
-        found = simulate(design, args.simulations, args.draws)
-        cells = [design.name, *(f"{share:.2f}" for share in found.coverage.values())]
+    for design in chosen:
+        found = simulate(design, args.simulations, args.draws, first=args.first)
+        # A law that the runs do not follow has no truth to cover.
+        shown = found.intervals and not design.mistuned
+        cells = [design.name, *(f"{share:.3f}" if shown else "" for share in found.coverage.values())]
         cells += [f"{found.intervals / found.simulations:.2f}", f"{found.warned:.3f}"]
         sys.stdout.write(f"| {' | '.join(cells)} |\n")
         sys.stdout.flush()

@@ -15,16 +15,19 @@ from functools import cached_property
 
 import numpy as np
 
-from mg3d_jax.scaling.fit.laws import FLOOR, HUBER_DELTA, Form, Law, huber
+from mg3d_jax.scaling.fit.laws import FLOOR, HUBER_DELTA, Form, Law, gain, huber
 
 EXPONENT_RANGE = (0.05, 1.2)
 """The grid of variable projection for powers of sizes; the polish may leave it."""
 PENALTY_RANGE = (0.2, 2.0)
 EXPONENT_BOUNDS = (1e-3, 10.0)
+REPEATS_RANGE, REPEATS_UNIT = (0.05, 5.0), 10.0
+"""Grid of how often data may be repeated, in units of ten times: `theta` has it in these, so that bounds of exponents fit."""
 EXACT = 1e-16
 """An objective below this is a fit without residuals (of about 1e-11): rounding is all that is left to descend."""
-GRID_POINTS = {1: 60, 2: 24, 4: 7}
+GRID_POINTS = {1: 60, 2: 24, 3: 12, 4: 7}
 """Grid points per exponent, by the number of exponents."""
+SHARED = ("touches", "products", "saturating")  # what problems of the same rows have in common
 
 
 @dataclass(frozen=True)
@@ -38,6 +41,7 @@ class Problem:
     shift: np.ndarray  # [parameters, terms]: what was taken off each feature
     centre: float  # mean log loss
     raw: bool = False  # residuals of the loss itself, in units of its geometric mean, instead of its logarithm
+    repeats: np.ndarray | None = None  # [rows], of laws of which a term is saturating
 
     @classmethod
     def of(cls, form: Form, columns: Mapping[str, np.ndarray], loss: np.ndarray, *, raw: bool = False) -> Problem:
@@ -61,7 +65,8 @@ class Problem:
                 constant[k] += np.where(np.isfinite(x), x - middle, 0.0)
                 shift[k, k] += middle  # of the scale: its coefficient is 1
             constant[k][absent] = -np.inf
-        return cls(form, design, constant, z - z.mean(), shift, float(z.mean()), raw)
+        repeats = np.exp(features["repeats"]) if any(term.saturating for term in form.terms) else None
+        return cls(form, design, constant, z - z.mean(), shift, float(z.mean()), raw, repeats)
 
     @property
     def rows(self) -> int:
@@ -79,6 +84,27 @@ class Problem:
         return [[k, *(parameters.index(name) for name, _, _ in term.powers)] for k, term in enumerate(terms)]
 
     @cached_property
+    def saturating(self) -> dict[int, tuple[int, int, int]]:
+        """For terms that saturate: the parameters of their power and of their repeats, and the power's sign."""
+        parameters, terms = self.form.parameters, self.form.terms
+        return {
+            k: (parameters.index(term.powers[0][0]), parameters.index(term.saturating), term.powers[0][2])
+            for k, term in enumerate(terms)
+            if term.saturating
+        }
+
+    def growth(self, theta: np.ndarray, repeats: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Logarithm of what repeats multiply unique data by, and its derivatives by that parameter: [batch, rows] each."""
+        assert self.repeats is not None
+        most = REPEATS_UNIT * theta[:, repeats, None]
+        ratio = self.repeats / most
+        left = np.exp(-ratio)
+        total = 1 + gain(self.repeats, most)
+        first = REPEATS_UNIT * (-np.expm1(-ratio) - ratio * left) / total
+        second = -(REPEATS_UNIT**2) * ratio**2 * left / most / total - first**2
+        return np.log(total), first, second
+
+    @cached_property
     def products(self) -> list[np.ndarray]:
         """For every term, `G_p G_q` of the parameters that it depends on: [rows, p * q]."""
         found = []
@@ -92,7 +118,7 @@ class Problem:
         if self.z.ndim == 1:
             return self
         chosen = replace(self, z=self.z[index])
-        vars(chosen).update({key: vars(self)[key] for key in ("touches", "products") if key in vars(self)})
+        vars(chosen).update({key: vars(self)[key] for key in SHARED if key in vars(self)})
         return chosen
 
     def residual(self, f: np.ndarray) -> np.ndarray:
@@ -110,6 +136,8 @@ class Problem:
             for p in touched[1:]:
                 log_scale = log_scale - theta[:, p] * self.shift[p, k]
             values[:, k] = np.exp(log_scale)
+        for _, repeats, _ in self.saturating.values():
+            values[:, repeats] *= REPEATS_UNIT
         return values
 
     def theta(self, law: Law) -> np.ndarray:
@@ -120,6 +148,8 @@ class Problem:
             log_scale = np.log(scale) if scale > 0 else -np.inf
             log_scale += -self.centre + self.shift[k, k] + sum(law.values[p] * self.shift[p, k] for p in touched[1:])
             theta[k] = log_scale
+        for _, repeats, _ in self.saturating.values():
+            theta[repeats] /= REPEATS_UNIT
         return theta
 
     def start(self, law: Law) -> np.ndarray:
@@ -134,33 +164,63 @@ class Problem:
     def tangent(self, law: Law) -> np.ndarray:
         """Jacobian of the log prediction [rows, parameters], the direction of the floor included where that is at zero."""
         f, shares = log_law(self.theta(law)[None], self)
-        found = jacobian(shares, self)[0].T
+        found = jacobian(self.theta(law)[None], shares, self)[0].T
         if FLOOR in law.form.scales:
             found[:, law.form.scales.index(FLOOR)] = np.exp(-f[0])
         return found
 
 
-def log_law(theta: np.ndarray, problem: Problem) -> tuple[np.ndarray, np.ndarray]:
-    """`f` [batch, rows] and each term's share of the predicted loss [batch, terms, rows]."""
+def log_terms(theta: np.ndarray, problem: Problem) -> np.ndarray:
+    """Logarithms of the terms [batch, terms, rows]."""
     u = np.empty((len(theta), problem.scales, problem.rows))
     for k, touched in enumerate(problem.touches):
         u[:, k] = theta[:, k, None] + problem.constant[k]
         for p in touched[1:]:
             u[:, k] += theta[:, p, None] * problem.design[p, k]
+    for k, (power, repeats, sign) in problem.saturating.items():
+        u[:, k] += sign * theta[:, power, None] * problem.growth(theta, repeats)[0]
+    return u
+
+
+def log_law(theta: np.ndarray, problem: Problem) -> tuple[np.ndarray, np.ndarray]:
+    """`f` [batch, rows] and each term's share of the predicted loss [batch, terms, rows]."""
+    u = log_terms(theta, problem)
     top = u.max(axis=1, keepdims=True)
     shares = np.exp(u - top)
     total = shares.sum(axis=1, keepdims=True)
     return (np.log(total) + top)[:, 0], shares / total
 
 
-def jacobian(shares: np.ndarray, problem: Problem) -> np.ndarray:
+def jacobian(theta: np.ndarray, shares: np.ndarray, problem: Problem) -> np.ndarray:
     """Derivatives of `f` [batch, parameters, rows]."""
     found = np.zeros((len(shares), len(problem.form.parameters), problem.rows))
     for k, touched in enumerate(problem.touches):
         found[:, k] = shares[:, k]
         for p in touched[1:]:
             found[:, p] += shares[:, k] * problem.design[p, k]
+    for k, (power, repeats, sign) in problem.saturating.items():
+        growth, first, _ = problem.growth(theta, repeats)
+        found[:, power] += sign * shares[:, k] * growth
+        found[:, repeats] += sign * shares[:, k] * theta[:, power, None] * first
     return found
+
+
+def _curvature(theta: np.ndarray, pulled: np.ndarray, problem: Problem, k: int) -> tuple[list[int], np.ndarray]:
+    """Second derivatives of a term, summed over rows with the weights `pulled` [batch, rows]: of which parameters, and
+    [batch, them, them]."""
+    touched = problem.touches[k]
+    if k not in problem.saturating:
+        return touched, (pulled @ problem.products[k]).reshape(-1, len(touched), len(touched))
+    power, repeats, sign = problem.saturating[k]
+    growth, first, second = problem.growth(theta, repeats)
+    slope = theta[:, power, None]
+    of_log = np.stack([np.ones_like(growth), problem.design[power, k] + sign * growth, sign * slope * first], axis=1)
+    found = (of_log * pulled[:, None]) @ of_log.transpose(0, 2, 1)
+    mixed = np.sum(pulled * sign * first, axis=1)
+    found[:, 1, 2] += mixed
+    found[:, 2, 1] += mixed
+    found[:, 2, 2] += np.sum(pulled * sign * slope * second, axis=1)
+    return [k, power, repeats], found
 
 
 def value(theta: np.ndarray, weights: np.ndarray, problem: Problem, delta: np.ndarray | float) -> np.ndarray:
@@ -186,11 +246,11 @@ def derivatives(
     slope = np.exp(f) if problem.raw else 1.0  # of the prediction with respect to `f`
     pull = weights * np.clip(residual, -delta, delta) * slope
     inside = weights * (np.abs(residual) <= delta) * slope**2
-    first = jacobian(shares, problem)
+    first = jacobian(theta, shares, problem)
     gradient = -np.einsum("bkr,br->bk", first, pull)
     hessian = _outer(first, inside if problem.raw else inside + pull)
-    for k, touched in enumerate(problem.touches):
-        second = ((pull * shares[:, k]) @ problem.products[k]).reshape(-1, len(touched), len(touched))
+    for k in range(problem.scales):
+        touched, second = _curvature(theta, pull * shares[:, k], problem, k)
         hessian[:, np.asarray(touched)[:, None], touched] -= second
     bound = _outer(first, weights * slope**2 * np.minimum(1.0, delta / np.maximum(np.abs(residual), 1e-300)))
     return gradient / HUBER_DELTA**2, hessian / HUBER_DELTA**2, bound / HUBER_DELTA**2
@@ -253,9 +313,10 @@ def polish(theta: np.ndarray, weights: np.ndarray, problem: Problem) -> tuple[np
 
 def exponent_grid(form: Form, points: int = 0) -> np.ndarray:
     """Exponents to try [grid, exponents]; `points` per exponent, by default as `GRID_POINTS` says."""
-    penalties = {name for term in form.terms for name, _, sign in term.powers if sign > 0}
+    ranges = {name: PENALTY_RANGE for term in form.terms for name, _, sign in term.powers if sign > 0}
+    ranges |= {term.saturating: REPEATS_RANGE for term in form.terms if term.saturating}
     points = points or GRID_POINTS[len(form.exponents)]
-    axes = [np.geomspace(*(PENALTY_RANGE if name in penalties else EXPONENT_RANGE), points) for name in form.exponents]
+    axes = [np.geomspace(*ranges.get(name, EXPONENT_RANGE), points) for name in form.exponents]
     return np.stack([axis.ravel() for axis in np.meshgrid(*axes, indexing="ij")], axis=1)
 
 
@@ -272,8 +333,8 @@ def variable_projection(
     grid = exponent_grid(problem.form, points)
     allowed = tuple(range(problem.scales)) if allowed is None else allowed
     reference = problem.z if problem.z.ndim == 1 else problem.z.mean(axis=0)
-    logs = problem.constant[None] - reference + np.einsum("ge,ekr->gkr", grid, problem.design[problem.scales :])
-    basis = np.exp(logs)  # [grid, terms, rows]
+    logs = log_terms(np.concatenate([np.zeros((len(grid), problem.scales)), grid], axis=1), problem)
+    basis = np.exp(logs - reference)  # [grid, terms, rows]
     gram = np.einsum("br,gkr,glr->bgkl", weights, basis, basis, optimize=True)
     target = np.einsum("br,gkr->bgk", weights * np.exp(problem.z - reference), basis, optimize=True)
     best_cost = np.full(gram.shape[:2], np.inf)
