@@ -1,11 +1,12 @@
 """Exports of every family of presets beside the JAX model, with several versions of transformers; prints a table.
 
-    pip install --no-deps --target OLD transformers==4.50.0 "huggingface_hub<1" tokenizers==0.21.4
+    bash launch/old_transformers.sh OLD
     python tests/export_matrix.py --transformers OLD
 
 Every version runs in a process of its own in which neither jax nor this package can be imported. `float32`: the largest
 difference of an embedding's numbers from the JAX model's; `bf16`: one minus the smallest cosine between the embeddings that
-the bfloat16 folder gives, computing in bfloat16, and the JAX model's, of the unrounded weights.
+the bfloat16 folder gives, computing in bfloat16, and the JAX model's, of the unrounded weights. Of a model in MONAI the
+normalised tokens are compared instead, and its float32 folder computes in bfloat16.
 """
 
 from __future__ import annotations
@@ -33,21 +34,27 @@ from mg3d_jax.models.towers import bert
 
 ENCODER, REPORT = "model__volume_encoder__", "model__report_encoder__"
 VIT = {"model__volume_size": (32, 32, 32), ENCODER + "patch_size": (16, 16, 16)}
+SWIN = {
+    "model__volume_size": (32, 32, 64),
+    ENCODER + "kind": "swin",
+    ENCODER + "patch_size": (16, 16, 16),
+    REPORT + "preset": "mini",
+}
+WINDOWS = ((-1000.0, 1000.0), (-150.0, 250.0), (-1000.0, -200.0))
 TI = VIT | {ENCODER + "preset": "ti", REPORT + "preset": "mini"}
 FAMILIES: dict[str, dict[str, Any]] = {
     "ViT-ti, sine positions": TI,
     "ViT-s, learned positions": TI | {ENCODER + "preset": "s", ENCODER + "positions": "learned"},
     "ViT-ti, registers, qk norm": TI | {ENCODER + "num_registers": 4, ENCODER + "qk_norm": True},
     "ViT-ti, layer scale, mean": TI | {ENCODER + "layer_scale": 0.1, ENCODER + "pooling": "mean"},
-    "ViT-ti, conv stem, three windows": TI
-    | {
-        ENCODER + "stem": "conv",
-        "data__windows": ((-1000.0, 1000.0), (-150.0, 250.0), (-1000.0, -200.0)),
-    },
+    "ViT-ti, conv stem, three windows": TI | {ENCODER + "stem": "conv", "data__windows": WINDOWS},
     "ViT-ti, exact GELU, sigmoid loss": TI | {ENCODER + "exact_gelu": True, "objectives__alignment__form": "sigmoid"},
     "ViT-ti, RoBERTa": TI | {REPORT + "preset": "roberta-base"},
     "ViT-ti, groups of sentences": TI | {"objectives__alignment__report_view": "subsets"},
     "ViT-ti, MiniLM's real weights": TI | {"objectives__alignment__report_view": "report"},
+    "ViT-ti, layer scale, three windows, in MONAI": TI | {ENCODER + "layer_scale": 0.1, "data__windows": WINDOWS},
+    "Swin-b, in MONAI": SWIN | {ENCODER + "preset": "swin-b"},
+    "Swin-b v2, three windows, in MONAI": SWIN | {ENCODER + "preset": "swin-b-v2", "data__windows": WINDOWS},
 }
 TEXTS = [["No pleural effusion."], ["The heart is normal in size."], ["A nodule of 8 mm is seen."]]
 RECEIVE = """
@@ -56,10 +63,28 @@ for name in ("jax", "jaxlib", "flax", "orbax", "mg3d_jax"):
     sys.modules[name] = None  # importing it raises ImportError
 import numpy as np, torch, transformers
 from transformers import AutoModel
-found = {"version": transformers.__version__}
+found_of = {"version": transformers.__version__}
 for number, folders in enumerate(json.loads(sys.argv[1])):
     given = np.load(folders["given"])
     hu = torch.from_numpy(given["volumes"])
+    if "monai" in folders:
+        from monai.networks import nets
+        from safetensors.torch import load_file
+        about = json.load(open(folders["monai"] + "/config.json"))
+        network = getattr(nets, about["monai_class"].rpartition(".")[2])(**about["arguments"]).eval()
+        part = network.get_submodule(about.get("part", ""))
+        part.load_state_dict(load_file(folders["monai"] + "/model.safetensors"), strict=True)
+        for block in getattr(part, "blocks", ()):
+            block.mlp.fn = torch.nn.GELU(approximate="tanh")
+        windowed = torch.stack([((hu.float() - a) / (b - a)).clamp(0, 1) for a, b in given["windows"]], 1)
+        expected = torch.from_numpy(given["tokens"])
+        for name, kind in (("float32", torch.float32), ("bf16", torch.bfloat16)):
+            with torch.no_grad():
+                found = part.to(kind)(windowed.to(kind))
+            tokens = (found[-1].flatten(2).transpose(1, 2) if "part" in about else found[0]).float()
+            near = torch.nn.functional.cosine_similarity(tokens.flatten(1), expected.flatten(1))
+            found_of[f"{number} {name}"] = float((tokens - expected).abs().max() if name == "float32" else 1 - near.min())
+        continue
     for name in ("float32", "bf16"):
         kind = torch.float32 if name == "float32" else torch.bfloat16
         model = AutoModel.from_pretrained(folders[name], trust_remote_code=True, torch_dtype=kind).eval()
@@ -71,8 +96,8 @@ for number, folders in enumerate(json.loads(sys.argv[1])):
             value = max(np.abs(volume - given["volume"]).max(), np.abs(text - given["text"]).max())
         else:
             value = 1 - min((volume * given["volume"]).sum(-1).min(), (text * given["text"]).sum(-1).min())
-        found[f"{number} {name}"] = float(value)
-print("RESULT" + json.dumps(found))
+        found_of[f"{number} {name}"] = float(value)
+print("RESULT" + json.dumps(found_of))
 """
 
 
@@ -88,15 +113,16 @@ def made(name: str, overrides: dict[str, Any], tokenizer: Path, base: Path) -> d
     if "MiniLM" in name:
         imported = load_checkpoint(package_folder(), bert.BERT.forms["bert"])
         run = replace(run, params=run.params | {"report_encoder": imported.params})
-    folders = {kind: str(base / kind) for kind in ("float32", "bf16")}
-    for kind, folder in folders.items():
-        export(run, Path(folder), extras=Extras(dtype=kind))
+    kinds = {"monai": "monai"} if name.endswith("in MONAI") else {"float32": "hf", "bf16": "hf"}
+    folders = {kind: str(base / kind) for kind in kinds}
+    for kind, form in kinds.items():
+        export(run, Path(folders[kind]), form, Extras(dtype="bf16" if kind == "bf16" else "float32"))
     shape = (3, *run.config.model.volume_size)
     volumes = np.random.default_rng(0).integers(-1024, 1500, shape).astype(np.int16)
     expected = reference_features(run, volumes, TEXTS)
     np.savez(
         base / "given.npz", volumes=volumes, texts=json.dumps(TEXTS), volume=expected["volume_embedding"],
-        text=expected["report_embedding"],
+        text=expected["report_embedding"], tokens=expected["volume_tokens"], windows=run.config.data.windows,
     )  # fmt: skip
     return folders | {"given": str(base / "given.npz")}
 

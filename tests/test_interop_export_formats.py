@@ -70,20 +70,49 @@ def test_the_report_encoder_is_a_bert_of_transformers(run, tmp_path):
     assert not (tmp_path / "bert" / "preprocessor_config.json").exists()
 
 
-@pytest.mark.parametrize("form", ["onnx", "pt2"])
-def test_graphs_take_float_and_int16_and_any_batch(run, tmp_path, form):
-    """The export runs them beside the Linen model with two sizes of batches."""
-    if form == "onnx":
-        for name in ("onnx", "onnxruntime", "onnxscript"):
-            pytest.importorskip(name)
-    assert said(export_lib.export(run, tmp_path / "out", form)) < 1e-5
-    assert {file.stem for file in (tmp_path / "out").glob(f"*.{form}")} == {
-        "volume_encoder", "volume_encoder_int16", "report_encoder",
-    }  # fmt: skip
-    code = re.search(r"```python\n(.*?)```", (tmp_path / "out" / "README.md").read_text(), re.DOTALL)[1]
+TASKS = {  # beside the classification head
+    "tasks__segmentation__weight": 1.0, "tasks__segmentation__num_classes": 3, "model__segmentation_decoder__width": 4,
+    "tasks__generation__weight": 1.0, "model__report_decoder__width": 32, "model__report_decoder__depth": 1,
+    "model__report_decoder__num_heads": 4, "tasks__classification__weight": 1.0, "tasks__classification__num_labels": 2,
+    "objectives__alignment__weight": 0.0,
+}  # fmt: skip
+GRAPHS = {  # of the encoders, and of what a run was fine-tuned for: their outputs
+    "volume_encoder": ["image_embeds", "last_hidden_state", "classification_logits"],
+    "report_encoder": ["text_embeds"],
+    "segmenter": ["segmentation_logits"],
+    "report_decoder": ["next_token_logits"],
+}
+
+
+def snippet(folder):
+    """Of the card, as if it ran in that folder."""
+    code = re.search(r"```python\n(.*?)```", (folder / "README.md").read_text(), re.DOTALL)[1]
     found = {}
-    exec(code.replace('("volume', f'("{tmp_path / "out"}/volume'), found)  # the card's snippet
-    assert tuple(found["embedding"].shape) == (2, run.config.model.projection_dim)
+    exec(code.replace('("volume', f'("{folder}/volume'), found)
+    return found["embedding"]
+
+
+def test_onnx_takes_float_and_int16_any_batch_and_has_all_heads(run, tokenizer_folder, tmp_path):
+    """The export runs every graph beside the Linen model, with two sizes of batches."""
+    for name in ("onnx", "onnxruntime", "onnxscript"):
+        pytest.importorskip(name)
+    import onnxruntime
+
+    tuned, out = random_run(tokenizer_folder, **TASKS), tmp_path / "out"
+    assert said(export_lib.export(tuned, out, "onnx")) < 1e-5
+    for name, outputs in GRAPHS.items():
+        session = onnxruntime.InferenceSession(str(out / f"{name}.onnx"), providers=["CPUExecutionProvider"])
+        assert [output.name for output in session.get_outputs()] == outputs
+    assert {file.stem for file in out.glob("*_int16.onnx")} == {"volume_encoder_int16", "segmenter_int16"}
+    assert snippet(out).shape == (2, tuned.config.model.projection_dim) and (out / "tokenizer.json").exists()
+    assert "sliding_window_inference" in (out / "README.md").read_text()
+
+
+def test_programs_take_float_and_int16_and_any_batch(run, tmp_path):
+    assert said(export_lib.export(run, tmp_path / "out", "pt2")) < 1e-5
+    names = {file.stem for file in (tmp_path / "out").glob("*.pt2")}
+    assert names == {"volume_encoder", "volume_encoder_int16", "report_encoder"}
+    assert tuple(snippet(tmp_path / "out").shape) == (2, run.config.model.projection_dim)
 
 
 def test_half_the_bytes_in_several_files_and_back(run, tmp_path):

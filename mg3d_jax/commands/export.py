@@ -30,7 +30,8 @@ def _parser() -> argparse.ArgumentParser:
         "module; of a fine-tuned run with its head, its segmentation decoder and sliding window, or its report decoder. "
         "`monai`: the volume encoder as a state dict that MONAI's ViT, or the swinViT of its SwinUNETR, loads strictly; a run "
         "that segments as one of UNETR or SwinUNETR. `bert`: the report encoder as a BertModel. `onnx`, `pt2`: both encoders "
-        "as ONNX files or programs of torch.export. What is exported is run on phantom CT beside the JAX model; a difference "
+        "and the heads of tasks as ONNX files or programs of torch.export. What "
+        "is exported is run on phantom CT beside the JAX model; a difference "
         "above 1e-4 (of the shares of voxel classes 1e-3) is an error and leaves OUT as it was.",
     )
     parser.add_argument("--workdir", required=True, type=Path, help="the run: the --workdir of `mg3d train`")

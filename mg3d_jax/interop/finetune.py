@@ -199,6 +199,7 @@ def _like_export(config: ConfigDict, folder: Path, volume_size: tuple[int, int, 
     theirs = {"width": "volume_width", "depth": "volume_depth", "num_heads": "volume_heads"}
     names = {"patch_size", "stem", "positions", "num_registers", "qk_norm", "exact_gelu"}
     fields = {name: about[key] for name, key in theirs.items()} | {name: about[name] for name in names}
+    fields |= {"mlp_ratio": about["volume_mlp_dim"] / about["volume_width"]}
     fields |= {"norm_epsilon": about["volume_norm_eps"], "layer_scale": 0.1 if about["layer_scale"] else 0.0}
     config.data.windows = options_lib.tuples(about["windows"])
     _use_tower(config, "vit", fields, str(folder))
