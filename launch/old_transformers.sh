@@ -4,7 +4,8 @@
 #
 #   PYTHON  for which Python (default: python3)
 #
-# MG3D_OLD_TRANSFORMERS=FOLDER lets tests/test_interop_old_transformers.py run; tests/export_matrix.py --transformers FOLDER.
+# MG3D_OLD_TRANSFORMERS=FOLDER lets tests/test_interop_export.py use it (so does the default folder), and
+# tests/export_matrix.py --transformers FOLDER compares all kinds of models.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 folder=${1:-$PWD/.venvs/old_transformers}

@@ -4,9 +4,9 @@
     python tests/export_matrix.py --transformers OLD
 
 Every version runs in a process of its own in which neither jax nor this package can be imported. `float32`: the largest
-difference of an embedding's numbers from the JAX model's; `bf16`: one minus the smallest cosine between the embeddings that
-the bfloat16 folder gives, computing in bfloat16, and the JAX model's, of the unrounded weights. Of a model in MONAI the
-normalised tokens are compared instead, and its float32 folder computes in bfloat16.
+difference of the numbers of volume and of text embeddings from the JAX model's; `bf16`: one minus the smallest cosine between
+the embeddings that the bfloat16 folder gives, computing in bfloat16, and the JAX model's, of the unrounded weights. Of a model
+in MONAI the normalised tokens are compared instead, and its float32 folder computes in bfloat16.
 """
 
 from __future__ import annotations
@@ -83,7 +83,7 @@ for number, folders in enumerate(json.loads(sys.argv[1])):
                 found = part.to(kind)(windowed.to(kind))
             tokens = (found[-1].flatten(2).transpose(1, 2) if "part" in about else found[0]).float()
             near = torch.nn.functional.cosine_similarity(tokens.flatten(1), expected.flatten(1))
-            found_of[f"{number} {name}"] = float((tokens - expected).abs().max() if name == "float32" else 1 - near.min())
+            found_of[f"{number} {name}"] = [float((tokens - expected).abs().max() if name == "float32" else 1 - near.min())]
         continue
     for name in ("float32", "bf16"):
         kind = torch.float32 if name == "float32" else torch.bfloat16
@@ -92,11 +92,12 @@ for number, folders in enumerate(json.loads(sys.argv[1])):
         with torch.no_grad():
             volume = model.get_image_features(hu).float().numpy()
             text = model.encode_texts(json.loads(str(given["texts"]))).float().numpy()
+        pairs = ((volume, given["volume"]), (text, given["text"]))
         if name == "float32":
-            value = max(np.abs(volume - given["volume"]).max(), np.abs(text - given["text"]).max())
+            values = [np.abs(found - expected).max() for found, expected in pairs]
         else:
-            value = 1 - min((volume * given["volume"]).sum(-1).min(), (text * given["text"]).sum(-1).min())
-        found_of[f"{number} {name}"] = float(value)
+            values = [1 - (found * expected).sum(-1).min() for found, expected in pairs]
+        found_of[f"{number} {name}"] = list(map(float, values))
 print("RESULT" + json.dumps(found_of))
 """
 
@@ -151,7 +152,11 @@ def main() -> None:
     heads = [f"{column['version']} {kind}" for column in columns for kind in ("float32", "bf16")]
     print(f"| family | {' | '.join(heads)} |\n|---|{'---|' * len(heads)}")
     for number, name in enumerate(names):
-        values = [f"{column[f'{number} {kind}']:.1e}" for column in columns for kind in ("float32", "bf16")]
+        values = [
+            ", ".join(f"{value:.1e}" for value in column[f"{number} {kind}"])
+            for column in columns
+            for kind in ("float32", "bf16")
+        ]
         print(f"| {name} | {' | '.join(values)} |")
 
 

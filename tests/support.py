@@ -8,7 +8,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import suppress
 from importlib.metadata import version
 from pathlib import Path
@@ -78,6 +78,11 @@ def tiny_builder(train: str = "", valid: str = "", **overrides: object) -> Confi
     config.training.log_every = 1
     config.training.checkpoint_every = 2
     config.training.writers = ("jsonl",)  # the other one imports torch, for seconds
+    return overridden(config, overrides)
+
+
+def overridden(config: ConfigDict, overrides: Mapping[str, object]) -> ConfigDict:
+    """Sets dotted keys, with `__` for the dots."""
     for key, value in overrides.items():
         group, _, name = key.rpartition("__")
         node = config

@@ -9,7 +9,7 @@ import jax
 import numpy as np
 import pytest
 import torch
-from exported_runs import random_run
+from exported_runs import random_run, small_tokenizer
 from flax.traverse_util import flatten_dict
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
@@ -19,7 +19,6 @@ from mg3d_jax import config as config_lib
 from mg3d_jax import sharding
 from mg3d_jax.commands.main import main as cli
 from mg3d_jax.config.parts import InitConfig
-from mg3d_jax.data.tokens import save_tokenizer, train_wordpiece
 from mg3d_jax.errors import UserError
 from mg3d_jax.evaluation.probes import HEAD_FILE, load_head
 from mg3d_jax.interop import export as export_lib
@@ -38,9 +37,7 @@ ENCODER = "model__volume_encoder__"
 
 @pytest.fixture(scope="module")
 def tokenizer_folder(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("tokenizer")
-    save_tokenizer(train_wordpiece({"There is no nodule.", "The heart is large.", "A cyst (2.5 cm)."}, 120), folder)
-    return folder
+    return small_tokenizer(tmp_path_factory.mktemp("tokenizer"))
 
 
 @pytest.fixture(scope="module")

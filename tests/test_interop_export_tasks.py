@@ -1,6 +1,7 @@
 """Exports of fine-tuned models: decoders for PyTorch and MONAI users against the Linen model."""
 
 import json
+from dataclasses import replace
 from functools import partial
 
 import jax
@@ -8,18 +9,18 @@ import nibabel as nib
 import numpy as np
 import pytest
 import torch
+from exported_runs import SPACING, random_run, small_tokenizer
 from flax.traverse_util import flatten_dict
 from monai.inferers import sliding_window_inference
-from support import drawn, quick_variables, tiny_config
+from support import quick_variables
 
 from mg3d_jax import config as config_lib
 from mg3d_jax import sharding
 from mg3d_jax.config import checks
-from mg3d_jax.data.tokens import load_tokenizer, save_tokenizer, train_wordpiece
+from mg3d_jax.data.tokens import load_tokenizer
 from mg3d_jax.evaluation.segmenter import Segmenter
 from mg3d_jax.interop import export as export_lib
 from mg3d_jax.interop import export_check, export_format, export_monai, import_model
-from mg3d_jax.interop.export_run import Run
 from mg3d_jax.interop.sources import open_source
 from mg3d_jax.interop.torch_template import modeling_mg3d_tasks
 from mg3d_jax.interop.torch_template.configuration_mg3d import MG3DConfig
@@ -27,7 +28,7 @@ from mg3d_jax.interop.torch_template.modeling_mg3d_tasks import MG3DTaskModel
 from mg3d_jax.interop.warm_start import account
 from mg3d_jax.models import sampling
 from mg3d_jax.models.segmentation import UnetrDecoder
-from mg3d_jax.models.towers import swin, vit
+from mg3d_jax.models.towers import bert, swin, vit
 from mg3d_jax.models.towers.segmentation_weights import decoder_to_torch
 from mg3d_jax.models.towers.swin.monai import to_swin_unetr
 from mg3d_jax.phantom import patients as phantoms
@@ -38,7 +39,6 @@ from mg3d_jax.training import inputs as step_inputs
 from mg3d_jax.training import state as state_lib
 from mg3d_jax.training.restore import RestoredRun
 
-SPACING = (20.0, 18.0, 20.0)
 ENCODER = "model__volume_encoder__"
 SEGMENTS = {
     "tasks__segmentation__weight": 1.0, "tasks__segmentation__num_classes": 3, "objectives__alignment__weight": 0.0,
@@ -49,27 +49,18 @@ SEGMENTS = {
 @pytest.fixture(scope="module")
 def make_run(tmp_path_factory):
     """A run with random weights on the smallest towers of its kind."""
-    folder = tmp_path_factory.mktemp("tokenizer")
-    save_tokenizer(train_wordpiece({"There is no nodule.", "The heart is large.", "A cyst (2.5 cm)."}, 120), folder)
+    folder = small_tokenizer(tmp_path_factory.mktemp("tokenizer"))
+    towers = {ENCODER + "preset": "three", "model__report_encoder__preset": "nano", "model__projection_dim": 32}
 
     def make(**overrides):
-        vit.PRESETS["smallest"] = vit.Sizes(32, 3, 2, 64)
-        config = tiny_config(**{ENCODER + "preset": "smallest", "model__report_encoder__preset": "nano"} | overrides)
-        vocab = load_tokenizer(str(folder)).get_vocab_size()
-        model = state_lib.build_model(config, vocab)
-        shapes = jax.eval_shape(model.init, jax.random.key(0), step_inputs.dummy_inputs(model))["params"]
-        rng = np.random.default_rng(1)
-        shaken = jax.tree.map(
-            lambda x: np.asarray(x + 0.1 * rng.standard_normal(x.shape), np.float32),
-            drawn(state_lib.nn.unbox(shapes)),
-        )
-        return Run(
-            config, shaken, folder, 7, Grid(config.grid, SPACING), ("msd-lung",), mask_names=("background", "a", "b")
-        )
+        vit.PRESETS["three"] = vit.Sizes(32, 3, 2, 64)
+        run = random_run(folder, near_start=True, **towers | overrides)
+        return replace(run, sources=("msd-lung",), mask_names=("background", "a", "b"))
 
     yield make
-    for presets, name in ((vit.PRESETS, "smallest"), (vit.PRESETS, "twelve"), (swin.PRESETS, "four")):
-        presets.pop(name, None)
+    for tower in (vit, bert, swin):
+        for name in ("smallest", "three", "four", "twelve"):
+            tower.PRESETS.pop(name, None)
 
 
 def restored(run, tmp_path):

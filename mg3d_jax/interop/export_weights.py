@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from mg3d_jax import config as config_lib
 from mg3d_jax.files import write_json
 from mg3d_jax.interop.export_options import shard_bytes
+from mg3d_jax.interop.export_run import Run
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 
@@ -23,6 +26,18 @@ def rounded(tree: Any, dtype: str) -> Any:
     import jax.numpy as jnp
 
     return jax.tree.map(lambda x: np.asarray(np.asarray(x, jnp.bfloat16), np.float32), tree)
+
+
+def as_stored(run: Run, state: Mapping[str, np.ndarray], dtype: str) -> Run:
+    """A run that computes with what a file of `state` in `dtype` holds: its fixed positions, too, which are stored with the
+    weights and rounded like them."""
+    key = "volume_encoder.positions"
+    fixed = key in state and "positions" not in run.params["volume_encoder"]
+    if dtype == "float32" or not fixed:
+        return run
+    config = config_lib.replace(run.config, {"model.volume_encoder.positions": "learned"})
+    encoder = run.params["volume_encoder"] | {"positions": rounded(state[key], dtype)}
+    return replace(run, config=config, params=run.params | {"volume_encoder": encoder})
 
 
 def save(state: Mapping[str, np.ndarray], folder: Path, *, dtype: str, shard_size: str, settings: str) -> None:
