@@ -17,6 +17,7 @@ from mg3d_jax.scaling.fit.laws import FORMS, Form
 from mg3d_jax.scaling.fit.table import Row
 
 LAW = "the law"
+TIE = 1e-3  # relative; a guess that differs by less is the law in other words, as one of compute is of one size
 REPEATED = tuple(FORMS[name] for name in ("nus-1", "nus", "nus-effective"))
 """Forms of repeated data: the back-test of one shows the others, so that held-out runs choose between them."""
 
@@ -80,7 +81,7 @@ def back_test(rows: Sequence[Row], form: Form, limit: float, fitted: Callable[[S
     ]
     best = min(scores[1:], key=lambda one: one.log_rmse, default=None)
     warnings = []
-    if best is not None and best.log_rmse <= scores[0].log_rmse:
+    if best is not None and best.log_rmse < scores[0].log_rmse * (1 - TIE):
         warnings.append(
             f"back-test: {best.method!r} predicts the {len(above)} runs above {limit:.3g} FLOPs better than the law "
             f"(log-RMSE {best.log_rmse:.4f} against {scores[0].log_rmse:.4f})"

@@ -280,9 +280,10 @@ def damped_newton(
         stretch = np.abs(eigenvalues)
         scale = np.maximum(stretch.max(axis=1, keepdims=True), 1e-300)
         projected = np.einsum("bkj,bk->bj", vectors, gradient)
-        step = -projected / (stretch + (damping[active][:, None] + 1e-14) * scale)
-        step = np.einsum("bkj,bj->bk", vectors, step)
-        step *= np.minimum(1.0, 2.0 / np.maximum(np.abs(step).max(axis=1), 1e-300))[:, None]
+        with np.errstate(over="ignore", invalid="ignore"):  # where the objective is flat: the step is then no descent
+            step = -projected / (stretch + (damping[active][:, None] + 1e-14) * scale)
+            step = np.einsum("bkj,bj->bk", vectors, step)
+            step *= np.minimum(1.0, 2.0 / np.maximum(np.abs(step).max(axis=1), 1e-300))[:, None]
         trial = here + step
         trial[:, problem.scales :] = np.clip(trial[:, problem.scales :], *EXPONENT_BOUNDS)
         new = value(trial, w, part, dl)
