@@ -4,11 +4,12 @@
     mg3d sweep run --config configs/sweeps/scaling.py:clip --workdir RUN/clip --at-once 2 \\
         --set data.train=RUN/train --set data.valid=RUN/valid --set model.report_encoder.features=RUN/features
 
-Arguments: `clip`, volumes against reports, or `mg3d`, the paper's terms at their weights and, as a step costs several times as
-much, half the patients. Both with the quickstart's frozen pre-trained report encoder, so that only the volume encoder grows: 4
-widths of two layers x 4 numbers of patients x 2 seeds, each with patients of its own. Every run trains for 8 epochs: D is the
-number of patients and, in proportion, of steps. The learning rate of a size follows one rule, which is checked at the smallest
-and the largest size. docs/scaling.md has the results.
+Arguments: `clip`, volumes against reports, 8 epochs, whose law is that of the contrastive loss over fixed pools; or `mg3d`, the
+paper's terms at their weights. A step of it costs several times as much: half the patients, 4 epochs. Its loss is a weighted
+sum, which has no law; the law is that of one term, the masked volumes. Both have the quickstart's frozen pre-trained report
+encoder, so that only the volume encoder grows: 4 widths of two layers x 4 numbers of patients x 2 seeds, each with patients of
+its own. As epochs are fixed, D is the number of patients and, in proportion, of steps. The learning rate of a size follows one
+rule, which is checked at the smallest and the largest size. docs/scaling.md has the results.
 """
 
 from ml_collections import ConfigDict
@@ -16,7 +17,8 @@ from ml_collections import ConfigDict
 from mg3d_jax.errors import UserError
 from mg3d_jax.registry import EVALUATIONS
 
-EPOCHS = 8.0
+EPOCHS = {"clip": 8.0, "mg3d": 4.0}
+LOSS = {"clip": "evaluation/pool_loss", "mg3d": "valid/volume_reconstruction"}
 SIZES = ("zepto", "atto", "femto", "pico")
 PATIENTS = {"clip": (320, 640, 1280, 2560), "mg3d": (160, 320, 640, 1280)}
 TERMS = {
@@ -52,7 +54,7 @@ def overrides(terms: str) -> tuple:
         *MODULES[terms],
         ("data.batch_size", 32),
         *((f"evaluations.{name}.every", -1) for name in EVALUATIONS if name != "pool_loss"),
-        ("evaluations.pool_loss.every", 1_000_000),  # at the end
+        ("evaluations.pool_loss.every", 1_000_000 if terms == "clip" else -1),  # at the end
     )
 
 
@@ -67,10 +69,10 @@ def get_config(arg: str = "clip") -> ConfigDict:
     sweep.seeds = (0, 1)
     sweep.subset_seeds = (1, 2)
     sweep.overrides = overrides(arg)
-    sweep.length = ("epochs", EPOCHS)
+    sweep.length = ("epochs", EPOCHS[arg])
     sweep.rule = (("optimizer.learning_rate", 2e-3, 1e6, -0.3),)
     sweep.check = ("optimizer.learning_rate", (0.5, 1, 2))
-    sweep.loss = "evaluation/pool_loss"
+    sweep.loss = LOSS[arg]
     sweep.model_size = "n_vision"
     sweep.data_size = "unique_patients"
     return sweep
