@@ -5,7 +5,7 @@
         --set data.train=RUN/train --set data.valid=RUN/valid --set model.report_encoder.features=RUN/features
 
 Arguments: `clip`, volumes against reports, 8 epochs, whose law is that of the contrastive loss over fixed pools; or `mg3d`, the
-paper's terms at their weights. A step of it costs several times as much: half the patients, 4 epochs. Its loss is a weighted
+paper's terms at their weights. It costs several times as much: a quarter of the patients, 4 epochs. Its loss is a weighted
 sum, which has no law; the law is that of one term, the masked volumes. Both have the quickstart's frozen pre-trained report
 encoder, so that only the volume encoder grows: 4 widths of two layers x 4 numbers of patients x 2 seeds, each with patients of
 its own. As epochs are fixed, D is the number of patients and, in proportion, of steps. The learning rate of a size follows one
@@ -20,7 +20,7 @@ from mg3d_jax.registry import EVALUATIONS
 EPOCHS = {"clip": 8.0, "mg3d": 4.0}
 LOSS = {"clip": "evaluation/pool_loss", "mg3d": "valid/volume_reconstruction"}
 SIZES = ("zepto", "atto", "femto", "pico")
-PATIENTS = {"clip": (320, 640, 1280, 2560), "mg3d": (160, 320, 640, 1280)}
+PATIENTS = {"clip": (320, 640, 1280, 2560), "mg3d": (80, 160, 320, 640)}
 TERMS = {
     "clip": {"alignment.weight": 1.0, "negation.weight": 0.0},
     "mg3d": {
