@@ -8,6 +8,7 @@ import re
 import shutil
 import subprocess
 import sys
+import warnings
 from functools import partial
 from pathlib import Path
 
@@ -406,6 +407,14 @@ def test_encode_volume_says_what_it_wants(blank):
         blank.encode_volume(torch.zeros(1, 16, 16, 8))
     with pytest.warns(UserWarning, match="takes HU and does the windowing itself"):
         blank.encode_volume(torch.rand(1, 16, 16, 16))
+    hu = torch.linspace(-1024, 1000, 16**3).reshape(1, 16, 16, 16)
+    with pytest.warns(UserWarning, match=r"no voxel below 0 HU, .* HU \+ 1024\? Subtract 1024"):
+        blank.get_image_features((hu + 1024).short())
+    with pytest.raises(ValueError, match="voxels that are not finite"):
+        blank.encode_volume(torch.where(hu > 900, torch.nan, hu))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        blank.encode_volume(hu)
     half = copy.deepcopy(blank).half()
     assert half.window(torch.zeros(1, 16, 16, 16, dtype=torch.int16)).dtype == torch.float16
 

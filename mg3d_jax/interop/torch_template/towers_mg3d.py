@@ -193,7 +193,7 @@ class VisionSide:
         return self.classification_head(self._encode(hu)[1]).float()
 
     def _vision(self, pixel_values: Tensor, output_hidden_states: bool | None) -> MG3DVisionOutput:
-        tokens, hidden = self.volume_encoder.with_hidden(self._checked(pixel_values))
+        tokens, hidden = self.volume_encoder.with_hidden(self._with_air(pixel_values))
         pooled = self.volume_encoder.pooled(tokens)
         return MG3DVisionOutput(
             self._volume_embedding(pooled), tokens, pooled, tuple(hidden) if output_hidden_states else None
@@ -207,7 +207,19 @@ class VisionSide:
 
     def _encode(self, hu: Tensor) -> tuple[Tensor, Tensor]:
         """Patch features [B, N, d] and pooled features [B, d]."""
-        return self.volume_encoder(self._checked(hu))
+        return self.volume_encoder(self._with_air(hu))
+
+    def _with_air(self, hu: Tensor) -> Tensor:
+        """The windowed volume, of HU of a whole field of view, which always has air in it."""
+        volume = self._checked(hu)
+        in_graph = torch.compiler.is_compiling()  # where no value is known
+        if not in_graph and hu.numel() and hu.amax() > 1 and (hu.flatten(1).amin(1) >= 0).any():
+            warnings.warn(
+                "a volume has no voxel below 0 HU, as air is: are its numbers HU + 1024? Subtract 1024, or give the file "
+                "to the AutoImageProcessor of this folder, which decides that by evidence",
+                stacklevel=3,
+            )
+        return volume
 
     def _checked(self, hu: Tensor) -> Tensor:
         """The windowed volume, of HU that have the model's grid."""
@@ -219,6 +231,8 @@ class VisionSide:
                 f"{list(hu.shape)}; prepare_volume(array, affine) brings a CT volume to that grid"
             )
         in_graph = torch.compiler.is_compiling()  # where no value is known
+        if not in_graph and hu.is_floating_point() and not hu.isfinite().all():
+            raise ValueError("a volume has voxels that are not finite: its file is damaged, or was computed wrongly")
         if not in_graph and hu.numel() and hu.is_floating_point() and hu.abs().amax() <= 1:
             warnings.warn(
                 "all voxels are within -1..1: encode_volume takes HU and does the windowing itself", stacklevel=2
