@@ -9,7 +9,7 @@ paper's terms at their weights. It costs several times as much: a quarter of the
 sum, which has no law; the law is that of one term, the masked volumes. Both have the quickstart's frozen pre-trained report
 encoder, so that only the volume encoder grows: 4 widths of two layers x 4 numbers of patients x 2 seeds, each with patients of
 its own. As epochs are fixed, D is the number of patients and, in proportion, of steps. The learning rate of a size follows one
-rule, which is checked at the smallest and the largest size. docs/scaling.md has the results.
+rule, which is checked at the smallest and the largest size. docs/scaling.md has what was measured, at twice this rate.
 """
 
 from ml_collections import ConfigDict
@@ -70,7 +70,7 @@ def get_config(arg: str = "clip") -> ConfigDict:
     sweep.subset_seeds = (1, 2)
     sweep.overrides = overrides(arg)
     sweep.length = ("epochs", EPOCHS[arg])
-    sweep.rule = (("optimizer.learning_rate", 2e-3, 1e6, -0.3),)
+    sweep.rule = (("optimizer.learning_rate", 1e-3, 1e6, -0.3),)
     sweep.check = ("optimizer.learning_rate", (0.5, 1, 2))
     sweep.loss = LOSS[arg]
     sweep.model_size = "n_vision"
