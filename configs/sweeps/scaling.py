@@ -47,17 +47,6 @@ MODULES = {
 }
 
 
-def overrides(terms: str) -> tuple:
-    """What both the runs of the sweep and the one that is predicted from them have."""
-    return (
-        *((f"objectives.{name}", weight) for name, weight in TERMS[terms].items()),
-        *MODULES[terms],
-        ("data.batch_size", 32),
-        *((f"evaluations.{name}.every", -1) for name in EVALUATIONS if name != "pool_loss"),
-        ("evaluations.pool_loss.every", 1_000_000 if terms == "clip" else -1),  # at the end
-    )
-
-
 def get_config(arg: str = "clip") -> ConfigDict:
     if arg not in TERMS:
         raise UserError(f"configs/sweeps/scaling.py:{arg}: clip or mg3d")
@@ -68,7 +57,13 @@ def get_config(arg: str = "clip") -> ConfigDict:
     sweep.patients = PATIENTS[arg]
     sweep.seeds = (0, 1)
     sweep.subset_seeds = (1, 2)
-    sweep.overrides = overrides(arg)
+    sweep.overrides = (
+        *((f"objectives.{name}", weight) for name, weight in TERMS[arg].items()),
+        *MODULES[arg],
+        ("data.batch_size", 32),
+        *((f"evaluations.{name}.every", -1) for name in EVALUATIONS if name != "pool_loss"),
+        ("evaluations.pool_loss.every", 1_000_000 if arg == "clip" else -1),  # at the end
+    )
     sweep.length = ("epochs", EPOCHS[arg])
     sweep.rule = (("optimizer.learning_rate", 1e-3, 1e6, -0.3),)
     sweep.check = ("optimizer.learning_rate", (0.5, 1, 2))

@@ -215,7 +215,6 @@ Runs = Callable[[Arrays], Mapping[str, np.ndarray]]
 
 def _check(graph: Graph, floats: Runs, int16: Runs | None) -> float:
     """The largest difference, with batches of two sizes; `UserError` where it is too large."""
-
     first = {name: array[:1] for name, array in graph.inputs.items()}
     short = {name: array[:, :3] if name in graph.any_length else array for name, array in first.items()}
     of_short = {name: array[:1, :3] if graph.any_length else array[:1] for name, array in graph.expected.items()}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import shutil
 import warnings
 from collections.abc import Sequence
@@ -193,7 +194,7 @@ class VisionSide:
         return self.classification_head(self._encode(hu)[1]).float()
 
     def _vision(self, pixel_values: Tensor, output_hidden_states: bool | None) -> MG3DVisionOutput:
-        tokens, hidden = self.volume_encoder.with_hidden(self._with_air(pixel_values))
+        tokens, hidden = self.volume_encoder.with_hidden(self._checked(pixel_values, has_air=True))
         pooled = self.volume_encoder.pooled(tokens)
         return MG3DVisionOutput(
             self._volume_embedding(pooled), tokens, pooled, tuple(hidden) if output_hidden_states else None
@@ -207,22 +208,10 @@ class VisionSide:
 
     def _encode(self, hu: Tensor) -> tuple[Tensor, Tensor]:
         """Patch features [B, N, d] and pooled features [B, d]."""
-        return self.volume_encoder(self._with_air(hu))
+        return self.volume_encoder(self._checked(hu, has_air=True))
 
-    def _with_air(self, hu: Tensor) -> Tensor:
-        """The windowed volume, of HU of a whole field of view, which always has air in it."""
-        volume = self._checked(hu)
-        in_graph = torch.compiler.is_compiling()  # where no value is known
-        if not in_graph and hu.numel() and hu.amax() > 1 and (hu.flatten(1).amin(1) >= 0).any():
-            warnings.warn(
-                "a volume has no voxel below 0 HU, as air is: are its numbers HU + 1024? Subtract 1024, or give the file "
-                "to the AutoImageProcessor of this folder, which decides that by evidence",
-                stacklevel=3,
-            )
-        return volume
-
-    def _checked(self, hu: Tensor) -> Tensor:
-        """The windowed volume, of HU that have the model's grid."""
+    def _checked(self, hu: Tensor, *, has_air: bool = False) -> Tensor:
+        """The windowed volume, of HU that have the model's grid. `has_air`: they are of a whole field of view."""
         size = tuple(self.config.volume_size)
         if tuple(hu.shape[1:]) != size:
             spacing = " x ".join(map(str, self.config.spacing))
@@ -230,14 +219,25 @@ class VisionSide:
                 f"encode_volume takes HU [B, {', '.join(map(str, size))}] at {spacing} mm in RAS+ order, not "
                 f"{list(hu.shape)}; prepare_volume(array, affine) brings a CT volume to that grid"
             )
-        in_graph = torch.compiler.is_compiling()  # where no value is known
-        if not in_graph and hu.is_floating_point() and not hu.isfinite().all():
-            raise ValueError("a volume has voxels that are not finite: its file is damaged, or was computed wrongly")
-        if not in_graph and hu.numel() and hu.is_floating_point() and hu.abs().amax() <= 1:
-            warnings.warn(
-                "all voxels are within -1..1: encode_volume takes HU and does the windowing itself", stacklevel=2
-            )
+        if hu.numel() and not torch.compiler.is_compiling():  # in a graph no value is known
+            _check_values(hu, has_air=has_air)
         return self.window(hu)
+
+
+def _check_values(hu: Tensor, *, has_air: bool) -> None:
+    """`ValueError` for what is not finite, warnings for what can hardly be HU. Voxels are read once for all of it."""
+    volumes = hu.flatten(1)
+    lows, highs = torch.stack([volumes.amin(1), volumes.amax(1)]).tolist()  # NaN where a volume has one
+    if not all(map(math.isfinite, lows + highs)):
+        raise ValueError("a volume has voxels that are not finite: its file is damaged, or was computed wrongly")
+    if hu.is_floating_point() and min(lows) >= -1 and max(highs) <= 1:
+        warnings.warn("all voxels are within -1..1: encode_volume takes HU and does the windowing itself", stacklevel=3)
+    if has_air and max(highs) > 1 and max(lows) >= 0:
+        warnings.warn(
+            "a volume has no voxel below 0 HU, as air is: are its numbers HU + 1024? Subtract 1024, or give the file "
+            "to the AutoImageProcessor of this folder, which decides that by evidence",
+            stacklevel=3,
+        )
 
 
 class TextSide:
