@@ -8,13 +8,14 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
 import pytest
 from soak import MOMENTS, Soak, arrays, command, lines, losses, wait_until, write_config
 from support import TESTS, environment, free_port
-from zygote import Forked, Zygote, mg3d, of_session
+from zygote import Forked, Zygote, mg3d, of_session, state_of
 
 from mg3d_jax.data.bad_records import read_bad_records
 from mg3d_jax.data.pipeline import PreparedData
@@ -62,35 +63,40 @@ def memory_and_files(process):
     return int(re.search(r"RssAnon:\s+(\d+) kB", status)[1]) / 1024, len(os.listdir(f"/proc/{process}/fd"))
 
 
-def test_a_thousand_steps_do_not_grow(zygote, config_file, tmp_path):
-    run, log = tmp_path / "run", tmp_path / "log"
-    settings = {"training__steps": 1000, "training__log_every": 10, "training__checkpoint_every": 100}
-    settings |= {"data__batch_size": 2, "data__max_tokens": 16, "objectives__alignment__report_sentences": 1}
-    settings |= {"objectives__alignment__sentence_tokens": 8}
-    process, samples = zygote.start(command(config_file, run, "heavy", **settings), log), {}
-    while (now := lines(run)) < 99:  # of 10 steps
-        try:
+def watched(zygote, arguments, log, run):
+    """Memory and files of a run whenever it has written a line and is not about to save, by number of the line."""
+    process, samples, before = zygote.start(arguments, log), {}, lines(run)
+    while state_of(process) != "Z":
+        with suppress(OSError, TypeError):  # it has just ended: the log says why
             found = memory_and_files(process)
-        except (OSError, TypeError):  # it has ended early: the log says why
-            break
-        if not list((run / "checkpoints").glob("*tmp*")):  # a save holds files for a while
-            samples[10 * now] = found
+            if not list((run / "checkpoints").glob("*tmp*")):  # a save holds files and copies of the state for a while
+                samples[lines(run) - before] = found
         time.sleep(0.01)
     assert zygote.wait() == 0, log.read_text()
-    steps = [step for step in sorted(samples) if step >= 100]
-    # Between two checkpoints nothing grows, step for step.
-    between = [[samples[s][0] for s in steps if save + 30 < s < save + 100] for save in range(100, 900, 100)]
-    growths = [values[-1] - values[0] for values in between if len(values) > 1]  # a busy machine may leave out some
-    assert len(growths) >= 5
-    growth = np.median(growths)
-    assert growth < 0.25, f"{1024 * growth / 50:.1f} KiB per step: {between}"
-    # Over all, the pools below the checkpoint library may come to hold some more copies of the state, but not one for
-    # every save, of which there are seven.
-    later, copy = [step for step in steps if step >= 250], sum(map(len, arrays(run)[1].values())) / 2**20
-    grown = samples[later[-1]][0] - samples[later[0]][0]
-    assert grown < 5 * copy, (grown, copy, samples)
-    early, late = ([samples[s][1] for s in steps if lowest <= s < lowest + 200] for lowest in (100, 750))
-    assert min(late) <= min(early) and max(late) <= max(early) + 5, (early, late)
+    return [samples[number] for number in sorted(samples)]
+
+
+def test_a_thousand_steps_and_forty_saves_do_not_grow(zygote, config_file, tmp_path):
+    run, log = tmp_path / "run", tmp_path / "log"
+    settings = {"training__log_every": 10, "data__batch_size": 2, "data__max_tokens": 16}
+    settings |= {"objectives__alignment__report_sentences": 1, "objectives__alignment__sentence_tokens": 8}
+    # First steps alone.
+    steps = {"training__steps": 1000, "training__checkpoint_every": 1000}
+    found = watched(zygote, command(config_file, run, "heavy", **settings, **steps), log, run)
+    assert len(found) > 50, found  # a busy machine may leave out some
+    early, late = found[len(found) // 4 : len(found) // 2], found[-len(found) // 4 :]
+    memory, files = ([np.median([each[kind] for each in part]) for part in (early, late)] for kind in (0, 1))
+    assert memory[1] - memory[0] < 1.0, found  # MiB in 500 steps: 2 KiB each
+    assert files[1] <= files[0], found
+    # Then saves: the pools below the checkpoint library come to hold some copies of the state, but not one for each save.
+    run = tmp_path / "saves"
+    settings |= {"training__log_every": 5, "training__steps": 250, "training__checkpoint_every": 5}
+    found = watched(zygote, command(config_file, run, "heavy", **settings), log, run)
+    copy = sum(map(len, arrays(run)[1].values())) / 2**20
+    early, late = found[5:10], found[-6:-1]
+    grown = np.median([memory for memory, _ in late]) - np.median([memory for memory, _ in early])
+    assert grown < 10 * copy, (grown, copy, found)
+    assert max(files for _, files in late) <= max(files for _, files in found[:10]) + 5, found
 
 
 def test_updates_that_are_not_finite_are_skipped_named_and_end_the_run(zygote, config_file, tmp_path):
