@@ -84,7 +84,7 @@ def read_fit(folder: Path) -> tuple[dict[str, Any], Law, np.ndarray]:
     """`fit.json` of a folder, its law and its draws [draws, parameters]. `UserError` where there is no law."""
     import numpy as np
 
-    from mg3d_jax.scaling.fit.laws import FORMS, Law
+    from mg3d_jax.scaling.fit.laws import FORMS, Law, with_chance
 
     if not (folder / "fit.json").is_file():
         raise UserError(f"{folder}: no fit.json: fit a law first, with mg3d sweep fit")
@@ -93,7 +93,7 @@ def read_fit(folder: Path) -> tuple[dict[str, Any], Law, np.ndarray]:
         raise UserError(f"{folder / 'fit.json'} is of an earlier version: fit again with mg3d sweep fit")
     if document.get("refusal") or document["form"] not in FORMS:
         raise UserError(f"{folder}: there is no law to use: {document.get('refusal') or document['form']}")
-    form = FORMS[document["form"]]
+    form = with_chance(FORMS[document["form"]], document.get("chance") or 0.0)
     law = Law.of(form, **document["estimate"])
     with (folder / "draws.csv").open(newline="", encoding="utf-8") as file:
         lines = list(csv.reader(file))[1:]

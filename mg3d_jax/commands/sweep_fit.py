@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import math
 import sys
 from pathlib import Path
 from typing import Any
@@ -61,7 +62,12 @@ def add_parser(commands: argparse._SubParsersAction) -> None:
     fit.add_argument(
         "--holdout-compute", type=float, metavar="C", help="back-test: fit runs up to C FLOPs, predict the others too"
     )
-    fit.add_argument("--chance", type=float, default=0.0, help="of the metric (--form metric; AUROC has 0.5)")
+    fit.add_argument(
+        "--chance",
+        type=float,
+        help="loss of guessing, to which the law bends: log(pool) of a contrastive loss. With --form metric: of the metric "
+        "(default 0; AUROC has 0.5)",
+    )
     fit.add_argument("--ceiling", type=float, default=1.0, help="of the metric (--form metric)")
 
 
@@ -72,6 +78,8 @@ def fit(args: argparse.Namespace) -> int:
         raise UserError("give either --table T.csv (with --n, --d, --loss, --out) or --workdir DIR")
     if args.form in (ISOFLOP, METRIC):
         return _fit_other(args)
+    if args.chance is not None and not 0 < args.chance < math.inf:
+        raise UserError(f"--chance {args.chance:g}: the loss of guessing is above 0 and finite")
     document, out = _fit_table(args) if args.table else _fit_sweep(args)
     from mg3d_jax.scaling.fit import outputs
 
@@ -105,7 +113,7 @@ def _table_rows(args: argparse.Namespace, variables: tuple[str, ...], *more: str
 def _fit_table(args: argparse.Namespace) -> tuple[dict, Path]:
     from mg3d_jax.scaling.fit import laws, outputs
 
-    form = laws.FORMS[args.form]
+    form = laws.with_chance(laws.FORMS[args.form], args.chance or 0.0)
     rows = _table_rows(args, form.variables)
     names = {name: getattr(args, name.lower()) for name in form.variables} | {
         "loss": args.loss,
@@ -126,7 +134,10 @@ def _fit_sweep(args: argparse.Namespace) -> tuple[dict, Path]:
 
     if given := [f"--{name}" for name in (*VARIABLES, "group", "subset", "compute") if getattr(args, name)]:
         raise UserError(f"{', '.join(given)} only go with --table; a sweep declares its model_size and data_size")
-    form, declared = laws.FORMS[args.form], declaration.read_declaration(args.workdir)
+    form, declared = (
+        laws.with_chance(laws.FORMS[args.form], args.chance or 0.0),
+        declaration.read_declaration(args.workdir),
+    )
     named = collect.variables_of(declared)
     if not set(form.variables) <= set(named):
         raise UserError(
@@ -134,7 +145,7 @@ def _fit_sweep(args: argparse.Namespace) -> tuple[dict, Path]:
         )
     loss, out = args.loss or declared.loss, args.out or args.workdir / "fit"
     rows = collect.rows(args.workdir, declared, loss, form.variables)
-    refusal, warnings = collect.objections(declared, rows, loss)
+    refusal, warnings = collect.objections(declared, rows, loss, bounded=bool(form.chance))
     names = {name: named[name] for name in form.variables} | {"loss": loss, "source": f"sweep {declared.name}"}
     options = outputs.Options(form, args.draws, args.seed, args.residuals == "raw")
     held_out = args.holdout_compute
@@ -149,12 +160,14 @@ def _fit_other(args: argparse.Namespace) -> int:
 
     if args.workdir:
         raise UserError(f"--form {args.form} takes a table: give the sweep's fit/runs.csv with --table")
+    if args.form == ISOFLOP and args.chance is not None:
+        raise UserError("--chance is of laws and of --form metric; parabolas have none")
     if args.form == ISOFLOP:
         rows = table.used(_table_rows(args, ("N",), "compute"))
         document = other.write_isoflop(args.out, rows)
     else:
         rows = table.used(_table_rows(args, ("x",)))
-        document = other.write_metric(args.out, rows, args.chance, args.ceiling, args.draws, args.seed)
+        document = other.write_metric(args.out, rows, args.chance or 0.0, args.ceiling, args.draws, args.seed)
     print(other.summary(document))
     print(f"wrote {args.out}/fit.json and its CSV and plot")
     if document["refusal"]:

@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from mg3d_jax.scaling.fit import solver
-from mg3d_jax.scaling.fit.laws import FLOOR, ND, Form, Law, huber
+from mg3d_jax.scaling.fit.laws import FLOOR, ND, SHARPNESS, Form, Law, huber
 from mg3d_jax.scaling.fit.solver import Problem
 
 SPARE_RUNS = 3  # more than parameters
@@ -30,6 +30,8 @@ RESIDUAL_FLOOR = 1e-7
 """Residuals below this are rounding (of float32 tables), not evidence for a term."""
 LEAST_PASSES, MOST_PASSES = 0.02, 95.0
 """Of the repeats that `nus-effective` saturates at, within the bounds of the solver."""
+LEAST_SHARPNESS, MOST_SHARPNESS = 0.1, 9.9
+"""Of the turn to chance, within the bounds of the solver."""
 MOST_CONDITION = 1e7
 EXACT_FIT = 1e-9
 """In units of the solver's objective: starts that end below it have found a law without residuals."""
@@ -139,6 +141,8 @@ def why_refused(form: Form, columns: Mapping[str, np.ndarray], loss: np.ndarray)
     for name, sizes in columns.items():
         if name != "U" and (count := len(np.unique(sizes))) < MINIMUM_SIZES:
             return f"{count} distinct {name}; offset, scale and exponent need at least {MINIMUM_SIZES}: not identified"
+    if form.chance and loss.min() >= form.chance:
+        return f"no run is below chance, {form.chance:.4g}: the smallest loss is {loss.min():.4g}"
     if "U" in columns:
         if (columns["U"] > columns["S"] * (1 + 1e-6)).any():
             return "U, the unique data, is larger than S, the data seen, in some rows: are the two columns exchanged?"
@@ -188,6 +192,8 @@ def _random_starts(count: int, seed: int, allowed: tuple[int, ...], problem: Pro
     rng = np.random.default_rng([seed, 1])
     low, high = np.log(solver.EXPONENT_RANGE)
     exponents = np.exp(rng.uniform(low, high, (count, len(problem.form.exponents))))
+    if problem.sharpness is not None:
+        exponents[:, problem.sharpness - problem.scales] = np.exp(rng.uniform(*np.log(solver.SHARPNESS_RANGE), count))
     shares = np.log(rng.dirichlet(np.ones(problem.scales), count) + 1e-3)
     shares[:, [k for k in range(problem.scales) if k not in allowed]] = -np.inf
     return np.concatenate([shares, exponents], axis=1)
@@ -249,6 +255,8 @@ def _implausible(law: Law, known: Mapping[str, str]) -> dict[str, str]:
                 found |= {name: reason, term.scale: reason}
         if term.saturating and term.saturating not in known and not LEAST_PASSES <= law[term.saturating] <= MOST_PASSES:
             found[term.saturating] = f"{law[term.saturating]:.3g} repeats: the runs do not say where data wear out"
+    if law.form.chance and not LEAST_SHARPNESS <= law[SHARPNESS] <= MOST_SHARPNESS:
+        found[SHARPNESS] = f"{law[SHARPNESS]:.3g}: the runs do not say how the law turns to chance"
     return found
 
 
@@ -264,6 +272,7 @@ def _certify(
     present = [k for k in range(problem.scales) if k not in missing]
     free = sorted({p for k in present for p in problem.touches[k]})
     free += [problem.saturating[k][1] for k in present if k in problem.saturating]
+    free += [] if problem.sharpness is None else [problem.sharpness]
     return Certificate(
         starts=len(values),
         starts_within_0_1_percent=int(np.sum(excess <= 1e-3)),

@@ -104,6 +104,8 @@ def baselines(below: Sequence[Row], above: Sequence[Row], form: Form) -> dict[st
     points, _ = table.columns(above, form.variables)
     distance = sum((np.log(points[name])[:, None] - np.log(sizes[name])[None]) ** 2 for name in form.variables)
     found["nearest run"] = loss[np.argmin(distance, axis=1)]
+    if form.chance:
+        found |= _laws("the law without a chance level", FORMS[form.name], sizes, points, loss)
     if form.name == "nd":
         found |= _laws("power law without floor", FORMS["nd-no-floor"], sizes, points, loss)
     if form.variables == REPEATED[0].variables:

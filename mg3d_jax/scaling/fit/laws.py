@@ -14,6 +14,12 @@ again are worth less each time. Where one more pass is worth (1 - 1 / R) of the 
 differ from the paper. All parameters are fitted at once, where it takes E, A, B, alpha and beta from runs without repeats
 first; and its second saturation, of parameters beyond what U asks for, is left out: it is defined by the optimum of the very
 law that is fitted, and a sweep of a few sizes says little of it.
+
+A loss that guessing bounds, such as a contrastive one (log of the pool's size), leaves that bound slowly: near it no sum of
+powers holds. `with_chance` bends a form to it, `L = (law^-k + chance^-k)^(-1/k)`, a soft minimum of both: the law itself where
+that is well below chance, chance where it is above, with a fitted sharpness k of the turn. The aim is that of the estimator
+M4 of Alabdulmohsin et al. 2022 (arXiv:2209.06640), which gives random guessing its place in a law of one variable; ours is
+explicit in the loss, and keeps all other parameters in their usual meaning.
 """
 
 from __future__ import annotations
@@ -22,9 +28,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
 import numpy as np
+from scipy.special import expit
 
 HUBER_DELTA = 1e-3
-FLOOR = "E"
+FLOOR, SHARPNESS = "E", "k"
 ROUNDING = np.log(1e-6)
 """Fewer repeats than that are rounding of a table: the data are seen once."""
 
@@ -50,12 +57,13 @@ def gain(repeats: np.ndarray, most: np.ndarray) -> np.ndarray:
 
 @dataclass(frozen=True)
 class Form:
-    """A kind of law. `variables` are the columns that it takes, in this order."""
+    """A kind of law. `variables` are the columns that it takes, in this order; `chance`: the loss of guessing, 0 for none."""
 
     name: str
     formula: str
     variables: tuple[str, ...]
     terms: tuple[Term, ...]
+    chance: float = 0.0
 
     @property
     def scales(self) -> tuple[str, ...]:
@@ -63,9 +71,10 @@ class Form:
 
     @property
     def exponents(self) -> tuple[str, ...]:
-        """Of powers, and then how often data may be repeated: parameters that are no scales."""
+        """Of powers, how often data may be repeated, how sharply the law turns to chance: parameters that are no scales."""
         powers = dict.fromkeys(name for term in self.terms for name, _, _ in term.powers)
-        return (*powers, *(term.saturating for term in self.terms if term.saturating))
+        repeats = [term.saturating for term in self.terms if term.saturating]
+        return (*powers, *repeats, *([SHARPNESS] if self.chance else []))
 
     @property
     def parameters(self) -> tuple[str, ...]:
@@ -82,7 +91,8 @@ class Form:
     def without(self, scales: set[str]) -> Form:
         """The form that is left when these terms are dropped."""
         kept = tuple(term for term in self.terms if term.scale not in scales)
-        return replace(self, name=f"{self.name} without {', '.join(sorted(scales))}", terms=kept, formula=formula(kept))
+        written = formula(kept, self.chance)
+        return replace(self, name=f"{self.name} without {', '.join(sorted(scales))}", terms=kept, formula=written)
 
     def features(self, columns: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
         """Logarithms of what the terms are powers of, float64 [rows]; `-inf` where a penalty is absent."""
@@ -95,8 +105,8 @@ class Form:
         return found
 
 
-def formula(terms: tuple[Term, ...]) -> str:
-    """`L = E + A / N^alpha`."""
+def formula(terms: tuple[Term, ...], chance: float = 0.0) -> str:
+    """`L = E + A / N^alpha`, with chance `L = ((E + A / N^alpha)^-k + 4.852^-k)^(-1/k)`."""
     written = []
     for term in terms:
         text = term.scale
@@ -107,7 +117,20 @@ def formula(terms: tuple[Term, ...]) -> str:
             text += f" {'/' if sign < 0 else '*'} {base}^{exponent}"
         text += "".join(f" * ({factor})" if "/" in factor else f" * {factor}" for factor in term.factors)
         written.append(text)
-    return "L = " + " + ".join(written)
+    law = " + ".join(written)
+    return f"L = (({law})^-{SHARPNESS} + {chance:.4g}^-{SHARPNESS})^(-1/{SHARPNESS})" if chance else f"L = {law}"
+
+
+def with_chance(form: Form, chance: float) -> Form:
+    """`form` where guessing has the loss `chance`: it bends to that, and has one parameter more. 0: as it is."""
+    return replace(form, chance=chance, formula=formula(form.terms, chance)) if chance else form
+
+
+def turned(log_law: np.ndarray, log_chance: float, sharpness: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Logarithm of the soft minimum of law and chance, and its derivative by that of the law: 1 far below chance, 0 above."""
+    over = sharpness * (log_law - log_chance)
+    weight = expit(-over)
+    return np.where(over < 0, log_law, log_chance) - np.log1p(np.exp(-np.abs(over))) / sharpness, weight
 
 
 def _form(name: str, variables: tuple[str, ...], *terms: Term) -> Form:
@@ -178,6 +201,10 @@ def predict(form: Form, values: np.ndarray, columns: Mapping[str, np.ndarray]) -
             for factor in term.factors:
                 log_term = log_term + features[factor]
             total += np.exp(log_term)
+    if form.chance:
+        sharpness = values[:, form.parameters.index(SHARPNESS)].reshape(-1, *([1] * len(shape)))
+        with np.errstate(divide="ignore"):
+            return np.exp(turned(np.log(total), np.log(form.chance), sharpness)[0])
     return total
 
 

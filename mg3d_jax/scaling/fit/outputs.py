@@ -128,6 +128,7 @@ def fit_document(rows: Sequence[Row], result: Result, names: Mapping[str, str]) 
         "schema": SCHEMA,
         "form": form.name,
         "law": form.formula,
+        "chance": form.chance or None,
         "status": REFUSED if fit.refusal else (PARTLY if fit.not_identified else FITTED),
         "refusal": fit.refusal,
         "params": {name: None if name in fit.not_identified else estimate[name] for name in form.parameters},

@@ -266,15 +266,15 @@ def _contours(out: Path, rows: Sequence[Row], result: Result, names: Mapping[str
     panel.scatter(sizes["N"], sizes["D"], s=14, color="black", label="runs")
     products = np.geomspace((sizes["N"] * sizes["D"]).min(), 30 * (sizes["N"] * sizes["D"]).max(), 30)
     best = np.asarray([_best_size(law, result, one, limits["N"]) for one in products])
-    panel.plot(best[:, 0], products / best[:, 0], color="#b4540a", label="best N where FLOPs go as N D")
+    inside = [limits["N"][0] <= n <= limits["N"][1] and limits["D"][0] <= p / n <= limits["D"][1]
+              for n, p in zip(best[:, 0], products, strict=True)]  # fmt: skip
+    label = "best N where FLOPs go as N D" + ("" if any(inside) else ": outside")
+    panel.plot(best[:, 0], products / best[:, 0], color="#b4540a", label=label)
     if result.drawn is not None:
         panel.fill_betweenx(products / best[:, 0], best[:, 1], best[:, 2], color="#b4540a", alpha=0.2, linewidth=0)
-    panel.set_xlim(limits["N"])
-    panel.set_yscale("log")
-    panel.set_ylim(limits["D"])
-    _size_axis(panel, f"N: {names['N']}", sizes["N"])
-    panel.yaxis.set_major_formatter(FuncFormatter(lambda value, _: format_size(value)))
-    panel.set_ylabel(f"D: {names['D']}")
+    for which, name in (("x", "N"), ("y", "D")):
+        _size_axis(panel, f"{name}: {names[name]}", sizes[name], which)
+        panel.set(**{f"{which}lim": limits[name]})
     figure.colorbar(shown, ax=panel, label=names["loss"])
     panel.legend(fontsize=8, loc="lower right")
     lines = ([one, *three, one / three[0]] for one, three in zip(products, best, strict=True))
@@ -356,19 +356,19 @@ def _level_ticks(bar: Any, levels: np.ndarray) -> None:
     bar.set_ticks(list(levels), labels=[format_size(level) for level in levels])
 
 
-def _size_axis(panel: Any, label: str, values: np.ndarray) -> None:
+def _size_axis(panel: Any, label: str, values: np.ndarray, which: str = "x") -> None:
     """A log axis whose ticks read `2M`, `50k`; they sit at the sizes themselves where those are few."""
-    panel.set_xscale("log")
-    panel.set_xlabel(label)
+    panel.set(**{f"{which}scale": "log", f"{which}label": label})
+    axis = getattr(panel, f"{which}axis")
     distinct = np.unique(values)
     if len(distinct) <= MOST_CURVES and np.all(distinct[1:] > 1.2 * distinct[:-1]):
-        panel.xaxis.set_major_locator(FixedLocator(distinct.tolist()))
-        panel.xaxis.set_minor_locator(NullLocator())
+        axis.set_major_locator(FixedLocator(distinct.tolist()))
+        axis.set_minor_locator(NullLocator())
     else:
         decades = np.log10(distinct[-1] / distinct[0])
-        panel.xaxis.set_major_locator(LogLocator(subs=(1.0,) if decades > 3 else (1.0, 3.0)))
-        panel.xaxis.set_minor_formatter(NullFormatter())
-    panel.xaxis.set_major_formatter(FuncFormatter(lambda value, _: format_size(value)))
+        axis.set_major_locator(LogLocator(subs=(1.0,) if decades > 3 else (1.0, 3.0)))
+        axis.set_minor_formatter(NullFormatter())
+    axis.set_major_formatter(FuncFormatter(lambda value, _: format_size(value)))
 
 
 def _loss_axis(panel: Any, which: str, loss: np.ndarray) -> None:

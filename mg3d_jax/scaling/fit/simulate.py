@@ -16,7 +16,7 @@ import numpy as np
 
 from mg3d_jax.progress import track
 from mg3d_jax.scaling.fit import noiseless, outputs
-from mg3d_jax.scaling.fit.laws import ND, Law
+from mg3d_jax.scaling.fit.laws import ND, SHARPNESS, Law, with_chance
 from mg3d_jax.scaling.fit.table import Row
 
 TRUTH = Law.of(ND, E=1.0, A=1.5 * 1e7**0.4, B=1.2 * 1e4**0.35, alpha=0.4, beta=0.35)
@@ -27,7 +27,7 @@ class Design:
     """A grid of `sizes` x `data` x `seeds` runs; `run`, `cell`, `subset`: standard deviations of the log loss.
 
     Every seed draws its own data subset; `told`: the fit is told which. `mistuned`: log loss added to the runs of the largest
-    size.
+    size. `chance`: the loss of guessing, to which the law turns with the sharpness 3; 0: none.
     """
 
     name: str
@@ -39,9 +39,15 @@ class Design:
     subset: float = 0.0
     mistuned: float = 0.0
     told: bool = True
+    chance: float = 0.0
 
-    def rows(self, seed: int, truth: Law = TRUTH) -> list[Row]:
-        """The runs of one simulated sweep."""
+    @property
+    def truth(self) -> Law:
+        return Law.of(with_chance(ND, self.chance), **TRUTH.as_dict(), **({SHARPNESS: 3.0} if self.chance else {}))
+
+    def rows(self, seed: int, truth: Law | None = None) -> list[Row]:
+        """The runs of one simulated sweep, of `truth` or the design's own."""
+        truth = truth or self.truth
         rng = np.random.default_rng([seed, 5])
         n, d = np.geomspace(1e6, 1e8, self.sizes), np.geomspace(1e3, 1e5, self.data)
         i, j, s = (v.ravel() for v in np.indices((self.sizes, self.data, self.seeds)))
@@ -65,6 +71,7 @@ DESIGNS = (
     Design("5 x 5 x 2", sizes=5, data=5, subset=0.004),
     Design("5 x 5, one seed", sizes=5, data=5, seeds=1),  # one subset of each data amount: no interval
     Design("5 x 5, one seed, a table", sizes=5, data=5, seeds=1, told=False),
+    Design("near chance", run=0.02, chance=4.852),
     Design("largest size 2 % off", mistuned=0.02),
     Design("5 x 5, largest size 2 % off", sizes=5, data=5, seeds=1, mistuned=0.02),
 )
@@ -83,20 +90,21 @@ class Summary:
 
 def simulate(design: Design, simulations: int, draws: int, *, first: int = 0) -> Summary:
     """Fits simulated sweeps of `design`. The prediction is at 10 times the largest N and D."""
-    hits = dict.fromkeys((*ND.parameters, "prediction"), 0)
+    truth = design.truth
+    hits = dict.fromkeys((*truth.form.parameters, "prediction"), 0)
     given = warned = 0
     point = {"N": np.array([1e9]), "D": np.array([1e6])}
     for seed in track(range(first, first + simulations), design.name, simulations, unit="sweeps"):
-        result = outputs.fit_rows(design.rows(seed), outputs.Options(draws=draws, seed=seed))
+        result = outputs.fit_rows(design.rows(seed), outputs.Options(truth.form, draws=draws, seed=seed))
         warned += any(warning.startswith("lack of fit") for warning in result.fit.warnings)
         if result.drawn is None:
             continue
         given += 1
-        for name in ND.parameters:
+        for name in truth.form.parameters:
             low, high = result.drawn.interval(name, 90)
-            hits[name] += low <= TRUTH[name] <= high
+            hits[name] += low <= truth[name] <= high
         low, high = (float(end[0]) for end in result.drawn.band(point, 90))
-        hits["prediction"] += low <= float(TRUTH(1e9, 1e6)) <= high
+        hits["prediction"] += low <= float(truth(1e9, 1e6)) <= high
     return Summary(
         design, simulations, given, {name: count / max(given, 1) for name, count in hits.items()}, warned / simulations
     )
@@ -120,7 +128,10 @@ def main(argv: list[str]) -> int:
         found = simulate(design, args.simulations, args.draws, first=args.first)
         # A law that the runs do not follow has no truth to cover.
         shown = found.intervals and not design.mistuned
-        cells = [design.name, *(f"{share:.3f}" if shown else "" for share in found.coverage.values())]
+        cells = [
+            design.name,
+            *(f"{found.coverage[name]:.3f}" if shown else "" for name in (*ND.parameters, "prediction")),
+        ]
         cells += [f"{found.intervals / found.simulations:.2f}", f"{found.warned:.3f}"]
         sys.stdout.write(f"| {' | '.join(cells)} |\n")
         sys.stdout.flush()

@@ -4,6 +4,9 @@ A law in logs is `f = logsumexp_k(c_k + sum_p theta_p G_pk)` with features of th
 in `theta`: `f` has exact, cheap first and second derivatives, so a damped Newton method converges where quasi-Newton
 methods with default tolerances stop early (the raw objective is tiny, and its curvature lives only in the rows within
 `delta` of the law). A term that is switched off has `-inf` as its log scale. Problems are independent rows of a batch.
+
+A law with a chance level is `g(f, k)`, `laws.turned` of the same `f`: shares of the terms are then those in `g`, which sum to
+`dg / df`, and first derivatives keep their form.
 """
 
 from __future__ import annotations
@@ -15,7 +18,7 @@ from functools import cached_property
 
 import numpy as np
 
-from mg3d_jax.scaling.fit.laws import FLOOR, HUBER_DELTA, Form, Law, gain, huber
+from mg3d_jax.scaling.fit.laws import FLOOR, HUBER_DELTA, SHARPNESS, Form, Law, gain, huber, turned
 
 EXPONENT_RANGE = (0.05, 1.2)
 """The grid of variable projection for powers of sizes; the polish may leave it."""
@@ -25,8 +28,11 @@ REPEATS_RANGE, REPEATS_UNIT = (0.05, 5.0), 10.0
 """Grid of how often data may be repeated, in units of ten times: `theta` has it in these, so that bounds of exponents fit."""
 EXACT = 1e-16
 """An objective below this is a fit without residuals (of about 1e-11): rounding is all that is left to descend."""
+SHARPNESS_RANGE = (0.7, 9.0)
 GRID_POINTS = {1: 60, 2: 24, 3: 12, 4: 7}
 """Grid points per exponent, by the number of exponents."""
+LEAST_WEIGHT = 1e-6
+"""Rows whose loss is nearer to chance than that, in `dg / df`, or above it, say nothing of the law's terms."""
 SHARED = ("touches", "products", "saturating")  # what problems of the same rows have in common
 
 
@@ -76,6 +82,22 @@ class Problem:
     def scales(self) -> int:
         """Number of terms: the first columns of `theta` are their log scales."""
         return len(self.form.terms)
+
+    @property
+    def log_chance(self) -> float:
+        """In the units of `z`."""
+        return float(np.log(self.form.chance)) - self.centre
+
+    @cached_property
+    def sharpness(self) -> int | None:
+        """The parameter that says how sharply the law turns to chance; None without a chance level."""
+        return self.form.parameters.index(SHARPNESS) if self.form.chance else None
+
+    def without_chance(self, sharpness: float) -> tuple[np.ndarray, np.ndarray]:
+        """What the terms alone must sum to for the observed losses, as `z`, and the weight of each row: both like `z`."""
+        over = np.minimum(sharpness * (self.z - self.log_chance), np.log1p(-LEAST_WEIGHT))
+        weight = -np.expm1(over)
+        return self.log_chance + (over - np.log(weight)) / sharpness, weight
 
     @cached_property
     def touches(self) -> list[list[int]]:
@@ -166,7 +188,8 @@ class Problem:
         f, shares = log_law(self.theta(law)[None], self)
         found = jacobian(self.theta(law)[None], shares, self)[0].T
         if FLOOR in law.form.scales:
-            found[:, law.form.scales.index(FLOOR)] = np.exp(-f[0])
+            bent = 1.0 if self.sharpness is None else shares[0].sum(axis=0) ** (1 + 1 / law[SHARPNESS])
+            found[:, law.form.scales.index(FLOOR)] = bent * np.exp(-f[0])
         return found
 
 
@@ -183,7 +206,19 @@ def log_terms(theta: np.ndarray, problem: Problem) -> np.ndarray:
 
 
 def log_law(theta: np.ndarray, problem: Problem) -> tuple[np.ndarray, np.ndarray]:
-    """`f` [batch, rows] and each term's share of the predicted loss [batch, terms, rows]."""
+    """`f` [batch, rows] and each term's share of the predicted loss [batch, terms, rows].
+
+    With a chance level: `g`, and shares that leave out chance's own.
+    """
+    f, shares = _log_sum(theta, problem)
+    if problem.sharpness is None:
+        return f, shares
+    g, weight = turned(f, problem.log_chance, theta[:, problem.sharpness, None])
+    return g, shares * weight[:, None]
+
+
+def _log_sum(theta: np.ndarray, problem: Problem) -> tuple[np.ndarray, np.ndarray]:
+    """`f` and the terms' shares in it, whatever chance is."""
     u = log_terms(theta, problem)
     top = u.max(axis=1, keepdims=True)
     shares = np.exp(u - top)
@@ -202,7 +237,20 @@ def jacobian(theta: np.ndarray, shares: np.ndarray, problem: Problem) -> np.ndar
         growth, first, _ = problem.growth(theta, repeats)
         found[:, power] += sign * shares[:, k] * growth
         found[:, repeats] += sign * shares[:, k] * theta[:, power, None] * first
+    if problem.sharpness is not None:
+        found[:, problem.sharpness] = _by_sharpness(theta, problem)[0]
     return found
+
+
+def _by_sharpness(theta: np.ndarray, problem: Problem) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """`dg / dk`, `d2g / dk2`, and what `dg / dtheta` is multiplied by in `d2g / (dk dtheta)`: [batch, rows] each."""
+    assert problem.sharpness is not None
+    k = theta[:, problem.sharpness, None]
+    f, _ = _log_sum(theta, problem)
+    g, weight = turned(f, problem.log_chance, k)
+    above = f - problem.log_chance
+    first = (weight * above + problem.log_chance - g) / k
+    return first, -(above**2) * weight * (1 - weight) / k - 2 * first / k, -above * (1 - weight)
 
 
 def _curvature(theta: np.ndarray, pulled: np.ndarray, problem: Problem, k: int) -> tuple[list[int], np.ndarray]:
@@ -248,12 +296,36 @@ def derivatives(
     inside = weights * (np.abs(residual) <= delta) * slope**2
     first = jacobian(theta, shares, problem)
     gradient = -np.einsum("bkr,br->bk", first, pull)
-    hessian = _outer(first, inside if problem.raw else inside + pull)
+    if problem.sharpness is None:
+        hessian = _outer(first, inside if problem.raw else inside + pull)
+    else:
+        hessian = _with_sharpness(theta, first, shares, inside - pull if problem.raw else inside, pull, problem)
     for k in range(problem.scales):
         touched, second = _curvature(theta, pull * shares[:, k], problem, k)
         hessian[:, np.asarray(touched)[:, None], touched] -= second
     bound = _outer(first, weights * slope**2 * np.minimum(1.0, delta / np.maximum(np.abs(residual), 1e-300)))
     return gradient / HUBER_DELTA**2, hessian / HUBER_DELTA**2, bound / HUBER_DELTA**2
+
+
+def _with_sharpness(
+    theta: np.ndarray, first: np.ndarray, shares: np.ndarray, outer: np.ndarray, pull: np.ndarray, problem: Problem
+) -> np.ndarray:
+    """Hessian of a law with a chance level, but for the second derivatives of its terms.
+
+    With `w = dg / df` these are `d2g = w d2f - k w (1 - w) df df'`, so `dg dg' (1 + k (1 - w)) / w` beside those of the terms.
+    """
+    assert problem.sharpness is not None
+    index = problem.sharpness
+    weight = np.maximum(shares.sum(axis=1), 1e-300)
+    _, second, mixed = _by_sharpness(theta, problem)
+    terms = first.copy()
+    terms[:, index] = 0.0
+    hessian = _outer(first, outer) + _outer(terms, pull * (1 + theta[:, index, None] * (1 - weight)) / weight)
+    crossed = np.einsum("bkr,br->bk", terms, pull * mixed)
+    hessian[:, index] -= crossed
+    hessian[:, :, index] -= crossed
+    hessian[:, index, index] -= np.sum(pull * second, axis=1)
+    return hessian
 
 
 def _outer(first: np.ndarray, weights: np.ndarray) -> np.ndarray:
@@ -316,6 +388,7 @@ def exponent_grid(form: Form, points: int = 0) -> np.ndarray:
     """Exponents to try [grid, exponents]; `points` per exponent, by default as `GRID_POINTS` says."""
     ranges = {name: PENALTY_RANGE for term in form.terms for name, _, sign in term.powers if sign > 0}
     ranges |= {term.saturating: REPEATS_RANGE for term in form.terms if term.saturating}
+    ranges |= {SHARPNESS: SHARPNESS_RANGE}
     points = points or GRID_POINTS[len(form.exponents)]
     axes = [np.geomspace(*ranges.get(name, EXPONENT_RANGE), points) for name in form.exponents]
     return np.stack([axis.ravel() for axis in np.meshgrid(*axes, indexing="ij")], axis=1)
@@ -333,11 +406,31 @@ def variable_projection(
     """
     grid = exponent_grid(problem.form, points)
     allowed = tuple(range(problem.scales)) if allowed is None else allowed
-    reference = problem.z if problem.z.ndim == 1 else problem.z.mean(axis=0)
+    if problem.sharpness is None:
+        costs, scales = _projected(grid, weights, problem.z, problem, allowed)
+    else:  # for a fixed sharpness the law is linear once chance is taken off the observed losses
+        of_grid = grid[:, problem.sharpness - problem.scales]
+        costs, scales = np.empty((len(weights), len(grid))), np.empty((len(weights), len(grid), problem.scales))
+        for sharpness in np.unique(of_grid):
+            part, (z, weight) = of_grid == sharpness, problem.without_chance(sharpness)
+            costs[:, part], scales[:, part] = _projected(grid[part], weights * weight**2, z, problem, allowed)
+    order = np.argsort(costs, axis=1, kind="stable")[:, :keep]
+    batch = np.arange(len(weights))[:, None]
+    with np.errstate(divide="ignore"):
+        found = np.where(scales[batch, order] > 0, np.log(scales[batch, order]), np.log(1e-3))
+    found[..., [k for k in range(problem.scales) if k not in allowed]] = -np.inf
+    return np.concatenate([found, grid[order]], axis=-1)
+
+
+def _projected(
+    grid: np.ndarray, weights: np.ndarray, z: np.ndarray, problem: Problem, allowed: tuple[int, ...]
+) -> tuple[np.ndarray, np.ndarray]:
+    """Cost [batch, grid] and the best non-negative scales [batch, grid, terms] for every point of the grid."""
+    reference = z if z.ndim == 1 else z.mean(axis=0)
     logs = log_terms(np.concatenate([np.zeros((len(grid), problem.scales)), grid], axis=1), problem)
     basis = np.exp(logs - reference)  # [grid, terms, rows]
     gram = np.einsum("br,gkr,glr->bgkl", weights, basis, basis, optimize=True)
-    target = np.einsum("br,gkr->bgk", weights * np.exp(problem.z - reference), basis, optimize=True)
+    target = np.einsum("br,gkr->bgk", weights * np.exp(z - reference), basis, optimize=True)
     best_cost = np.full(gram.shape[:2], np.inf)
     best = np.zeros(target.shape)
     for subset in _subsets(allowed):
@@ -351,12 +444,9 @@ def variable_projection(
         full = np.zeros_like(best)
         full[..., index] = scales
         best = np.where(wins[..., None], full, best)
-    order = np.argsort(best_cost, axis=1, kind="stable")[:, :keep]
-    batch = np.arange(len(weights))[:, None]
-    with np.errstate(divide="ignore"):
-        found = np.where(best[batch, order] > 0, np.log(best[batch, order]), np.log(1e-3))
-    found[..., [k for k in range(problem.scales) if k not in allowed]] = -np.inf
-    return np.concatenate([found, grid[order]], axis=-1)
+    if problem.sharpness is not None:  # the constant that the cost leaves out differs between sharpnesses
+        best_cost = best_cost + np.sum(weights * np.exp(2 * (z - reference)), axis=1)[:, None]
+    return best_cost, best
 
 
 def _subsets(terms: tuple[int, ...]) -> list[tuple[int, ...]]:

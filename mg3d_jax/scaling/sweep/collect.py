@@ -58,6 +58,7 @@ COMPARABLE = (
 WEIGHTED_SUM = "valid/loss"
 TESTED = ("seed", "patients", "length", "batch_size", "learning_rate", "schedule", "code_version")
 """Columns of a run that its residual must not depend on, beside its size and its data."""
+POOL_LOSS, NEAR_CHANCE = "evaluation/pool_loss", 0.8
 NEGATIVES = "negatives of a pair"  # one of them too, though no key of the config
 IN_TABLE = (
     "model", "patients", "length", "seed", "subset_seed", "n_total", "n_active", "n_vision", "n_text", "n_heads",
@@ -189,11 +190,32 @@ def _subset(run: Run) -> str:
     return f"{run.patients} patients, subset seed {run.subset}"
 
 
-def objections(sweep: Sweep, found: Sequence[Row], loss: str) -> tuple[str | None, list[str]]:
-    """Why the used runs must not share a law of the metric `loss`, or None; and what else is to be said of them."""
+def objections(sweep: Sweep, found: Sequence[Row], loss: str, *, bounded: bool = False) -> tuple[str | None, list[str]]:
+    """Why the used runs must not share a law of the metric `loss`, or None; and what else is to be said of them.
+
+    `bounded`: the law has a chance level.
+    """
     checks = rate_check.checks(sweep, found, loss, sweep.model_size)
     refusal = _incomparable(sweep, found, loss) or rate_check.refusal(checks)
-    return refusal, [*_versions(found), *rate_check.warnings(checks)]
+    near = [] if bounded else _near_chance(found, loss)
+    return refusal, [*_versions(found), *rate_check.warnings(checks), *near]
+
+
+def _near_chance(found: Sequence[Row], loss: str) -> list[str]:
+    """A contrastive loss leaves the logarithm of its pool slowly, as no sum of powers does."""
+    if not loss.startswith(POOL_LOSS):
+        return []
+    used = [(row.loss, row.extra.get(f"{POOL_LOSS}/pool")) for row in table.used(found)]
+    chances = {math.log(pool) for _, pool in used if pool}
+    if len(chances) != 1:
+        return []
+    chance = chances.pop()
+    count = sum(value > NEAR_CHANCE * chance for value, _ in used)
+    said = (
+        f"{count} of {len(used)} runs are within {1 - NEAR_CHANCE:.0%} of chance, {chance:.4g}, or above it, where no sum of "
+        f"powers holds: fit them with --chance {chance:.6g}"
+    )
+    return [said] if count else []
 
 
 def comparable_settings(config: Config) -> dict[str, str]:
