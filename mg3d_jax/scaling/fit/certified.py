@@ -193,7 +193,8 @@ def _random_starts(count: int, seed: int, allowed: tuple[int, ...], problem: Pro
     low, high = np.log(solver.EXPONENT_RANGE)
     exponents = np.exp(rng.uniform(low, high, (count, len(problem.form.exponents))))
     if problem.sharpness is not None:
-        exponents[:, problem.sharpness - problem.scales] = np.exp(rng.uniform(*np.log(solver.SHARPNESS_RANGE), count))
+        low, high = np.log(solver.SHARPNESS_RANGE)
+        exponents[:, problem.sharpness - problem.scales] = np.exp(rng.uniform(low, high, count))
     shares = np.log(rng.dirichlet(np.ones(problem.scales), count) + 1e-3)
     shares[:, [k for k in range(problem.scales) if k not in allowed]] = -np.inf
     return np.concatenate([shares, exponents], axis=1)
