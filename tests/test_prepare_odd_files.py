@@ -160,7 +160,11 @@ def test_slices_out_of_order_or_copied_and_numbers_that_ran_over_are_said(tmp_pa
         return " ".join(prepare_volume(path, grid).quality["warnings"])
 
     assert said("plain", big) == ""
-    assert "slices out of order" in said("shuffled", big[:, :, np.random.default_rng(0).permutation(36)])
+    shuffled = big[:, :, np.random.default_rng(0).permutation(36)]
+    assert "slices out of order" in said("shuffled", shuffled)
+    with_nan = shuffled.astype(np.float32)
+    with_nan[20, 20] = np.nan  # one voxel of every slice
+    assert "slices out of order" in said("shuffled_nan", with_nan)
     assert "neighbouring slices are the same" in said("copied", big[:, :, np.repeat(np.arange(18), 2)])
     assert "numbers ran over" in said("over", np.where(big > 100, big - 4096, big))
 

@@ -48,7 +48,7 @@ def disorder(data: np.ndarray, affine: np.ndarray, slope: float) -> list[str]:
         return [f"missing slices? {sum(same)} of {pairs} pairs of neighbouring slices are the same"]
     one, other = (np.stack([_coarse(slices[k + step]) for k in starts]) for step in (0, 1))
     near, far = (
-        abs(slope) * float(np.nanmedian(np.abs(a - b).mean((1, 2)))) for a, b in ((one, other), (one[1:], one[:-1]))
+        abs(slope) * float(np.median(np.abs(a - b).mean((1, 2)))) for a, b in ((one, other), (one[1:], one[:-1]))
     )
     if far > _LEAST_CHANGE_HU and near > 0.85 * far:
         return ["slices out of order? neighbours are no more alike than slices far apart"]
@@ -56,8 +56,10 @@ def disorder(data: np.ndarray, affine: np.ndarray, slope: float) -> list[str]:
 
 
 def _coarse(plane: np.ndarray) -> np.ndarray:
-    """Means over blocks of a slice, in which noise is small."""
+    """Means over blocks of a slice, in which noise is small. What is not finite counts as 0."""
     plane = plane.T if plane.flags.f_contiguous else plane
+    if plane.dtype.kind == "f":
+        plane = np.where(np.isfinite(plane), plane, 0)
     block = max(1, min(plane.shape) // 16)
     a, b = plane.shape[0] // block, plane.shape[1] // block
     return plane[: a * block, : b * block].reshape(a, block, b, block).mean((1, 3), dtype=np.float32)
