@@ -198,3 +198,14 @@ def test_runs_of_one_trunk_share_noise_and_repeats_have_a_law(tmp_path, capsys):
     with pytest.raises(UserError, match="between"):
         by_patients = declaration.replace(declared, data_size="unique_patients")
         ladder.samples_per_datum(collect.records(work, declared), by_patients)
+
+
+def test_equal_epochs_are_one_length_however_many_scans_a_patient_has():
+    def of(patients, records, samples):
+        return {"unique_patients": patients, "unique_records": records, "samples_seen": samples, "batch_size": 8}
+
+    # Two epochs over subsets with 1.34 to 1.44 scans for each patient, rounded to steps of 8.
+    alike = [of(200, 284, 568), of(200, 268, 536), of(800, 1109, 2224), of(1600, 2300, 4600)]
+    assert ladder._same_length(alike, "unique_records") and not ladder._same_length(alike[1:], "unique_patients")
+    assert not ladder._same_length([*alike, of(1600, 2300, 6904)], "unique_records")
+    assert ladder._same_length([of(20, 30, 64), of(20, 31, 64)], "unique_records")

@@ -15,9 +15,9 @@ from mg3d_jax.scaling.sweep.declaration import Sweep, by_rule
 from mg3d_jax.training import cost as step_cost
 from mg3d_jax.training.schedule import total_steps
 
-SAME_RATIO = 0.02  # relative; samples per datum of D of runs of one length may differ by rounding to steps
+SAME_RATIO = 0.02  # relative; of samples per datum of runs of one length, beside the rounding to steps
 SAME_SETTING = 0.01  # relative; of a setting and what the sweep's rule says
-SEEN = "samples_seen"
+SEEN, RECORDS = "samples_seen", "unique_records"
 
 
 @dataclass(frozen=True)
@@ -32,12 +32,23 @@ class Point:
 def samples_per_datum(found: Sequence[Mapping[str, Any]], sweep: Sweep) -> float:
     """Samples seen per unit of D. `UserError` where it differs between runs: then a budget does not buy D alone."""
     ratios = [one[SEEN] / one[sweep.data_size] for one in found]
-    if max(ratios) > min(ratios) * (1 + SAME_RATIO):
+    if not any(_same_length(found, per) for per in (sweep.data_size, RECORDS)):
         raise UserError(
             f"runs see each of their {sweep.data_size} between {min(ratios):.3g} and {max(ratios):.3g} times, so compute does "
             f"not say how much D it buys; declare data_size {SEEN}, or a length in epochs"
         )
     return float(sum(ratios) / len(ratios))
+
+
+def _same_length(runs: Sequence[Mapping[str, Any]], per: str) -> bool:
+    """Do all runs see each of their `per` equally often, but for the rounding to whole steps?
+
+    Subsets of as many patients have some more or fewer records: runs of equal epochs are alike by these.
+    """
+    rounding = [one["batch_size"] for one in runs]
+    least = max((one[SEEN] - r) / one[per] for one, r in zip(runs, rounding, strict=True))
+    most = min((one[SEEN] + r) / one[per] for one, r in zip(runs, rounding, strict=True))
+    return bool(least <= most * (1 + SAME_RATIO))
 
 
 def ladder(
@@ -77,7 +88,8 @@ def locate(config: Config, sweep: Sweep, found: Sequence[Mapping[str, Any]], var
     if count is None:
         raise UserError("data.train or data.valid is not a prepared folder (no manifest.json): run mg3d prepare first")
     samples = total_steps(config.training, config.data.batch_size, count) * config.data.batch_size
-    counted = {"unique_patients": patients, "unique_records": count, SEEN: samples}
+    counted: dict[str, float] = {"unique_patients": patients, RECORDS: count, SEEN: samples}
+    counted["batch_size"] = config.data.batch_size
     counted[sweep.model_size] = getattr(cost.sizes, sweep.model_size)
     _check_settings(config, sweep)
     if "D" in variables:
@@ -94,23 +106,20 @@ def _check_settings(config: Config, sweep: Sweep) -> None:
         )
 
 
-def _check_length(counted: Mapping[str, float], sweep: Sweep, found: Sequence[Mapping[str, Any]]) -> None:
+def _check_length(counted: dict[str, float], sweep: Sweep, found: Sequence[Mapping[str, Any]]) -> None:
     """A law of unique data is of runs that are as long as those of the sweep: in epochs, or in samples."""
     if sweep.data_size == SEEN:
         return
-    kinds = {
-        f"samples for each of the {sweep.data_size}": lambda one: one[SEEN] / one[sweep.data_size],
-        SEEN: lambda one: one[SEEN],
-    }
-    seen = {kind: ([of(one) for one in found], of(counted)) for kind, of in kinds.items()}
-    alike = {kind: v for kind, v in seen.items() if max(v[0]) <= min(v[0]) * (1 + SAME_RATIO)}
+    everything = {"": 1.0}  # in all, whatever there is of them
+    kinds = {per: f"samples for each of the {per}" for per in dict.fromkeys((sweep.data_size, RECORDS))} | {"": SEEN}
+    alike = [per for per in kinds if _same_length([{**one, **everything} for one in found], per)]
     if not alike:
         raise UserError(f"the sweep's runs have several lengths for one {sweep.data_size}: declare data_size {SEEN}")
-    if not any(min(v) / (1 + SAME_RATIO) <= own <= max(v) * (1 + SAME_RATIO) for v, own in alike.values()):
-        kind, (values, own) = next(iter(alike.items()))
+    if not any(_same_length([{**one, **everything} for one in (*found, counted)], per) for per in alike):
+        theirs, own = (one[SEEN] / ({**one, **everything})[alike[0]] for one in (found[0], counted))
         raise UserError(
-            f"the law is of runs of {values[0]:.4g} {kind}; this config has {own:.4g}. Give it the sweep's length, or fit a "
-            f"sweep whose data_size is {SEEN}"
+            f"the law is of runs of {theirs:.4g} {kinds[alike[0]]}; this config has {own:.4g}. Give it the sweep's length, or "
+            f"fit a sweep whose data_size is {SEEN}"
         )
 
 
