@@ -10,7 +10,7 @@ from dataclasses import replace
 
 import numpy as np
 
-from mg3d_jax.scaling.fit import solver
+from mg3d_jax.scaling.fit import projection, solver
 from mg3d_jax.scaling.fit.laws import Law
 from mg3d_jax.scaling.fit.solver import Problem
 
@@ -34,7 +34,7 @@ def draw_laws(problem: Problem, law: Law, clusters: np.ndarray, *, draws: int, s
 
 
 def _refit(problem: Problem, weights: np.ndarray, start: np.ndarray) -> np.ndarray:
-    projected = solver.variable_projection(weights, problem, points=GRID_POINTS[len(problem.form.exponents)])[:, 0]
+    projected = projection.variable_projection(weights, problem, points=GRID_POINTS[len(problem.form.exponents)])[:, 0]
     starts = np.concatenate([np.broadcast_to(start, projected.shape), projected])
     theta, values = solver.polish(starts, np.concatenate([weights, weights]), problem)
     half = len(weights)

@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from mg3d_jax.scaling.fit import solver
+from mg3d_jax.scaling.fit import projection, solver
 from mg3d_jax.scaling.fit.laws import FLOOR, ND, SHARPNESS, Form, Law, huber
 from mg3d_jax.scaling.fit.solver import Problem
 
@@ -167,16 +167,16 @@ def _solve(
     """All polished starts: `theta` [starts, parameters] and their scaled objectives [starts]."""
     from_grid, random = starts
     allowed = tuple(range(problem.scales)) if allowed is None else allowed
-    everything = len(solver.exponent_grid(problem.form))
-    grid = solver.variable_projection(weights[None], problem, keep=everything, allowed=allowed)[0]
+    everything = len(projection.exponent_grid(problem.form))
+    grid = projection.variable_projection(weights[None], problem, keep=everything, allowed=allowed)[0]
     start = np.concatenate([_spread_out(grid, from_grid, problem), _random_starts(random, seed, allowed, problem)])
     return solver.polish(start, np.broadcast_to(weights, (len(start), len(weights))), problem)
 
 
 def _spread_out(ranked: np.ndarray, count: int, problem: Problem) -> np.ndarray:
     """The best grid points, no two of them neighbours in all exponents."""
-    low, high = solver.EXPONENT_RANGE
-    step = np.log(high / low) / (solver.GRID_POINTS[len(problem.form.exponents)] - 1)
+    low, high = projection.EXPONENT_RANGE
+    step = np.log(high / low) / (projection.GRID_POINTS[len(problem.form.exponents)] - 1)
     kept: list[np.ndarray] = []
     for theta in ranked:
         exponents = np.log(theta[problem.scales :])
@@ -190,10 +190,10 @@ def _spread_out(ranked: np.ndarray, count: int, problem: Problem) -> np.ndarray:
 def _random_starts(count: int, seed: int, allowed: tuple[int, ...], problem: Problem) -> np.ndarray:
     """Log-uniform exponents and random shares of the terms at the centre of the data (loss 1 in scaled units)."""
     rng = np.random.default_rng([seed, 1])
-    low, high = np.log(solver.EXPONENT_RANGE)
+    low, high = np.log(projection.EXPONENT_RANGE)
     exponents = np.exp(rng.uniform(low, high, (count, len(problem.form.exponents))))
     if problem.sharpness is not None:
-        low, high = np.log(solver.SHARPNESS_RANGE)
+        low, high = np.log(projection.SHARPNESS_RANGE)
         exponents[:, problem.sharpness - problem.scales] = np.exp(rng.uniform(low, high, count))
     shares = np.log(rng.dirichlet(np.ones(problem.scales), count) + 1e-3)
     shares[:, [k for k in range(problem.scales) if k not in allowed]] = -np.inf

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from mg3d_jax.scaling.fit import solver
+from mg3d_jax.scaling.fit import projection, solver
 from mg3d_jax.scaling.fit.laws import Law
 from mg3d_jax.scaling.fit.solver import Problem
 
@@ -145,7 +145,7 @@ def _refit(problem: Problem, z: np.ndarray, start: np.ndarray) -> np.ndarray:
 
     several = with_losses(problem, z)
     weights, points = np.ones((1, problem.rows)), GRID_POINTS[len(problem.form.exponents)]
-    projected = solver.variable_projection(np.broadcast_to(weights, z.shape), several, points=points)[:, 0]
+    projected = projection.variable_projection(np.broadcast_to(weights, z.shape), several, points=points)[:, 0]
     double = with_losses(problem, np.concatenate([z, z]))
     starts = np.concatenate([np.broadcast_to(start, projected.shape), projected])
     theta, values = solver.polish(starts, np.broadcast_to(weights, double.z.shape), double)
