@@ -6,9 +6,12 @@ import argparse
 import math
 import sys
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from mg3d_jax.errors import UserError
+
+if TYPE_CHECKING:
+    from mg3d_jax.scaling.fit.laws import Form
 
 REFUSED = 3
 """Exit code of `fit`, `advise`, `predict` and `check` where everything was written, but no law, no advice or no agreement
@@ -110,10 +113,16 @@ def _table_rows(args: argparse.Namespace, variables: tuple[str, ...], *more: str
     return rows
 
 
-def _fit_table(args: argparse.Namespace) -> tuple[dict, Path]:
-    from mg3d_jax.scaling.fit import laws, outputs
+def _form(args: argparse.Namespace) -> Form:
+    from mg3d_jax.scaling.fit.laws import FORMS, with_chance
 
-    form = laws.with_chance(laws.FORMS[args.form], args.chance or 0.0)
+    return with_chance(FORMS[args.form], args.chance or 0.0)
+
+
+def _fit_table(args: argparse.Namespace) -> tuple[dict, Path]:
+    from mg3d_jax.scaling.fit import outputs
+
+    form = _form(args)
     rows = _table_rows(args, form.variables)
     names = {name: getattr(args, name.lower()) for name in form.variables} | {
         "loss": args.loss,
@@ -129,15 +138,12 @@ def _fit_sweep(args: argparse.Namespace) -> tuple[dict, Path]:
     from mg3d_jax.devices import leave_accelerators_alone
 
     leave_accelerators_alone()
-    from mg3d_jax.scaling.fit import laws, outputs
+    from mg3d_jax.scaling.fit import outputs
     from mg3d_jax.scaling.sweep import collect, declaration
 
     if given := [f"--{name}" for name in (*VARIABLES, "group", "subset", "compute") if getattr(args, name)]:
         raise UserError(f"{', '.join(given)} only go with --table; a sweep declares its model_size and data_size")
-    form, declared = (
-        laws.with_chance(laws.FORMS[args.form], args.chance or 0.0),
-        declaration.read_declaration(args.workdir),
-    )
+    form, declared = _form(args), declaration.read_declaration(args.workdir)
     named = collect.variables_of(declared)
     if not set(form.variables) <= set(named):
         raise UserError(

@@ -41,13 +41,12 @@ def samples_per_datum(found: Sequence[Mapping[str, Any]], sweep: Sweep) -> float
 
 
 def _same_length(runs: Sequence[Mapping[str, Any]], per: str) -> bool:
-    """Do all runs see each of their `per` equally often, but for the rounding to whole steps?
+    """Do all runs see each of their `per` ("": their data, all in all) equally often, but for the rounding to whole steps?
 
     Subsets of as many patients have some more or fewer records: runs of equal epochs are alike by these.
     """
-    rounding = [one["batch_size"] for one in runs]
-    least = max((one[SEEN] - r) / one[per] for one, r in zip(runs, rounding, strict=True))
-    most = min((one[SEEN] + r) / one[per] for one, r in zip(runs, rounding, strict=True))
+    least = max((one[SEEN] - one["batch_size"]) / (one[per] if per else 1) for one in runs)
+    most = min((one[SEEN] + one["batch_size"]) / (one[per] if per else 1) for one in runs)
     return bool(least <= most * (1 + SAME_RATIO))
 
 
@@ -106,17 +105,16 @@ def _check_settings(config: Config, sweep: Sweep) -> None:
         )
 
 
-def _check_length(counted: dict[str, float], sweep: Sweep, found: Sequence[Mapping[str, Any]]) -> None:
+def _check_length(counted: Mapping[str, float], sweep: Sweep, found: Sequence[Mapping[str, Any]]) -> None:
     """A law of unique data is of runs that are as long as those of the sweep: in epochs, or in samples."""
     if sweep.data_size == SEEN:
         return
-    everything = {"": 1.0}  # in all, whatever there is of them
     kinds = {per: f"samples for each of the {per}" for per in dict.fromkeys((sweep.data_size, RECORDS))} | {"": SEEN}
-    alike = [per for per in kinds if _same_length([{**one, **everything} for one in found], per)]
+    alike = [per for per in kinds if _same_length(found, per)]
     if not alike:
         raise UserError(f"the sweep's runs have several lengths for one {sweep.data_size}: declare data_size {SEEN}")
-    if not any(_same_length([{**one, **everything} for one in (*found, counted)], per) for per in alike):
-        theirs, own = (one[SEEN] / ({**one, **everything})[alike[0]] for one in (found[0], counted))
+    if not any(_same_length([*found, counted], per) for per in alike):
+        theirs, own = (one[SEEN] / (one[alike[0]] if alike[0] else 1) for one in (found[0], counted))
         raise UserError(
             f"the law is of runs of {theirs:.4g} {kinds[alike[0]]}; this config has {own:.4g}. Give it the sweep's length, or "
             f"fit a sweep whose data_size is {SEEN}"
