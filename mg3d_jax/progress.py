@@ -41,17 +41,28 @@ def leave_terminal(*, pipes: bool = False) -> None:
 class Progress:
     """`with Progress("prepare", total=n, unit="volumes") as p: p.advance(1, note="12 bad")`.
 
-    `initial` is what an earlier, interrupted run has already done: it counts as done but not for the rate.
+    `initial` is what an earlier, interrupted run has already done: it counts as done but not for the rate. Without `shown`
+    nothing is printed: what is around shows how far it is.
     """
 
-    def __init__(self, label: str, total: int, *, unit: str = "", initial: int = 0, interactive: bool | None = None):
+    def __init__(
+        self,
+        label: str,
+        total: int,
+        *,
+        unit: str = "",
+        initial: int = 0,
+        interactive: bool | None = None,
+        shown: bool = True,
+    ):
         self.label, self.total, self.unit, self.done, self._initial = label, total, unit, initial, initial
+        self.shown = shown
         self.interactive = sys.stderr.isatty() if interactive is None else interactive
         self._start = self._last_print = time.monotonic()
         self._bar: RichProgress | None = None
 
     def __enter__(self) -> Progress:
-        if self.interactive:
+        if self.shown and self.interactive:
             from rich.console import Console
 
             columns = (
@@ -75,6 +86,8 @@ class Progress:
             self._bar.update(self._task, completed=self.done, note=note)
             return
         now = time.monotonic()
+        if not self.shown:
+            return
         if now - self._last_print >= PLAIN_INTERVAL_SECONDS or self.done == self.total:
             self._last_print = now
             try:

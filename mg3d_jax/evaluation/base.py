@@ -16,6 +16,7 @@ import numpy as np
 from mg3d_jax.errors import UserError
 from mg3d_jax.html import Section
 from mg3d_jax.options import checked_options, key
+from mg3d_jax.progress import Progress
 from mg3d_jax.registry import EVALUATIONS
 
 if TYPE_CHECKING:
@@ -107,6 +108,11 @@ class Model:
     params: Any
     data: PreparedData
     train: PreparedData | None = None  # the training volumes, where the caller has any; nothing of them is read yet
+    shows: bool = False  # does long work print how far it is? Not where a training run around it does
+
+    def progress(self, label: str, total: int, unit: str = "volumes") -> Progress:
+        """Of a second pass over the data, or whatever else takes its time."""
+        return Progress(label, total, unit=unit, shown=self.shows)
 
 
 class Evaluation:

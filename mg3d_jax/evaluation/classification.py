@@ -116,7 +116,8 @@ class Classification(Evaluation):
         embedder, data = model.embedder, model.data
         if self._compiled is None or self._compiled[0] is not embedder:
             self._compiled = (embedder, embedder.compiled(_logits_of(embedder)))
-        rows = list(embedder.walk(self._compiled[1], model.params, data, **bad_records))
+        with model.progress("classify", len(data)) as progress:
+            rows = list(embedder.walk(self._compiled[1], model.params, data, progress=progress, **bad_records))
         whole = {name: np.concatenate([part[name] for part in rows]) for name in rows[0]}
         about = [data.text(index) for index in whole["record_index"]]
         return _Scored(

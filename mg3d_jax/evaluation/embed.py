@@ -129,29 +129,34 @@ class Embedder:
                 records are left out, and named. Without these options a damaged record is a `UserError`.
         """
         batches = []
-        for batch in self.volume_batches(params, data, **bad_records):
+        for batch in self.volume_batches(params, data, progress=progress, **bad_records):
             batches.append(batch)
-            if progress is not None:
-                progress.advance(len(batch["embedding"]))
         if not batches:
             raise UserError(f"{', '.join(str(reader.folder) for reader in data.readers)}: there is no record to embed")
         return {name: np.concatenate([batch[name] for batch in batches]) for name in batches[0]}
 
     def volume_batches(
-        self, params: Any, data: PreparedData, *, start: int = 0, **bad_records: Any
+        self,
+        params: Any,
+        data: PreparedData,
+        *,
+        start: int = 0,
+        progress: Progress | None = None,
+        **bad_records: Any,
     ) -> Iterator[dict[str, np.ndarray]]:
         """Yields what `volumes` returns, batch by batch of `batch_size` records, from batch number `start` on."""
-        yield from self.walk(self._compiled_volumes, params, data, start=start, **bad_records)
+        yield from self.walk(self._compiled_volumes, params, data, start=start, progress=progress, **bad_records)
 
     def walk(
         self, program: Callable[..., Any], params: Any, data: PreparedData, *, start: int = 0, fields: Sequence[str] = (),
-        batch_size: int = 0, **bad_records: Any,
+        batch_size: int = 0, progress: Progress | None = None, **bad_records: Any,
     ) -> Iterator[dict[str, np.ndarray]]:  # fmt: skip
         """Yields what a program of `compiled` gives for the volumes of `data`, with their `labels` and `record_index`.
 
         Args:
             program: `(params, batch) -> {name: [rows, ...]}`; the batch has "volume", `PASSED_THROUGH` and `fields`.
             batch_size: another one than the embedder's, a multiple of `sharding.batch_shards`.
+            progress: told how many volumes are done.
             start, bad_records: as for `volume_batches`.
         """
         batches = evaluation_batches(
@@ -161,6 +166,8 @@ class Embedder:
         for batch in batches:
             with sharding.in_mesh(self.setup.mesh):
                 rows = _fetch(program(params, {name: batch[name] for name in ("volume", *PASSED_THROUGH, *fields)}))
+            if progress is not None:
+                progress.advance(int(rows["valid"].sum()))
             yield {name: array[rows["valid"]] for name, array in rows.items() if name != "valid"}
 
     def volume(self, params: Any, hounsfield: np.ndarray) -> np.ndarray:
@@ -194,17 +201,21 @@ class Embedder:
             return [sentences]
         return [[sentence] for sentence in sentences] or [[]]  # without sentences: one empty text
 
-    def texts(self, params: Any, texts: TokenizedTexts) -> np.ndarray:
-        """One embedding per entry, [entries, k]."""
-        total, size, batches = len(texts.fields["token_ids"]), self.batch_size, []
+    def in_batches(self, program: Callable[..., Any], params: Any, fields: Mapping[str, np.ndarray]) -> Iterator[Any]:
+        """Yields what a program of `compiled` gives, arrays [rows, ...], for `batch_size` rows of `fields` at a time; the last
+        may be fewer."""
+        total, size = len(next(iter(fields.values()))), self.batch_size
         local = np.array(sharding.local_rows(self.setup.mesh, size))  # rows of a batch that this process holds
         for first in range(0, total, size):
-            rows = np.minimum(first + local, total - 1)  # the last batch is filled with copies of the last text
-            fields = {name: array[rows] for name, array in texts.fields.items()}
-            batch = sharding.to_global(fields, self.setup.mesh, size)
+            rows = np.minimum(first + local, total - 1)  # the last batch is filled with copies of the last row
+            batch = sharding.to_global({name: array[rows] for name, array in fields.items()}, self.setup.mesh, size)
             with sharding.in_mesh(self.setup.mesh):
-                batches.append(_fetch(self._compiled_texts(params, batch))[: total - first])
-        directions = np.concatenate(batches)
+                found = _fetch(program(params, batch))
+            yield jax.tree.map(lambda array, here=total - first: array[:here], found)
+
+    def texts(self, params: Any, texts: TokenizedTexts) -> np.ndarray:
+        """One embedding per entry, [entries, k]."""
+        directions = np.concatenate(list(self.in_batches(self._compiled_texts, params, texts.fields)))
         sums = np.zeros((texts.count, directions.shape[1]), np.float32)
         np.add.at(sums, texts.entries, directions[texts.rows])
         means = sums / np.bincount(texts.entries, minlength=texts.count)[:, None].astype(np.float32)
@@ -274,7 +285,10 @@ class DataEmbedder:
             shared = dataclasses.replace(shared, **self._embed_reports(params))
         if "train" in needs and self.train is not None:
             shared = dataclasses.replace(shared, train=self._embed_volumes(params, self.train, progress))
-        model, label_names = Model(self.embedder, params, self.data, self.train), self.data.label_names
+        model, label_names = (
+            Model(self.embedder, params, self.data, self.train, progress is not None),
+            self.data.label_names,
+        )
         return {
             name: dataclasses.replace(
                 shared,

@@ -171,7 +171,8 @@ class Generation(Evaluation):
         embedder = model.embedder
         if self._writer is None or self._writer[0] is not embedder:
             self._writer = (embedder, ReportWriter(embedder, sampling_of(embedder, self.settings), self.settings.seed))
-        return self._writer[1](model.params, model.data, **options)
+        with model.progress("write reports", len(model.data)) as progress:
+            return self._writer[1](model.params, model.data, progress=progress, **options)
 
     def _judge(self, model: Model) -> tuple[_Judged, dict[str, dict[str, np.ndarray]]]:
         """Of the same parameters once: the document, its arrays, its files and its page ask one after another."""
@@ -201,7 +202,9 @@ class Generation(Evaluation):
     def _probed(self, model: Model, written: WrittenReports, patients: np.ndarray) -> np.ndarray:
         """What linear probes of the run's own volume tokens find; training volumes of evaluated patients are left out."""
         assert self._writer is not None and model.train is not None
-        train = self._writer[1].pooled(model.params, model.train, self.settings.probe_volumes)
+        most = self.settings.probe_volumes
+        with model.progress("probe", min(most or len(model.train), len(model.train))) as progress:
+            train = self._writer[1].pooled(model.params, model.train, most, progress)
         of = np.array([model.train.text(row).patient for row in train["record_index"]], str)
         others = ~np.isin(of, patients)
         features, labels = train["pooled"][others], train["labels"][others]

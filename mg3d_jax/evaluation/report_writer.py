@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from mg3d_jax.data.pipeline import PreparedData
     from mg3d_jax.evaluation.embed import Embedder
     from mg3d_jax.models.sampling import Sampling
+    from mg3d_jax.progress import Progress
 
 DECODER = "report_decoder"  # among the parameters of a run that can write
 
@@ -68,13 +69,15 @@ class ReportWriter:
         self._program = embedder.compiled(self._write)
         self._pool = embedder.compiled(self._pooled)
 
-    def __call__(self, params: Any, data: PreparedData, *, most: int = 0, **bad_records: Any) -> WrittenReports:
+    def __call__(
+        self, params: Any, data: PreparedData, *, most: int = 0, progress: Progress | None = None, **bad_records: Any
+    ) -> WrittenReports:
         """Writes for all volumes, or the first `most`.
 
         Args:
             bad_records: as for `Embedder.volumes`.
         """
-        found = self._walk(self._program, params, data, most, **bad_records)
+        found = self._walk(self._program, params, data, most, progress=progress, **bad_records)
         decode = self._embedder.tokenizer.tokenizer.decode
         ids = [row[:length].tolist() for row, length in zip(found["tokens"], found["length"], strict=True)]
         texts = tuple(readable(decode(one, skip_special_tokens=True)) for one in ids)
@@ -82,10 +85,12 @@ class ReportWriter:
             texts, found["ended"], found["length"], found["record_index"], found["labels"], found["pooled"]
         )
 
-    def pooled(self, params: Any, data: PreparedData, most: int = 0) -> dict[str, np.ndarray]:
+    def pooled(
+        self, params: Any, data: PreparedData, most: int = 0, progress: Progress | None = None
+    ) -> dict[str, np.ndarray]:
         """`pooled` float32 [n, d], the mean of a volume's tokens, `labels` and `record_index` of the volumes, or the first
         `most`."""
-        return self._walk(self._pool, params, data, most)
+        return self._walk(self._pool, params, data, most, progress=progress)
 
     def _walk(
         self, program: Any, params: Any, data: PreparedData, most: int, **bad_records: Any

@@ -189,8 +189,9 @@ class Segmentation(Evaluation):
             self._compiled = (embedder, embedder.compiled(partial(_segment, embedder, self.settings)))
         shards = sharding.batch_shards(embedder.setup.mesh)  # a volume per device: they may be large
         walk = partial(embedder.walk, fields=("mask",), batch_size=shards)
-        for rows in walk(self._compiled[1], model.params, model.data, **bad_records):
-            yield from zip(rows["record_index"].tolist(), rows["classes"], rows["mask"], strict=True)
+        with model.progress("segment", len(model.data)) as progress:
+            for rows in walk(self._compiled[1], model.params, model.data, progress=progress, **bad_records):
+                yield from zip(rows["record_index"].tolist(), rows["classes"], rows["mask"], strict=True)
 
 
 def _segment(embedder: Embedder, settings: SegmentationEvaluationOptions, params: Any, batch: dict[str, Any]) -> Any:
