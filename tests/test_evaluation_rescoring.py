@@ -13,6 +13,7 @@ from mg3d_jax.errors import UserError
 from mg3d_jax.evaluation import rescoring
 from mg3d_jax.evaluation.embed import DataEmbedder, Embedder
 from mg3d_jax.objectives.alignment import FUSED_HEAD
+from mg3d_jax.progress import Progress
 from mg3d_jax.training import inputs as step_inputs
 from mg3d_jax.training import state as state_lib
 
@@ -22,7 +23,7 @@ FORMS = {
 }
 
 
-def embedded(tiny_data, top, fused_weight=1.0, **overrides):
+def embedded(tiny_data, top, fused_weight=1.0, progress=None, **overrides):
     """What the evaluation is given, of random weights on 8 volumes."""
     data = PreparedData((tiny_data["valid"],))
     builder = with_plain_towers(tiny_builder(model__fusion__depth=1, **overrides))
@@ -34,7 +35,7 @@ def embedded(tiny_data, top, fused_weight=1.0, **overrides):
     setup = state_lib.build(config, tokenizer.vocab_size, mesh, steps=1)
     params = quick_state(setup)["params"]
     one = rescoring.Rescoring(rescoring.RescoringOptions(top=top))
-    return one, DataEmbedder(Embedder(setup, tokenizer, 8), data, {"rescoring": one})(params)["rescoring"]
+    return one, DataEmbedder(Embedder(setup, tokenizer, 8), data, {"rescoring": one})(params, progress)["rescoring"]
 
 
 @pytest.mark.parametrize("form", FORMS)
@@ -69,6 +70,30 @@ def test_ranks_are_those_of_the_models_own_scores(tiny_data, form):
     assert result["volume_to_report/recall@5"] == pytest.approx(np.mean(ranks <= 5))
     assert one.flat(result)["rescoring/top=20/report_to_volume/recall@5"] == result["report_to_volume/recall@5"]
     assert "with the second pass" in str(one.sections(result)[0].table)
+
+
+def test_towers_read_each_volume_and_report_once(tiny_data, capsys, monkeypatch):
+    rows, in_batches = [], Embedder.in_batches
+
+    def counted(self, program, params, fields):
+        rows.append((frozenset(fields), len(next(iter(fields.values())))))
+        return in_batches(self, program, params, fields)
+
+    with Progress("embed", 8) as progress:
+        one, found = embedded(tiny_data, top=20, progress=progress)
+    monkeypatch.setattr(Embedder, "in_batches", counted)
+    one.full(found)
+    pairs = len(found.volumes) * len(found.reports)
+    assert sum(count for names, count in rows if "token_ids" in names) == len(found.reports)
+    assert sum(count for names, count in rows if "volume_tokens" in names) == pairs
+    assert all(count == found.model.embedder.batch_size for names, count in rows[1:-1]), "batches that are not full"
+    assert f"rescore: {pairs}/{pairs} pairs" in capsys.readouterr().err
+
+
+def test_nothing_is_printed_while_a_run_trains(tiny_data, capsys):
+    one, found = embedded(tiny_data, top=2)
+    one.full(found)
+    assert "rescore" not in capsys.readouterr().err
 
 
 def test_ranks_of_the_second_pass():

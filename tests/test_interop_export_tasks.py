@@ -164,14 +164,22 @@ def test_a_recipe_starts_from_an_export(segmenting, recipe):
         np.testing.assert_array_equal(array, theirs[name], err_msg=name)
 
 
-def test_a_report_decoder_in_pytorch(make_run, tmp_path):
-    """The same tokens, one after the other, as the Linen decoder with its cache."""
+@pytest.mark.parametrize("findings", [False, True])
+def test_a_report_decoder_in_pytorch(make_run, tmp_path, findings):
+    """The same tokens, one after the other, as the Linen decoder with its cache; also where it reads what the head finds."""
     from transformers import PreTrainedTokenizerFast
 
     run = make_run(
         tasks__generation__weight=1.0, objectives__alignment__weight=0.0, data__max_tokens=20,
         model__report_decoder__width=32, model__report_decoder__depth=2, model__report_decoder__num_heads=4,
+        **({"tasks__generation__findings": True, "tasks__classification__weight": 1.0} if findings else {}),
     )  # fmt: skip
+    if findings:
+        head = run.params["classification_head"]["kernel"]
+        run.params["classification_head"]["kernel"] = (
+            np.random.default_rng(1).normal(size=head.shape).astype(np.float32)
+        )
+        run.params["report_decoder"]["finding_embedding"] *= 30
     decoder = run.params["report_decoder"]  # so that a text is not the same word all over
     decoder["position_embedding"] *= 100
     for layer in ("layers_0", "layers_1"):
@@ -210,6 +218,9 @@ def test_a_report_decoder_in_pytorch(make_run, tmp_path):
     best, length = logits.argmax(-1).numpy(), np.asarray(written["length"])
     for row in range(3):  # without a cache
         np.testing.assert_array_equal(best[row, : length[row]], np.asarray(written["tokens"])[row, : length[row]])
+    if findings:
+        others = (model.classification_logits(hu) <= 0).to(torch.int8)
+        assert model.write_reports(hu, tokenizer, findings=others) != expected
     with pytest.raises(ValueError, match="not trained to segment"):
         model.segmentation_logits(hu)
 

@@ -134,7 +134,10 @@ def compare(
         if model.config.decoder_depth:
             name, ids = "probability of the next token", text["input_ids"][: len(volumes), : run.config.data.max_tokens]
             expected[name] = softmax(expected["next_token_logits"])
-            found[name] = softmax(model.report_logits(volumes, ids[:, :-1]).numpy())
+            findings = expected.pop("findings", None)
+            found[name] = softmax(
+                model.report_logits(volumes, ids[:, :-1], None if findings is None else torch.tensor(findings)).numpy()
+            )
         verification = {
             "texts": examples,
             "volume_embedding": expected["volume_embedding"][:1].tolist(),

@@ -62,6 +62,10 @@ _WRITES = (
     "`report_decoder` gives logits [B, L, V] of what follows each of the tokens that were written, from [CLS] on:\nappend the "
     "likeliest, again and again, until it is [SEP]. `last_hidden_state` is made once for a volume.\n"
 )
+_READS_FINDINGS = (
+    "`findings` int8 [B, F]: which of the classes above there are, 1 present, 0 absent, -1 unknown; by default those whose\n"
+    "`classification_logits` are above 0.\n"
+)
 _ONNX_CODE = """\
 import numpy as np, onnxruntime
 
@@ -161,9 +165,11 @@ def _modules(model: Any) -> dict[str, Any]:
             super().__init__()
             self.decoder = model.report_decoder
 
-        def forward(self, last_hidden_state: torch.Tensor, written: torch.Tensor) -> dict[str, torch.Tensor]:
+        def forward(
+            self, last_hidden_state: torch.Tensor, written: torch.Tensor, findings: torch.Tensor | None = None
+        ) -> dict[str, torch.Tensor]:
             volumes = [layer.read(last_hidden_state) for layer in self.decoder.layers]
-            return {"next_token_logits": self.decoder(written, volumes)[0]}
+            return {"next_token_logits": self.decoder(written, volumes, findings=findings)[0]}
 
     found: dict[str, Any] = {"volume_encoder": Volume(), "report_encoder": Text()}
     if model.config.segmentation_classes:
@@ -196,6 +202,8 @@ def _graphs(run: Run) -> list[Graph]:
     if "report_decoder" in modules:
         written = text["input_ids"][: len(inputs.volumes), : run.config.data.max_tokens][:, :-1]
         given: Arrays = {"last_hidden_state": found["volume_tokens"].astype(np.float32), "written": written}
+        if "findings" in found:
+            given["findings"] = found["findings"]
         expected = {"next_token_logits": found["next_token_logits"]}
         graphs.append(
             Graph(
@@ -247,6 +255,7 @@ def _finish(
     if "segmenter" in names:
         tasks += _SEGMENTS.format(classes=", ".join(export_format.mask_classes(config, run.mask_names)))
     tasks += _WRITES if "report_decoder" in names else ""
+    tasks += _READS_FINDINGS if any("findings" in graph.inputs for graph in graphs) else ""
     card = _CARD.format(
         name=config.name, what=what, step=run.step, version=__version__, code=code.format(size=size),
         rows="\n".join(graph.rows() for graph in graphs), tasks=tasks and f"\n{tasks}",

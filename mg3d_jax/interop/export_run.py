@@ -16,7 +16,7 @@ from mg3d_jax.batch import AIR_HU
 from mg3d_jax.config import Config
 from mg3d_jax.data.tokens import ReportTokenizer, load_tokenizer
 from mg3d_jax.errors import UserError
-from mg3d_jax.interop.export_format import REPORT_DECODER, SEGMENTATION_HEAD
+from mg3d_jax.interop.export_format import HEAD, REPORT_DECODER, SEGMENTATION_HEAD
 from mg3d_jax.models.mg3d import text_embedding, volume_embedding
 from mg3d_jax.objectives.pairwise import l2_normalize
 from mg3d_jax.phantom import patients as phantoms
@@ -134,7 +134,8 @@ def phantom_inputs(grid: Grid, count: int = 4) -> Inputs:
 
 def reference_features(run: Run, volumes: np.ndarray, reports: Sequence[Sequence[str]]) -> dict[str, np.ndarray]:
     """Every feature of the Linen model in float32: embeddings `[n, k]` l2-normalised, `volume_tokens [n, N, d]`, ...; of a
-    run with these decoders also `segmentation_logits [n, X, Y, Z, K]` and `next_token_logits [n, T - 1, V]`."""
+    run with these decoders also `segmentation_logits [n, X, Y, Z, K]` and `next_token_logits [n, T - 1, V]`, of a decoder that
+    reads findings with `findings [n, L]`, those that the head finds."""
     tokenizer = run.tokenizer
     model = exact_model(run.config, tokenizer.vocab_size)
     rows = [tokenizer(report) for report in reports]
@@ -154,7 +155,13 @@ def reference_features(run: Run, volumes: np.ndarray, reports: Sequence[Sequence
         if REPORT_DECODER in params:  # of the first reports, as many as volumes
             rows, length = len(windowed), run.config.data.max_tokens
             given = {"volume": windowed, "report": {name: array[:rows, :length] for name, array in text.items()}}
-            found |= model.apply({"params": params}, given, ("next_token_logits",), method="compute")
+            logits = "next_token_logits"
+            if run.config.tasks["generation"].findings:
+                given["findings"] = found["findings"] = (
+                    found["volume_pooled"] @ params[HEAD]["kernel"] + params[HEAD]["bias"] > 0
+                ).astype(np.int8)
+                logits = "next_token_logits_of_findings"
+            (found["next_token_logits"],) = model.apply({"params": params}, given, (logits,), method="compute").values()
         return found
 
     with jax.default_matmul_precision("highest"):

@@ -259,16 +259,28 @@ def keys_of(tower: Tower, out: Path) -> dict[str, Any]:
     return found
 
 
-def use_report_decoder(config: ConfigDict, arg: str) -> None:
-    """Switches the task `generation` on. The pre-trained encoder moves slower than the decoder, which starts from nothing."""
+def use_report_decoder(config: ConfigDict, arg: str, *, findings: int = 0) -> None:
+    """Switches the task `generation` on. The pre-trained encoder moves slower than the decoder, which starts from nothing.
+
+    Args:
+        findings: labels of the records, which a classification head learns and the decoder reads; 0: neither.
+    """
     small = SMALL in arg.split(",")
-    tokens_alone(config)
     config.tasks.generation.weight = 1.0
+    if findings:
+        config.tasks.generation.findings = True
+        config.tasks.classification.update({"weight": 1.0, "num_labels": findings, "balance": True})
+    else:
+        tokens_alone(config)
     config.data.update({"max_tokens": 256, "max_sentences": 48, "vocab_size": 1000 if small else 4096})
     if small:
         config.model.report_decoder.update({"width": 128, "depth": 2, "num_heads": 4})
         config.training.steps = 1000  # 200 are too few (docs/generation.md)
     pretrained = bool(config.init_from.path)
     config.optimizer.learning_rate = 2e-3 if small else 3e-4
-    config.optimizer.learning_rate_multipliers = (("volume_encoder/.*", 0.2 if pretrained else 1.0), (".*", 1.0))
+    config.optimizer.learning_rate_multipliers = (
+        ("volume_encoder/.*", 0.2 if pretrained else 1.0),
+        *([("classification_head/.*", 5.0)] if findings else []),  # as in `classification`
+        (".*", 1.0),
+    )
     config.optimizer.layer_decay = 1.0

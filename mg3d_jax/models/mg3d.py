@@ -76,6 +76,7 @@ STEPS: tuple[Step, ...] = (
     Step("_crops", ("crops", "crop_mask"), ("volume", "mask", "crop_starts", "crop_flips")),
     Step("segment", ("crop_features",), ("crops",)),
     Step("_next_token_logits", ("next_token_logits",), ("volume_tokens", "report")),
+    Step("_next_token_logits", ("next_token_logits_of_findings",), ("volume_tokens", "report", "findings")),
 )
 # Computed when parameters are made, whether an objective needs them or not, so that every run can be evaluated.
 ALWAYS = ("volume_embedding", "report_embedding")
@@ -198,8 +199,16 @@ class MG3D(nn.Module):
             width=decoder.width,
             depth=decoder.depth,
             num_heads=decoder.num_heads,
+            num_findings=self._findings_read(),
             **common,
         )
+
+    def _findings_read(self) -> int:
+        """How many findings the report decoder reads: those of the classification head, or none."""
+        options = {one.name: one.options for one in self.on}
+        if "generation" not in options or not options["generation"].findings:
+            return 0
+        return options["classification"].num_labels
 
     def _needed(self) -> tuple[str, ...]:
         return tuple(dict.fromkeys(name for one in self.on for name in one.needs))
@@ -254,10 +263,13 @@ class MG3D(nn.Module):
         return found
 
     def start_report(self, volume: jax.Array, texts: int, length: int) -> Cache:
-        """Windowed volume [B, X, Y, Z, C] -> the cache for `texts` reports of at most `length` tokens of each."""
-        return self.report_decoder.start(
-            self.compute({"volume": volume}, ("volume_tokens",))["volume_tokens"], texts, length
-        )
+        """Windowed volume [B, X, Y, Z, C] -> the cache for `texts` reports of at most `length` tokens of each. A decoder that
+        reads findings is given those that the classification head finds more likely than not."""
+        seen = self.compute({"volume": volume}, ("volume_tokens", "volume_pooled"))
+        findings = None
+        if self._findings_read():
+            findings = self.classification_head(seen["volume_pooled"].astype(jnp.float32)) > 0
+        return self.report_decoder.start(seen["volume_tokens"], texts, length, findings)
 
     def report_step(self, token_ids: jax.Array, position: jax.Array, cache: Cache) -> tuple[jax.Array, Cache]:
         """Logits [B, K, vocab] of what follows the tokens [B, K] at `position`, and the cache (`ReportDecoder.step`)."""
@@ -453,10 +465,16 @@ class MG3D(nn.Module):
         return (self.sentence_projection(sentences),)
 
     def _next_token_logits(
-        self, volume_tokens: jax.Array, report: dict[str, jax.Array], train: bool
+        self,
+        volume_tokens: jax.Array,
+        report: dict[str, jax.Array],
+        findings: jax.Array | None = None,
+        *,
+        train: bool,
     ) -> tuple[jax.Array, ...]:
-        """[B, T - 1, vocab]: at each token of the report those of the next one, from the volume and what was written."""
-        return (self.report_decoder(report["token_ids"][:, :-1], volume_tokens),)
+        """[B, T - 1, vocab]: at each token of the report those of the next one, from the volume, what was written, and with
+        `findings` [B, L] which there are."""
+        return (self.report_decoder(report["token_ids"][:, :-1], volume_tokens, findings),)
 
 
 def _with_others(count: int, words: Any, volumes: jax.Array) -> tuple[Any, jax.Array]:

@@ -3,6 +3,9 @@
 Two ways through the same parameters. In training all tokens of a report go through at once, each seeing those before it
 (`ReportDecoder.__call__`). A report is written token by token (`step`): keys and values of what was written are kept, and
 those of the volume are computed once (`start`), so that a step costs one token.
+
+With `num_findings` it also reads which findings there are: what a classifier says of the volume is added to every token, so
+that what is stated is decided by a classifier and how by the decoder (as PromptMRG, arXiv 2308.12604, does by prompts).
 """
 
 from __future__ import annotations
@@ -17,7 +20,8 @@ from mg3d_jax.models.attention import dot_product_attention
 from mg3d_jax.models.transformer import ACTIVATION_AXES, TABLE_INIT, Mlp, constrain, dense, layer_norm, make_remat, part
 
 KeysValues = dict[str, jax.Array]  # "key" and "value", [B, T, H, head_dim]
-Cache = dict[str, Any]  # "written": of every layer [B K, L, H, head_dim], "volume": of every layer [B, N, H, head_dim]
+# "written": of every layer [B K, L, H, head_dim], "volume": of every layer [B, N, H, head_dim], "findings" [B, 1, d]
+Cache = dict[str, Any]
 
 
 class CachedAttention(nn.Module):
@@ -102,10 +106,12 @@ class DecoderBlock(nn.Module):
 
 
 class ReportDecoder(nn.Module):
-    """`(token_ids int32 [B, T], volume_tokens [B, N, e]) -> logits [B, T, vocab_size]` in the compute dtype.
+    """`(token_ids int32 [B, T], volume_tokens [B, N, e], findings [B, L] or None) -> logits [B, T, vocab_size]` in the compute
+    dtype.
 
     Logits at position t are of the token that follows `token_ids[:, t]`. T is at most `max_tokens`. The table of words is
-    that of the logits, too (Press & Wolf 2017). The width e of the volume tokens may be any.
+    that of the logits, too (Press & Wolf 2017). The width e of the volume tokens may be any. `findings`: 1 present, 0
+    absent, anything else unknown; L is `num_findings`.
     """
 
     vocab_size: int
@@ -117,8 +123,12 @@ class ReportDecoder(nn.Module):
     dtype: str = "float32"
     remat: str = "none"
     attention_backend: str = "xla"
+    num_findings: int = 0
 
     def setup(self) -> None:
+        if self.num_findings:  # of the present ones, then of the absent ones
+            shape = (2 * self.num_findings, self.width)
+            self.finding_embedding = self.param("finding_embedding", part(TABLE_INIT, (None, "embed")), shape)
         self.word_embedding = self.param(
             "word_embedding", part(TABLE_INIT, ("vocab", "embed")), (self.vocab_size, self.width)
         )
@@ -130,18 +140,20 @@ class ReportDecoder(nn.Module):
         self.layers = [block(self.width, self.num_heads, mlp_dim, self.dtype) for _ in range(self.depth)]
         self.norm = layer_norm(self.dtype)
 
-    def __call__(self, token_ids: jax.Array, volume_tokens: jax.Array) -> jax.Array:
-        tokens = constrain(self._embedded(token_ids, jnp.arange(token_ids.shape[1])), ACTIVATION_AXES)
+    def __call__(self, token_ids: jax.Array, volume_tokens: jax.Array, findings: jax.Array | None = None) -> jax.Array:
+        tokens = self._embedded(token_ids, jnp.arange(token_ids.shape[1])) + self._of_findings(findings)
+        tokens = constrain(tokens, ACTIVATION_AXES)
         volume_tokens = volume_tokens.astype(self.dtype)
         for layer in self.layers:
             tokens = layer(tokens, volume_tokens, self.attention_backend)
         return self._logits(tokens)
 
-    def start(self, volume_tokens: jax.Array, texts: int, length: int) -> Cache:
+    def start(self, volume_tokens: jax.Array, texts: int, length: int, findings: jax.Array | None = None) -> Cache:
         """The cache for `texts` texts of at most `length` tokens per volume, nothing written yet.
 
         Args:
             volume_tokens: [B, N, e].
+            findings: [B, L], as for the call.
         """
         shape = (volume_tokens.shape[0] * texts, length, self.num_heads, self.width // self.num_heads)
         empty = jnp.zeros(shape, self.dtype)
@@ -149,15 +161,24 @@ class ReportDecoder(nn.Module):
         return {
             "written": [{"key": empty, "value": empty} for _ in self.layers],
             "volume": [layer.read(volume_tokens) for layer in self.layers],
+            "findings": self._of_findings(findings),
         }
 
     def step(self, token_ids: jax.Array, position: jax.Array, cache: Cache) -> tuple[jax.Array, Cache]:
         """Logits [B, K, vocab_size] of what follows `token_ids` [B, K], which stand at `position`, and the cache with them."""
-        tokens, written = self._embedded(token_ids, position), []
+        tokens, written = self._embedded(token_ids, position) + cache["findings"], []
         for layer, before, volume in zip(self.layers, cache["written"], cache["volume"], strict=True):
             tokens, now = layer.step(tokens, before, volume, position)
             written.append(now)
-        return self._logits(tokens), {"written": written, "volume": cache["volume"]}
+        return self._logits(tokens), cache | {"written": written}
+
+    def _of_findings(self, findings: jax.Array | None) -> jax.Array:
+        """What is added to every token [B, 1, d]; without findings 0, [1, 1, 1]."""
+        if not self.num_findings:
+            return jnp.zeros((1, 1, 1), self.dtype)
+        assert findings is not None, "a decoder that reads findings was given none"
+        states = jnp.concatenate([findings == 1, findings == 0], axis=-1).astype(self.dtype)
+        return (states @ self.finding_embedding.astype(self.dtype))[:, None]
 
     def _embedded(self, token_ids: jax.Array, positions: jax.Array) -> jax.Array:
         # Whole along its width, as in the report encoder: looking up pieces of rows would replicate the batch on the way.

@@ -170,11 +170,26 @@ class ReportDecoder(nn.Module):
         self.position_embedding = nn.Embedding(config.max_tokens - 1, config.decoder_width)  # nothing follows the last
         self.layers = nn.ModuleList(DecoderBlock(config) for _ in range(config.decoder_depth))
         self.norm = nn.LayerNorm(config.decoder_width, eps=1e-6)
+        if config.decoder_findings:  # of the present ones, then of the absent ones
+            self.finding_embedding = nn.Embedding(2 * config.decoder_findings, config.decoder_width)
 
-    def forward(self, ids: Tensor, volumes: list, cache: list | None = None, start: int = 0) -> tuple[Tensor, list]:
-        """ids [B, L] at positions from `start`, what `DecoderBlock.read` gave of each layer -> logits [B, L, V], cache."""
+    def forward(
+        self,
+        ids: Tensor,
+        volumes: list,
+        cache: list | None = None,
+        start: int = 0,
+        findings: Tensor | None = None,
+    ) -> tuple[Tensor, list]:
+        """ids [B, L] at positions from `start`, what `DecoderBlock.read` gave of each layer -> logits [B, L, V], cache.
+
+        findings [B, F], of a decoder that reads them: 1 present, 0 absent, anything else unknown.
+        """
         places = torch.arange(start, start + ids.shape[1], device=ids.device)
         tokens, written = self.word_embedding(ids) + self.position_embedding(places), []
+        if findings is not None:
+            states = torch.cat([findings == 1, findings == 0], dim=-1).to(tokens.dtype)
+            tokens = tokens + (states @ self.finding_embedding.weight)[:, None]
         for number, layer in enumerate(self.layers):
             tokens, now = layer(tokens, volumes[number], None if cache is None else cache[number])
             written.append(now)
@@ -279,35 +294,48 @@ class MG3DTaskModel(MG3DModel):
         found = F.grid_sample(shares, places[None], padding_mode="border", align_corners=True)
         return found[0].argmax(0).to(torch.uint8).cpu().numpy()
 
-    def report_logits(self, hu: Tensor, input_ids: Tensor) -> Tensor:
-        """HU as for `encode_volume` and what was written [B, L], from [CLS] on -> logits [B, L, V] of what follows each."""
+    def report_logits(self, hu: Tensor, input_ids: Tensor, findings: Tensor | None = None) -> Tensor:
+        """HU as for `encode_volume` and what was written [B, L], from [CLS] on -> logits [B, L, V] of what follows each.
+
+        findings [B, F] for a decoder that reads them: 1 present, 0 absent, -1 unknown; None: those that the model finds.
+        """
         self._needs_decoder()
-        tokens = self._encode(hu)[0]
-        return self.report_decoder(input_ids, [layer.read(tokens) for layer in self.report_decoder.layers])[0].float()
+        volumes, found = self._seen(hu)
+        return self.report_decoder(input_ids, volumes, findings=found if findings is None else findings)[0].float()
 
     @torch.no_grad()
     def write_reports(
-        self, hu: Tensor, tokenizer: PreTrainedTokenizerBase | None = None, max_tokens: int | None = None
+        self,
+        hu: Tensor,
+        tokenizer: PreTrainedTokenizerBase | None = None,
+        max_tokens: int | None = None,
+        findings: Tensor | None = None,
     ) -> list[str]:
-        """HU as for `encode_volume` -> B reports; each token is the most likely one."""
+        """HU as for `encode_volume` -> B reports; each token is the most likely one. `findings` as for `report_logits`."""
         self._needs_decoder()
         tokenizer = tokenizer or self.tokenizer
-        decoder, tokens = self.report_decoder, self._encode(hu)[0]
-        volumes, cache = [layer.read(tokens) for layer in decoder.layers], None
+        volumes, found = self._seen(hu)
+        findings, decoder, cache, device = found if findings is None else findings, self.report_decoder, None, hu.device
         never = [tokenizer.pad_token_id, tokenizer.cls_token_id, tokenizer.mask_token_id, tokenizer.unk_token_id]
-        last = torch.full((len(hu), 1), tokenizer.cls_token_id, device=tokens.device)
-        ended, found = torch.zeros(len(hu), dtype=torch.bool, device=tokens.device), []
+        last = torch.full((len(hu), 1), tokenizer.cls_token_id, device=device)
+        ended, written = torch.zeros(len(hu), dtype=torch.bool, device=device), []
         for position in range(min(max_tokens or self.config.max_tokens, self.config.max_tokens - 1)):
-            logits, now = decoder(last, volumes, cache, position)
-            cache = now
+            logits, cache = decoder(last, volumes, cache, position, findings)
             logits[:, -1, [number for number in never if number is not None]] = -torch.inf
             last = logits[:, -1].argmax(-1, keepdim=True).masked_fill(ended[:, None], tokenizer.pad_token_id)
             ended = ended | (last[:, 0] == tokenizer.sep_token_id)
-            found.append(last)
+            written.append(last)
             if bool(ended.all()):
                 break
-        texts = tokenizer.batch_decode(torch.cat(found, dim=1), skip_special_tokens=True)
+        texts = tokenizer.batch_decode(torch.cat(written, dim=1), skip_special_tokens=True)
         return [readable(text) for text in texts]
+
+    def _seen(self, hu: Tensor) -> tuple[list, Tensor | None]:
+        """What the decoder reads: of each layer its keys and values of the volume, and what the head finds more likely than
+        not."""
+        tokens, pooled = self._encode(hu)
+        found = self.classification_head(pooled) > 0 if self.config.decoder_findings else None
+        return [layer.read(tokens) for layer in self.report_decoder.layers], found
 
     def _needs_decoder(self) -> None:
         if not self.config.decoder_depth:
