@@ -96,7 +96,7 @@ class Objective:
 
     Args:
         options: frozen dataclass of `options.key` fields, with a `weight`; weight 0 switches it off.
-        needs: `options -> names` of the features of the model (`models.mg3d.STEPS` lists them all) and of what `draw` gave.
+        needs: `options -> names` of the features of the model (`models.steps.STEPS` lists them all) and of what `draw` gave.
         loss: `(features, batch, options) -> (scalar, metrics)` over the whole batch, rows where `batch["valid"]` is False
             left out. `features` are its own, and beside them `logit_scale` and, in the sigmoid form, `logit_bias`.
         features: `(modules, needed, options) -> features`: what the loss reads, each row made of one patient only, and small

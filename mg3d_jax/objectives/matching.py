@@ -235,7 +235,7 @@ def draw(rng: jax.Array, batch: Batch, options: MatchingOptions, context: Contex
 
 
 def needs(options: MatchingOptions) -> tuple[str, ...]:
-    """Features of the model (`models.mg3d.STEPS`): the sentence-conditioned volume `z`, and the report side of the options."""
+    """Features of the model (`models.steps.STEPS`): the sentence-conditioned volume `z`, and the report side of the options."""
     more = () if options.form == PUBLISHED else ("z_others", "matching_pairs")
     return "z", SENTENCE_SOURCES[options.sentence_source], "sentence_mask", *more
 
