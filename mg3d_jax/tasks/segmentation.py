@@ -108,9 +108,10 @@ def crop_start(key: jax.Array, mask: jax.Array, size: tuple[int, int, int], opti
 
 
 def modules(options: SegmentationOptions, context: Context) -> dict[str, nn.Module]:
-    """A 1x1x1 convolution, float32 whatever the towers compute in."""
-    init = nn.with_logical_partitioning(nn.initializers.lecun_normal(), ("embed", None))
-    return {HEAD: nn.Dense(options.num_classes, kernel_init=init)}
+    """A 1x1x1 convolution, float32 whatever the towers compute in. It starts at zero, every class as likely as the others: from
+    random weights some runs of small models stay at background for hundreds of steps (docs/segmentation.md)."""
+    zeros = nn.with_logical_partitioning(nn.initializers.zeros, ("embed", None))
+    return {HEAD: nn.Dense(options.num_classes, kernel_init=zeros)}
 
 
 def features(modules: Any, needed: Features, options: SegmentationOptions) -> Features:
