@@ -1,5 +1,6 @@
 """Exports of fine-tuned models: decoders for PyTorch and MONAI users against the Linen model."""
 
+import itertools
 import json
 from dataclasses import replace
 from functools import partial
@@ -173,6 +174,7 @@ def test_a_report_decoder_in_pytorch(make_run, tmp_path, findings):
         tasks__generation__weight=1.0, objectives__alignment__weight=0.0, data__max_tokens=20,
         model__report_decoder__width=32, model__report_decoder__depth=2, model__report_decoder__num_heads=4,
         **({"tasks__generation__findings": True, "tasks__classification__weight": 1.0} if findings else {}),
+        evaluations__generation__no_repeat=2 * findings,
     )  # fmt: skip
     if findings:
         head = run.params["classification_head"]["kernel"]
@@ -195,7 +197,7 @@ def test_a_report_decoder_in_pytorch(make_run, tmp_path, findings):
     linen = state_lib.build_model(run.config, run.tokenizer.vocab_size)
     special = [text.token_to_id(f"[{name}]") for name in ("CLS", "SEP", "PAD", "MASK", "UNK")]
     start, end, pad, *others = special
-    options = sampling.Sampling("greedy", 19, start, end, pad, forbidden=(pad, start, *others))
+    options = sampling.Sampling("greedy", 19, start, end, pad, forbidden=(pad, start, *others), no_repeat=2 * findings)
 
     @jax.jit
     def write(params):
@@ -215,12 +217,17 @@ def test_a_report_decoder_in_pytorch(make_run, tmp_path, findings):
     with torch.no_grad():
         logits = model.report_logits(hu, whole)
     logits[:, :, list(options.forbidden)] = -torch.inf
+    if findings:  # each pair of tokens once
+        pairs = [list(itertools.pairwise(row[:n].tolist())) for row, n in zip(
+            np.asarray(written["tokens"]), np.asarray(written["length"]), strict=True
+        )]  # fmt: skip
+        assert all(len(set(one)) == len(one) for one in pairs)
+        absent = (model.classification_logits(hu) <= 0).to(torch.int8)
+        assert model.write_reports(hu, tokenizer, findings=absent) != expected
+        return
     best, length = logits.argmax(-1).numpy(), np.asarray(written["length"])
     for row in range(3):  # without a cache
         np.testing.assert_array_equal(best[row, : length[row]], np.asarray(written["tokens"])[row, : length[row]])
-    if findings:
-        others = (model.classification_logits(hu) <= 0).to(torch.int8)
-        assert model.write_reports(hu, tokenizer, findings=others) != expected
     with pytest.raises(ValueError, match="not trained to segment"):
         model.segmentation_logits(hu)
 

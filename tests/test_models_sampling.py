@@ -11,7 +11,7 @@ from support import quick_variables
 
 from mg3d_jax.errors import UserError
 from mg3d_jax.models.report_decoder import ReportDecoder
-from mg3d_jax.models.sampling import Sampling, beam_reorder, nucleus, write
+from mg3d_jax.models.sampling import Sampling, beam_reorder, nucleus, repetitions, write
 
 VOCAB, LENGTH, START, END, PAD = 7, 5, 1, 2, 0
 DECODER = ReportDecoder(VOCAB, LENGTH, width=16, depth=1, num_heads=2)
@@ -99,20 +99,49 @@ def test_steps_with_a_cache_give_the_logits_of_the_whole_text(model):
             np.testing.assert_allclose(logits[:, text], wholes[text][:, position], atol=2e-4)
 
 
-def test_greedy_is_the_most_likely_token_each_time(model, log_probabilities):
-    found = written(model, method="greedy")
+def repeats(text, token, length):
+    """Would `token` end a row of `length` tokens that the text already has?"""
+    row, longer = (*text, token)[-length:], (*text, token)
+    return len(row) == length and any(longer[i : i + length] == row for i in range(len(text) - length + 1))
+
+
+@pytest.mark.parametrize("no_repeat", [0, 1, 2])
+def test_greedy_is_the_most_likely_token_each_time(model, log_probabilities, no_repeat):
+    found = written(model, method="greedy", no_repeat=no_repeat)
     expected = []
     for row in range(3):
         text = ()
         while len(text) < LENGTH and END not in text:
-            text += (int(np.argmax(log_probabilities(row, text))),)
+            banned = [bool(no_repeat) and repeats(text, token, no_repeat) for token in range(VOCAB)]
+            text += (int(np.argmax(np.where(banned, -np.inf, log_probabilities(row, text)))),)
         expected.append(text)
     assert texts(found) == expected
     sums = [total(log_probabilities, row, text) for row, text in enumerate(expected)]
     np.testing.assert_allclose(found["log_probability"], sums, atol=1e-3)
 
 
-def slow_beam(log_probabilities, row, beams, penalty):
+@pytest.mark.parametrize("length", [1, 2, 3, 9])
+def test_what_would_repeat(length):
+    """Against every place of the text, of texts of few words."""
+    tokens = np.random.default_rng(0).integers(0, 3, (2, 4, 8)).astype(np.int32)
+    for position in range(8):
+        found = np.asarray(jax.jit(repetitions, static_argnums=(2, 3))(tokens, jnp.int32(position), length, 3))
+        for place in np.ndindex(2, 4):
+            text = tuple(tokens[place][:position].tolist())
+            assert found[place].tolist() == [repeats(text, token, length) for token in range(3)]
+
+
+def test_no_method_repeats_what_it_must_not(model):
+    loops = model[0]["params"] | {"position_embedding": 0 * model[0]["params"]["position_embedding"]}
+    once = ({"params": loops}, model[1])
+    options = {"temperature": 0.5, "top_p": 1.0, "length_penalty": -9.0}
+    for method in ("greedy", "nucleus", "beam"):
+        for text in texts(written(once, method=method, no_repeat=2, **options)):
+            pairs = list(itertools.pairwise(text))
+            assert len(set(pairs)) == len(pairs)
+
+
+def slow_beam(log_probabilities, row, beams, penalty, no_repeat=0):
     """Beam search as it is told, with Python lists: unfinished texts compete with each other, finished ones are kept."""
     alive, finished = [(0.0, ())], []
     for _ in range(LENGTH):
@@ -120,7 +149,7 @@ def slow_beam(log_probabilities, row, beams, penalty):
             (score + log_probabilities(row, text)[token], (*text, token))
             for score, text in alive
             for token in range(VOCAB)
-            if np.isfinite(log_probabilities(row, text)[token])
+            if np.isfinite(log_probabilities(row, text)[token]) and not (no_repeat and repeats(text, token, no_repeat))
         ]
         longer = sorted(longer, key=lambda one: -one[0])[: 2 * beams]
         finished += [one for one in longer if one[1][-1] == END]
@@ -129,10 +158,12 @@ def slow_beam(log_probabilities, row, beams, penalty):
     return max(scored)[1] if scored else alive[0][1]
 
 
-@pytest.mark.parametrize(("beams", "penalty"), [(1, 1.0), (2, 0.0), (3, 1.0), (3, -1.0)])
-def test_beam_search_is_the_slow_one(model, log_probabilities, beams, penalty):
-    found = written(model, method="beam", beams=beams, length_penalty=penalty)
-    assert texts(found) == [slow_beam(log_probabilities, row, beams, penalty) for row in range(3)]
+@pytest.mark.parametrize(
+    ("beams", "penalty", "no_repeat"), [(1, 1.0, 0), (2, 0.0, 0), (3, 1.0, 0), (3, -1.0, 0), (2, 1.0, 1), (3, 0.0, 2)]
+)
+def test_beam_search_is_the_slow_one(model, log_probabilities, beams, penalty, no_repeat):
+    found = written(model, method="beam", beams=beams, length_penalty=penalty, no_repeat=no_repeat)
+    assert texts(found) == [slow_beam(log_probabilities, row, beams, penalty, no_repeat) for row in range(3)]
     sums = [total(log_probabilities, row, text) for row, text in enumerate(texts(found))]
     np.testing.assert_allclose(found["log_probability"], sums, atol=1e-3)
 

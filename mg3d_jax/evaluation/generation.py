@@ -37,6 +37,7 @@ class GenerationEvaluationOptions(EvaluationOptions):
     top_p: float = key(0.9, "probability of the tokens that nucleus sampling draws from", neutral=0.9)
     temperature: float = key(1.0, "of nucleus sampling", neutral=1.0)
     seed: int = key(0, "of nucleus sampling", neutral=0)
+    no_repeat: int = key(0, "so many tokens in a row never stand twice in a text; 0: they may", neutral=0)
     online_volumes: int = key(64, "volumes of a measurement while training, the first ones; 0: all", neutral=64)
     labeller: str = key("rules", "what reads findings in texts, by name (registry.LABELLERS)", neutral="rules")
     probe_volumes: int = key(
@@ -76,7 +77,13 @@ class Generation(Evaluation):
     def problems(options: GenerationEvaluationOptions, config: Any) -> list[str]:
         found = choice("evaluations.generation.method", options.method, METHODS)
         found += choice("evaluations.generation.labeller", options.labeller, tuple(LABELLERS))
-        for name, least in (("beams", 1), ("max_tokens", 0), ("online_volumes", 0), ("probe_volumes", 0)):
+        for name, least in (
+            ("beams", 1),
+            ("max_tokens", 0),
+            ("online_volumes", 0),
+            ("probe_volumes", 0),
+            ("no_repeat", 0),
+        ):
             if getattr(options, name) < least:
                 found.append(f"evaluations.generation.{name} = {getattr(options, name)}: must be at least {least}")
         if not 0 < options.top_p <= 1:

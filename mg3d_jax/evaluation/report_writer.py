@@ -54,6 +54,7 @@ def sampling_of(embedder: Embedder, settings: Any) -> Sampling:
         top_p=settings.top_p,
         beams=settings.beams,
         length_penalty=settings.length_penalty,
+        no_repeat=settings.no_repeat,
     )
 
 

@@ -106,6 +106,7 @@ def task_arguments(config: Config, params: dict[str, Any], mask_names: Sequence[
         found |= {f"decoder_{name}": getattr(decoder, name) for name in ("width", "depth")}
         found |= {
             "decoder_heads": decoder.num_heads,
+            "decoder_no_repeat": config.evaluations["generation"].no_repeat,
             "decoder_findings": len(params[REPORT_DECODER].get("finding_embedding", ())) // 2,
             "decoder_mlp_dim": int(params[REPORT_DECODER]["layers_0"]["mlp"]["up"]["kernel"].shape[1]),
         }

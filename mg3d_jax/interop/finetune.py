@@ -273,6 +273,7 @@ def use_report_decoder(config: ConfigDict, arg: str, *, findings: int = 0) -> No
     else:
         tokens_alone(config)
     config.data.update({"max_tokens": 256, "max_sentences": 48, "vocab_size": 1000 if small else 4096})
+    config.evaluations.generation.no_repeat = 16  # else a decoder that is unsure says one phrase again and again
     if small:
         config.model.report_decoder.update({"width": 128, "depth": 2, "num_heads": 4})
         config.training.steps = 1000  # 200 are too few (docs/generation.md)

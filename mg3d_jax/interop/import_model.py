@@ -140,6 +140,7 @@ def _configuration(folder: Path, arguments: Mapping[str, Any]) -> ConfigDict:
     if depth := arguments["decoder_depth"]:
         config.tasks.generation.weight = 1.0
         config.tasks.generation.findings = bool(arguments["decoder_findings"])
+        config.evaluations.generation.no_repeat = arguments["decoder_no_repeat"]
         sizes = {"width": arguments["decoder_width"], "depth": depth, "num_heads": arguments["decoder_heads"]}
         config.model.report_decoder.update(sizes)
     return config

@@ -35,6 +35,7 @@ class Sampling:
             that together just reach the second.
         beams, length_penalty: of "beam": how many texts per row are followed; their log probability is divided by
             ((5 + length) / 6) ** length_penalty (Wu et al. 2016).
+        no_repeat: so many tokens in a row never stand twice in a text; 0: they may.
     """
 
     method: str
@@ -47,6 +48,7 @@ class Sampling:
     top_p: float = 0.9
     beams: int = 4
     length_penalty: float = 1.0
+    no_repeat: int = 0
 
     @property
     def texts(self) -> int:
@@ -75,12 +77,36 @@ def write(
     return _one_by_one(step, cache, rows, options, keys)
 
 
-def _log_probabilities(logits: jax.Array, options: Sampling) -> jax.Array:
-    """float32; what is forbidden takes no share of the probability."""
+def _log_probabilities(logits: jax.Array, tokens: jax.Array, position: jax.Array, options: Sampling) -> jax.Array:
+    """Of what follows `tokens` [..., L], float32 [..., V]. What is forbidden takes no share of the probability; a repetition
+    keeps its share, or a text that can only repeat itself would look likely."""
     logits = logits.astype(jnp.float32)
     if options.forbidden:
         logits = logits.at[..., jnp.array(options.forbidden)].set(NEVER)
-    return jax.nn.log_softmax(logits, axis=-1)
+    found = jax.nn.log_softmax(logits, axis=-1)
+    if options.no_repeat:
+        found = jnp.where(repetitions(tokens, position, options.no_repeat, found.shape[-1]), NEVER, found)
+    return found
+
+
+def repetitions(tokens: jax.Array, position: jax.Array, length: int, vocab: int) -> jax.Array:
+    """Which tokens at `position` would make the last `length` tokens ones that stand earlier in the text: bool [..., V].
+
+    Args:
+        tokens: int [..., L]; those before `position` are written.
+    """
+    starts = tokens.shape[-1] - length + 1
+    if starts < 1:
+        return jnp.zeros((*tokens.shape[:-1], vocab), bool)
+    first = position - length + 1  # of the last `length` - 1 tokens
+    same = jnp.broadcast_to((jnp.arange(starts) < first) & (first >= 0), (*tokens.shape[:-1], starts))
+    for offset in range(length - 1):
+        last = jnp.take(tokens, jnp.maximum(first + offset, 0), axis=-1)[..., None]
+        same &= tokens[..., offset : offset + starts] == last
+    followers, flat = tokens[..., length - 1 :].reshape(-1, starts), same.reshape(-1, starts)
+    rows = jnp.arange(len(flat))[:, None]
+    found = jnp.zeros((len(flat), vocab), bool).at[rows, followers].max(flat)
+    return found.reshape(*tokens.shape[:-1], vocab)
 
 
 def _one_by_one(step: Step, cache: Any, rows: int, options: Sampling, keys: jax.Array) -> dict[str, jax.Array]:
@@ -96,7 +122,7 @@ def _one_by_one(step: Step, cache: Any, rows: int, options: Sampling, keys: jax.
     def body(state: dict[str, Any]) -> dict[str, Any]:
         position, ended = state["position"], state["ended"]
         logits, cache = step(state["last"][:, None], position, state["cache"])
-        log_p = _log_probabilities(logits[:, 0], options)
+        log_p = _log_probabilities(logits[:, 0], state["tokens"], position, options)
         token = jnp.where(ended, options.pad, choose(log_p, position))
         gained = jnp.take_along_axis(log_p, token[:, None], axis=1)[:, 0]
         return {
@@ -157,7 +183,8 @@ def _beam(step: Step, cache: Any, rows: int, options: Sampling, reorder: Reorder
     def body(state: dict[str, Any]) -> dict[str, Any]:
         position = state["position"]
         logits, cache = step(state["last"], position, state["cache"])
-        log_p = state["alive"][..., None] + _log_probabilities(logits, options)  # [B, K, V]
+        # [B, K, V]
+        log_p = state["alive"][..., None] + _log_probabilities(logits, state["tokens"], position, options)
         vocab = log_p.shape[-1]
         # At most K of these end, one of each text: K are left to go on.
         total, place = jax.lax.top_k(log_p.reshape(rows, -1), 2 * beams)

@@ -84,6 +84,7 @@ class MG3DConfig(PretrainedConfig):
         decoder_heads: int = 8,
         decoder_mlp_dim: int = 2048,
         decoder_findings: int = 0,
+        decoder_no_repeat: int = 0,
         **kwargs: Any,
     ):
         self.orientation, self.policy = "RAS", policy
@@ -108,7 +109,7 @@ class MG3DConfig(PretrainedConfig):
         self.segmentation_classes, self.segmentation_width = list(segmentation_classes), segmentation_width
         self.decoder_width, self.decoder_depth = decoder_width, decoder_depth
         self.decoder_heads, self.decoder_mlp_dim = decoder_heads, decoder_mlp_dim
-        self.decoder_findings = decoder_findings
+        self.decoder_findings, self.decoder_no_repeat = decoder_findings, decoder_no_repeat
         super().__init__(**{key: value for key, value in kwargs.items() if key != "orientation"})
 
 

@@ -244,6 +244,17 @@ def sliding_window(
     return (total / counts)[:, :, x, y, z]
 
 
+def repetitions(written: list[Tensor], length: int, logits: Tensor) -> Tensor:
+    """Which tokens, bool [B, V], would make the last `length` of those written ([B, 1] each) ones that stand earlier."""
+    found = torch.zeros(logits.shape[0], logits.shape[-1], dtype=torch.bool, device=logits.device)
+    if len(written) < length:
+        return found
+    rows = torch.cat(written, dim=1).unfold(1, length, 1)  # [B, places, length]
+    last = torch.cat(written[len(written) - length + 1 :], dim=1)[:, None] if length > 1 else rows[:, :, :0]
+    same = (rows[:, :, :-1] == last).all(-1)
+    return found.scatter_reduce(1, rows[:, :, -1], same, "amax")
+
+
 class MG3DTaskModel(MG3DModel):
     """`MG3DModel` with the decoders that it was fine-tuned with."""
 
@@ -311,7 +322,8 @@ class MG3DTaskModel(MG3DModel):
         max_tokens: int | None = None,
         findings: Tensor | None = None,
     ) -> list[str]:
-        """HU as for `encode_volume` -> B reports; each token is the most likely one. `findings` as for `report_logits`."""
+        """HU as for `encode_volume` -> B reports; each token is the most likely one. `findings` as for `report_logits`;
+        `config.decoder_no_repeat` tokens in a row never stand twice in a text (0: they may)."""
         self._needs_decoder()
         tokenizer = tokenizer or self.tokenizer
         volumes, found = self._seen(hu)
@@ -322,6 +334,8 @@ class MG3DTaskModel(MG3DModel):
         for position in range(min(max_tokens or self.config.max_tokens, self.config.max_tokens - 1)):
             logits, cache = decoder(last, volumes, cache, position, findings)
             logits[:, -1, [number for number in never if number is not None]] = -torch.inf
+            if length := self.config.decoder_no_repeat:
+                logits[:, -1][repetitions(written, length, logits)] = -torch.inf
             last = logits[:, -1].argmax(-1, keepdim=True).masked_fill(ended[:, None], tokenizer.pad_token_id)
             ended = ended | (last[:, 0] == tokenizer.sep_token_id)
             written.append(last)
