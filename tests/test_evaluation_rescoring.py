@@ -23,7 +23,7 @@ FORMS = {
 }
 
 
-def embedded(tiny_data, top, fused_weight=1.0, progress=None, **overrides):
+def embedded(tiny_data, top, fused_weight=1.0, progress=None, embeddings=0.0, **overrides):
     """What the evaluation is given, of random weights on 8 volumes."""
     data = PreparedData((tiny_data["valid"],))
     builder = with_plain_towers(tiny_builder(model__fusion__depth=1, **overrides))
@@ -34,13 +34,13 @@ def embedded(tiny_data, top, fused_weight=1.0, progress=None, **overrides):
     mesh = sharding.make_mesh(sharding.MeshConfig(data=2, fsdp=1, tensor=1), jax.devices()[:2])
     setup = state_lib.build(config, tokenizer.vocab_size, mesh, steps=1)
     params = quick_state(setup)["params"]
-    one = rescoring.Rescoring(rescoring.RescoringOptions(top=top))
+    one = rescoring.Rescoring(rescoring.RescoringOptions(top=top, embeddings=embeddings))
     return one, DataEmbedder(Embedder(setup, tokenizer, 8), data, {"rescoring": one})(params, progress)["rescoring"]
 
 
-@pytest.mark.parametrize("form", FORMS)
-def test_ranks_are_those_of_the_models_own_scores(tiny_data, form):
-    one, found = embedded(tiny_data, top=20, **FORMS[form])
+@pytest.mark.parametrize(("form", "weight"), [("published", 0.0), ("same_words", 0.0), ("same_words", 0.7)])
+def test_ranks_are_those_of_the_models_own_scores(tiny_data, form, weight):
+    one, found = embedded(tiny_data, top=20, embeddings=weight, **FORMS[form])
     model, config, params = found.model.embedder.setup.model, found.model.embedder.config, found.model.params
     row_of = {name: row for row, name in enumerate(found.report_ids.tolist())}
     table = np.zeros((len(found.reports), len(found.volumes)))
@@ -59,6 +59,7 @@ def test_ranks_are_those_of_the_models_own_scores(tiny_data, form):
             fused = model.apply({"params": params}, given, names, method="compute")
             both = np.concatenate([fused[name] for name in names], 1)
             table[:, volume] = (both @ np.asarray(params[FUSED_HEAD]["kernel"]))[:, 0]
+    table += weight * found.logit_scale * found.reports @ found.volumes.T
     result = one.full(found)
     own = np.array([row_of[name] for name in found.volume_reports])
     right = own[None, :] == np.arange(len(found.reports))[:, None]
@@ -68,7 +69,10 @@ def test_ranks_are_those_of_the_models_own_scores(tiny_data, form):
     assert result["report_to_volume/recall@5"] == pytest.approx(np.mean(ranks <= 5))
     ranks = 1 + ((table.T[np.arange(len(own)), own][:, None] <= table.T) & ~right.T).sum(1)
     assert result["volume_to_report/recall@5"] == pytest.approx(np.mean(ranks <= 5))
-    assert one.flat(result)["rescoring/top=20/report_to_volume/recall@5"] == result["report_to_volume/recall@5"]
+    assert (
+        one.flat(result)[f"rescoring/top=20/embeddings={weight:g}/report_to_volume/recall@5"]
+        == result["report_to_volume/recall@5"]
+    )
     assert "with the second pass" in str(one.sections(result)[0].table)
 
 

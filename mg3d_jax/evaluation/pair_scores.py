@@ -117,8 +117,8 @@ def _sentences(embedder: Embedder, texts: Sequence[Sequence[str]]) -> dict[str, 
 
 
 def _pair_scores(embedder: Embedder, params: Any, batch: dict[str, jax.Array]) -> jax.Array:
-    """[P], by the head of the form "same_words" where the run has it, else the cosine of the fused embedding with the two
-    embeddings side by side, which is what the published form brings together."""
+    """Logits [P]: of the head of the form "same_words" where the run has it, else the cosine of the fused embedding with the
+    two embeddings side by side, which is what the published form brings together, over the temperature of the run."""
     report = {name: batch[name] for name in ("token_mask", "sentence_index", SENTENCE_FEATURES)}
     fused = embedder.setup.model.apply({"params": params}, batch["volume_tokens"], report, method="fuse")
     if FUSED_HEAD in params:
@@ -126,4 +126,5 @@ def _pair_scores(embedder: Embedder, params: Any, batch: dict[str, jax.Array]) -
         return (both @ params[FUSED_HEAD]["kernel"])[:, 0]
     single = jnp.concatenate([batch["report_embedding"], batch["volume_embedding"]], axis=-1)
     lengths = jnp.linalg.norm(fused["fused_embedding"], axis=-1) * jnp.linalg.norm(single, axis=-1)
-    return jnp.sum(fused["fused_embedding"] * single, axis=-1) / jnp.maximum(lengths, 1e-6)
+    cosines = jnp.sum(fused["fused_embedding"] * single, axis=-1) / jnp.maximum(lengths, 1e-6)
+    return cosines / embedder.config.objectives["alignment"].temperature

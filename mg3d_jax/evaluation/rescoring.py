@@ -1,7 +1,8 @@
 """Retrieval in two passes: embeddings find the candidates, the fused pair of report and volume puts the best in order.
 
 Only runs that train the fused pair (`objectives.alignment.fused_weight`) have what is read here. A fusion of every report with
-every volume would cost as much as the product of both; of the nearest few it does not.
+every volume would cost as much as the product of both; of the nearest few it does not. Both passes count: the logits of the
+embeddings are added to those of the fusion, as BLIP retrieves (arXiv 2201.12086).
 """
 
 from __future__ import annotations
@@ -29,6 +30,9 @@ class RescoringOptions(EvaluationOptions):
     """How many are looked at again."""
 
     top: int = key(0, "nearest candidates of each query that the fused pair puts in order; 0: off", neutral=0)
+    embeddings: float = key(
+        1.0, "weight of the embeddings' logits beside the fused pair's; 0: the fused pair alone", neutral=1.0
+    )
 
 
 class Rescoring(Evaluation):
@@ -42,8 +46,9 @@ class Rescoring(Evaluation):
 
     @staticmethod
     def problems(options: RescoringOptions, config: Any) -> list[str]:
-        if options.top < 0:
-            return [f"evaluations.rescoring.top = {options.top}: must be at least 0"]
+        for name in ("top", "embeddings"):
+            if getattr(options, name) < 0:
+                return [f"evaluations.rescoring.{name} = {getattr(options, name)}: must be at least 0"]
         alignment = config.objectives["alignment"] if config is not None else None
         if options.top and alignment is not None and not alignment.fused_weight:
             return [
@@ -76,10 +81,12 @@ class Rescoring(Evaluation):
         from mg3d_jax.evaluation.pair_scores import pair_scores  # needs JAX, which pages of results do not
 
         scores = pair_scores(found, found.model, pairs, sorted(wanted))
+        weight = self.settings.embeddings
         protocol = (
-            f"{GALLERIES['distinct'].protocol}; the nearest {self.settings.top} put in order by their fused pairs"
+            f"{GALLERIES['distinct'].protocol}; the nearest {self.settings.top} put in order by the logits of their fused "
+            f"pairs{f' and {weight:g} times those of their embeddings' if weight else ''}"
         )
-        result: dict[str, Any] = {"protocol": protocol, "top": self.settings.top}
+        result: dict[str, Any] = {"protocol": protocol, "top": self.settings.top, "embeddings": weight}
         of_report, of_volume = pairs.report_groups, pairs.volume_groups
         for direction, near, correct, before, patients in (
             ("report_to_volume", to_volume, of_report[:, None] == of_volume[to_volume],
@@ -90,11 +97,14 @@ class Rescoring(Evaluation):
             to_reports = direction == "volume_to_report"
             queries = range(len(near))
             table = np.array([[scores[(q, int(c)) if to_reports else (int(c), q)] for c in near[q]] for q in queries])
+            ours, theirs = (volumes, reports) if to_reports else (reports, volumes)
+            table += weight * found.logit_scale * np.einsum("qk,qck->qc", ours, theirs[near])
             result |= _numbers(direction, before, second_ranks(table, correct, before), patients)
         return result
 
     def flat(self, result: Mapping[str, Any]) -> dict[str, float | list[float]]:
-        return {f"rescoring/top={result['top']}/{name}": value for name, value in result.items() if "/" in name}
+        protocol = f"rescoring/top={result['top']}/embeddings={result['embeddings']:g}" if result else ""
+        return {f"{protocol}/{name}": value for name, value in result.items() if "/" in name}
 
     def sections(self, result: Mapping[str, Any]) -> Sequence[Section]:
         rows = []
