@@ -330,7 +330,8 @@ class MG3DTaskModel(MG3DModel):
         findings, decoder, cache, device = found if findings is None else findings, self.report_decoder, None, hu.device
         never = [tokenizer.pad_token_id, tokenizer.cls_token_id, tokenizer.mask_token_id, tokenizer.unk_token_id]
         last = torch.full((len(hu), 1), tokenizer.cls_token_id, device=device)
-        ended, written = torch.zeros(len(hu), dtype=torch.bool, device=device), []
+        ended = torch.zeros(len(hu), dtype=torch.bool, device=device)
+        written: list[Tensor] = []
         for position in range(min(max_tokens or self.config.max_tokens, self.config.max_tokens - 1)):
             logits, cache = decoder(last, volumes, cache, position, findings)
             logits[:, -1, [number for number in never if number is not None]] = -torch.inf
