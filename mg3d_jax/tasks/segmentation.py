@@ -108,9 +108,9 @@ def crop_start(key: jax.Array, mask: jax.Array, size: tuple[int, int, int], opti
 
 
 def modules(options: SegmentationOptions, context: Context) -> dict[str, nn.Module]:
-    """A 1x1x1 convolution, float32 whatever the towers compute in. Its weights start at a tenth of what is usual: every class about
-    as likely as the others, but none like another. From usual ones some runs of small models stay at background for hundreds
-    of steps, from zeros one class of several may never be learned (docs/segmentation.md)."""
+    """A 1x1x1 convolution, float32 whatever the towers compute in. Its weights start at a tenth of what is usual: every class
+    about as likely as the others, but none like another. From usual ones some runs of small models stay at background for
+    hundreds of steps, from zeros one class of several may never be learned (docs/segmentation.md)."""
     near_zero = nn.initializers.variance_scaling(0.01, "fan_in", "truncated_normal")
     return {HEAD: nn.Dense(options.num_classes, kernel_init=nn.with_logical_partitioning(near_zero, ("embed", None)))}
 
