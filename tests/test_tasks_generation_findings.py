@@ -1,6 +1,7 @@
 """A report decoder that reads findings: what it is told in training, that it heeds it, that it writes by what a head finds."""
 
 import itertools
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -12,11 +13,12 @@ from support import quick_variables, tiny_builder
 from mg3d_jax import config as config_lib
 from mg3d_jax.batch import UNKNOWN_LABEL
 from mg3d_jax.config import checks
+from mg3d_jax.data.pipeline import PreparedData
 from mg3d_jax.errors import UserError
 from mg3d_jax.models.report_decoder import ReportDecoder
 from mg3d_jax.objectives.base import Context
 from mg3d_jax.options import Group
-from mg3d_jax.tasks.generation import GenerationOptions, draw
+from mg3d_jax.tasks.generation import GenerationOptions, data_problems, draw
 from mg3d_jax.training import state as state_lib
 
 LABELS = np.random.default_rng(0).integers(-1, 2, (400, 18)).astype(np.int8)
@@ -56,6 +58,15 @@ def test_without_a_head_that_finds_them_it_is_refused(options):
     with pytest.raises(UserError, match="needs a head that finds them") as error:
         checks.validate(config_lib.typed(config))
     assert "hidden_findings = 1.0: from 0 to below 1" in str(error.value)
+
+
+def test_records_without_labels_are_refused(tiny_data):
+    data = PreparedData((tiny_data["train"],))
+    assert not data_problems(GenerationOptions(findings=True), data)
+    unlabelled = SimpleNamespace(label_names=(), readers=data.readers)
+    (problem,) = data_problems(GenerationOptions(findings=True), unlabelled)
+    assert str(tiny_data["train"]) in problem and "tasks.generation.findings=False" in problem
+    assert not data_problems(GenerationOptions(), unlabelled)
 
 
 @pytest.fixture(scope="module")

@@ -61,6 +61,17 @@ def problems(options: GenerationOptions, config: Any) -> list[str]:
     return found
 
 
+def data_problems(options: GenerationOptions, data: Any) -> list[str]:
+    """Findings of records that have no labels."""
+    if not options.findings or data.label_names:
+        return []
+    folders = ", ".join(str(reader.folder) for reader in data.readers)
+    return [
+        f"{folders}: the records have no labels, and tasks.generation.findings reads them: set tasks.generation.findings=False "
+        "and tasks.classification.weight=0"
+    ]
+
+
 def next_token_sums(logits: jax.Array, targets: jax.Array, mask: jax.Array, *, label_smoothing: float = 0.0) -> Sums:
     """Per patient: summed cross-entropy ("loss"), negative log likelihood ("nll"), "accuracy" and "count" of the tokens.
 
@@ -120,4 +131,5 @@ GENERATION = Objective(
     features=features,
     draw=draw,
     problems=problems,
+    data_problems=data_problems,
 )
