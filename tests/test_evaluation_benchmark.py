@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -85,6 +86,18 @@ def test_the_table_has_paired_intervals(data, tmp_path, capsys):
     assert same["difference"] == pytest.approx(0) and same["better"] == ""
     page = (workdir / "benchmark.html").read_text()
     assert "RUN" in page and "Fewer than 5 runs on a side" in page and "<script" not in page
+
+
+def test_what_is_written_stands_for_a_run_that_has_a_head_beside_it(monkeypatch):
+    both = {
+        "classification/head=trained/labels=multi_label/auroc_macro": {"a": 0.9},
+        "generation/text=greedy/bleu_4": {"a": 0.2},
+        "generation/text=greedy/labeller=rules/f1_micro": {"a": 0.3},
+    }
+    for metrics, name in ((both, "f1_micro"), ({key: both[key] for key in list(both)[:1]}, "auroc_macro")):
+        found = SimpleNamespace(metrics=metrics, patients=3, notes=())
+        monkeypatch.setattr(benchmark, "compare", lambda *_, found=found: found)
+        assert benchmark._difference(("scratch", [Path("s")]), [Path("r")])["metric"].endswith(name)
 
 
 def test_what_is_done_is_skipped_and_a_failure_stops_nothing(data, tmp_path, caplog):

@@ -19,8 +19,8 @@ from mg3d_jax.files import write_json, write_text
 from mg3d_jax.html import Section, Table, number, render
 
 SCRATCH = "scratch"
-# The metric that stands for a task: the first of these that it has.
-PRIMARY = ("auroc_macro", "dice/mean", "f1_micro", "bleu_4", "rouge_l")
+# The metric that stands for a task: the first of these that it has. What is written comes before what a head beside it finds.
+PRIMARY = ("f1_micro", "bleu_4", "rouge_l", "auroc_macro", "dice/mean")
 TRAIN, TEST, FOLD = "train", "test", "fold"  # folders of a task's data
 
 
