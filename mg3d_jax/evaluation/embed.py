@@ -34,6 +34,11 @@ TEXT_FIELDS = ("token_ids", "token_mask", "sentence_index")  # of a batch: what 
 PASSED_THROUGH = ("labels", "record_index", "valid")  # of a batch: what comes back beside the embeddings of its volumes
 
 
+def stacked(tokenized: Sequence[Mapping[str, np.ndarray]]) -> dict[str, np.ndarray]:
+    """`TEXT_FIELDS` of several texts, or of several stacks of them: one more axis in front."""
+    return {name: np.stack([text[name] for text in tokenized]) for name in TEXT_FIELDS}
+
+
 @dataclass(frozen=True)
 class TokenizedTexts:
     """Entries to embed, each distinct text of them tokenised once.
@@ -186,8 +191,7 @@ class Embedder:
         tokenizer = ReportTokenizer(self.tokenizer.tokenizer, length, self.config.data.max_sentences)
         distinct: dict[tuple[str, ...], int] = {}  # text -> its row
         rows = [distinct.setdefault(tuple(text), len(distinct)) for texts in entries for text in texts]
-        tokenized = [tokenizer(text) for text in distinct]
-        fields = {name: np.stack([text[name] for text in tokenized]) for name in TEXT_FIELDS}
+        fields = stacked([tokenizer(text) for text in distinct])
         entry_of_text = np.repeat(np.arange(len(entries)), [len(texts) for texts in entries])
         return TokenizedTexts(fields, np.array(rows), entry_of_text, len(entries))
 
@@ -285,10 +289,8 @@ class DataEmbedder:
             shared = dataclasses.replace(shared, **self._embed_reports(params))
         if "train" in needs and self.train is not None:
             shared = dataclasses.replace(shared, train=self._embed_volumes(params, self.train, progress))
-        model, label_names = (
-            Model(self.embedder, params, self.data, self.train, progress is not None),
-            self.data.label_names,
-        )
+        model = Model(self.embedder, params, self.data, self.train, shows=progress is not None)
+        label_names = self.data.label_names
         return {
             name: dataclasses.replace(
                 shared,

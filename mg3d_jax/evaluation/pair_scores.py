@@ -11,7 +11,7 @@ import numpy as np
 
 from mg3d_jax.data.tokens import ReportTokenizer
 from mg3d_jax.evaluation.base import Embedded, Model
-from mg3d_jax.evaluation.embed import TEXT_FIELDS, Embedder
+from mg3d_jax.evaluation.embed import Embedder, stacked
 from mg3d_jax.evaluation.galleries import Pairs
 from mg3d_jax.models.mg3d import SENTENCE_FEATURES
 from mg3d_jax.objectives.alignment import FUSED_HEAD
@@ -93,13 +93,9 @@ def _encoded(embedder: Embedder, params: Any, texts: Sequence[Sequence[str]]) ->
         (tokens,) = model.apply({"params": params}, {"report": report}, ("report_tokens",), method="compute").values()
         return step_inputs.features_as_tokens(tokens, report["token_mask"])
 
-    fields = _sentences(embedder, texts) if of_sentences else _tokens([embedder.tokenizer(text) for text in texts])
+    fields = _sentences(embedder, texts) if of_sentences else stacked([embedder.tokenizer(text) for text in texts])
     parts = list(embedder.in_batches(embedder.compiled(program), params, fields))
     return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
-
-
-def _tokens(rows: Sequence[dict[str, np.ndarray]]) -> dict[str, np.ndarray]:
-    return {name: np.stack([row[name] for row in rows]) for name in TEXT_FIELDS}
 
 
 def _sentences(embedder: Embedder, texts: Sequence[Sequence[str]]) -> dict[str, np.ndarray]:
@@ -110,8 +106,7 @@ def _sentences(embedder: Embedder, texts: Sequence[Sequence[str]]) -> dict[str, 
     empty = tokenizer([])
     sentences = [[tokenizer([s]) for s in text[:count]] + [empty] * (count - len(text[:count])) for text in texts]
     there = np.array([[number < len(text) for number in range(count)] for text in texts])
-    by_report = [_tokens(row) for row in sentences]
-    fields = {name: np.stack([one[name] for one in by_report]) for name in TEXT_FIELDS}
+    fields = stacked([stacked(row) for row in sentences])
     fields["token_mask"] = fields["token_mask"] & there[..., None]
     return fields
 

@@ -125,8 +125,8 @@ def compare(
             expected[name] = sigmoid(expected["volume_embedding"] @ probe.weight.T + probe.bias)
             found[name] = sigmoid(model.probe_logits(volumes).numpy())
         if export_format.HEAD in run.params:
-            name, head = "probability of the trained head", run.params[export_format.HEAD]
-            expected[name] = sigmoid(expected["volume_pooled"] @ head["kernel"] + head["bias"])
+            name = "probability of the trained head"
+            expected[name] = sigmoid(expected["classification_logits"])
             found[name] = sigmoid(model.classification_logits(volumes).numpy())
         if model.config.segmentation_classes:
             expected[SHARES] = softmax(expected["segmentation_logits"])
@@ -134,10 +134,8 @@ def compare(
         if model.config.decoder_depth:
             name, ids = "probability of the next token", text["input_ids"][: len(volumes), : run.config.data.max_tokens]
             expected[name] = softmax(expected["next_token_logits"])
-            findings = expected.pop("findings", None)
-            found[name] = softmax(
-                model.report_logits(volumes, ids[:, :-1], None if findings is None else torch.tensor(findings)).numpy()
-            )
+            findings = torch.tensor(expected["findings"]) if "findings" in expected else None
+            found[name] = softmax(model.report_logits(volumes, ids[:, :-1], findings).numpy())
         verification = {
             "texts": examples,
             "volume_embedding": expected["volume_embedding"][:1].tolist(),

@@ -190,8 +190,7 @@ def _graphs(run: Run) -> list[Graph]:
     modules = _modules(_model(run))
     outputs = {"image_embeds": found["volume_embedding"], "last_hidden_state": found["volume_tokens"]}
     if export_format.HEAD in run.params:
-        head = run.params[export_format.HEAD]
-        outputs["classification_logits"] = found["volume_pooled"] @ head["kernel"] + head["bias"]
+        outputs["classification_logits"] = found["classification_logits"]
     graphs = [
         Graph("volume_encoder", modules["volume_encoder"], volumes, outputs),
         Graph("report_encoder", modules["report_encoder"], text, {"text_embeds": found["report_embedding"]}),

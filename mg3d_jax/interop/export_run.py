@@ -134,8 +134,8 @@ def phantom_inputs(grid: Grid, count: int = 4) -> Inputs:
 
 def reference_features(run: Run, volumes: np.ndarray, reports: Sequence[Sequence[str]]) -> dict[str, np.ndarray]:
     """Every feature of the Linen model in float32: embeddings `[n, k]` l2-normalised, `volume_tokens [n, N, d]`, ...; of a
-    run with these decoders also `segmentation_logits [n, X, Y, Z, K]` and `next_token_logits [n, T - 1, V]`, of a decoder that
-    reads findings with `findings [n, L]`, those that the head finds."""
+    run with these heads also `classification_logits [n, L]`, `segmentation_logits [n, X, Y, Z, K]` and `next_token_logits
+    [n, T - 1, V]`, of a decoder that reads findings with `findings [n, L]`, those that the head finds."""
     tokenizer = run.tokenizer
     model = exact_model(run.config, tokenizer.vocab_size)
     rows = [tokenizer(report) for report in reports]
@@ -146,6 +146,9 @@ def reference_features(run: Run, volumes: np.ndarray, reports: Sequence[Sequence
         names = ("volume_tokens", "volume_pooled", "volume_embedding")
         volume = model.apply({"params": params}, {"volume": windowed}, names, method="compute")
         found = volume | model.apply({"params": params}, text, method="embed_report")
+        if HEAD in params:
+            head = params[HEAD]
+            found["classification_logits"] = found["volume_pooled"] @ head["kernel"] + head["bias"]
         if SEGMENTATION_HEAD in params:
             (voxels,), head = (
                 model.apply({"params": params}, windowed[:, None], False, method="segment"),
@@ -157,9 +160,7 @@ def reference_features(run: Run, volumes: np.ndarray, reports: Sequence[Sequence
             given = {"volume": windowed, "report": {name: array[:rows, :length] for name, array in text.items()}}
             logits = "next_token_logits"
             if run.config.tasks["generation"].findings:
-                given["findings"] = found["findings"] = (
-                    found["volume_pooled"] @ params[HEAD]["kernel"] + params[HEAD]["bias"] > 0
-                ).astype(np.int8)
+                given["findings"] = found["findings"] = (found["classification_logits"] > 0).astype(np.int8)
                 logits = "next_token_logits_of_findings"
             (found["next_token_logits"],) = model.apply({"params": params}, given, (logits,), method="compute").values()
         return found

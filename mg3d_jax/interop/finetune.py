@@ -281,7 +281,7 @@ def use_report_decoder(config: ConfigDict, arg: str, *, findings: int = 0) -> No
     config.optimizer.learning_rate = 2e-3 if small else 3e-4
     config.optimizer.learning_rate_multipliers = (
         ("volume_encoder/.*", 0.2 if pretrained else 1.0),
-        *([("classification_head/.*", 5.0)] if findings else []),  # as in `classification`
+        *([("classification_head/.*", 5.0)] if findings else []),  # it starts at zero, as in `classification`
         (".*", 1.0),
     )
     config.optimizer.layer_decay = 1.0

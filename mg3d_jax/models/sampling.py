@@ -99,10 +99,9 @@ def repetitions(tokens: jax.Array, position: jax.Array, length: int, vocab: int)
     if starts < 1:
         return jnp.zeros((*tokens.shape[:-1], vocab), bool)
     first = position - length + 1  # of the last `length` - 1 tokens
-    same = jnp.broadcast_to((jnp.arange(starts) < first) & (first >= 0), (*tokens.shape[:-1], starts))
-    for offset in range(length - 1):
-        last = jnp.take(tokens, jnp.maximum(first + offset, 0), axis=-1)[..., None]
-        same &= tokens[..., offset : offset + starts] == last
+    last = jax.lax.dynamic_slice_in_dim(tokens, first, length - 1, axis=-1)
+    earlier = tokens[..., jnp.arange(starts)[:, None] + jnp.arange(length - 1)]  # [..., starts, length - 1]
+    same = jnp.all(earlier == last[..., None, :], axis=-1) & (jnp.arange(starts) < first)
     followers, flat = tokens[..., length - 1 :].reshape(-1, starts), same.reshape(-1, starts)
     rows = jnp.arange(len(flat))[:, None]
     found = jnp.zeros((len(flat), vocab), bool).at[rows, followers].max(flat)
